@@ -1,0 +1,71 @@
+"""nbfeat: image features from pretrained Keras networks, as columns of a dataframe, in a notebook.
+
+>>> %load_ext nbfeat                             # doctest: +SKIP
+>>> %extract photos ResNet50 --images path       # doctest: +SKIP
+
+or, the same in Python: ``nbfeat.extract(photos, "ResNet50", images="path")``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from nbfeat.errors import ExtractionError as ExtractionError
+    from nbfeat.errors import ImageError as ImageError
+    from nbfeat.errors import NbfeatError as NbfeatError
+    from nbfeat.errors import NetworkError as NetworkError
+    from nbfeat.errors import RequestError as RequestError
+    from nbfeat.errors import WeightsError as WeightsError
+    from nbfeat.features.block import FeatureBlock as FeatureBlock
+    from nbfeat.features.extraction import Extraction as Extraction
+    from nbfeat.features.extraction import extract as extract
+    from nbfeat.features.layers import layers as layers
+
+_PUBLIC = {
+    "extract": "nbfeat.features.extraction",
+    "Extraction": "nbfeat.features.extraction",
+    "FeatureBlock": "nbfeat.features.block",
+    "layers": "nbfeat.features.layers",
+    "NbfeatError": "nbfeat.errors",
+    "RequestError": "nbfeat.errors",
+    "WeightsError": "nbfeat.errors",
+    "NetworkError": "nbfeat.errors",
+    "ExtractionError": "nbfeat.errors",
+    "ImageError": "nbfeat.errors",
+}
+__all__ = ["backbones", *_PUBLIC]  # noqa: PLE0604 - the table's keys
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whichever of the public names
+    """Import a public name when it is first used (PEP 562)."""
+    if name == "backbones":
+        return importlib.import_module("nbfeat.backbones")
+    if name in _PUBLIC:
+        value = globals()[name] = getattr(importlib.import_module(_PUBLIC[name]), name)
+        return value
+    message = f"module 'nbfeat' has no attribute {name!r}"
+    raise AttributeError(message)
+
+
+def __dir__() -> list[str]:
+    """List the public names, those not imported yet too."""
+    return sorted({*globals(), *__all__})
+
+
+def load_ipython_extension(shell: InteractiveShell) -> None:
+    """Register the magics, their settings and what Tab offers."""
+    from nbfeat.jupyter import magics  # noqa: PLC0415 - only in a notebook
+
+    magics.load(shell)
+
+
+def unload_ipython_extension(shell: InteractiveShell) -> None:
+    """Take all of it back."""
+    from nbfeat.jupyter import magics  # noqa: PLC0415 - only in a notebook
+
+    magics.unload(shell)

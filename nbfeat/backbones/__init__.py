@@ -1,0 +1,26 @@
+"""Which networks there are, and how to build them.
+
+The package is also the public function of its name: ``nbfeat.backbones("Res*")`` lists what the catalog has.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class _Listing(ModuleType):
+    """A package that can be called; Python lets a module choose its class."""
+
+    def __call__(self, pattern: str = "*") -> pd.DataFrame:
+        """List the backbones whose names match `pattern`: see `nbfeat.backbones.catalog.backbones`."""
+        from nbfeat.backbones.catalog import backbones  # noqa: PLC0415 - the catalog is read when it is asked for
+
+        return backbones(pattern)
+
+
+sys.modules[__name__].__class__ = _Listing

@@ -1,0 +1,46 @@
+"""Build a network of keras.applications without its classifier.
+
+Keras is imported when a network is built, never before: in a child process for the CPU engine, in this one for the
+Keras engine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import TYPE_CHECKING
+
+from nbfeat.errors import RequestError
+
+if TYPE_CHECKING:
+    import keras
+
+    from nbfeat.backbones.catalog import Backbone
+
+
+def build(backbone: Backbone, *, size: int, alpha: float | None = None, weights: str | None = None) -> keras.Model:
+    """Build `backbone` with ``include_top=False`` for square images of `size` pixels.
+
+    The layers carry the names of a fresh session only if this process (or thread) has built nothing before.
+    """
+    check(backbone, size=size, alpha=alpha)
+    application = getattr(importlib.import_module("keras").applications, backbone.name)
+    width = {} if alpha is None else {"alpha": alpha}
+    with warnings.catch_warnings():
+        # MobileNet says which input size its weights come from when the size is none of its four.
+        warnings.filterwarnings("ignore", message=".*Weights for input shape")
+        try:
+            return application(include_top=False, weights=weights, input_shape=(size, size, 3), **width)
+        except ValueError as error:
+            message = f"Keras cannot build {backbone.name}: {str(error).splitlines()[0]}"
+            raise RequestError(message) from error
+
+
+def check(backbone: Backbone, *, size: int, alpha: float | None) -> None:
+    """Raise RequestError where the catalog already knows that Keras will refuse."""
+    if size < backbone.smallest:
+        message = f"{backbone.name} takes images of at least {backbone.smallest} pixels, not --size {size}."
+        raise RequestError(message)
+    if alpha is not None and not backbone.alphas:
+        message = f"{backbone.name} has no width multiplier: leave --alpha away."
+        raise RequestError(message)

@@ -1,0 +1,60 @@
+"""What can go wrong, as a tree.
+
+::
+
+    NbfeatError
+    ├── RequestError      what was asked for cannot be: an unknown name, a clash, a bad value (also a ValueError)
+    ├── WeightsError      pretrained weights could not be had, or do not fit the network
+    ├── NetworkError      a network could not be built, exported, compiled or run
+    ├── ExtractionError   a run could not give a result: every image failed, memory would not do, it is not finished
+    └── ImageError        one image could not be read; a run turns it into a row of `failures`
+
+Every message is a sentence with the value in question, and ends with the next step.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class NbfeatError(Exception):
+    """Anything that nbfeat raises on purpose."""
+
+
+class RequestError(NbfeatError, ValueError):
+    """What was asked for cannot be done; nothing was started."""
+
+
+class WeightsError(NbfeatError):
+    """Weights could not be downloaded, read or fitted to the network."""
+
+
+class NetworkError(NbfeatError):
+    """A network could not be built, exported, compiled or run."""
+
+
+class ExtractionError(NbfeatError):
+    """A run could not give a result."""
+
+
+class ImageError(NbfeatError):
+    """One image could not be read; its message is the reason shown in `failures`."""
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """Return "Did you mean A or B?" for the names most like `word`, or an empty string."""
+    by_fold = {name.casefold(): name for name in known}
+    close = difflib.get_close_matches(word.casefold(), by_fold, n=3, cutoff=0.6)
+    return f"Did you mean {listing((by_fold[name] for name in close), 'or')}?" if close else ""
+
+
+def listing(names: Iterable[str], joint: str = "and") -> str:
+    """Join names as a sentence does: "a", "a and b", "a, b and c"."""
+    *head, last = list(names) or [""]
+    return f"{', '.join(head)} {joint} {last}" if head else last
+
+
+def sentences(*parts: str) -> str:
+    """Join sentences with spaces, leaving out empty ones."""
+    return " ".join(part for part in parts if part)

@@ -1,0 +1,1 @@
+"""Images in, numbers out: no IPython, no widgets."""

@@ -1,0 +1,106 @@
+"""Names for features, and attaching them to a frame in one concat."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nbfeat.errors import RequestError, listing
+from nbfeat.features.block import FeatureBlock
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DIGITS = 4  # at least; so that blocks of different widths sort and read alike
+SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a block's columns go: at a position among the given columns, and which of those they replace."""
+
+    names: list[str]
+    at: int
+    replaced: tuple[int, ...] = ()
+
+
+def prefix_of(block: FeatureBlock, backbone: str, image_column: str | None = None) -> str:
+    """Return the first part of a block's column names: ``[image column_]backbone[alpha][_layer][_pooling]``."""
+    if block.prefix is not None:
+        name = block.prefix
+    else:
+        alpha = "" if block.alpha is None else f"{block.alpha:.2f}".replace(".", "")
+        pooling = "" if block.pooling in {None, "avg"} else block.pooling
+        name = "_".join(part for part in (backbone.lower() + alpha, block.layer, pooling) if part)
+    return f"{image_column}_{name}" if image_column is not None else name
+
+
+def names(prefix: str, width: int) -> list[str]:
+    """Return the names of `width` columns, numbers padded with zeros: ``prefix_0000`` …"""
+    digits = max(DIGITS, len(str(width - 1)))
+    return [f"{prefix}_{number:0{digits}d}" for number in range(width)]
+
+
+def place(frame: pd.DataFrame, prefix: str, width: int, *, replace: bool) -> Place:
+    """Find where `width` columns of `prefix` go in `frame`.
+
+    Columns that are exactly what a block of this prefix makes are replaced where they stand. Any other clash is an
+    error, unless `replace` says to overwrite.
+    """
+    new = names(prefix, width)
+    own = own_columns(frame, prefix)
+    taken, wanted = [], set(new)
+    for position, column in enumerate(frame.columns):
+        if position not in own and isinstance(column, str) and column in wanted:
+            taken.append(position)
+    if taken and not replace:
+        shown = listing([str(frame.columns[position]) for position in taken[:SHOWN]])
+        more = f" and {len(taken) - SHOWN:,} more" if len(taken) > SHOWN else ""
+        message = (
+            f"The frame already has columns {shown}{more}, which this block did not make. "
+            f"Choose other names with --prefix, or overwrite them with --replace."
+        )
+        raise RequestError(message)
+    replaced = tuple(sorted([*own, *taken]))
+    return Place(new, replaced[0] if replaced else frame.shape[1], replaced)
+
+
+def own_columns(frame: pd.DataFrame, prefix: str) -> set[int]:
+    """Return the positions of columns that a block of `prefix` made before: 0 … width−1, each once, float32."""
+    pattern = re.compile(re.escape(prefix) + r"_(\d{4,})")
+    found: dict[int, int] = {}
+    for position, column in enumerate(frame.columns):
+        match = pattern.fullmatch(column) if isinstance(column, str) else None
+        if match is None:
+            continue
+        if int(match[1]) in found or frame.dtypes.iloc[position] != np.float32:
+            return set()
+        found[int(match[1])] = position
+    made = found and sorted(found) == list(range(len(found)))
+    if made and names(prefix, len(found)) == [frame.columns[found[number]] for number in range(len(found))]:
+        return set(found.values())
+    return set()
+
+
+def attach(frame: pd.DataFrame, blocks: Sequence[pd.DataFrame], places: Sequence[Place]) -> pd.DataFrame:
+    """Return a new frame with `blocks` at their places; the given one is not touched, its index and order are kept."""
+    import pandas as pd  # noqa: PLC0415 - `import nbfeat` stays light
+
+    gone = {position for place in places for position in place.replaced}
+    pieces: list[pd.DataFrame] = []
+    kept: list[int] = []
+    for position in range(frame.shape[1] + 1):
+        arriving = [block for block, place in zip(blocks, places, strict=True) if place.at == position]
+        if arriving and kept:
+            pieces.append(frame.iloc[:, kept])
+            kept = []
+        pieces += arriving
+        if position < frame.shape[1] and position not in gone:
+            kept.append(position)
+    if kept or not pieces:
+        pieces.append(frame.iloc[:, kept])
+    return pd.concat(pieces, axis=1)

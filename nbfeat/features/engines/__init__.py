@@ -1,0 +1,163 @@
+"""Run a network on the hardware: one interface, an engine for the CPU and one for whatever Keras can use.
+
+An engine lends buffers, runs them in the background and gives results back oldest first::
+
+    buffer = engine.buffer()        # (batch, size, size, 3) uint8, to fill
+    if engine.is_full:              # the window of batches in flight
+        vectors = engine.collect()  # {cut: (count, width) float32}, the oldest
+    engine.submit(buffer, count)    # the first `count` images of the buffer count
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbfeat import quiet
+from nbfeat.backbones.weights import Loaded
+from nbfeat.errors import RequestError
+from nbfeat.features.network import NetworkSpec, Output
+
+Precision = Literal["float32", "bfloat16", "float16"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
+Pixels = NDArray[np.uint8]
+Vectors = dict[str, NDArray[np.float32]]
+
+
+class Engine(Protocol):
+    """What runs one network."""
+
+    name: str  # what the report shows: library, version, device
+    outputs: dict[str, Output]
+    weights: Loaded
+    batch_size: int
+
+    @property
+    def is_full(self) -> bool:
+        """Whether `collect` must be called before `submit`."""
+
+    @property
+    def in_flight(self) -> int:
+        """How many batches were submitted and not yet collected."""
+
+    def buffer(self) -> Pixels:
+        """Lend a buffer of a whole batch."""
+
+    def submit(self, buffer: Pixels, count: int) -> None:
+        """Start the network on the first `count` images of a lent buffer; returns at once."""
+
+    def collect(self) -> Vectors:
+        """Wait for the oldest batch and return its rows."""
+
+    def close(self) -> None:
+        """Stop what is in flight, wait until nothing reads from the buffers, and take them all back."""
+
+
+class Opening:
+    """Make the engine for a network; iterate for sentences to show meanwhile, then read `engine` and `note`."""
+
+    engine: Engine
+    note = ""
+
+    def __init__(self, spec: NetworkSpec, *, device: str, precision: Precision, batch_size: int | None) -> None:
+        self.spec, self.device, self.precision, self.batch_size = spec, device, precision, batch_size
+
+    def __iter__(self) -> Iterator[str]:
+        """Work, yielding what is being done."""
+        if self.device == "cpu" and openvino_works():
+            from nbfeat.features.engines.openvino import OpenVINOEngine  # noqa: PLC0415 - only the engine in use
+            from nbfeat.features.store import Preparing  # noqa: PLC0415
+
+            preparing = Preparing(self.spec)
+            yield from preparing
+            self.engine = OpenVINOEngine(preparing.result, precision=self.precision, batch_size=self.batch_size)
+            self.note = preparing.note
+            return
+        from nbfeat.features.engines.keras import KerasEngine  # noqa: PLC0415 - only the engine in use
+
+        if self.device == "cpu":
+            self.note = "OpenVINO cannot be imported here, so Keras runs the network, which is slower on a CPU."
+        yield f"building {self.spec.backbone} in Keras"
+        self.engine = KerasEngine(self.spec, device=self.device, precision=self.precision, batch_size=self.batch_size)
+
+
+def openvino_works() -> bool:
+    """Tell whether OpenVINO can be imported."""
+    try:
+        quiet.import_openvino()
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def choose_device(asked: str) -> str:
+    """Turn ``auto``, ``cpu``, ``gpu`` or ``gpu:1`` into ``cpu`` or ``gpu:N``.
+
+    ``auto`` asks Keras' backend, which takes seconds to import, only where there is a sign of a GPU.
+    """
+    kind, _, number = asked.partition(":")
+    if kind not in {"auto", "cpu", "gpu"} or (number and (kind != "gpu" or not number.isdecimal())):
+        message = f"--device takes auto, cpu, gpu or gpu:N, not {asked!r}."
+        raise RequestError(message)
+    if kind == "cpu" or (kind == "auto" and not sign_of_gpu()):
+        return "cpu"
+    found = count_gpus()
+    if int(number or 0) < found:
+        return f"gpu:{number or 0}"
+    if kind == "auto":
+        return "cpu"
+    seen = f"{found} GPU{'s' if found > 1 else ''}" if found else "no GPU"
+    message = (
+        f"Keras' backend sees {seen}, so --device {asked} cannot be had. Use --device cpu, or install the extra for GPUs: "
+        "pip install 'nbfeat[gpu]'."
+    )
+    raise RequestError(message)
+
+
+def sign_of_gpu() -> bool:
+    """Look for a GPU without importing anything: a driver's files, or Apple's chips."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
+        return False
+    return any(Path(place).exists() for place in ("/dev/nvidia0", "/dev/kfd", "/dev/dxg"))
+
+
+def count_gpus() -> int:
+    """Ask the backend that Keras has in this process how many GPUs it can use."""
+    try:
+        backend = importlib.import_module("keras").backend.backend()
+        if backend == "tensorflow":
+            return len(importlib.import_module("tensorflow").config.list_physical_devices("GPU"))
+        if backend == "jax":
+            return sum(device.platform == "gpu" for device in importlib.import_module("jax").devices())
+        if backend == "torch":
+            return int(importlib.import_module("torch").cuda.device_count())
+    except (ImportError, RuntimeError):
+        return 0
+    return 0
+
+
+def available_cores() -> int:
+    """Count the cores that this process may use: its affinity, and the quota of its control group."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass  # no control group, or "max": no quota
+    return cores
+
+
+def precision_of(asked: str) -> Precision:
+    """Turn ``auto`` into the precision that is always right."""
+    chosen: Any = "float32" if asked == "auto" else asked
+    if chosen not in PRECISIONS:
+        message = f"--precision takes auto, {', '.join(PRECISIONS)}, not {asked!r}."
+        raise RequestError(message)
+    return chosen  # type: ignore[no-any-return]

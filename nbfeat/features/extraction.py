@@ -1,0 +1,377 @@
+"""Extraction: the one loop behind every face.
+
+An Extraction that was just made has done nothing. Ask `steps()` for the next Step to work; stop asking to stop; call it
+again to go on. Read the result when it is done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbfeat import quiet
+from nbfeat.errors import ExtractionError, RequestError, listing, near, sentences
+from nbfeat.features import engines, memory, network
+from nbfeat.features.block import FeatureBlock, whole
+from nbfeat.features.columns import attach
+from nbfeat.features.images import PixelSpec
+from nbfeat.features.part import plan
+from nbfeat.features.pipeline import Batch, Lane, Pipeline, Timings
+from nbfeat.features.request import Blocks, check_frame, read_blocks, rows_selected
+from nbfeat.features.sources import image_column, name_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+State = Literal["new", "running", "stopped", "failed", "done"]
+LARGEST_BATCH = 4096
+FIRST_REASONS = 3
+LIBRARIES = ("nbfeat", "keras", "openvino", "pillow", "simplejpeg", "numpy", "scikit-learn")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How far a run is, after one batch of images."""
+
+    done: int  # images finished, failed ones too
+    total: int
+    failed: int
+    seconds: float  # of work so far
+    images_per_second: float
+    seconds_left: float | None
+    bottleneck: Literal["decoding", "network"] | None
+    note: str = ""  # what is being prepared, before the first batch
+
+
+class Extraction:
+    """Features of the images in a frame's column: `steps()` to work, then read it for the result.
+
+    Parameters
+    ----------
+    frame
+        A pandas DataFrame with a column of images. It is never changed.
+    *blocks
+        What to extract: ``"ResNet50"``, ``"VGG16 --layer block4_pool --pooling max"``, or FeatureBlocks.
+    images
+        The column that holds images, or several; by default the one that looks like images.
+    fit_on
+        Rows that learned normalizations learn from: a query for ``frame.eval``, or a mask; by default all rows.
+    root
+        Where relative paths start; by default the working folder.
+    replace
+        Overwrite columns of the same names that no block made.
+    batch_size, device, precision
+        ``"auto"``, or a number of images; ``"cpu"``, ``"gpu"``, ``"gpu:1"``; ``"float32"``, ``"bfloat16"``,
+        ``"float16"``.
+    **defaults
+        Block options for blocks that do not say otherwise, e.g. ``pooling="max"``.
+
+    Raises
+    ------
+    RequestError
+        Where something asked for cannot be; nothing was started then.
+    """
+
+    def __init__(
+        self,
+        frame: pd.DataFrame,
+        *blocks: Blocks,
+        images: Hashable | Sequence[Hashable] | None = None,
+        fit_on: str | Sequence[bool] | None = None,
+        root: str | Path | None = None,
+        replace: bool = False,
+        batch_size: int | str = "auto",
+        device: str = "auto",
+        precision: str = "auto",
+        **defaults: Any,  # noqa: ANN401 - the block options by name
+    ) -> None:
+        check_frame(frame)
+        self._frame, self._replace = frame, replace
+        self._root = Path(root or "").expanduser().absolute()
+        self._batch_size = None if batch_size == "auto" else whole("--batch-size", LARGEST_BATCH)(batch_size)
+        self._device = engines.check_device(device)
+        self.precision = engines.precision_of(precision)
+        self.blocks = read_blocks(blocks, defaults)
+        asked = images if isinstance(images, list | tuple) else [images]
+        self._columns = [image_column(frame, column) for column in asked]
+        self._fit_on = None if fit_on is None else rows_selected(frame, fit_on)
+        self.parts = plan(self.blocks, self._columns)
+        self._groups = network.group(self.blocks, _network_and_pixels)
+        self._specs = [network.NetworkSpec.of(group) for group in self._groups]
+        for part in self.parts:
+            part.place_in(frame, replace=replace)
+
+        self.state: State = "new"
+        self.seconds, self.timings = 0.0, Timings()
+        self.notes: list[str] = []
+        self._lanes: list[Lane] = []
+        self._images = [value for column in self._columns for value in frame[column].tolist()]
+        self._finished = np.zeros(len(self._images), bool)
+        self._reasons: dict[int, str] = {}
+        self._result: pd.DataFrame | None = None
+
+    # Working
+
+    def steps(self) -> Iterator[Step]:
+        """Work: one Step after each batch. Stop asking, or close the generator, to stop; call again to go on."""
+        if self.state == "running":
+            message = "This extraction is already running: wait for it, or make another one."
+            raise ExtractionError(message)
+        if self.state == "done":
+            return
+        self.state, started = "running", time.perf_counter() - self.seconds
+        try:
+            with quiet.pillow_defaults():
+                for note in self._prepare():
+                    self.seconds = time.perf_counter() - started
+                    yield self._step(note)
+                for _ in self._work():
+                    self.seconds = time.perf_counter() - started
+                    yield self._step()
+            self._finish()
+            self.seconds = time.perf_counter() - started
+            self.state = "done"
+        except (GeneratorExit, KeyboardInterrupt):
+            self.state = "stopped"
+            raise
+        except BaseException:
+            self.state = "failed"
+            raise
+
+    def run(self) -> Extraction:
+        """Work to the end and return this Extraction."""
+        for _ in self.steps():
+            pass
+        return self
+
+    def _prepare(self) -> Iterator[str]:
+        """Open the networks, and make sure that there is room for what they give."""
+        if self._lanes or not self._images:
+            return
+        start = time.perf_counter()
+        device = engines.choose_device(self._device)
+        lanes = []
+        for spec, group in zip(self._specs, self._groups, strict=True):
+            opening = engines.Opening(spec, device=device, precision=self.precision, batch_size=self._batch_size)
+            yield from opening
+            if opening.note and opening.note not in self.notes:
+                self.notes.append(opening.note)
+            lanes.append(Lane(opening.engine, _pixels(group[0], spec)))
+        for part in self.parts:
+            part.lane = next(lane for lane, group in zip(lanes, self._groups, strict=True) if part.block in group)
+            part.place_in(self._frame, replace=self._replace)  # now that the width is known: a clash is told at once
+            part.make_room(len(self._frame))
+        self._lanes = lanes
+        self.timings.preparing += time.perf_counter() - start
+        yield self._coming()
+
+    def _work(self) -> Iterator[Batch]:
+        if not self._images:
+            return
+        left = np.flatnonzero(~self._finished).tolist()
+        with closing(Pipeline(self._images, self._lanes, self._root, self.timings).run(left)) as batches:
+            for batch in batches:
+                self._take(batch)
+                yield batch
+
+    def _take(self, batch: Batch) -> None:
+        """Put a finished batch where its rows belong."""
+        self._reasons |= batch.failures
+        if batch.rows:
+            which, rows = np.divmod(batch.rows, len(self._frame))
+            vectors = dict(zip(map(id, self._lanes), batch.vectors, strict=True))
+            for part in self.parts:
+                mine = which == self._columns.index(part.column)
+                if part.rows is not None:
+                    part.rows[rows[mine]] = vectors[id(part.lane)][part.key][mine]
+        self._finished[[*batch.rows, *batch.failures]] = True
+
+    def _finish(self) -> None:
+        """Normalize, and attach the columns."""
+        start = time.perf_counter()
+        self._check_some_succeeded()
+        for part in self.parts:
+            good = self._ok_in(part.column)
+            part.normalized(good if self._fit_on is None else good & self._fit_on)
+        places = [part.place_in(self._frame, replace=self._replace) for part in self.parts]
+        for part, there in zip(self.parts, places, strict=True):
+            part.replaced = bool(there.replaced)
+        self._result = attach(self._frame, [part.frame(self._frame.index) for part in self.parts], places)
+        self.timings.attaching += time.perf_counter() - start
+
+    def _check_some_succeeded(self) -> None:
+        if not self._images or len(self._reasons) < len(self._images):
+            return
+        first = list(self._reasons.items())[:FIRST_REASONS]
+        shown = "; ".join(f"{name_of(self._images[row])}: {reason}" for row, reason in first)
+        missing = all(reason.startswith("no such file") for reason in self._reasons.values())
+        message = sentences(
+            f"None of the {len(self._images):,} images could be read. {shown}.",
+            f"Relative paths start at {self._root}: set another folder with --root."
+            if missing
+            else f"Check the values of column {listing(map(repr, self._columns))}.",
+        )
+        raise ExtractionError(message)
+
+    # How far it is
+
+    @property
+    def done(self) -> int:
+        """How many images are finished, failed ones too."""
+        return int(self._finished.sum())
+
+    @property
+    def total(self) -> int:
+        """How many images there are: rows × image columns."""
+        return len(self._images)
+
+    @property
+    def rate(self) -> float:
+        """Images per second so far, preparing the network apart."""
+        working = self.seconds - self.timings.preparing
+        return self.done / working if self.done and working > 0 else 0.0
+
+    @property
+    def engines(self) -> list[str]:
+        """What runs the networks."""
+        return list(dict.fromkeys(lane.engine.name for lane in self._lanes))
+
+    @property
+    def fit_rows(self) -> int | None:
+        """How many rows `fit_on` selects, or None where all are learned from."""
+        return None if self._fit_on is None else int(self._fit_on.sum())
+
+    def _step(self, note: str = "") -> Step:
+        left = (self.total - self.done) / self.rate if self.rate else None
+        bottleneck = self.timings.bottleneck if self.done else None
+        return Step(self.done, self.total, len(self._reasons), self.seconds, self.rate, left, bottleneck, note)
+
+    def _coming(self) -> str:
+        """Say what is coming, before it comes."""
+        width = sum(len(part.names) for part in self.parts)
+        size = memory.shown(4 * len(self._frame) * sum(part.raw_width for part in self.parts))
+        weights = listing(dict.fromkeys(lane.engine.weights.name for lane in self._lanes))
+        matrix = f"{len(self._frame):,} rows × {width:,} columns ({size})"
+        return f"{matrix} · {weights} weights · {listing(self.engines)} · {self.precision}"
+
+    # The result
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The given columns, then the features: same index, same order, same rows."""
+        if self._result is None:
+            message = f"This extraction is not finished: {self.done:,} of {self.total:,} images. Ask `steps()` for more."
+            raise ExtractionError(message)
+        return self._result
+
+    @property
+    def features(self) -> pd.DataFrame:
+        """Only the new columns, float32; rows that failed are NaN."""
+        return self.frame.loc[:, self.columns]
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of all new columns."""
+        _ = self.frame
+        return [name for part in self.parts for name in part.names]
+
+    def __getitem__(self, prefix: str) -> pd.DataFrame:
+        """Return one block's columns."""
+        index = self.frame.index
+        for part in self.parts:
+            if part.prefix == prefix:
+                return part.frame(index)
+        prefixes = [part.prefix for part in self.parts]
+        message = sentences(f"There is no block {prefix!r}.", near(prefix, prefixes), f"Blocks: {listing(prefixes)}.")
+        raise RequestError(message)
+
+    @property
+    def ok(self) -> pd.Series:
+        """Whether a row has all its features; indexed like the frame."""
+        import pandas as pd  # noqa: PLC0415 - `import nbfeat` stays light
+
+        good = np.logical_and.reduce([self._ok_in(column) for column in self._columns])
+        return pd.Series(good, index=self.frame.index, name="ok")
+
+    @property
+    def failures(self) -> pd.DataFrame:
+        """The images that gave no features: position, column, image and reason, indexed like the frame."""
+        import pandas as pd  # noqa: PLC0415 - `import nbfeat` stays light
+
+        count = len(self._frame)
+        found = sorted(self._reasons, key=lambda row: (row % count, row))
+        positions = [row % count for row in found]
+        table = {
+            "position": positions,
+            "column": [self._columns[row // count] for row in found],
+            "image": [name_of(self._images[row]) for row in found],
+            "reason": [self._reasons[row] for row in found],
+        }
+        return pd.DataFrame(table, index=self._frame.index.take(np.array(positions, int)))
+
+    @property
+    def profile(self) -> dict[str, Any]:
+        """Seconds by kind of work, and which of them bounds the speed."""
+        return {**self.timings.seconds(), "bottleneck": self.timings.bottleneck}
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """Everything needed to repeat this result: blocks, versions, hashes of weights, precision, decoding."""
+        return {
+            "blocks": [str(part.block) for part in self.parts],
+            "images": [str(part.column) for part in self.parts],
+            "weights": [part.lane.engine.weights.sha256 if part.lane else "" for part in self.parts],
+            "engines": self.engines,
+            "precision": self.precision,
+            "numerics": network.NUMERICS,
+            "versions": {name: version(name) for name in LIBRARIES},
+        }
+
+    def __repr__(self) -> str:
+        """Return the report as text."""
+        from nbfeat.features import report  # noqa: PLC0415 - the report reads an Extraction; this is the one way back
+
+        return report.text(report.summarize(self))
+
+    def _repr_html_(self) -> str:
+        from nbfeat.features import report  # noqa: PLC0415 - as above
+
+        return report.html(report.summarize(self))
+
+    def _ok_in(self, column: Hashable) -> NDArray[np.bool_]:
+        good = np.ones(len(self._images), bool)
+        good[list(self._reasons)] = False
+        start = self._columns.index(column) * len(self._frame)
+        return good[start : start + len(self._frame)]
+
+
+def extract(frame: pd.DataFrame, *blocks: Blocks, **options: Any) -> Extraction:  # noqa: ANN401 - Extraction's own
+    """Extract features of the images in a frame's column, to the end.
+
+    Takes what Extraction takes and returns it finished: ``.frame`` is the frame with the new columns, ``.features``
+    the new columns alone, ``.failures`` the images that gave none.
+
+    Examples
+    --------
+    >>> result = nbfeat.extract(photos, "ResNet50", images="path")  # doctest: +SKIP
+    >>> result.frame.shape  # doctest: +SKIP
+    (300, 2050)
+    """
+    return Extraction(frame, *blocks, **options).run()
+
+
+def _network_and_pixels(block: FeatureBlock) -> tuple[object, ...]:
+    spec = network.NetworkSpec.of([block])
+    return replace(spec, cuts=()), _pixels(block, spec)
+
+
+def _pixels(block: FeatureBlock, spec: network.NetworkSpec) -> PixelSpec:
+    return PixelSpec(spec.size, block.resize, block.interpolation)

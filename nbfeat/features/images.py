@@ -1,0 +1,295 @@
+"""A path, bytes or array → RGB pixels of the sizes asked for, or the reason why not."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image, JpegImagePlugin, TiffImagePlugin
+
+from nbfeat.errors import ImageError
+from nbfeat.features.formats import opened, reason
+from nbfeat.features.sources import image_column, load, name_of
+
+__all__ = [
+    "INTERPOLATIONS",
+    "RESIZES",
+    "Interpolation",
+    "PixelSpec",
+    "Resize",
+    "image_column",
+    "name_of",
+    "read_pixels",
+    "reduction",
+]
+
+Resize = Literal["squash", "crop", "pad"]
+Interpolation = Literal["bilinear", "nearest", "bicubic", "lanczos"]
+RESIZES: tuple[Resize, ...] = get_args(Resize)
+INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
+
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+
+MOST_PIXELS = 178_956_970
+# Older Pillows widen a thin image before they shorten it: 90 megabytes at this length and 224 pixels.
+LONGEST_SIDE = 100_000
+_ONE_AT_A_TIME = 40_000_000
+
+_FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "nearest": Image.Resampling.NEAREST,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_BITS_PER_SAMPLE = 258
+
+_large = threading.RLock()
+_lent = tuple(threading.Lock() for _ in range(61))
+
+
+@dataclass(frozen=True, slots=True)
+class PixelSpec:
+    """How large a square image becomes, and by which way of fitting and filter."""
+
+    size: int
+    resize: Resize = "squash"
+    interpolation: Interpolation = "bilinear"
+
+    @property
+    def short_side(self) -> int:
+        """The pixels that the short side of the image is scaled to, before anything is cut off."""
+        return round(self.size * 256 / 224) if self.resize == "crop" else self.size
+
+
+def read_pixels(value: object, specs: Sequence[PixelSpec], root: Path) -> list[Pixels]:
+    """Return the pixels of one image, an array (size, size, 3) of uint8 for each of `specs`.
+
+    The file is read once, decoded once for each reduction that the specs call for, upright by its EXIF orientation,
+    and transparent parts are laid over white. Threads may call this at once. Relative paths start at `root`.
+
+    Raises
+    ------
+    ImageError
+        For anything wrong with this image; its message is a short sentence.
+
+    Examples
+    --------
+    >>> grey = np.full((40, 60), 128, np.uint8)
+    >>> [pixels.shape for pixels in read_pixels(grey, [PixelSpec(32), PixelSpec(48, "crop")], Path())]
+    [(32, 32, 3), (48, 48, 3)]
+    """
+    data = b""
+    try:
+        source = load(value, root)
+        if isinstance(source, bytes):
+            data = source
+            return _from_bytes(data, specs)
+        return _from_array(source, specs) if isinstance(source, np.ndarray) else _from_lent(source, specs)
+    except ImageError:
+        raise
+    except Exception as error:  # a broken file makes the decoders raise nearly every class there is
+        raise ImageError(reason(error, data)) from error
+
+
+def reduction(width: int, height: int, spec: PixelSpec) -> int:
+    """Return by which of 1, 2, 4, 8 a JPEG of this size is reduced while it is decoded.
+
+    Only as far as the short side stays four times the target: the features' cosine to a full decode then stays 0.9995.
+
+    >>> reduction(4000, 3000, PixelSpec(224)), reduction(500, 375, PixelSpec(224))
+    (2, 1)
+    """
+    if spec.interpolation != "bilinear":
+        return 1
+    short_side = min(width, height)
+    return next((factor for factor in (8, 4, 2) if _reduced(short_side, factor) >= 4 * spec.short_side), 1)
+
+
+def _reduced(side: int, factor: int) -> int:
+    return -(-side // factor)
+
+
+def _from_bytes(data: bytes, specs: Sequence[PixelSpec]) -> list[Pixels]:
+    size = _jpeg_size(data)
+    if size is None:
+        image = opened(data)
+        with _turn(*image.size):
+            return _fitted_to_all(_decoded(image), specs)
+    with _turn(*size):
+        factors = [reduction(*size, spec) for spec in specs]
+        decoded = {factor: _decoded_jpeg(data, *size, factor) for factor in set(factors)}
+        return [_fitted(decoded[factor], spec) for factor, spec in zip(factors, specs, strict=True)]
+
+
+def _turn(width: int, height: int) -> contextlib.AbstractContextManager[object]:
+    """Return the block to decode an image of this size in; raise ImageError where it has too many pixels, or none."""
+    if not width * height:
+        message = "the image has no pixels"
+        raise ImageError(message)
+    if width * height > MOST_PIXELS:
+        message = f"too many pixels ({width:,} × {height:,})"
+        raise ImageError(message)
+    if max(width, height) > LONGEST_SIDE:
+        message = f"a side of more than {LONGEST_SIDE:,} pixels ({width:,} × {height:,})"
+        raise ImageError(message)
+    return _large if width * height > _ONE_AT_A_TIME else contextlib.nullcontext()
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Return width and height where simplejpeg gives Pillow's pixels to the bit, else None."""
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return (width, height) if space in {"YCbCr", "Gray", "RGB"} else None
+
+
+def _decoded_jpeg(data: bytes, width: int, height: int, factor: int) -> Image.Image:
+    shape = (_reduced(height, factor), _reduced(width, factor))
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=shape[0], min_width=shape[1])
+    except ValueError:  # strict: what Pillow only warns of, such as stray bytes before a marker, is an error here
+        pixels = None
+    if pixels is None or pixels.shape[:2] != shape:
+        return _decoded(opened(data))
+    return _upright(Image.fromarray(pixels), _jpeg_orientation(data))
+
+
+def _jpeg_orientation(data: bytes) -> object:
+    # Opening takes 16 µs, less than looking for the letters "Exif" through a file that lacks them.
+    try:
+        return _orientation(JpegImagePlugin.JpegImageFile(io.BytesIO(data)))
+    except Exception:  # noqa: BLE001 - the pixels are read; a tag that cannot be is as good as none
+        return None
+
+
+def _orientation(image: Image.Image) -> object:
+    try:
+        return image.getexif().get(_ORIENTATION)
+    except Exception:  # noqa: BLE001 - as above
+        return None
+
+
+def _upright(image: Image.Image, orientation: object) -> Image.Image:
+    turn = next((turn for number, turn in _UPRIGHT.items() if number == orientation), None)
+    return image if turn is None else image.transpose(turn)
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    image.load()
+    return _upright(_rgb(image), _orientation(image))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        image = _eight_bit_grey(image)
+    if image.mode in {"I", "F"}:
+        message = "32-bit and float images have no defined range: convert them to 8 or 16 bits"
+        raise ImageError(message)
+    if image.has_transparency_data:
+        return _over_white(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bit_grey(image: Image.Image) -> Image.Image:
+    # convert("RGB") would clip 16 bits to 255, and Pillow does not stretch the 12 bits of a TIFF to 16.
+    values = np.asarray(image)
+    bits = image.tag_v2.get(_BITS_PER_SAMPLE) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
+    grey = _scaled(values, 4_095 if bits == (12,) else 65_535)
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey[values == clear] = 255
+    return Image.fromarray(grey)
+
+
+def _scaled(values: npt.NDArray[np.generic], top: int) -> Pixels:
+    return ((values.astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode == "La":  # Pillow knows no other way out of it
+        image = image.convert("LA")
+    if image.mode != "RGBA":
+        image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image)
+    return white
+
+
+def _from_lent(image: Image.Image, specs: Sequence[PixelSpec]) -> list[Pixels]:
+    """Read a PIL image that belongs to the caller: it may stand in several rows, and is not changed."""
+    with _turn(*image.size):
+        with _lent[id(image) % len(_lent)]:  # of two threads that load one image at once, both fail
+            image.load()
+            orientation = _orientation(image)
+            # Converting a palette with transparency writes into the palette.
+            own = image.copy() if image.mode in {"P", "PA"} else image
+        return _fitted_to_all(_upright(_rgb(own), orientation), specs)
+
+
+def _from_array(array: npt.NDArray[np.generic], specs: Sequence[PixelSpec]) -> list[Pixels]:
+    if array.ndim not in {2, 3} or array.size == 0 or array.shape[2:] not in {(), (1,), (3,), (4,)}:
+        shape = "×".join(map(str, array.shape))
+        message = f"an array of shape {shape or '()'}: only height × width, or with 1, 3 or 4 channels last, is read"
+        raise ImageError(message)
+    height, width = array.shape[:2]
+    with _turn(width, height):
+        pixels = np.ascontiguousarray(_eight_bits(array))
+        image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels)
+        return _fitted_to_all(_rgb(image), specs)
+
+
+def _eight_bits(array: npt.NDArray[np.generic]) -> Pixels:
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # noqa: PLR2004 - bytes: either byte order
+        return _scaled(array, 65_535)
+    if array.dtype != np.uint8:
+        message = f"an array of {array.dtype} has no defined range: convert it to uint8 or uint16"
+        raise ImageError(message)
+    return np.asarray(array, np.uint8)
+
+
+def _fitted_to_all(image: Image.Image, specs: Sequence[PixelSpec]) -> list[Pixels]:
+    return [_fitted(image, spec) for spec in specs]
+
+
+def _fitted(image: Image.Image, spec: PixelSpec) -> Pixels:
+    target, kind = (spec.size, spec.size), _FILTERS[spec.interpolation]
+    if spec.resize == "pad":
+        longest = max(image.size)
+        width, height = (max(1, round(side * spec.size / longest)) for side in image.size)
+        fitted = Image.new("RGB", target)
+        fitted.paste(image.resize((width, height), kind), ((spec.size - width) // 2, (spec.size - height) // 2))
+    else:
+        # Only what is kept is computed: scaling an image of 1 by 30,000 whole before cutting would take gigabytes.
+        fitted = image.resize(target, kind, _centre(image.size, spec) if spec.resize == "crop" else None)
+    return np.asarray(fitted)
+
+
+def _centre(size: tuple[int, int], spec: PixelSpec) -> tuple[float, float, float, float]:
+    """Return the square in the middle of the image that, scaled, is what cropping to the target would leave."""
+    width, height = size
+    side = min(size) * spec.size / spec.short_side
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side

@@ -1,0 +1,112 @@
+"""The cut points of a backbone: shape, width after each pooling, bytes per image."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbfeat.backbones import applications
+from nbfeat.backbones.catalog import Backbone, find
+from nbfeat.errors import NetworkError
+from nbfeat.features.block import alpha_of, whole
+from nbfeat.features.export import versions
+from nbfeat.features.network import MAP_RANK, NetworkSpec
+from nbfeat.features.store import run_child
+from nbfeat.home import HomeError, keep, write_whole
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def layers(backbone: str, *, alpha: float | None = None, size: int | None = None) -> pd.DataFrame:
+    """Show where a backbone can be cut.
+
+    The first call for a network builds it in a child process (seconds, no weights needed); the answer is kept.
+
+    Parameters
+    ----------
+    backbone
+        A name that `nbfeat.backbones()` lists, e.g. ``"VGG16"``.
+    alpha
+        Width multiplier, for the backbones that have one.
+    size
+        Side of the input in pixels; by default the backbone's own.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row for each layer, in order; index ``layer``. Columns: ``kind``; ``shape`` (rows × columns × channels);
+        ``avg, max, gem`` and ``flatten``, the width after that pooling (a vector is not pooled: its width stands under
+        ``flatten``); ``bytes``, of one image's features after average pooling; ``negative``, whether values below zero
+        can occur, which GeM would lose; ``customary``, whether the catalog recommends it.
+
+    Examples
+    --------
+    >>> nbfeat.layers("VGG16").query("customary")  # doctest: +SKIP
+    """
+    import pandas as pd  # noqa: PLC0415 - `import nbfeat` stays light
+
+    found = find(backbone)
+    spec = _spec(found, alpha, size)
+    customary = {layer.name for layer in found.layers}
+    rows = [_row(row, customary) for row in known_layers(spec) or _look(spec)]
+    return pd.DataFrame(rows).set_index("layer")
+
+
+def known_layers(spec: NetworkSpec) -> list[dict[str, Any]] | None:
+    """Return what was found before, without building anything; None where it was not."""
+    try:
+        rows: list[dict[str, Any]] = json.loads(_place(spec).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return rows
+
+
+def _spec(backbone: Backbone, alpha: float | None, size: int | None) -> NetworkSpec:
+    side = whole("size")(size) if size is not None else backbone.size
+    width = alpha_of(alpha) if alpha is not None else None
+    applications.check(backbone, size=side, alpha=width)
+    return NetworkSpec(
+        backbone=backbone.name, alpha=width, weights="random", scaling=backbone.scaling, size=side, cuts=()
+    )
+
+
+def _place(spec: NetworkSpec) -> Path:
+    return keep("layers") / f"{spec.key(**versions())}.json"
+
+
+def _look(spec: NetworkSpec) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory(prefix="nbfeat-") as folder:
+        for _ in run_child(spec, Path(folder)):
+            pass
+        text = Path(folder, "layers.json").read_text(encoding="utf-8")
+    try:
+        write_whole(_place(spec), text)
+    except HomeError:
+        pass  # it is looked at again next time
+    rows: list[dict[str, Any]] = json.loads(text)
+    if not rows:
+        message = f"Keras built {spec.backbone} without layers. Please report this with your Keras version."
+        raise NetworkError(message)
+    return rows
+
+
+def _row(row: dict[str, Any], customary: set[str]) -> dict[str, Any]:
+    shape = [size for size in row["shape"] if size is not None]
+    is_map = len(shape) == MAP_RANK - 1
+    pooled = shape[-1] if is_map else None
+    flat = 1
+    for size in shape:
+        flat *= size
+    return {
+        "layer": row["layer"],
+        "kind": row["kind"],
+        "shape": " × ".join(f"{size:,}" for size in shape),
+        "avg, max, gem": pooled,
+        "flatten": flat,
+        "bytes": 4 * (pooled or flat),
+        "negative": row["negative"],
+        "customary": row["layer"] in customary,
+    }

@@ -1,0 +1,97 @@
+"""Normalize features: learn on some rows, apply to all.
+
+Every normalization, L2 too, happens here on rows, so that networks and what is kept of them do not depend on it.
+What is learned is held as plain arrays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbfeat.errors import RequestError
+from nbfeat.features.block import FeatureBlock
+
+Rows = NDArray[np.floating[Any]]
+CHUNK = 4096  # rows normalized at a time, so that no second matrix of full height is needed
+
+
+@dataclass(frozen=True, slots=True)
+class Normalizer:
+    """L2, then an affine map per column, then a projection; each of them may be absent."""
+
+    unit_length: bool = False
+    shift: Rows | None = None
+    stretch: Rows | None = None
+    center: Rows | None = None
+    axes: Rows | None = None  # (components, width)
+
+    def apply(self, rows: Rows) -> Rows:
+        """Return normalized rows: written over `rows` where the width stays, else in a new matrix."""
+        out = rows if self.axes is None else np.empty((len(rows), len(self.axes)), np.float32)
+        for start in range(0, len(rows), CHUNK):
+            part = slice(start, start + CHUNK)
+            out[part] = self._apply(rows[part])
+        return out
+
+    def _apply(self, rows: Rows) -> Rows:
+        if self.unit_length:
+            length = np.linalg.norm(rows, axis=1, keepdims=True)
+            rows = rows / np.where(length > 0, length, 1)
+        if self.shift is not None and self.stretch is not None:
+            rows = (rows - self.shift) * self.stretch
+        if self.center is not None and self.axes is not None:
+            rows = (rows - self.center) @ self.axes.T
+        return rows
+
+
+def learn(block: FeatureBlock, rows: Rows, chosen: NDArray[np.bool_]) -> Normalizer:
+    """Learn what `block` asks for from the `chosen` rows.
+
+    Standardization, min-max and PCA are scikit-learn's. PCA is seeded.
+    """
+    if block.normalize in {"none", "l2"} and block.components is None:
+        return Normalizer(unit_length=block.normalize == "l2")
+    learned = rows[chosen]
+    _check(block, rows.shape[1], len(learned))
+    base = _affine(block, learned)
+    if block.components is None:
+        return base
+    from sklearn.decomposition import PCA  # noqa: PLC0415 - a second to import, and only where something is learned
+
+    whiten = block.normalize == "whiten"
+    pca = PCA(block.components, whiten=whiten, random_state=0).fit(base._apply(learned))
+    axes = pca.components_ / np.sqrt(pca.explained_variance_)[:, None] if whiten else pca.components_
+    return Normalizer(base.unit_length, base.shift, base.stretch, _f32(pca.mean_), _f32(axes))
+
+
+def _affine(block: FeatureBlock, rows: Rows) -> Normalizer:
+    from sklearn.preprocessing import MinMaxScaler, StandardScaler  # noqa: PLC0415 - as above
+
+    if block.normalize == "standard":
+        standard = StandardScaler().fit(rows)
+        return Normalizer(shift=_f32(standard.mean_), stretch=_f32(1 / standard.scale_))
+    if block.normalize == "minmax":
+        minmax = MinMaxScaler().fit(rows)
+        return Normalizer(shift=_f32(minmax.data_min_), stretch=_f32(minmax.scale_))
+    return Normalizer(unit_length=block.normalize == "l2")
+
+
+def _check(block: FeatureBlock, width: int, count: int) -> None:
+    if not count:
+        message = f"--normalize {block.normalize} has no rows to learn from: --fit-on selects none that has features."
+        raise RequestError(message)
+    wanted = block.components
+    if wanted is not None and wanted > min(count, width):
+        message = (
+            f"--components {wanted:,} is more than {block.backbone} can give: {width:,} features were learned from "
+            f"{count:,} rows. Use --components {min(count, width):,} or fewer."
+        )
+        raise RequestError(message)
+
+
+def _f32(values: Rows) -> Rows:
+    return np.ascontiguousarray(values, np.float32)

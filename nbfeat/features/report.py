@@ -1,0 +1,139 @@
+"""An Extraction → a dict → text and html.
+
+`summarize` reads, `text` and `html` only draw: what is shown in a notebook, in a terminal and in a saved file is the
+same.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nbfeat.backbones.catalog import find
+from nbfeat.errors import listing
+from nbfeat.html import Html, details, escape, paragraph, table, text_table
+
+if TYPE_CHECKING:
+    from nbfeat.features.extraction import Extraction, Part
+
+HEAD = ("block", "columns", "width", "from")
+FAILURES_SHOWN = 10
+REASON_SHOWN = 90
+
+
+def summarize(extraction: Extraction) -> dict[str, Any]:
+    """Gather what a report shows."""
+    finished = extraction.state == "done"
+    failures = extraction.failures
+    return {
+        "state": extraction.state,
+        "done": extraction.done,
+        "total": extraction.total,
+        "failed": len(failures),
+        "failures": failures.head(FAILURES_SHOWN)[["position", "image", "reason"]].to_numpy().tolist(),
+        "seconds": extraction.seconds,
+        "rate": extraction.rate,
+        "width": len(extraction.columns) if finished else None,
+        "blocks": [_block(extraction, part) for part in extraction.parts] if finished else [],
+        "planned": [str(block) for block in extraction.blocks],
+        "engines": extraction.engines,
+        "precision": extraction.precision,
+        "bottleneck": extraction.timings.bottleneck,
+        "notes": [*extraction.notes, *_learned(extraction)],
+    }
+
+
+def _block(extraction: Extraction, part: Part) -> tuple[str, str, int, str]:
+    block, names = part.block, extraction.names(part)
+    output, weights = extraction.output(part), extraction.weights(part)
+    size = block.size or find(block.backbone).size
+    where = block.layer or "end"
+    shape = "×".join(map(str, output.shape))
+    pooled = f"{where} ({shape}), {output.pooling}-pooled" if output.pooling else f"{where} ({shape})"
+    if output.pooling == "flatten":
+        pooled = f"{where} ({shape}), flattened"
+    steps = [f"{weights} weights", f"{size} px {block.resize}", pooled]
+    if block.normalize != "none":
+        steps.append(block.normalize)
+    if block.components:
+        steps.append(f"PCA to {block.components:,}")
+    first, last = names[0], names[-1].rpartition("_")[2]
+    replaced = " (replaced)" if part.replaced else ""
+    return str(block), f"{first} … {last}{replaced}" if len(names) > 1 else first, len(names), ", ".join(steps)
+
+
+def _learned(extraction: Extraction) -> list[str]:
+    """Say what learned normalizations learned from, and what GeM lost."""
+    notes = []
+    learned = [part for part in extraction.parts if part.block.normalize not in {"none", "l2"} or part.block.components]
+    if learned and extraction.fit_rows is None:
+        notes.append(
+            f"{listing(part.prefix for part in learned)}: normalization learned from all rows, those you may test on "
+            "included; name the training rows with --fit-on."
+        )
+    elif learned:
+        notes.append(
+            f"{listing(part.prefix for part in learned)}: normalization learned from {extraction.fit_rows:,} rows."
+        )
+    if extraction.state == "done":
+        lost = [
+            part.prefix for part in extraction.parts if part.block.pooling == "gem" and extraction.output(part).negative
+        ]
+        if lost:
+            notes.append(f"{listing(lost)}: GeM counts values below zero as zero, and this layer has some.")
+    return notes
+
+
+def headline(report: dict[str, Any]) -> str:
+    """Say in one line how it went."""
+    took = f"{report['seconds']:,.1f} s ({report['rate']:,.0f} images/s)"
+    if report["state"] == "done":
+        return f"{report['width']:,} new columns from {report['total']:,} images in {took}"
+    return f"{report['state']}: {report['done']:,} of {report['total']:,} images in {took}"
+
+
+def footer(report: dict[str, Any]) -> str:
+    """Say what ran it, and what bounded its speed."""
+    engine = listing(report["engines"]) or "nothing ran"
+    bound = f" · bounded by {report['bottleneck']}" if report["engines"] and report["total"] else ""
+    return f"{engine} · {report['precision']}{bound}"
+
+
+def failed(report: dict[str, Any]) -> str:
+    """Say how many images failed, and where to read why."""
+    return f"{report['failed']:,} of {report['total']:,} images failed and are NaN: see result.failures"
+
+
+def text(report: dict[str, Any]) -> str:
+    """Draw the report as plain text."""
+    lines = [headline(report)]
+    if report["blocks"]:
+        lines.append(_indented(text_table(report["blocks"], HEAD)))
+    else:
+        lines += [f"  {block}" for block in report["planned"]]
+    if report["failed"]:
+        rows = [(position, image, shorten(reason)) for position, image, reason in report["failures"]]
+        lines += [failed(report), _indented(text_table(rows, ("row", "image", "reason")))]
+    return "\n".join([*lines, *report["notes"], footer(report)])
+
+
+def html(report: dict[str, Any]) -> Html:
+    """Draw the report as html that needs no script and follows the theme."""
+    parts = [paragraph(headline(report), strong=True)]
+    if report["blocks"]:
+        parts.append(table(report["blocks"], HEAD))
+    else:
+        parts += [paragraph(block) for block in report["planned"]]
+    if report["failed"]:
+        parts.append(details(failed(report), table(report["failures"], ("row", "image", "reason"))))
+    parts += [paragraph(note) for note in report["notes"]]
+    parts.append(Html(f'<div style="opacity:.65;font-size:90%">{escape(footer(report))}</div>'))
+    return Html("".join(parts))
+
+
+def shorten(text: str) -> str:
+    """Cut a long reason for a table in plain text."""
+    return text if len(text) <= REASON_SHOWN else text[: REASON_SHOWN - 1] + "…"
+
+
+def _indented(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())

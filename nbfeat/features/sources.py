@@ -1,0 +1,228 @@
+"""A cell of the image column → bytes, an array or a PIL image, or the reason why not; and which column that is."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import stat
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import unquote
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from nbfeat.errors import ImageError, RequestError, listing, near, sentences
+from nbfeat.features.formats import SUFFIXES, kind_of, short
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Source: TypeAlias = "bytes | npt.NDArray[np.generic] | Image.Image"
+
+# 178,956,970 pixels, the most that are decoded, are one gigabyte at 16 bits and three channels, uncompressed.
+MOST_BYTES = 2 << 30
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(?=://)|file(?=:)|data(?=:\w+/)", re.IGNORECASE)
+_REMOTE = frozenset({"http", "https", "s3", "gs"})
+
+
+def load(value: object, root: Path) -> Source:
+    """Return what the cell `value` stands for, files read whole; raise ImageError with the reason why not."""
+    if isinstance(value, Mapping):
+        value = next((part for key in ("bytes", "path") if not is_missing(part := value.get(key))), None)
+    if is_missing(value):
+        message = "the value is missing"
+        raise ImageError(message)
+    if isinstance(value, (str, os.PathLike)):
+        return _read_file(_local_path(_text_of(value), root))
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return _not_empty(bytes(value), "the value holds no bytes")
+    if isinstance(value, (Image.Image, np.ndarray)):
+        return value
+    message = f"a value of type {type(value).__name__}: only paths, bytes, PIL images and uint8 arrays are read"
+    raise ImageError(message)
+
+
+def is_missing(value: object) -> bool:
+    """Tell whether `value` is None, NaN, pandas' NA or NaT, or blank text; without importing pandas."""
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, (float, np.floating)):
+        return math.isnan(value)
+    return value is None or type(value).__name__ in {"NAType", "NaTType"}
+
+
+def _text_of(path: str | os.PathLike[Any]) -> str:
+    try:
+        return os.fsdecode(path)
+    except Exception:  # noqa: BLE001 - objects for remote paths have no local one, and say so each in their own way
+        return str(path)
+
+
+def _local_path(text: str, root: Path) -> Path:
+    scheme = _SCHEME.match(text)
+    if scheme:
+        text = _path_of_url(text, scheme[0].lower())
+    path = Path(text)
+    try:
+        return root / path.expanduser()
+    except RuntimeError:  # "~somebody" who is no user here: a file may be called so
+        return root / path
+
+
+def _path_of_url(text: str, scheme: str) -> str:
+    if scheme == "data":
+        message = "data: addresses are not read: decode them to bytes first"
+        raise ImageError(message)
+    rest = text.partition(":")[2]
+    host, path = rest[2:].partition("/")[::2] if rest.startswith("//") else ("", rest)
+    if scheme != "file" or host.lower() not in {"", "localhost"}:
+        message = "remote addresses are not read: download the file first"
+        raise ImageError(message)
+    path = unquote(f"/{path}" if rest.startswith("//") else path, errors="surrogateescape")
+    return path.lstrip("/") if os.name == "nt" else path
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        _check_readable(path.stat(), path)
+        return _not_empty(path.read_bytes(), f"the file is empty: {path}")
+    except (FileNotFoundError, NotADirectoryError):
+        reason = f"no such file: {path}"
+    except PermissionError:
+        reason = f"permission denied: {path}"
+    except OSError as error:
+        reason = f"{(error.strerror or type(error).__name__).lower()}: {path}"
+    except ValueError:  # raised before the system is asked: a NUL, or a character that file names cannot hold
+        reason = f"the path holds a character that no file name can: {path}"
+    raise ImageError(short(reason))
+
+
+def _check_readable(status: os.stat_result, path: Path) -> None:
+    # Opening a pipe waits for its other end for ever, and opening a device may do anything.
+    if stat.S_ISDIR(status.st_mode):
+        reason = f"a folder, not a file: {path}"
+    elif not stat.S_ISREG(status.st_mode):
+        reason = f"a pipe, socket or device, not a file: {path}"
+    elif not status.st_size:
+        reason = f"the file is empty: {path}"
+    elif status.st_size > MOST_BYTES:
+        reason = f"too large for an image ({status.st_size:,} bytes): {path}"
+    else:
+        return
+    raise ImageError(short(reason))
+
+
+def _not_empty(data: bytes, reason: str) -> bytes:
+    if not data:
+        raise ImageError(short(reason))
+    return data
+
+
+def name_of(value: object) -> str:
+    """Return a short text for `value`: its path, or what it is; never raises.
+
+    >>> name_of(b"..."), name_of(np.zeros((32, 32, 3), np.uint8)), name_of(None)
+    ('<bytes, 3>', '<array 32×32×3 uint8>', 'None')
+    """
+    if isinstance(value, Mapping):
+        value = value.get("path") or value.get("bytes")
+    if isinstance(value, (str, os.PathLike)):
+        return short(_text_of(value))
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return f"<bytes, {memoryview(value).nbytes:,}>"
+    if isinstance(value, np.ndarray):
+        return f"<array {'×'.join(map(str, value.shape))} {value.dtype}>"
+    if isinstance(value, Image.Image):
+        return f"<PIL image {value.width}×{value.height} {value.mode}>"
+    return short(str(value)) if is_missing(value) or isinstance(value, (int, float)) else f"<{type(value).__name__}>"
+
+
+def image_column(frame: pd.DataFrame, asked: Hashable | None) -> Hashable:
+    """Return the label of the column `asked` for, or of the one column that looks like images.
+
+    A column looks like images where at least 9 of 10 do among 50 values spread over the frame, missing ones aside.
+
+    Raises
+    ------
+    RequestError
+        Where there is no such column, or none or several look like images; it names them with their first values.
+    """
+    if frame.columns.nlevels > 1:
+        message = "The frame has columns of several levels: flatten them first, e.g. by joining the levels' names."
+        raise RequestError(message)
+    if asked is not None:
+        return _asked(frame, asked)
+    samples = {place: _sample(frame, place) for place in range(frame.shape[1])}
+    likely = [place for place, sample in samples.items() if _look_like_images(sample)]
+    if len(likely) == 1:
+        return _asked(frame, frame.columns[likely[0]])
+    shown = _described(frame, likely or list(samples))
+    if likely:
+        message = f"{len(likely)} columns look like images: {shown}. Name one with --images COLUMN."
+    elif len(frame):
+        message = f"No column looks like images: {shown or 'there is none'}. Name the right one with --images COLUMN."
+    else:
+        message = "The frame has no rows to tell the image column by. Name it with --images COLUMN."
+    raise RequestError(message)
+
+
+def _asked(frame: pd.DataFrame, asked: Hashable) -> Hashable:
+    same = [label for label in frame.columns if label == asked]
+    same = same or [label for label in frame.columns if str(label) == str(asked)]
+    if len(same) == 1:
+        return same[0]
+    if same:
+        message = f"{len(same)} columns are called {asked!s}: rename all but one."
+        raise RequestError(message)
+    names = [str(label) for label in frame.columns]
+    likely = [place for place in range(len(names)) if _look_like_images(_sample(frame, place))]
+    known = _described(frame, likely or list(range(len(names)))) or "none"
+    which = "Columns that look like images" if likely else "Its columns"
+    message = sentences(f"The frame has no column {asked!s}.", near(str(asked), names), f"{which}: {known}.")
+    raise RequestError(message)
+
+
+def _sample(frame: pd.DataFrame, place: int) -> list[object]:
+    """Return up to 50 values of a column, evenly spread, missing ones left out unless all are."""
+    if getattr(frame.dtypes.iloc[place], "kind", "O") in "biufcmM":
+        return []
+    rows = np.unique(np.linspace(0, len(frame) - 1, min(len(frame), 50)).round().astype(int))
+    values = frame.iloc[rows, place].tolist()
+    return [value for value in values if not is_missing(value)]
+
+
+def _look_like_images(values: list[object]) -> bool:
+    return bool(values) and sum(map(_looks_like_image, values)) >= 0.9 * len(values)
+
+
+def _looks_like_image(value: object) -> bool:
+    if isinstance(value, (str, os.PathLike)):
+        text = _text_of(value)
+        scheme = (_SCHEME.match(text) or [""])[0].lower()
+        if scheme in _REMOTE:
+            text = re.split(r"[?#]", text, maxsplit=1)[0]
+        return scheme == "file" or (scheme in {"", *_REMOTE} and os.path.splitext(text)[1].lower() in SUFFIXES)  # noqa: PTH122
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return kind_of(bytes(value)) is not None
+    if isinstance(value, np.ndarray):
+        return value.dtype == np.uint8 and value.ndim in {2, 3}
+    return isinstance(value, Image.Image) or (isinstance(value, Mapping) and bool({"bytes", "path"} & set(value)))
+
+
+def _described(frame: pd.DataFrame, places: list[int], most: int = 10) -> str:
+    """Name columns with the first value of each, as a sentence does."""
+    parts = [f"{frame.columns[place]!s} ({_first_value(frame, place)})" for place in places[:most]]
+    more = len(places) - len(parts)
+    return listing([*parts, f"{more:,} more"] if more else parts)
+
+
+def _first_value(frame: pd.DataFrame, place: int) -> str:
+    values = frame.iloc[:, place]
+    present = values[values.notna()].iloc[:1].tolist()
+    if not present:
+        return "missing"
+    return short(repr(present[0]) if isinstance(present[0], str) else name_of(present[0]), 60)

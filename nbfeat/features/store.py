@@ -1,0 +1,118 @@
+"""Networks on disk: found by the hash of what was asked for, built by a child process where they are not there yet.
+
+A network is a folder with a JSON manifest (what was asked, versions, SHA-256 of the weights and of each file) and is
+used only if the digests agree.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nbfeat import errors, quiet
+from nbfeat.backbones import weights
+from nbfeat.features.export import versions
+from nbfeat.features.network import NetworkSpec, Output
+from nbfeat.home import HomeError, folder_written_whole, keep
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A network on disk, checked."""
+
+    folder: Path
+    outputs: dict[str, Output]
+    weights: weights.Loaded
+    owner: object = None  # keeps a temporary folder alive where nothing could be kept
+
+
+class Preparing:
+    """Find or build the network of `spec`; iterate for sentences to show meanwhile, then read `result`."""
+
+    result: Stored
+    note = ""  # why nothing could be kept, where that is so
+
+    def __init__(self, spec: NetworkSpec) -> None:
+        self.spec = spec
+
+    def __iter__(self) -> Iterator[str]:
+        """Work, yielding what is being done."""
+        owner = None
+        try:
+            parent = keep("networks")
+        except HomeError as error:
+            self.note = f"{error} The network is built for this run only."
+            owner = TemporaryFolder()
+            parent = owner.path
+        final = parent / self.spec.key(**versions())
+        if found := read(final):
+            self.result = found
+            return
+        shutil.rmtree(final, ignore_errors=True)
+        yield f"building {self.spec.backbone} (once; then it is kept)"
+        with folder_written_whole(final) as made:
+            yield from run_child(self.spec, made)
+        if not (written := read(final)):
+            message = f"The network just written to {final} cannot be read back. Is the disk full or changing?"
+            raise errors.NetworkError(message)
+        self.result = replace(written, owner=owner)
+
+
+class TemporaryFolder:
+    """A folder that is removed when nobody holds this object any more."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="nbfeat-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+def read(folder: Path) -> Stored | None:
+    """Read and check a network; None where there is none, or it is not what its manifest says."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if any(weights.digest(folder / name) != digest for name, digest in manifest["files"].items()):
+            return None
+        outputs = {
+            key: Output(**{**parts, "shape": tuple(parts["shape"])}) for key, parts in manifest["outputs"].items()
+        }
+        return Stored(folder, outputs, weights.Loaded(**manifest["weights"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def run_child(spec: NetworkSpec, out: Path) -> Iterator[str]:
+    """Run the child that builds `spec` into the folder `out`, yielding what it says on the way."""
+    request = out / "request.json"
+    request.write_text(json.dumps(asdict(spec)), encoding="utf-8")
+    command = [sys.executable, "-P", "-m", "nbfeat.features.export", str(request), str(out)]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise:
+        child = subprocess.Popen(  # noqa: S603 - this interpreter, this package
+            command, stdout=subprocess.PIPE, stderr=noise, stdin=subprocess.DEVNULL, text=True, encoding="utf-8",
+            env=quiet.child_environment(),
+        )  # fmt: skip
+        try:
+            assert child.stdout is not None  # noqa: S101 - it was asked for
+            for line in child.stdout:
+                words: dict[str, Any] = json.loads(line)
+                if "error" in words:
+                    raise getattr(errors, words["error"])(words["message"])
+                yield words["tell"]
+            if child.wait():
+                noise.seek(0)
+                last = (noise.read().strip().splitlines() or ["it said nothing"])[-1]
+                message = f"The process that builds {spec.backbone} ended with {child.returncode}: {last}"
+                raise errors.NetworkError(message)
+        finally:
+            child.kill()
+            child.wait()
+            assert child.stdout is not None  # noqa: S101 - it was asked for
+            child.stdout.close()
+    request.unlink()

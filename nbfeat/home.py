@@ -1,0 +1,94 @@
+"""Where nbfeat keeps files: one private folder, written whole or not at all.
+
+The folder is ``NBFEAT_HOME`` if that is set, else the platform's cache folder for ``nbfeat``. What lies there is loaded
+as a network and run, so a folder that somebody else owns or may write to is not used.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+class HomeError(OSError):
+    """The home folder cannot be used; the message says why and how to mend it."""
+
+
+def home() -> Path:
+    """Return the folder where nbfeat keeps files; it need not exist yet."""
+    if chosen := os.environ.get("NBFEAT_HOME"):
+        return Path(chosen).expanduser().absolute()
+    import platformdirs  # noqa: PLC0415 - `import nbfeat` stays light
+
+    return Path(platformdirs.user_cache_dir("nbfeat", appauthor=False))
+
+
+def keep(name: str) -> Path:
+    """Return the subfolder `name` of the home folder, made private, ready to be written.
+
+    Raises HomeError where it cannot be made, cannot be written, or is not ours alone.
+    """
+    top = home()
+    try:
+        top.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_private(top)
+        folder = top / name
+        folder.mkdir(mode=0o700, exist_ok=True)
+        check_private(folder)
+    except HomeError:
+        raise
+    except OSError as error:
+        message = f"{top} cannot be used: {error.strerror or error}. Set NBFEAT_HOME to a folder that you can write to."
+        raise HomeError(message) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        message = f"{folder} cannot be written. Set NBFEAT_HOME to a folder that you can write to."
+        raise HomeError(message)
+    return folder
+
+
+def check_private(folder: Path) -> None:
+    """Raise HomeError where `folder` belongs to, or may be written by, anybody else."""
+    if os.name != "posix":
+        return  # Windows: the profile folder's access list already says so
+    status = folder.stat()
+    if status.st_uid != os.getuid():
+        message = f"{folder} belongs to another user and is not used. Set NBFEAT_HOME to a folder of your own."
+        raise HomeError(message)
+    if stat.S_IMODE(status.st_mode) & 0o022:
+        message = f"{folder} may be written by others and is not used. Run `chmod go-w {folder}`, or set NBFEAT_HOME."
+        raise HomeError(message)
+
+
+@contextmanager
+def folder_written_whole(final: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `final`; on success rename it there, on failure leave nothing.
+
+    Where another process was first, its folder stays and this one is dropped.
+    """
+    made = Path(tempfile.mkdtemp(prefix=f".{final.name[:24]}-", dir=final.parent))
+    try:
+        yield made
+        # Renaming onto a folder that is not empty fails: somebody else was first, or what is there is broken.
+        if final.exists() and not (final / "manifest.json").exists():
+            shutil.rmtree(final, ignore_errors=True)
+        with suppress(OSError):
+            made.rename(final)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` to a temporary file beside `path` and rename it there."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:24]}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

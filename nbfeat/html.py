@@ -1,0 +1,68 @@
+"""Small html tables that follow the notebook's theme; whatever comes from data is escaped here and nowhere else."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import NewType
+
+Html = NewType("Html", str)
+
+# Inline styles survive JupyterLab's sanitizer, GitHub and nbconvert; `currentColor` and opacity follow any theme.
+_TABLE = "border-collapse:collapse;margin:.2em 0 .6em;font-size:90%"
+_CELL = "text-align:left;padding:.15em .9em .15em 0;vertical-align:top;border:0"
+_HEAD = _CELL + ";opacity:.65;font-weight:normal"
+_NUMBER = _CELL + ";text-align:right;font-variant-numeric:tabular-nums"
+
+
+def escape(text: object) -> Html:
+    """Escape `text` for html, quotes too; what is Html already is escaped again, so mark it only once."""
+    return Html(html.escape(str(text), quote=True))
+
+
+def table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> Html:
+    """Draw rows of cells; every cell is escaped, numbers are set to the right with thousands separators."""
+    lines = [f'<table style="{_TABLE}">']
+    if head:
+        cells = "".join(f'<th style="{_HEAD}">{escape(cell)}</th>' for cell in head)
+        lines.append(f"<thead><tr>{cells}</tr></thead>")
+    lines.append("<tbody>")
+    lines += ["<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows]
+    return Html("".join([*lines, "</tbody></table>"]))
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f'<td style="{_NUMBER}">{value:,}</td>'
+    return f'<td style="{_CELL}">{escape(value)}</td>'
+
+
+def details(summary: str, body: Html) -> Html:
+    """Fold `body` under a line of text."""
+    return Html(
+        f'<details style="margin:.2em 0"><summary style="cursor:pointer">{escape(summary)}</summary>{body}</details>'
+    )
+
+
+def paragraph(text: str, *, strong: bool = False) -> Html:
+    """Set one line of text, in bold where it is a heading."""
+    weight = ";font-weight:600" if strong else ""
+    return Html(f'<div style="margin:.2em 0;line-height:1.4{weight}">{escape(text)}</div>')
+
+
+def bar(share: float) -> Html:
+    """Draw a thin progress bar, `share` of it (0–1) filled."""
+    filled = f"width:{max(0.0, min(1.0, share)):.1%};height:100%;background:currentColor;opacity:.75"
+    frame = "height:.45em;max-width:32em;border-radius:.3em;overflow:hidden;border:1px solid currentColor;opacity:.8"
+    return Html(f'<div style="{frame}"><div style="{filled}"></div></div>')
+
+
+def text_table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:
+    """Draw the same rows in plain text, columns aligned."""
+    cells = [[f"{cell:,}" if isinstance(cell, (int, float)) else str(cell) for cell in row] for row in rows]
+    if head:
+        cells.insert(0, list(head))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )

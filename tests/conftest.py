@@ -1,0 +1,77 @@
+"""What tests share: homes of their own, test data where it is there, photographs drawn here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("NBFEAT_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep networks in a folder of this session, so that each is built once and nobody's own is touched."""
+    home = tmp_path_factory.mktemp("nbfeat-home")
+    home.chmod(0o700)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NBFEAT_HOME", str(home))
+        yield home
+
+
+@pytest.fixture(scope="session", autouse=True)
+def keras_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Give Keras a home of this session: a copy of the test data's where there is one, else an empty one."""
+    home = tmp_path_factory.mktemp("keras-home")
+    if (DATA / "keras_home").is_dir():
+        shutil.copytree(DATA / "keras_home", home, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KERAS_HOME", str(home))
+        yield home
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Return the folder of test data, or skip where it is not on this machine."""
+    if not (DATA / "README.md").is_file():
+        pytest.skip(f"no test data at {DATA}: set NBFEAT_TEST_DATA to a folder that has them")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def flowers(shared_data: Path) -> pd.DataFrame:
+    """Return a frame of the 300 flower photographs: path and label."""
+    files = sorted((shared_data / "photos" / "flowers5").glob("*/*.jpg"))
+    return pd.DataFrame({"path": [str(file) for file in files], "label": [file.parent.name for file in files]})
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Draw twenty small pictures of four kinds, each of its own hue and direction."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for number in range(20):
+        kind = number % 4
+        wave = np.sin(np.linspace(0, 6 + 4 * kind, 48))
+        ground = wave[None, :] if kind % 2 else wave[:, None]
+        color = np.eye(3)[kind % 3] * 90
+        pixels = 128 + ground[..., None] * color + generator.normal(0, 8, (48, 48, 3))
+        Image.fromarray(pixels.clip(0, 255).astype("uint8")).save(folder / f"{number:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def photos(pictures: Path) -> pd.DataFrame:
+    """Return a small frame: path, label and split, with an index that is not a range."""
+    paths = sorted(map(str, pictures.glob("*.png")))
+    frame = pd.DataFrame({"path": paths, "label": [f"kind {number % 4}" for number in range(20)]})
+    frame["split"] = np.where(np.arange(20) < 14, "train", "test")
+    frame.index = pd.Index([f"row {number}" for number in range(20)], name="name")
+    return frame
