@@ -51,7 +51,7 @@ def paragraph(text: str, *, strong: bool = False) -> Html:
 
 
 def bar(share: float) -> Html:
-    """Draw a thin progress bar, `share` of it (0–1) filled."""
+    """Draw a thin progress bar, `share` of it (0 … 1) filled."""
     filled = f"width:{max(0.0, min(1.0, share)):.1%};height:100%;background:currentColor;opacity:.75"
     frame = "height:.45em;max-width:32em;border-radius:.3em;overflow:hidden;border:1px solid currentColor;opacity:.8"
     return Html(f'<div style="{frame}"><div style="{filled}"></div></div>')

@@ -54,7 +54,7 @@ def without_fast_math() -> Iterator[None]:
 
 
 def quiet_child() -> None:
-    """Prepare a child process, before it imports Keras, to build networks: nothing printed, sent or imported in vain."""
+    """Prepare a child process, before it imports Keras, to build networks: nothing is sent or imported in vain."""
     sys.meta_path.insert(0, _Refuse())
     warnings.simplefilter("ignore")
     keras: Any = importlib.import_module("keras")
@@ -117,8 +117,8 @@ _kept: list[tuple[Any, str, Any]] = []
 def pillow_defaults() -> Iterator[None]:
     """Give Pillow its own defaults for as long as anybody is in the block, and the user's settings back after it.
 
-    Truncated files fail, huge ones fail at Pillow's own limit, and its warnings are neither shown nor raised: they would
-    come from decoder threads, where filters of the calling thread cannot be relied on.
+    Truncated files fail, huge ones fail at Pillow's own limit, and its warnings are neither shown nor raised:
+    they come from decoder threads, where the caller's filters cannot be relied on.
     """
     global _users  # noqa: PLW0603 - runs may overlap; the last one out puts the settings back
     with _lock:

@@ -10,7 +10,7 @@ import importlib
 import warnings
 from typing import TYPE_CHECKING
 
-from nbfeat.errors import RequestError
+from nbfeat.errors import RequestError, listing
 
 if TYPE_CHECKING:
     import keras
@@ -36,8 +36,12 @@ def build(backbone: Backbone, *, size: int, alpha: float | None = None, weights:
             raise RequestError(message) from error
 
 
-def check(backbone: Backbone, *, size: int, alpha: float | None) -> None:
+def check(backbone: Backbone, *, size: int, alpha: float | None, weights: str | None = None) -> None:
     """Raise RequestError where the catalog already knows that Keras will refuse."""
+    if weights == "imagenet" and alpha is not None and backbone.alphas and alpha not in backbone.alphas:
+        published = listing(map(str, backbone.alphas))
+        message = f"{backbone.name} has published weights for --alpha {published}, not for {alpha}."
+        raise RequestError(message)
     if size < backbone.smallest:
         message = f"{backbone.name} takes images of at least {backbone.smallest} pixels, not --size {size}."
         raise RequestError(message)

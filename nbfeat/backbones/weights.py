@@ -85,7 +85,7 @@ def _digest_of_arrays(arrays: list[NDArray[np.float32]]) -> str:
 
 @contextmanager
 def _files_told(tell: Tell) -> Iterator[list[str]]:
-    """Watch Keras' `get_file`: tell of downloads, and turn a failed one into a sentence with file, address and place."""
+    """Watch Keras' `get_file`: tell of downloads, and turn a failed one into a sentence that helps."""
     file_utils: Any = importlib.import_module("keras.src.utils.file_utils")
     home = importlib.import_module("keras.src.backend.config").keras_home()
     original, files = file_utils.get_file, list[str]()
@@ -171,5 +171,4 @@ def _smooth_noise(size: int) -> NDArray[np.float32]:
     left, share = np.minimum(at.astype(int), 7), at - np.minimum(at.astype(int), 7)
     across = coarse[:, :, left] * (1 - share)[:, None] + coarse[:, :, left + 1] * share[:, None]
     share = share[:, None, None]
-    images = across[:, left] * (1 - share) + across[:, left + 1] * share
-    return images.astype(np.float32)
+    return np.asarray(across[:, left] * (1 - share) + across[:, left + 1] * share, np.float32)

@@ -10,7 +10,7 @@ import argparse
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NoReturn, Self, get_args
 
 from nbfeat.backbones.catalog import SCALINGS, Scaling
@@ -49,14 +49,18 @@ class Option:
         """All spellings, the short one first."""
         return (self.short, self.flag) if self.short else (self.flag,)
 
-    def add_to(self, parser: argparse.ArgumentParser) -> None:
-        """Declare this option; one that is not given is absent from the result, so that defaults can be layered."""
+    @property
+    def action(self) -> str:
+        """What argparse does with it."""
+        return "store_true" if self.switch else "append" if self.repeat else "store"
+
+    def check(self, value: Any) -> Any:  # noqa: ANN401 - text from the magic, values from Python
+        """Return `value` as this option's type, or raise RequestError."""
         if self.switch:
-            parser.add_argument(*self.flags, dest=self.name, action="store_true", default=argparse.SUPPRESS)
-            return
-        action = "append" if self.repeat else "store"
-        kind = one_of(self.choices, self.flag) if self.choices else self.type
-        parser.add_argument(*self.flags, dest=self.name, type=kind, action=action, default=argparse.SUPPRESS)
+            return value
+        if self.repeat and isinstance(value, list):
+            return [self.check(one) for one in value]
+        return one_of(self.choices, self.flag)(value) if self.choices else self.type(value)
 
 
 def one_of(choices: Sequence[str], what: str) -> Callable[[str], str]:
@@ -132,9 +136,10 @@ class WordParser(argparse.ArgumentParser):
 
     def __init__(self, options: Iterable[Option]) -> None:
         super().__init__(prog="", add_help=False, allow_abbrev=False)
-        self.known = tuple(flag for option in options for flag in option.flags)
-        for option in options:
-            option.add_to(self)
+        self.options = tuple(options)
+        for option in self.options:
+            # One that is not given is absent from the result, so that defaults can be layered.
+            self.add_argument(*option.flags, dest=option.name, action=option.action, default=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
         """Raise RequestError in place of argparse's exit."""
@@ -146,13 +151,16 @@ class WordParser(argparse.ArgumentParser):
         for word in rest:
             if word.startswith("-") and word != "-":
                 flag = word.partition("=")[0]
-                message = sentences(f"There is no option {flag}.", near(flag, self.known), "`%extract?` lists them.")
+                known = [spelling for option in self.options for spelling in option.flags]
+                message = sentences(f"There is no option {flag}.", near(flag, known), "`%extract?` lists them.")
                 raise RequestError(message)
-        return vars(found), rest
+        # argparse would turn the sentence of a check into one of its own.
+        given = vars(found)
+        return {option.name: option.check(given[option.name]) for option in self.options if option.name in given}, rest
 
 
 def split_words(text: str) -> list[str]:
-    """Split a line as a shell does, but backslashes are plain text (Windows paths) and ``#`` begins a comment only at a word."""
+    """Split a line as a shell does, but backslashes are plain text (Windows paths); ``#`` before a word is a comment."""
     lexer = shlex.shlex(_without_comment(text), posix=True)
     lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", ""
     try:
@@ -197,8 +205,7 @@ class FeatureBlock:
             value = getattr(self, option.name)
             if value is None:
                 continue
-            check = one_of(option.choices, option.flag) if option.choices else option.type
-            object.__setattr__(self, option.name, check(value))
+            object.__setattr__(self, option.name, option.check(value))
         if self.normalize == "whiten" and self.components is None:
             message = "--normalize whiten needs --components N: without a limit, new images get values in the millions."
             raise RequestError(message)
@@ -245,9 +252,10 @@ class FeatureBlock:
                 words.append(f"{option.flag}{joint}{quoted(str(value))}")
         return " ".join(words)
 
-    def with_prefix(self, prefix: str) -> Self:
-        """Return the same block with its columns named from `prefix`."""
-        return replace(self, prefix=prefix)
+    @property
+    def is_learned(self) -> bool:
+        """Whether the normalization learns from rows."""
+        return self.normalize not in {"none", "l2"} or self.components is not None
 
 
 def quoted(word: str) -> str:

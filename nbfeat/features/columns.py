@@ -40,7 +40,7 @@ def prefix_of(block: FeatureBlock, backbone: str, image_column: str | None = Non
 
 
 def names(prefix: str, width: int) -> list[str]:
-    """Return the names of `width` columns, numbers padded with zeros: ``prefix_0000`` …"""
+    """Return the names of `width` columns, numbers padded with zeros, from ``prefix_0000`` on."""
     digits = max(DIGITS, len(str(width - 1)))
     return [f"{prefix}_{number:0{digits}d}" for number in range(width)]
 
@@ -70,7 +70,7 @@ def place(frame: pd.DataFrame, prefix: str, width: int, *, replace: bool) -> Pla
 
 
 def own_columns(frame: pd.DataFrame, prefix: str) -> set[int]:
-    """Return the positions of columns that a block of `prefix` made before: 0 … width−1, each once, float32."""
+    """Return the positions of columns that a block of `prefix` made before: 0 … width-1, each once, float32."""
     pattern = re.compile(re.escape(prefix) + r"_(\d{4,})")
     found: dict[int, int] = {}
     for position, column in enumerate(frame.columns):

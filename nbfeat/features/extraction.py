@@ -235,8 +235,8 @@ class Extraction:
 
     @property
     def rate(self) -> float:
-        """Images per second so far, preparing the network apart."""
-        working = self.seconds - self.timings.preparing
+        """Images per second so far, preparing the network and attaching columns apart."""
+        working = self.seconds - self.timings.preparing - self.timings.attaching
         return self.done / working if self.done and working > 0 else 0.0
 
     @property
@@ -268,7 +268,9 @@ class Extraction:
     def frame(self) -> pd.DataFrame:
         """The given columns, then the features: same index, same order, same rows."""
         if self._result is None:
-            message = f"This extraction is not finished: {self.done:,} of {self.total:,} images. Ask `steps()` for more."
+            message = (
+                f"This extraction is not finished: {self.done:,} of {self.total:,} images. Ask `steps()` for more."
+            )
             raise ExtractionError(message)
         return self._result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ def layers(backbone: str, *, alpha: float | None = None, size: int | None = None
     import pandas as pd  # noqa: PLC0415 - `import nbfeat` stays light
 
     found = find(backbone)
-    spec = _spec(found, alpha, size)
+    spec = spec_of(found, alpha, size)
     customary = {layer.name for layer in found.layers}
     rows = [_row(row, customary) for row in known_layers(spec) or _look(spec)]
     return pd.DataFrame(rows).set_index("layer")
@@ -64,7 +65,8 @@ def known_layers(spec: NetworkSpec) -> list[dict[str, Any]] | None:
     return rows
 
 
-def _spec(backbone: Backbone, alpha: float | None, size: int | None) -> NetworkSpec:
+def spec_of(backbone: Backbone, alpha: float | None = None, size: int | None = None) -> NetworkSpec:
+    """Describe the network whose layers are asked for; its weights do not matter."""
     side = whole("size")(size) if size is not None else backbone.size
     width = alpha_of(alpha) if alpha is not None else None
     applications.check(backbone, size=side, alpha=width)
@@ -82,10 +84,8 @@ def _look(spec: NetworkSpec) -> list[dict[str, Any]]:
         for _ in run_child(spec, Path(folder)):
             pass
         text = Path(folder, "layers.json").read_text(encoding="utf-8")
-    try:
+    with suppress(HomeError):  # then it is looked at again next time
         write_whole(_place(spec), text)
-    except HomeError:
-        pass  # it is looked at again next time
     rows: list[dict[str, Any]] = json.loads(text)
     if not rows:
         message = f"Keras built {spec.backbone} without layers. Please report this with your Keras version."

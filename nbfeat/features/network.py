@@ -75,7 +75,7 @@ class NetworkSpec:
             size=first.size or backbone.size,
             cuts=tuple(sorted({cut_of(block) for block in blocks})),
         )
-        applications.check(backbone, size=spec.size, alpha=spec.alpha)
+        applications.check(backbone, size=spec.size, alpha=spec.alpha, weights=spec.weights)
         return spec
 
     def key(self, **versions: str) -> str:
@@ -143,7 +143,7 @@ def load_base(spec: NetworkSpec, tell: weights.Tell) -> tuple[keras.Model, weigh
 
 
 def scale(pixels: Any, scaling: Scaling) -> Any:  # noqa: ANN401 - a tensor of whichever backend
-    """Scale pixels 0–255 as ``keras.applications.imagenet_utils.preprocess_input`` does in mode `scaling`."""
+    """Scale pixels 0 … 255 as ``keras.applications.imagenet_utils.preprocess_input`` does in mode `scaling`."""
     ops: Any = importlib.import_module("keras").ops
     x = ops.cast(pixels, "float32")
     match scaling:
@@ -210,7 +210,7 @@ def _channels_last(shape: tuple[int, ...], turned: bool) -> tuple[int, ...]:  # 
 
 
 def turn_channels_first(base: keras.Model) -> keras.Model | None:
-    """Clone `base` with channels before rows and columns, or return None where it cannot be (ConvNeXt's nested parts)."""
+    """Clone `base` with channels before rows and columns; None where it cannot be (ConvNeXt's nested parts)."""
     keras: Any = importlib.import_module("keras")
     layers = keras.layers
     if any(hasattr(layer, "layers") for layer in base.layers):

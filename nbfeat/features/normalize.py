@@ -34,10 +34,11 @@ class Normalizer:
         out = rows if self.axes is None else np.empty((len(rows), len(self.axes)), np.float32)
         for start in range(0, len(rows), CHUNK):
             part = slice(start, start + CHUNK)
-            out[part] = self._apply(rows[part])
+            out[part] = self.applied_to(rows[part])
         return out
 
-    def _apply(self, rows: Rows) -> Rows:
+    def applied_to(self, rows: Rows) -> Rows:
+        """Return normalized rows in a new matrix."""
         if self.unit_length:
             length = np.linalg.norm(rows, axis=1, keepdims=True)
             rows = rows / np.where(length > 0, length, 1)
@@ -53,7 +54,7 @@ def learn(block: FeatureBlock, rows: Rows, chosen: NDArray[np.bool_]) -> Normali
 
     Standardization, min-max and PCA are scikit-learn's. PCA is seeded.
     """
-    if block.normalize in {"none", "l2"} and block.components is None:
+    if not block.is_learned:
         return Normalizer(unit_length=block.normalize == "l2")
     learned = rows[chosen]
     _check(block, rows.shape[1], len(learned))
@@ -63,7 +64,7 @@ def learn(block: FeatureBlock, rows: Rows, chosen: NDArray[np.bool_]) -> Normali
     from sklearn.decomposition import PCA  # noqa: PLC0415 - a second to import, and only where something is learned
 
     whiten = block.normalize == "whiten"
-    pca = PCA(block.components, whiten=whiten, random_state=0).fit(base._apply(learned))
+    pca = PCA(block.components, whiten=whiten, random_state=0).fit(base.applied_to(learned))
     axes = pca.components_ / np.sqrt(pca.explained_variance_)[:, None] if whiten else pca.components_
     return Normalizer(base.unit_length, base.shift, base.stretch, _f32(pca.mean_), _f32(axes))
 

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -33,6 +33,10 @@ class Timings:
     waiting_for_network: float = 0.0  # decoded images had to wait
     attaching: float = 0.0  # normalizing, and attaching the columns
 
+    def seconds(self) -> dict[str, float]:
+        """Return the times by name."""
+        return asdict(self)
+
     @property
     def bottleneck(self) -> Literal["decoding", "network"]:
         """What more of would make the run faster."""
@@ -41,7 +45,7 @@ class Timings:
 
 @dataclass(slots=True)
 class Batch:
-    """Rows that are finished: which images they are, and their vectors from each engine; and those that failed before them."""
+    """Rows that are finished, with their vectors from each engine, and rows that failed on the way."""
 
     rows: list[int] = field(default_factory=list)
     vectors: list[Vectors] = field(default_factory=list)

@@ -13,8 +13,10 @@ from nbfeat.errors import listing
 from nbfeat.html import Html, details, escape, paragraph, table, text_table
 
 if TYPE_CHECKING:
-    from nbfeat.features.extraction import Extraction, Part
+    from nbfeat.features.extraction import Extraction
+    from nbfeat.features.part import Part
 
+_POOLED = {"avg": "average", "max": "maximum", "gem": "generalized mean", "flatten": "flattened"}
 HEAD = ("block", "columns", "width", "from")
 FAILURES_SHOWN = 10
 REASON_SHOWN = 90
@@ -32,60 +34,54 @@ def summarize(extraction: Extraction) -> dict[str, Any]:
         "failures": failures.head(FAILURES_SHOWN)[["position", "image", "reason"]].to_numpy().tolist(),
         "seconds": extraction.seconds,
         "rate": extraction.rate,
+        "preparing": extraction.timings.preparing,
         "width": len(extraction.columns) if finished else None,
-        "blocks": [_block(extraction, part) for part in extraction.parts] if finished else [],
+        "blocks": [_block(part) for part in extraction.parts] if finished else [],
         "planned": [str(block) for block in extraction.blocks],
         "engines": extraction.engines,
         "precision": extraction.precision,
         "bottleneck": extraction.timings.bottleneck,
-        "notes": [*extraction.notes, *_learned(extraction)],
+        "notes": [*extraction.notes, *_notes(extraction)],
     }
 
 
-def _block(extraction: Extraction, part: Part) -> tuple[str, str, int, str]:
-    block, names = part.block, extraction.names(part)
-    output, weights = extraction.output(part), extraction.weights(part)
-    size = block.size or find(block.backbone).size
-    where = block.layer or "end"
-    shape = "×".join(map(str, output.shape))
-    pooled = f"{where} ({shape}), {output.pooling}-pooled" if output.pooling else f"{where} ({shape})"
-    if output.pooling == "flatten":
-        pooled = f"{where} ({shape}), flattened"
-    steps = [f"{weights} weights", f"{size} px {block.resize}", pooled]
+def _block(part: Part) -> tuple[str, str, int, str]:
+    block, names, output = part.block, part.names, part.output
+    steps = [f"{block.size or find(block.backbone).size} px {block.resize}"]
+    if part.lane and output:
+        shape = "×".join(map(str, output.shape))
+        steps = [f"{part.lane.engine.weights.name} weights", *steps, f"{block.layer or 'end'} {shape}"]
+        steps += [_POOLED[output.pooling]] if output.pooling else []
     if block.normalize != "none":
         steps.append(block.normalize)
     if block.components:
         steps.append(f"PCA to {block.components:,}")
-    first, last = names[0], names[-1].rpartition("_")[2]
-    replaced = " (replaced)" if part.replaced else ""
-    return str(block), f"{first} … {last}{replaced}" if len(names) > 1 else first, len(names), ", ".join(steps)
+    columns = f"{names[0]} … {names[-1].rpartition('_')[2]}" if len(names) > 1 else names[0]
+    return str(block), columns + (" (replaced)" if part.replaced else ""), len(names), ", ".join(steps)
 
 
-def _learned(extraction: Extraction) -> list[str]:
+def _notes(extraction: Extraction) -> list[str]:
     """Say what learned normalizations learned from, and what GeM lost."""
     notes = []
-    learned = [part for part in extraction.parts if part.block.normalize not in {"none", "l2"} or part.block.components]
+    learned = [part.prefix for part in extraction.parts if part.block.is_learned]
     if learned and extraction.fit_rows is None:
         notes.append(
-            f"{listing(part.prefix for part in learned)}: normalization learned from all rows, those you may test on "
-            "included; name the training rows with --fit-on."
+            f"{listing(learned)}: normalization learned from all rows, those you may test on included; "
+            "name the training rows with --fit-on."
         )
     elif learned:
-        notes.append(
-            f"{listing(part.prefix for part in learned)}: normalization learned from {extraction.fit_rows:,} rows."
-        )
-    if extraction.state == "done":
-        lost = [
-            part.prefix for part in extraction.parts if part.block.pooling == "gem" and extraction.output(part).negative
-        ]
-        if lost:
-            notes.append(f"{listing(lost)}: GeM counts values below zero as zero, and this layer has some.")
+        notes.append(f"{listing(learned)}: normalization learned from {extraction.fit_rows:,} rows.")
+    cut = [part for part in extraction.parts if part.output and part.output.pooling == "gem"]
+    if lost := [part.prefix for part in cut if part.output and part.output.negative]:
+        notes.append(f"{listing(lost)}: GeM counts values below zero as zero, and this layer has some.")
     return notes
 
 
 def headline(report: dict[str, Any]) -> str:
     """Say in one line how it went."""
     took = f"{report['seconds']:,.1f} s ({report['rate']:,.0f} images/s)"
+    if report["preparing"] > 1:
+        took += f", {report['preparing']:,.1f} s of them to build the network"
     if report["state"] == "done":
         return f"{report['width']:,} new columns from {report['total']:,} images in {took}"
     return f"{report['state']}: {report['done']:,} of {report['total']:,} images in {took}"

@@ -50,7 +50,8 @@ def check_frame(frame: object) -> None:
         message = f"The frame must be a pandas DataFrame, not {kind}: use {way}."
         raise RequestError(message)
     if frame.columns.nlevels > 1:
-        message = "The frame has MultiIndex columns: flatten them first, e.g. frame.columns = ['_'.join(c) for c in frame.columns]."
+        way = "frame.columns = ['_'.join(map(str, names)) for names in frame.columns]"
+        message = f"The frame has MultiIndex columns: flatten them first, e.g. {way}."
         raise RequestError(message)
 
 
@@ -67,7 +68,8 @@ def rows_selected(frame: pd.DataFrame, fit_on: str | Sequence[bool]) -> NDArray[
         values = fit_on
     mask: NDArray[Any] = np.asarray(values)
     if mask.shape != (len(frame),) or mask.dtype != bool:
-        message = f"--fit-on must give one True or False per row; it gave {mask.dtype} of shape {mask.shape} for {len(frame):,} rows."
+        given = f"{mask.dtype} of shape {mask.shape} for {len(frame):,} rows"
+        message = f"--fit-on must give one True or False per row; it gave {given}."
         raise RequestError(message)
     if not mask.any():
         message = "--fit-on selects no row at all. Check the query against the frame's values."

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,15 +98,20 @@ def openvino_works() -> bool:
     return True
 
 
+def check_device(asked: str) -> str:
+    """Return `asked` if it is ``auto``, ``cpu``, ``gpu`` or ``gpu:N``."""
+    if re.fullmatch(r"auto|cpu|gpu(:\d+)?", str(asked)) is None:
+        message = f"--device takes auto, cpu, gpu or gpu:N, not {asked!r}."
+        raise RequestError(message)
+    return asked
+
+
 def choose_device(asked: str) -> str:
     """Turn ``auto``, ``cpu``, ``gpu`` or ``gpu:1`` into ``cpu`` or ``gpu:N``.
 
     ``auto`` asks Keras' backend, which takes seconds to import, only where there is a sign of a GPU.
     """
     kind, _, number = asked.partition(":")
-    if kind not in {"auto", "cpu", "gpu"} or (number and (kind != "gpu" or not number.isdecimal())):
-        message = f"--device takes auto, cpu, gpu or gpu:N, not {asked!r}."
-        raise RequestError(message)
     if kind == "cpu" or (kind == "auto" and not sign_of_gpu()):
         return "cpu"
     found = count_gpus()
@@ -115,8 +121,8 @@ def choose_device(asked: str) -> str:
         return "cpu"
     seen = f"{found} GPU{'s' if found > 1 else ''}" if found else "no GPU"
     message = (
-        f"Keras' backend sees {seen}, so --device {asked} cannot be had. Use --device cpu, or install the extra for GPUs: "
-        "pip install 'nbfeat[gpu]'."
+        f"Keras' backend sees {seen}, so --device {asked} cannot be had. Use --device cpu, or install the extra "
+        "for GPUs: pip install 'nbfeat[gpu]'."
     )
     raise RequestError(message)
 

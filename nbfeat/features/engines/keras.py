@@ -33,7 +33,8 @@ class KerasEngine:
             raise RequestError(message)
         keras: Any = importlib.import_module("keras")
         self.batch_size, self._device = batch_size or BATCH, device
-        self.name = f"Keras {keras.__version__} on {_SHOWN.get(keras.backend.backend(), keras.backend.backend())}, {device.upper()}"
+        backend = keras.backend.backend()
+        self.name = f"Keras {keras.__version__} on {_SHOWN.get(backend, backend)}, {device.upper()}"
         with keras.device(device):
             built = _in_a_fresh_session(spec, device)
             self._run = _compiled(built)
@@ -79,7 +80,7 @@ class KerasEngine:
 
 
 def _in_a_fresh_session(spec: NetworkSpec, device: str) -> Built:
-    """Build in a thread of its own: Keras keeps layer counters and dtype policy by thread, so neither side sees the other's."""
+    """Build in a thread of its own: Keras counts layers by thread, so neither side sees the other's names."""
     result: list[Any] = []
 
     def work() -> None:
@@ -121,7 +122,7 @@ def _compiled(built: Built) -> Callable[[Pixels], Any]:
 
             return run
         case "openvino":
-            return lambda pixels: model.predict_on_batch(pixels)
+            return model.predict_on_batch  # type: ignore[no-any-return]
         case other:
             message = f"Keras' backend {other!r} is not one that nbfeat can run: use tensorflow, jax or torch."
             raise NetworkError(message)

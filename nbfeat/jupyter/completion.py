@@ -1,0 +1,121 @@
+"""What Tab offers in %extract and %%extract, from the same table as everything else; it never imports Keras."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
+
+from nbfeat.backbones.catalog import CATALOG, find
+from nbfeat.errors import NbfeatError
+from nbfeat.features.block import BLOCK_OPTIONS, Option, quoted
+from nbfeat.features.layers import known_layers, spec_of
+from nbfeat.home import HomeError
+from nbfeat.jupyter.grammar import OPTIONS
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
+
+_NAME = "nbfeat"
+_MAGIC = re.compile(r"^\s*(%{1,2})(extract|backbones)\b")
+_VALUES = {
+    "weights": ("imagenet", "random"),
+    "device": ("auto", "cpu", "gpu"),
+    "batch_size": ("auto",),
+}
+
+
+def candidates(cell: str, line: int, before: str, names: Mapping[str, Any]) -> list[str] | None:
+    """Return what can stand at the cursor, or None where the cell is not ours.
+
+    `before` is the text of the cursor's line up to the cursor, without the word that is being written.
+    """
+    head = cell.partition("\n")[0]
+    in_body = line > 0 and head.lstrip().startswith("%%extract ")
+    match = _MAGIC.match(head if in_body else before)
+    if match is None:
+        return None
+    if match[2] == "backbones":
+        return list(CATALOG)
+    first = (head if in_body else before)[match.end() :].split()
+    words = before.split() if in_body else first
+    known = BLOCK_OPTIONS if in_body else OPTIONS
+    option = next((one for one in known if words and words[-1] in one.flags and not one.switch), None)
+    if option is not None:
+        return _values_of(option, words if in_body else words[1:], first, names)
+    flags, plain = [one.flag for one in known], len(_plain(words, known))
+    if not in_body and not plain:
+        return [name for name, value in names.items() if type(value).__name__ == "DataFrame" and name[:1] != "_"]
+    return flags if plain > (not in_body) else [*CATALOG, *flags]
+
+
+def _values_of(option: Option, words: list[str], first: list[str], names: Mapping[str, Any]) -> list[str]:
+    if option.choices:
+        return list(option.choices)
+    frame = names.get(first[0]) if first else None
+    if option.name == "images" and type(frame).__name__ == "DataFrame":
+        return [quoted(str(column)) for column in frame.select_dtypes(exclude="number").columns]  # type: ignore[union-attr]
+    if option.name == "layer":
+        return _layers([*words, *first])
+    return list(_VALUES.get(option.name, ()))
+
+
+def _layers(words: list[str]) -> list[str]:
+    """Return all layers of the backbone named, where they were looked at before; else the customary ones."""
+    for word in words:
+        try:
+            backbone = find(word)
+        except NbfeatError:
+            continue
+        customary = [layer.name for layer in backbone.layers]
+        try:
+            rows = known_layers(spec_of(backbone))
+        except (HomeError, NbfeatError):
+            rows = None
+        return list(dict.fromkeys([*customary, *(row["layer"] for row in rows or [])]))
+    return []
+
+
+def _plain(words: Iterable[str], known: Iterable[Option]) -> list[str]:
+    """Return the words that are neither options nor their values."""
+    takes_value = {flag: not option.switch for option in known for flag in option.flags}
+    plain, skip = [], False
+    for word in words:
+        if skip:
+            skip = False
+        elif word.startswith("-"):
+            skip = takes_value.get(word, False)
+        else:
+            plain.append(word)
+    return plain
+
+
+def _matcher(shell: InteractiveShell) -> Any:  # noqa: ANN401 - a matcher of IPython's second kind
+    @context_matcher(identifier=_NAME, priority=100)
+    def match(context: CompletionContext) -> SimpleMatcherResult:
+        text = context.text_until_cursor
+        word = re.split(r"[\s,]", text)[-1]  # layers may be listed with commas
+        before = text.removesuffix(re.split(r"\s", text)[-1])
+        found = candidates(context.full_text, context.cursor_line, before, shell.user_ns) or []
+        fitting = [SimpleCompletion(text=one, type="nbfeat") for one in found if one.startswith(word)]
+        return {"completions": fitting, "matched_fragment": word, "suppress": bool(found)}
+
+    return match
+
+
+def load(shell: InteractiveShell) -> None:
+    """Add the matcher."""
+    completer = getattr(shell, "Completer", None)
+    if completer is not None:
+        completer.custom_matchers.append(_matcher(shell))
+
+
+def unload(shell: InteractiveShell) -> None:
+    """Take the matcher back."""
+    completer = getattr(shell, "Completer", None)
+    if completer is not None:
+        completer.custom_matchers[:] = [
+            one for one in completer.custom_matchers if getattr(one, "matcher_identifier", "") != _NAME
+        ]

@@ -1,0 +1,190 @@
+"""The grammar of the magics: one table of options → arguments, help and defaults → a Request.
+
+::
+
+    %extract   FRAME BACKBONE [options]
+    %%extract  FRAME [BACKBONE] [options]     and one feature block per line of the body
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nbfeat.errors import RequestError, near, sentences
+from nbfeat.features.block import BLOCK_OPTIONS, FeatureBlock, Option, WordParser, quoted, split_words
+from nbfeat.features.engines import PRECISIONS
+
+RUN_OPTIONS: tuple[Option, ...] = (
+    Option(name="images", short="-i", metavar="COLUMN", repeat=True, default="the one that looks like images",
+           help="column of the frame that holds images; give it again for a second one"),
+    Option(name="root", metavar="FOLDER", default="the notebook's folder", help="where relative paths start"),
+    Option(name="fit_on", metavar="QUERY", default="all rows",
+           help="rows that learned normalizations learn from, e.g. \"split == 'train'\""),
+    Option(name="into", short="-o", metavar="NAME", default="FRAME",
+           help="bind the new frame to NAME and leave FRAME as it is"),
+    Option(name="batch_size", short="-b", metavar="N", default="auto", help="images per batch"),
+    Option(name="device", short="-d", metavar="DEVICE", default="auto", help="auto, cpu, gpu or gpu:1"),
+    Option(name="precision", metavar="HOW", choices=("auto", *PRECISIONS), default="auto",
+           help="number format that the network computes in; auto is float32"),
+    Option(name="replace", switch=True, help="overwrite columns of the same names that no block made"),
+    Option(name="quiet", short="-q", switch=True, help="show no progress"),
+    Option(name="help", short="-h", switch=True, help="show this"),
+)  # fmt: skip
+
+OPTIONS = (*BLOCK_OPTIONS, *RUN_OPTIONS)
+_BLOCK_NAMES = {option.name for option in BLOCK_OPTIONS}
+_FOR_EXTRACTION = ("images", "root", "fit_on", "batch_size", "device", "precision", "replace")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a cell asked for."""
+
+    frame: str  # name of the frame
+    blocks: tuple[FeatureBlock, ...]
+    run: Mapping[str, Any]  # options of the run, by name
+    quiet: bool = False
+
+    @property
+    def into(self) -> str:
+        """The name that the new frame is bound to."""
+        return str(self.run.get("into", self.frame))
+
+    @property
+    def for_extraction(self) -> dict[str, Any]:
+        """The options that Extraction takes."""
+        return {name: self.run[name] for name in _FOR_EXTRACTION if name in self.run}
+
+    def __str__(self) -> str:
+        """Return the cell that reads back to this request."""
+        words = [self.frame]
+        for option in RUN_OPTIONS:
+            if option.name in self.run and option.switch:
+                words.append(option.flag)
+            elif option.name in self.run:
+                values = self.run[option.name] if option.repeat else [self.run[option.name]]
+                words += [f"{option.flag} {quoted(str(value))}" for value in values]
+        words += ["--quiet"] if self.quiet else []
+        return "\n".join(["%%extract " + " ".join(words), *map(str, self.blocks)])
+
+
+def read(line: str, body: str | None, defaults: Mapping[str, Any]) -> Request | None:
+    """Read the words after ``%extract``, and the body of ``%%extract``; None where help was asked for.
+
+    `defaults` are the settings of ``%config ExtractMagics``. Words on the first line come before them, words of a
+    block's own line before both.
+    """
+    given, words = WordParser(OPTIONS).read(_words(line))
+    if given.pop("help", False):
+        return None
+    quiet = bool(given.pop("quiet", False))
+    if not words:
+        message = (
+            "%extract needs the name of a dataframe and a backbone: %extract photos ResNet50. `%extract?` tells more."
+        )
+        raise RequestError(message)
+    frame, *rest = words
+    if not frame.isidentifier():
+        written = line.split(maxsplit=1)[0]  # with its quotes
+        message = f"The frame must be a name, not {written}. Give it one first: train = {written}."
+        raise RequestError(message)
+    known = {**defaults, **given}
+    run = {name: value for name, value in known.items() if name not in _BLOCK_NAMES and name != "backbone"}
+    if not run.get("into", frame).isidentifier():
+        message = f"--into takes a name, not {run['into']!r}."
+        raise RequestError(message)
+    block = {name: value for name, value in known.items() if name not in run}
+    lines = [text for text in (body or "").splitlines() if split_words(text)]  # neither blank nor comment
+    if not lines:
+        return Request(frame, FeatureBlock.from_options(rest, block), run, quiet)
+    if rest:
+        block["backbone"] = FeatureBlock.from_options(rest, {})[0].backbone
+    return Request(frame, tuple(found for text in lines for found in read_line(text, block)), run, quiet)
+
+
+def read_line(text: str, defaults: Mapping[str, Any]) -> tuple[FeatureBlock, ...]:
+    """Read one line of the body; what is neither block nor comment gets an error that says what the body is."""
+    parser = WordParser(BLOCK_OPTIONS)
+    words = split_words(text)
+    for word in words:
+        flag = word.partition("=")[0]
+        if any(flag in option.flags for option in RUN_OPTIONS):
+            message = f"{flag} is an option of the whole run: move it to the first line, after %%extract."
+            raise RequestError(message)
+    if not words[0].startswith("-") and (len(words) > 1 and not words[1].startswith("-") or _is_code(words[0])):
+        message = (
+            f"The body is one feature block per line, not code: {text.strip()!r}. Write e.g. `ResNet50 --pooling max`."
+        )
+        raise RequestError(message)
+    given, rest = parser.read(words)
+    return FeatureBlock.from_options(rest, {**defaults, **given})
+
+
+def _is_code(word: str) -> bool:
+    return any(sign in word for sign in "()[]{}=:;") or word in {"import", "from", "def", "for", "print"}
+
+
+def _words(line: str) -> list[str]:
+    """Split the line of a magic; a semicolon that only silences the output is not part of it."""
+    return split_words(line.rstrip().removesuffix(";"))
+
+
+def default_of(name: str, value: Any) -> Any:  # noqa: ANN401 - whatever the option takes
+    """Check a setting of ``%config ExtractMagics`` as the option's own value would be."""
+    option = next(option for option in OPTIONS if option.name == name)
+    given, _ = WordParser([option]).read([f"{option.flag}={value}"])
+    return given[name]
+
+
+def usage() -> str:
+    """Return what `%extract?` and ``-h`` show."""
+    lines = [
+        "%extract   FRAME BACKBONE [options]",
+        "%%extract  FRAME [BACKBONE] [options]     then one feature block per line: BACKBONE [block options]",
+        "",
+        "Attach features of the images in a column of the dataframe FRAME as new columns.",
+        "",
+        "  %extract photos ResNet50 --images path",
+        "  %extract photos VGG16 --layer block4_pool --pooling max --normalize l2",
+        "",
+    ]
+    for head, options in (("Options of a feature block", BLOCK_OPTIONS), ("Options of the run", RUN_OPTIONS)):
+        lines.append(f"{head}:")
+        lines += [_usage_of(option) for option in options]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _usage_of(option: Option) -> str:
+    spelled = ", ".join(option.flags) + ("" if option.switch else f" {option.metavar}")
+    choices = f" ({', '.join(option.choices)})" if option.choices else ""
+    default = f" [{option.default}]" if option.default else ""
+    return f"  {spelled:<26} {option.help}{choices}{default}"
+
+
+def markdown() -> str:
+    """Return the table of options for the README; a test compares them."""
+    rows = ["| option | of | meaning | default |", "|---|---|---|---|"]
+    for scope, options in (("block", BLOCK_OPTIONS), ("run", RUN_OPTIONS)):
+        for option in options:
+            value = "" if option.switch else f" {option.metavar}"
+            spelled = "`" + ", ".join(option.flags) + value + "`"
+            choices = ": " + " ".join(f"`{choice}`" for choice in option.choices) if option.choices else ""
+            rows.append(f"| {spelled} | {scope} | {option.help}{choices} | {option.default} |")
+    return "\n".join(rows)
+
+
+def check_name(name: str, known: Mapping[str, Any]) -> Any:  # noqa: ANN401 - whatever the namespace holds
+    """Return the value that `name` has in a notebook, or say that it has none."""
+    if name not in known:
+        frames = [
+            key for key, value in known.items() if type(value).__name__ == "DataFrame" and not key.startswith("_")
+        ]
+        hint = near(name, frames) or (f"Dataframes here: {', '.join(sorted(frames))}." if frames else "")
+        message = sentences(
+            f"There is no {name!r} in this notebook.", hint, "Name a dataframe with a column of images."
+        )
+        raise RequestError(message)
+    return known[name]

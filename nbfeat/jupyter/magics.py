@@ -1,0 +1,160 @@
+"""%extract, %%extract and %backbones, and their settings in ``%config ExtractMagics``.
+
+The magics are thin: they read words, loop over `Extraction.steps()`, and bind the new frame when every row is done or
+named in `failures`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from IPython.core.error import UsageError
+from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
+from IPython.core.magic import line_cell_magic as both
+from IPython.utils.text import DollarFormatter
+from traitlets import Bool, TraitError, Unicode, validate
+from traitlets.config import Configurable
+
+from nbfeat.errors import NbfeatError, RequestError
+from nbfeat.features.extraction import Extraction
+from nbfeat.jupyter import completion, grammar
+from nbfeat.jupyter.live import Live
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
+
+# Options whose defaults make sense for every cell of a notebook; the others belong to one block or one run.
+TRAITS = (
+    "pooling", "normalize", "weights", "scaling", "resize", "interpolation",
+    "images", "root", "batch_size", "device", "precision",
+)  # fmt: skip
+
+
+def _traits() -> dict[str, Any]:
+    options = {option.name: option for option in grammar.OPTIONS}
+    return {
+        name: Unicode("", help=f"{options[name].help}; empty for the default ({options[name].default})").tag(
+            config=True
+        )
+        for name in TRAITS
+    }
+
+
+@magics_class
+class ExtractMagics(Magics):
+    """Image features as columns of a dataframe."""
+
+    backbone = Unicode("", help="the backbone of cells that name none").tag(config=True)
+    quiet = Bool(False, help="show no progress").tag(config=True)  # noqa: FBT003 - traitlets' way
+    short_errors = Bool(True, help="show failing work as one line; False for the whole traceback").tag(config=True)  # noqa: FBT003
+    locals().update(_traits())
+
+    @validate(*TRAITS)
+    def _checked(self, proposal: Any) -> str:  # noqa: ANN401 - traitlets' own
+        name, value = proposal["trait"].name, proposal["value"]
+        try:
+            if value:
+                grammar.default_of(name, value)
+        except RequestError as error:
+            raise TraitError(str(error)) from None
+        return str(value)
+
+    @no_var_expand
+    @both
+    def extract(self, line: str, cell: str | None = None) -> Extraction | None:
+        """Attach features of images as columns; the grammar makes the text that ``%extract?`` shows."""
+        result: Extraction | None = self._answer(lambda: self._extract(line, cell))
+        return result
+
+    @no_var_expand
+    @line_magic
+    def backbones(self, line: str) -> Any:  # noqa: ANN401 - a frame
+        """List the backbones that match a pattern: ``%backbones Res*``."""
+        from nbfeat.backbones.catalog import backbones  # noqa: PLC0415 - pandas is needed only now
+
+        return self._answer(lambda: backbones(line.strip().removesuffix(";").strip() or "*"))
+
+    def _extract(self, line: str, cell: str | None) -> Extraction | None:
+        names = dict(self.shell.user_ns)
+        expanded = [expand(text, names) for text in (line, *(cell or "").splitlines())]
+        request = grammar.read(expanded[0], "\n".join(expanded[1:]), self._defaults())
+        if request is None:
+            print(grammar.usage())  # noqa: T201 - what -h does
+            return None
+        frame = grammar.check_name(request.frame, names)
+        extraction = Extraction(frame, request.blocks, **request.for_extraction)
+        with Live(request.frame, quiet=request.quiet or self.quiet) as live:
+            try:
+                for step in extraction.steps():
+                    live.show(step)
+            except KeyboardInterrupt:
+                raise stopped(extraction) from None
+        self.shell.user_ns[request.into] = extraction.frame
+        return extraction
+
+    def _defaults(self) -> dict[str, Any]:
+        """Return the settings that are not empty, as options."""
+        set_here = {name: getattr(self, name) for name in TRAITS if getattr(self, name)}
+        checked = {name: grammar.default_of(name, value) for name, value in set_here.items()}
+        return {**checked, **({"backbone": self.backbone} if self.backbone else {})}
+
+    def _answer(self, work: Any) -> Any:  # noqa: ANN401 - whatever the work gives
+        """Do `work`; bad usage becomes UsageError, failing work one line unless the whole story is wanted."""
+        try:
+            return work()
+        except RequestError as error:
+            raise UsageError(str(error)) from None
+        except (NbfeatError, KeyboardInterrupt) as error:
+            if self.short_errors:
+                text = f"{type(error).__name__}: {error}"
+                error._render_traceback_ = lambda: [text]  # type: ignore[union-attr]  # IPython's protocol
+            raise
+
+
+ExtractMagics.extract.__doc__ = grammar.usage()
+
+
+def stopped(extraction: Extraction) -> KeyboardInterrupt:
+    """Return the interrupt that stops the notebook, saying what is there and how to go on."""
+    done = f"{extraction.done:,} of {extraction.total:,} images"
+    return KeyboardInterrupt(f"stopped at {done}; nothing was bound. Run the cell again to start over.")
+
+
+def expand(text: str, names: dict[str, Any]) -> str:
+    """Put values in for ``$name`` and ``{expression}``; ``$$`` and ``{{ }}`` are literal, unknown names an error."""
+    if "$" not in text and "{" not in text:
+        return text
+    try:
+        return str(DollarFormatter().vformat(text, (), names))
+    except Exception as error:  # an expression of the user's: whatever it raises is about it
+        reason = f"{type(error).__name__}: {error}"
+        message = f"{text.strip()!r} could not be expanded ({reason}). Write $$ or {{{{ }}}} for plain signs."
+        raise RequestError(message) from error
+
+
+def load(shell: InteractiveShell) -> None:
+    """Register the magics, and what Tab offers."""
+    unload(shell)
+    magics = ExtractMagics(shell=shell)
+    shell.register_magics(magics)
+    shell.configurables.append(magics)
+    completion.load(shell)
+
+
+def unload(shell: InteractiveShell) -> None:
+    """Take back the magics, the settings and the matcher."""
+    completion.unload(shell)
+    registry = shell.magics_manager.registry
+    mine = [key for key, value in registry.items() if _is_mine(value)]
+    for key in mine:
+        del registry[key]
+    shell.configurables[:] = [one for one in shell.configurables if not _is_mine(one)]
+    for table in shell.magics_manager.magics.values():
+        for name in [name for name, function in table.items() if _is_mine(getattr(function, "__self__", None))]:
+            del table[name]
+
+
+def _is_mine(one: Configurable | None) -> bool:
+    # By name: after a reload of the module the class of an old instance is not this one any more.
+    kind = type(one)
+    return kind.__name__ == "ExtractMagics" and kind.__module__ == __name__
