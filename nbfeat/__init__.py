@@ -59,13 +59,13 @@ def __dir__() -> list[str]:
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
     """Register the magics, their settings and what Tab offers."""
-    from nbfeat.jupyter import magics  # noqa: PLC0415 - only in a notebook
+    from nbfeat.jupyter.magics import load  # noqa: PLC0415 - only in a notebook
 
-    magics.load(shell)
+    load(shell)
 
 
 def unload_ipython_extension(shell: InteractiveShell) -> None:
     """Take all of it back."""
-    from nbfeat.jupyter import magics  # noqa: PLC0415 - only in a notebook
+    from nbfeat.jupyter.magics import unload  # noqa: PLC0415 - only in a notebook
 
-    magics.unload(shell)
+    unload(shell)

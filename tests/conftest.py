@@ -10,7 +10,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
+from traitlets.config import Config
+
+from nbfeat.features import engines
+from tests.faces import CellMagic, Face, LineMagic, python
+from tests.fake import FakeEngine, FakeOpening
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("NBFEAT_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -75,3 +81,32 @@ def photos(pictures: Path) -> pd.DataFrame:
     frame["split"] = np.where(np.arange(20) < 14, "train", "test")
     frame.index = pd.Index([f"row {number}" for number in range(20)], name="name")
     return frame
+
+
+@pytest.fixture
+def fake_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeEngine]]:
+    """Put a pretended network in place of every real one."""
+    FakeEngine.opened = 0
+    monkeypatch.setattr(engines, "Opening", FakeOpening)
+    yield FakeEngine
+
+
+@pytest.fixture(scope="session")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InteractiveShell]:
+    """Return an IPython shell of its own, with the extension loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IPYTHONDIR", str(tmp_path_factory.mktemp("ipython")))
+        config = Config()
+        config.HistoryManager.enabled = False
+        shell = InteractiveShell.instance(config=config)
+        shell.run_line_magic("load_ext", "nbfeat")
+        yield shell
+        InteractiveShell.clear_instance()
+
+
+@pytest.fixture(params=["python", "line magic", "cell magic"])
+def extract(request: pytest.FixtureRequest, shell: InteractiveShell) -> Face:
+    """Return each face of extraction in turn; a line magic takes one block."""
+    shell.reset(new_session=False)
+    quiet: dict[str, Face] = {"python": python, "line magic": LineMagic(shell), "cell magic": CellMagic(shell)}
+    return quiet[request.param]

@@ -160,7 +160,7 @@ class WordParser(argparse.ArgumentParser):
 
 
 def split_words(text: str) -> list[str]:
-    """Split a line as a shell does, but backslashes are plain text (Windows paths); ``#`` before a word is a comment."""
+    """Split a line as a shell does, but a backslash is plain text (Windows paths); ``#`` before a word is a comment."""
     lexer = shlex.shlex(_without_comment(text), posix=True)
     lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", ""
     try:

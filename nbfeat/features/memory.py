@@ -18,9 +18,9 @@ def matrix(rows: int, width: int, block: str) -> NDArray[np.float32]:
     size, free = 4 * rows * width, free_bytes()
     if free is not None and size > SHARE * free:
         message = (
-            f"`{block}` gives {width:,} features per image: {rows:,} rows of them take {shown(size)}, more than "
-            f"half of the {shown(free)} of free memory. Pool the map with --pooling avg or max, cut at a later layer, or take "
-            "fewer rows."
+            f"`{block}` gives {width:,} features per image: {rows:,} rows of them take {shown(size)}, more than half "
+            f"of the {shown(free)} of free memory. Pool the map with --pooling avg or max, cut at a later layer, or "
+            "take fewer rows."
         )
         raise RequestError(message)
     return np.full((rows, width), np.nan, np.float32)

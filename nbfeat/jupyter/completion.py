@@ -93,7 +93,7 @@ def _plain(words: Iterable[str], known: Iterable[Option]) -> list[str]:
 
 
 def _matcher(shell: InteractiveShell) -> Any:  # noqa: ANN401 - a matcher of IPython's second kind
-    @context_matcher(identifier=_NAME, priority=100)
+    @context_matcher(identifier=_NAME, priority=100)  # type: ignore[untyped-decorator]
     def match(context: CompletionContext) -> SimpleMatcherResult:
         text = context.text_until_cursor
         word = re.split(r"[\s,]", text)[-1]  # layers may be listed with commas

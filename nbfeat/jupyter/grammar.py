@@ -113,10 +113,10 @@ def read_line(text: str, defaults: Mapping[str, Any]) -> tuple[FeatureBlock, ...
         if any(flag in option.flags for option in RUN_OPTIONS):
             message = f"{flag} is an option of the whole run: move it to the first line, after %%extract."
             raise RequestError(message)
-    if not words[0].startswith("-") and (len(words) > 1 and not words[1].startswith("-") or _is_code(words[0])):
-        message = (
-            f"The body is one feature block per line, not code: {text.strip()!r}. Write e.g. `ResNet50 --pooling max`."
-        )
+    second_is_plain = len(words) > 1 and not words[1].startswith("-")
+    if not words[0].startswith("-") and (second_is_plain or _is_code(words[0])):
+        line = text.strip()
+        message = f"The body is one feature block per line, not code: {line!r}. Write e.g. `ResNet50 --pooling max`."
         raise RequestError(message)
     given, rest = parser.read(words)
     return FeatureBlock.from_options(rest, {**defaults, **given})

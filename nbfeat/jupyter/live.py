@@ -48,7 +48,7 @@ class Live:
         text = f"{self.title}: {self._coming}\n{progress(step, end)}"
         bundle = {"text/plain": text, "text/html": self._html(step, end)}
         if self._handle is None:
-            self._handle = display(bundle, raw=True, display_id=True)
+            self._handle = display(bundle, raw=True, display_id=True)  # type: ignore[no-untyped-call]
         else:
             self._handle.update(bundle, raw=True)
 

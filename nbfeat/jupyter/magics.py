@@ -75,7 +75,8 @@ class ExtractMagics(Magics):
         return self._answer(lambda: backbones(line.strip().removesuffix(";").strip() or "*"))
 
     def _extract(self, line: str, cell: str | None) -> Extraction | None:
-        names = dict(self.shell.user_ns)
+        namespace: dict[str, Any] = self.shell.user_ns  # type: ignore[union-attr]  # magics of a shell have one
+        names = dict(namespace)
         expanded = [expand(text, names) for text in (line, *(cell or "").splitlines())]
         request = grammar.read(expanded[0], "\n".join(expanded[1:]), self._defaults())
         if request is None:
@@ -89,7 +90,7 @@ class ExtractMagics(Magics):
                     live.show(step)
             except KeyboardInterrupt:
                 raise stopped(extraction) from None
-        self.shell.user_ns[request.into] = extraction.frame
+        namespace[request.into] = extraction.frame
         return extraction
 
     def _defaults(self) -> dict[str, Any]:
@@ -135,9 +136,7 @@ def expand(text: str, names: dict[str, Any]) -> str:
 def load(shell: InteractiveShell) -> None:
     """Register the magics, and what Tab offers."""
     unload(shell)
-    magics = ExtractMagics(shell=shell)
-    shell.register_magics(magics)
-    shell.configurables.append(magics)
+    shell.register_magics(ExtractMagics(shell=shell))  # which adds itself to the configurables
     completion.load(shell)
 
 

@@ -1,7 +1,7 @@
 """The CPU engine: a network on disk, run by OpenVINO.
 
-A first-in first-out window of requests over shared buffers. The batch is fixed, since a dynamic one is slower and changes
-numbers; the last, partial batch runs the whole buffer and its first rows are taken. Rows are then the same to
+A first-in first-out window of requests over shared buffers. The batch is fixed, since a dynamic one is slower and
+changes numbers; the last, partial batch runs the whole buffer and its first rows are taken. Rows are then the same to
 the bit for any batch size, order and company.
 """
 

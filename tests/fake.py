@@ -1,0 +1,93 @@
+"""A network that needs no Keras: its features are means of the pixels, so that every test can say what they should be."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+
+from nbfeat.backbones.weights import Loaded
+from nbfeat.features.engines import Pixels, Precision, Vectors
+from nbfeat.features.network import Cut, NetworkSpec, Output
+
+GRID = 4
+
+
+class FakeEngine:
+    """Run a pretended network: `GRID` × `GRID` means of each color for the end, means of colors for any other layer."""
+
+    opened = 0
+    batches: list[int]  # how many images each batch had
+
+    def __init__(self, spec: NetworkSpec, batch_size: int) -> None:
+        type(self).opened += 1
+        self.name, self.weights = "Fake engine", Loaded("random", "0" * 64)
+        self.spec, self.batch_size = spec, batch_size
+        self.outputs = {cut.key: Output(width(cut), "avg", (2, 2, width(cut)), negative=False) for cut in spec.cuts}
+        self.batches = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.closed = 0
+        self._busy: deque[tuple[Pixels, int]] = deque()
+        self._lent = 0
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._busy) >= 2
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._busy)
+
+    def buffer(self) -> Pixels:
+        self._lent += 1
+        assert self._lent <= 4, "more buffers lent than an engine has"
+        return np.zeros((self.batch_size, self.spec.size, self.spec.size, 3), np.uint8)
+
+    def submit(self, buffer: Pixels, count: int) -> None:
+        assert not self.is_full
+        self.batches.append(count)
+        self._busy.append((buffer, count))
+
+    def collect(self) -> Vectors:
+        self.gate.wait(10)
+        buffer, count = self._busy.popleft()
+        self._lent -= 1
+        return {cut.key: features(buffer[:count], cut) for cut in self.spec.cuts}
+
+    def close(self) -> None:
+        self.closed += 1
+        self._busy.clear()
+        self._lent = 0
+
+
+def width(cut: Cut) -> int:
+    """Return how many features a cut of the pretended network gives."""
+    return 3 if cut.layer else 3 * GRID * GRID
+
+
+def features(pixels: Pixels, cut: Cut) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    """Compute what the pretended network computes."""
+    count, size = len(pixels), pixels.shape[1]
+    if cut.layer:
+        return pixels.astype(np.float32).mean(axis=(1, 2))
+    cells = pixels[:, : size // GRID * GRID, : size // GRID * GRID].astype(np.float32)
+    cells = cells.reshape(count, GRID, size // GRID, GRID, size // GRID, 3).mean(axis=(2, 4))
+    return cells.reshape(count, -1)
+
+
+class FakeOpening:
+    """Stand in for `engines.Opening`."""
+
+    engines: list[FakeEngine]
+    note = ""
+
+    def __init__(self, spec: NetworkSpec, *, device: str, precision: Precision, batch_size: int | None) -> None:
+        assert device == "cpu"
+        assert precision in {"float32", "bfloat16", "float16"}
+        self.engine = FakeEngine(spec, batch_size or 8)
+
+    def __iter__(self) -> Iterator[str]:
+        yield f"opening a pretended {self.engine.spec.backbone}"
