@@ -10,7 +10,7 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nbfeat.errors import NbfeatError, WeightsError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Digits are strokes, so an early layer with its map kept whole beside a late one that is averaged.
 BLOCKS = ("MobileNet --layer conv_pw_11_relu", "MobileNet --layer conv_pw_5_relu --pooling flatten")
-OPTIONS = {"alpha": 0.25, "size": 96}
+OPTIONS: dict[str, Any] = {"alpha": 0.25, "size": 96}
 IMAGES = 600
 SEED = 0
 
@@ -69,7 +69,9 @@ def features(digits: pd.DataFrame) -> Extraction:
     try:
         return extract(digits, "imagenet")
     except WeightsError:
-        print("Pretrained weights cannot be had here (no internet?), so seeded random ones stand in: features still work,")
+        print(
+            "Pretrained weights cannot be had here (no internet?), so seeded random ones stand in: features still work,"
+        )
         print("but pretrained ones are better, and on photographs far better.")
         return extract(digits, "random")
 

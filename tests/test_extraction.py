@@ -162,7 +162,7 @@ def test_the_image_column_is_found_or_candidates_are_named(extract: Face, photos
 
 def test_two_image_columns_make_two_sets_of_columns(extract: Face, photos: pd.DataFrame) -> None:
     photos["back"] = list(photos["path"])[::-1]
-    photos.iloc[2, photos.columns.get_loc("back")] = None
+    photos.loc["row 2", "back"] = None
     result = extract(photos, BLOCK, images=["path", "back"])
     assert len(result.columns) == 96
     front, back = result["path_mobilenet"], result["back_mobilenet"]
@@ -180,7 +180,7 @@ def test_normalizations_learn_from_the_rows_of_fit_on_alone(extract: Face, photo
     np.testing.assert_allclose(result.features[train].mean(), 0, atol=1e-4)
     assert "learned from 14 rows" in repr(result)
     changed = photos.copy()
-    changed.iloc[15, 0] = photos.iloc[0, 0]
+    changed.loc["row 15", "path"] = photos.loc["row 0", "path"]
     again = extract(changed, BLOCK, images="path", normalize="standard", fit_on="split == 'train'")
     same(result.features[train], again.features[train])
     assert "name the training rows with --fit-on" in repr(extract(photos, BLOCK, images="path", normalize="minmax"))
@@ -273,7 +273,7 @@ def test_leaving_the_loop_stops_and_asking_again_goes_on(photos: pd.DataFrame) -
     steps = extraction.steps()
     seen = list(islice(steps, 4))
     steps.close()  # type: ignore[attr-defined]
-    assert extraction.state == "stopped"
+    assert str(extraction.state) == "stopped"
     assert 0 < extraction.done < 20
     done = extraction.done
     engine = extraction._lanes[0].engine

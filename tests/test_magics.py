@@ -16,11 +16,12 @@ from IPython.utils.capture import capture_output
 from nbfeat import Extraction, ExtractionError
 from nbfeat.jupyter import grammar, live
 from nbfeat.jupyter.magics import TRAITS, ExtractMagics, expand
-from tests.fake import FakeEngine
+
+pytestmark = pytest.mark.usefixtures("fake_network")
 
 
 @pytest.fixture
-def notebook(shell: InteractiveShell, photos: pd.DataFrame, fake_network: type[FakeEngine]) -> InteractiveShell:
+def notebook(shell: InteractiveShell, photos: pd.DataFrame) -> InteractiveShell:
     """Return the shell with a frame called photos."""
     shell.reset(new_session=False)
     shell.user_ns["photos"] = photos
@@ -60,8 +61,10 @@ def test_the_result_can_be_kept_and_silenced(notebook: InteractiveShell) -> None
     run(notebook, "result = %extract photos MobileNet --size 32")
     assert isinstance(notebook.user_ns["result"], Extraction)
     with capture_output() as shown:
-        notebook.run_cell("%extract photos MobileNet --size 32 --quiet;", store_history=True)
+        notebook.run_cell("%extract photos MobileNet --size 32 --quiet;")
+        notebook.run_cell("%%extract photos --quiet --size 32\nMobileNet --prefix silent;")
     assert shown.stdout == ""
+    assert "silent_0000" in notebook.user_ns["photos"]
 
 
 def test_bad_usage_is_usage_error_itself_and_binds_nothing(notebook: InteractiveShell) -> None:
@@ -210,7 +213,7 @@ def test_two_reloads_leave_one_of_each_and_unloading_leaves_none(notebook: Inter
 
 
 def test_progress_is_one_display_and_its_last_text_is_the_end(
-    notebook: InteractiveShell, photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+    photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[dict[str, str]] = []
 

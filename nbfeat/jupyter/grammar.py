@@ -96,7 +96,7 @@ def read(line: str, body: str | None, defaults: Mapping[str, Any]) -> Request | 
         message = f"--into takes a name, not {run['into']!r}."
         raise RequestError(message)
     block = {name: value for name, value in known.items() if name not in run}
-    lines = [text for text in (body or "").splitlines() if split_words(text)]  # neither blank nor comment
+    lines = [text for text in _unsilenced(body or "").splitlines() if split_words(text)]  # neither blank nor comment
     if not lines:
         return Request(frame, FeatureBlock.from_options(rest, block), run, quiet)
     if rest:
@@ -127,8 +127,12 @@ def _is_code(word: str) -> bool:
 
 
 def _words(line: str) -> list[str]:
-    """Split the line of a magic; a semicolon that only silences the output is not part of it."""
-    return split_words(line.rstrip().removesuffix(";"))
+    return split_words(_unsilenced(line))
+
+
+def _unsilenced(text: str) -> str:
+    """Take off a semicolon at the end, which only silences the output."""
+    return text.rstrip().removesuffix(";")
 
 
 def default_of(name: str, value: Any) -> Any:  # noqa: ANN401 - whatever the option takes

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
-from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
+from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand, output_can_be_silenced
 from IPython.core.magic import line_cell_magic as both
 from IPython.utils.text import DollarFormatter
 from traitlets import Bool, TraitError, Unicode, validate
@@ -59,6 +59,7 @@ class ExtractMagics(Magics):
             raise TraitError(str(error)) from None
         return str(value)
 
+    @output_can_be_silenced  # by a semicolon at the end
     @no_var_expand
     @both
     def extract(self, line: str, cell: str | None = None) -> Extraction | None:
