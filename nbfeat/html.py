@@ -10,7 +10,7 @@ Html = NewType("Html", str)
 
 # Inline styles survive JupyterLab's sanitizer, GitHub and nbconvert; `currentColor` and opacity follow any theme.
 _TABLE = "border-collapse:collapse;margin:.2em 0 .6em;font-size:90%"
-_CELL = "text-align:left;padding:.15em .9em .15em 0;vertical-align:top;border:0"
+_CELL = "text-align:left;padding:.15em 1.2em .15em 0;vertical-align:top;border:0;line-height:1.4"
 _HEAD = _CELL + ";opacity:.65;font-weight:normal"
 _NUMBER = _CELL + ";text-align:right;font-variant-numeric:tabular-nums"
 
@@ -52,9 +52,10 @@ def paragraph(text: str, *, strong: bool = False) -> Html:
 
 def bar(share: float) -> Html:
     """Draw a thin progress bar, `share` of it (0 … 1) filled."""
-    filled = f"width:{max(0.0, min(1.0, share)):.1%};height:100%;background:currentColor;opacity:.75"
-    frame = "height:.45em;max-width:32em;border-radius:.3em;overflow:hidden;border:1px solid currentColor;opacity:.8"
-    return Html(f'<div style="{frame}"><div style="{filled}"></div></div>')
+    # A variable with a color to fall back on: it is Jupyter's own accent where there is one.
+    filled = f"width:{max(0.0, min(1.0, share)):.1%};height:100%;background:var(--jp-brand-color1,#1e88e5)"
+    track = "height:6px;margin:.35em 0;max-width:32em;border-radius:3px;overflow:hidden;background:rgba(128,128,128,.3)"
+    return Html(f'<div style="{track}"><div style="{filled}"></div></div>')
 
 
 def text_table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from nbfeat.features.part import Part
 
 _POOLED = {"avg": "average", "max": "maximum", "gem": "generalized mean", "flatten": "flattened"}
-HEAD = ("block", "columns", "width", "from")
+HEAD = ("columns", "width", "from")
+BOUNDS = {"decoding": "decoding", "network": "the network"}
 FAILURES_SHOWN = 10
 REASON_SHOWN = 90
 
@@ -45,19 +46,21 @@ def summarize(extraction: Extraction) -> dict[str, Any]:
     }
 
 
-def _block(part: Part) -> tuple[str, str, int, str]:
+def _block(part: Part) -> tuple[str, int, str]:
+    """Say what became what: the names of the columns, how many, and the steps from pixels to features."""
     block, names, output = part.block, part.names, part.output
-    steps = [f"{block.size or find(block.backbone).size} px {block.resize}"]
-    if part.lane and output:
-        shape = "×".join(map(str, output.shape))
-        steps = [f"{part.lane.engine.weights.name} weights", *steps, f"{block.layer or 'end'} {shape}"]
+    alpha = "" if block.alpha is None else f" {block.alpha:g}"
+    weights = f" ({part.lane.engine.weights.name} weights)" if part.lane else ""
+    steps = [f"{block.size or find(block.backbone).size} px {block.resize}", f"{block.backbone}{alpha}{weights}"]
+    if output:
+        steps.append(f"{block.layer or 'end'} {'×'.join(map(str, output.shape))}")
         steps += [_POOLED[output.pooling]] if output.pooling else []
     if block.normalize != "none":
         steps.append(block.normalize)
     if block.components:
         steps.append(f"PCA to {block.components:,}")
     columns = f"{names[0]} … {names[-1].rpartition('_')[2]}" if len(names) > 1 else names[0]
-    return str(block), columns + (" (replaced)" if part.replaced else ""), len(names), ", ".join(steps)
+    return columns + (" (replaced)" if part.replaced else ""), len(names), " → ".join(steps)
 
 
 def _notes(extraction: Extraction) -> list[str]:
@@ -90,7 +93,7 @@ def headline(report: dict[str, Any]) -> str:
 def footer(report: dict[str, Any]) -> str:
     """Say what ran it, and what bounded its speed."""
     engine = listing(report["engines"]) or "nothing ran"
-    bound = f" · bounded by {report['bottleneck']}" if report["engines"] and report["total"] else ""
+    bound = f" · bounded by {BOUNDS[report['bottleneck']]}" if report["engines"] and report["total"] else ""
     return f"{engine} · {report['precision']}{bound}"
 
 

@@ -18,7 +18,7 @@ class Live:
     def __init__(self, title: str, *, quiet: bool = False) -> None:
         self.title, self.quiet = title, quiet
         self._handle: Any = None
-        self._shown_at = 0.0
+        self._started, self._shown_at = time.monotonic(), 0.0
         self._coming = ""
         self._last: Step | None = None
 
@@ -45,35 +45,60 @@ class Live:
     def _draw(self, step: Step, end: str = "") -> None:
         from IPython.display import display  # noqa: PLC0415 - only in a notebook
 
-        text = f"{self.title}: {self._coming}\n{progress(step, end)}"
-        bundle = {"text/plain": text, "text/html": self._html(step, end)}
+        lines = [f"{self.title}: {self._coming}"]
+        if step.done or end:  # before, nothing is to be seen but what is being prepared
+            lines.append(f"{end} · {ended(step, self._elapsed())}" if end else progress(step))
+        if in_terminal():
+            if end or step.note:
+                print(lines[-1])  # noqa: T201 - a display there would be printed again at each update
+            return
+        bundle = {"text/plain": "\n".join(lines), "text/html": drawn(lines, None if end else step)}
         if self._handle is None:
             self._handle = display(bundle, raw=True, display_id=True)  # type: ignore[no-untyped-call]
         else:
             self._handle.update(bundle, raw=True)
 
-    def _html(self, step: Step, end: str) -> Html:
-        share = step.done / step.total if step.total else 1.0
-        quiet = "opacity:.7;font-size:90%;line-height:1.5;font-variant-numeric:tabular-nums"
-        lines = [f'<div style="{quiet}">{escape(self.title)}: {escape(self._coming)}</div>']
-        lines += [] if end else [bar(share)]
-        return Html("".join([*lines, f'<div style="{quiet}">{escape(progress(step, end))}</div>']))
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._started
 
 
-def progress(step: Step, end: str = "") -> str:
+def in_terminal() -> bool:
+    """Tell whether this is IPython in a terminal, by the name of its shell: its module need not be imported."""
+    from IPython.core.getipython import get_ipython  # noqa: PLC0415 - only in a notebook
+
+    return type(get_ipython()).__name__ == "TerminalInteractiveShell"
+
+
+def drawn(lines: list[str], step: Step | None) -> Html:
+    """Draw the lines, and a bar between them while images are being worked on."""
+    quiet = "opacity:.7;font-size:90%;line-height:1.5;font-variant-numeric:tabular-nums"
+    parts = [f'<div style="{quiet}">{escape(line)}</div>' for line in lines]
+    if step is not None and step.done:
+        parts.insert(1, bar(step.done / step.total))
+    return Html("".join(parts))
+
+
+def progress(step: Step) -> str:
     """Say in one line how far a run is: counts, speed, time left and what it waits for."""
-    parts = [f"{step.done:,} of {step.total:,} images"]
-    if step.failed:
-        parts.append(f"{step.failed:,} failed")
+    parts = counts(step)
     if step.images_per_second:
         parts.append(f"{step.images_per_second:,.0f} images/s")
-    if end:
-        return " · ".join([end, *parts, f"{step.seconds:,.1f} s"])
     if step.seconds_left is not None:
         parts.append(f"{clock(step.seconds_left)} left")
     if step.bottleneck:
         parts.append(f"waiting for {'images to be decoded' if step.bottleneck == 'decoding' else 'the network'}")
     return " · ".join(parts)
+
+
+def ended(step: Step, seconds: float) -> str:
+    """Say in one line how far a run came, and in what time; the report below says more."""
+    return " · ".join([*counts(step), f"{seconds:,.1f} s"])
+
+
+def counts(step: Step) -> list[str]:
+    """Say how many images are done, and how many of them failed."""
+    done = f"{step.done:,} of {step.total:,} images"
+    return [done, f"{step.failed:,} failed"] if step.failed else [done]
 
 
 def clock(seconds: float) -> str:
