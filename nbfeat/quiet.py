@@ -60,6 +60,14 @@ def quiet_child() -> None:
     keras: Any = importlib.import_module("keras")
     keras.config.set_image_data_format("channels_last")
     keras.config.set_floatx("float32")
+    openvino: Any = importlib.import_module("openvino")
+    compile_model = openvino.compile_model
+
+    def in_float32(model: Any, device: str = "CPU", config: dict[str, Any] | None = None) -> Any:  # noqa: ANN401 - OpenVINO's
+        return compile_model(model, device, {"INFERENCE_PRECISION_HINT": "f32", **(config or {})})
+
+    # Keras' `predict` leaves the precision to OpenVINO, whose default is bfloat16 where the CPU has it.
+    openvino.compile_model = in_float32
 
 
 class _Refuse(MetaPathFinder):

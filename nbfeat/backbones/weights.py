@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nbfeat.backbones.catalog import Scaling
 from nbfeat.errors import RequestError, WeightsError
 
 if TYPE_CHECKING:
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
 Tell = Callable[[str], None]
 SEED = 20_150_206  # the day He et al.'s "Delving deep into rectifiers" appeared
 CALIBRATION_IMAGES = 8
+# The middle and half the range of scaled pixels; a network without scaling takes 0 … 255 and scales inside itself.
+_RANGES: dict[Scaling, tuple[float, float]] = {
+    "tf": (0, 1),
+    "torch": (0, 2),
+    "caffe": (0, 127.5),
+    "none": (127.5, 127.5),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +46,16 @@ class Loaded:
     sha256: str
 
 
-def load(make: Callable[[str | None], keras.Model], weights: str, tell: Tell) -> tuple[keras.Model, Loaded]:
-    """Build a network by `make` and give it `weights`; `tell` hears of a download before it begins."""
+def load(
+    make: Callable[[str | None], keras.Model], weights: str, tell: Tell, *, scaling: Scaling
+) -> tuple[keras.Model, Loaded]:
+    """Build a network by `make` and give it `weights`; `tell` hears of a download before it begins.
+
+    `scaling` says in which range the network expects its pixels.
+    """
     if weights == "random":
         network = make(None)
-        draw(network)
+        draw(network, scaling)
         return network, Loaded("random", _digest_of_arrays(network.get_weights()))
     if weights == "imagenet":
         with _files_told(tell) as files:
@@ -113,7 +126,7 @@ def _files_told(tell: Tell) -> Iterator[list[str]]:
         file_utils.get_file = original
 
 
-def draw(network: keras.Model) -> None:
+def draw(network: keras.Model, scaling: Scaling) -> None:
     """Give `network` seeded random weights whose features have a sane scale, the same on every backend."""
     layers = importlib.import_module("keras").layers
     for layer in _leaves(network):
@@ -125,7 +138,7 @@ def draw(network: keras.Model) -> None:
             fan_in = int(np.prod(shape[:2] if depthwise else shape[:-1]))
             generator = np.random.default_rng([SEED, zlib.crc32(f"{layer.name}/{variable.name}".encode())])
             variable.assign(generator.normal(0, np.sqrt(2 / fan_in), shape).astype("float32"))
-    _calibrate(network)
+    _calibrate(network, scaling)
 
 
 def _leaves(network: Any) -> Iterator[Any]:  # noqa: ANN401 - Keras layers are not typed
@@ -133,7 +146,7 @@ def _leaves(network: Any) -> Iterator[Any]:  # noqa: ANN401 - Keras layers are n
         yield from _leaves(layer) if hasattr(layer, "layers") else [layer]
 
 
-def _calibrate(network: keras.Model) -> None:
+def _calibrate(network: keras.Model, scaling: Scaling) -> None:
     """Set the statistics of every batch norm from one pass over smooth noise."""
     keras: Any = importlib.import_module("keras")
     kind = keras.layers.BatchNormalization
@@ -158,15 +171,16 @@ def _calibrate(network: keras.Model) -> None:
         if layer.weights and not isinstance(layer, kind):
             twin.get_layer(layer.name).set_weights(layer.get_weights())
     wanted = [moments(twin.get_layer(norm.name).input) for norm in norms]
-    noise = _smooth_noise(network.input_shape[1])
+    noise = _smooth_noise(network.input_shape[1], scaling)
     for norm, (mean, variance) in zip(norms, keras.Model(twin.inputs, wanted).predict(noise, verbose=0), strict=True):
         norm.moving_mean.assign(mean.ravel())
         norm.moving_variance.assign(variance.ravel())
 
 
-def _smooth_noise(size: int) -> NDArray[np.float32]:
-    """Draw images of about unit scale whose neighboring pixels are alike, as in photographs."""
-    coarse = np.random.default_rng(SEED).normal(0, 0.6, (CALIBRATION_IMAGES, 9, 9, 3))
+def _smooth_noise(size: int, scaling: Scaling) -> NDArray[np.float32]:
+    """Draw images in the range of `scaling` whose neighboring pixels are alike, as in photographs."""
+    middle, spread = _RANGES[scaling]
+    coarse = np.random.default_rng(SEED).normal(middle, 0.6 * spread, (CALIBRATION_IMAGES, 9, 9, 3))
     at = np.linspace(0, 8, size)
     left, share = np.minimum(at.astype(int), 7), at - np.minimum(at.astype(int), 7)
     across = coarse[:, :, left] * (1 - share)[:, None] + coarse[:, :, left + 1] * share[:, None]

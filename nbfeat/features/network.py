@@ -139,7 +139,7 @@ def load_base(spec: NetworkSpec, tell: weights.Tell) -> tuple[keras.Model, weigh
     """Build the backbone without classifier and give it its weights."""
     backbone = find(spec.backbone)
     make = functools.partial(applications.build, backbone, size=spec.size, alpha=spec.alpha)
-    return weights.load(lambda name: make(weights=name), spec.weights, tell)
+    return weights.load(lambda name: make(weights=name), spec.weights, tell, scaling=backbone.scaling)
 
 
 def scale(pixels: Any, scaling: Scaling) -> Any:  # noqa: ANN401 - a tensor of whichever backend
@@ -257,7 +257,9 @@ def maps_with_negative_values(network: keras.Model) -> dict[str, bool]:
             negative[layer.name] = False
         elif kind in _KEEPS_SIGN or (kind == "Activation" and activation == "linear"):
             sources = layer.input if isinstance(layer.input, list) else [layer.input]
-            negative[layer.name] = any(negative[source._keras_history.operation.name] for source in sources)  # noqa: SLF001 - Keras has no public way back
+            # Plain operations between layers are not among them: what they give may be anything.
+            origins = [source._keras_history.operation.name for source in sources]  # noqa: SLF001 - Keras has no other way back
+            negative[layer.name] = any(negative.get(origin, True) for origin in origins)
         else:
             negative[layer.name] = True
     return negative

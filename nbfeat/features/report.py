@@ -119,7 +119,10 @@ def html(report: dict[str, Any]) -> Html:
     """Draw the report as html that needs no script and follows the theme."""
     parts = [paragraph(headline(report), strong=True)]
     if report["blocks"]:
-        parts.append(table(report["blocks"], HEAD))
+        unbroken = [
+            (names.replace(" … ", "\N{NO-BREAK SPACE}…\N{NO-BREAK SPACE}"), *rest) for names, *rest in report["blocks"]
+        ]
+        parts.append(table(unbroken, HEAD))
     else:
         parts += [paragraph(block) for block in report["planned"]]
     if report["failed"]:

@@ -1,0 +1,179 @@
+"""Programs that need Keras on TensorFlow, run in processes of their own: ``python -m tests.keras_child NAME …``.
+
+Each prints one line of JSON at the end.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+import numpy as np
+import pandas as pd
+
+import nbfeat
+from nbfeat.backbones.catalog import CATALOG
+from nbfeat.features import engines, network
+from nbfeat.features.network import Cut, NetworkSpec, build
+
+SMALLEST = 64  # pixels; below it some maps are a single cell
+
+
+def spec_of(name: str, *cuts: Cut) -> NetworkSpec:
+    """Describe a network with random weights, small enough to be quick."""
+    backbone = CATALOG[name]
+    size = max(backbone.smallest, SMALLEST)
+    return NetworkSpec(
+        backbone=name, alpha=None, weights="random", scaling=backbone.scaling, size=size, cuts=tuple(sorted(cuts))
+    )
+
+
+def pictures(size: int, count: int = 3) -> np.ndarray:
+    """Draw smooth pictures, as uint8."""
+    from PIL import Image
+
+    coarse = np.random.default_rng(5).integers(0, 256, (count, 6, 6, 3), dtype=np.uint8)
+    return np.stack([np.asarray(Image.fromarray(one).resize((size, size))) for one in coarse])
+
+
+def cosine(left: np.ndarray, right: np.ndarray) -> float:
+    """Return the cosine of the worst row."""
+    left, right = left.astype(float), right.astype(float)
+    lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    return float(((left * right).sum(axis=1) / lengths).min())
+
+
+def ours_and_kerass(*names: str) -> dict[str, Any]:
+    """Compare the model that nbfeat builds with Keras' own ``pooling="avg"|"max"``, same weights, own preprocessing."""
+    keras: Any = importlib.import_module("keras")
+    found = {}
+    for name in names:
+        spec = spec_of(name, Cut("", "avg"), Cut("", "max"))
+        built = build(spec, lambda _: None)
+        images = pictures(spec.size)
+        ours = built.model(images, training=False)
+        module = getattr(keras.applications, CATALOG[name].module)
+        x = module.preprocess_input(images.astype("float32"))
+        result: dict[str, Any] = {}
+        for pooling in ("avg", "max"):
+            shape = (spec.size, spec.size, 3)
+            theirs = getattr(keras.applications, name)(
+                include_top=False, weights=None, pooling=pooling, input_shape=shape
+            )
+            theirs.set_weights(built.model.layers[-1].get_weights())
+            left, right = np.asarray(ours[f"end:{pooling}"]), np.asarray(theirs(x, training=False))
+            result[pooling] = cosine(left, right)
+            result["norm"] = float(np.linalg.norm(right, axis=1).min())
+        found[name] = result
+        keras.utils.clear_session()
+    return found
+
+
+def vectors(out: str, *names: str) -> dict[str, Any]:
+    """Save what the Keras model gives for every pooling and a layer in the middle, and the SHA-256 of the weights."""
+    keras: Any = importlib.import_module("keras")
+    digests = {}
+    for name in names:
+        spec = spec_of(name, *cuts_of(name))
+        with importlib.import_module("nbfeat.quiet").keras_defaults():
+            built = build(spec, lambda _: None)
+        result = built.model(pictures(spec.size), training=False)
+        arrays: dict[str, Any] = {key: np.asarray(value) for key, value in result.items()}
+        np.savez(Path(out) / f"{name}.npz", **arrays)
+        digests[name] = built.weights.sha256
+        keras.utils.clear_session()
+    return digests
+
+
+def cuts_of(name: str) -> list[Cut]:
+    """Return every pooling at the end, and two at a customary layer."""
+    layer = CATALOG[name].layers[1].name
+    return [*(Cut("", how) for how in ("avg", "max", "gem", "flatten")), Cut(layer, "avg"), Cut(layer, "flatten")]
+
+
+def photographs(*paths: str) -> dict[str, Any]:
+    """Compare the Keras engine, and Keras' own way, on photographs; save Keras' own for the other engine."""
+    keras: Any = importlib.import_module("keras")
+    out, *files = paths
+    nets = {"MobileNetV2": ("MobileNetV2", {}), "MobileNet": ("MobileNet --alpha 0.25", {"alpha": 0.25})}
+    engines.openvino_works = lambda: False  # as where it is not installed
+    found: dict[str, Any] = {}
+    for name, (block, options) in nets.items():
+        model = getattr(keras.applications, name)(
+            include_top=False, weights="imagenet", input_shape=(224, 224, 3), **options
+        )
+        module = getattr(keras.applications, CATALOG[name].module)
+        for how in ("bilinear", "nearest"):
+            load = keras.utils.load_img
+            images = [keras.utils.img_to_array(load(f, target_size=(224, 224), interpolation=how)) for f in files]
+            theirs = model.predict(module.preprocess_input(np.stack(images)), verbose=0).mean(axis=(1, 2))
+            np.save(Path(out) / f"{name}-{how}.npy", theirs)
+            result = nbfeat.extract(pd.DataFrame({"path": files}), block, images="path", interpolation=how)
+            found[f"{name} {how}"] = cosine(result.features.to_numpy(), theirs)
+            found["report"] = repr(result)
+    return found
+
+
+def globals_kept(*paths: str) -> dict[str, Any]:
+    """Run the Keras engine under hostile settings; tell what changed, and whether the numbers did."""
+    keras: Any = importlib.import_module("keras")
+    engines.openvino_works = lambda: False
+    frame = pd.DataFrame({"path": paths})
+    block = "MobileNetV3Small --size 64 --weights random --layer activation_5"
+    normal = nbfeat.extract(frame, block, images="path").features
+    keras.config.set_dtype_policy("mixed_float16")
+    keras.config.set_image_data_format("channels_first")
+    keras.layers.Activation("relu")
+    random.seed(1)
+    before = (
+        keras.config.dtype_policy().name,
+        keras.config.image_data_format(),
+        keras.config.floatx(),
+        random.getstate(),
+    )
+    hostile = nbfeat.extract(frame, block, images="path").features
+    after = (
+        keras.config.dtype_policy().name,
+        keras.config.image_data_format(),
+        keras.config.floatx(),
+        random.getstate(),
+    )
+    next_name = keras.layers.Activation("relu").name
+    return {"same": bool(normal.equals(hostile)), "kept": before == after, "next": next_name}
+
+
+def batches(*paths: str) -> dict[str, Any]:
+    """Run the Keras engine with batches that do not divide the images, and stop and go on."""
+    engines.openvino_works = lambda: False
+    frame = pd.DataFrame({"path": paths})
+    block = "MobileNet --alpha 0.25 --size 64 --weights random"
+    whole = nbfeat.extract(frame, block, images="path").features
+    parts = nbfeat.Extraction(frame, block, images="path", batch_size=3)
+    steps = parts.steps()
+    for _ in range(4):
+        next(steps)
+    steps.close()  # type: ignore[attr-defined]
+    stopped = parts.done
+    parts.run()
+    return {
+        "cosine": cosine(whole.to_numpy(), parts.features.to_numpy()),
+        "stopped": stopped,
+        "numerics": network.NUMERICS,
+    }
+
+
+PROGRAMS: dict[str, Callable[..., dict[str, Any]]] = {
+    program.__name__: program for program in (ours_and_kerass, vectors, photographs, globals_kept, batches)
+}
+
+if __name__ == "__main__":
+    print(json.dumps(PROGRAMS[sys.argv[1]](*sys.argv[2:])))

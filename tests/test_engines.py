@@ -1,0 +1,180 @@
+"""The CPU engine and the networks on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import nbfeat
+from nbfeat import NetworkError, RequestError
+from nbfeat.features import engines
+from nbfeat.features.engines.openvino import OpenVINOEngine
+from nbfeat.features.network import Cut, NetworkSpec
+from nbfeat.features.store import Preparing, Stored
+from tests.faces import same
+
+SMALL = "MobileNet --alpha 0.25 --size 64 --weights random"
+SPEC = NetworkSpec(
+    backbone="MobileNet",
+    alpha=0.25,
+    weights="random",
+    scaling="tf",
+    size=64,
+    cuts=(Cut(), Cut("conv_pw_3_relu", "max")),
+)
+
+
+@pytest.fixture
+def stored() -> Stored:
+    preparing = Preparing(SPEC)
+    list(preparing)
+    return preparing.result
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_rows_are_the_same_to_the_bit_for_any_batch_size_order_and_company(
+    photos: pd.DataFrame, precision: str
+) -> None:
+    options = {"images": "path", "precision": precision}
+    try:
+        whole = nbfeat.extract(photos, SMALL, **options).features
+    except NetworkError:
+        pytest.skip(f"this CPU does not compute in {precision}")
+    for size in (1, 3, 16):
+        same(nbfeat.extract(photos, SMALL, batch_size=size, **options).features, whole)
+    some = photos.sample(7, random_state=0)
+    same(nbfeat.extract(some, SMALL, **options).features, whole.loc[some.index])
+    beside = nbfeat.extract(photos, SMALL, "MobileNetV3Small --size 96 --weights random", **options)
+    same(beside["mobilenet025"], whole)
+
+
+def test_an_engine_closed_in_flight_has_all_its_buffers_again(stored: Stored) -> None:
+    engine = OpenVINOEngine(stored, precision="float32", batch_size=2)
+    free = len(engine._free)
+    for _ in range(2):
+        while not engine.is_full:
+            engine.submit(engine.buffer(), 2)
+        engine.buffer()
+        assert engine.in_flight
+        engine.close()
+        assert engine.in_flight == 0
+        assert len(engine._free) == free
+    buffer = engine.buffer()
+    engine.submit(buffer, 1)
+    assert engine.collect()[Cut().key].shape == (1, 256)
+
+
+def test_a_damaged_network_is_not_used_but_built_again(stored: Stored) -> None:
+    weights = stored.folder / "network.bin"
+    content = bytearray(weights.read_bytes())
+    content[100] ^= 1
+    weights.write_bytes(content)
+    again = Preparing(SPEC)
+    assert "building" in " ".join(again)
+    assert again.result.outputs == stored.outputs
+    assert weights.read_bytes() != bytes(content)
+    assert not list(again)  # now it is there
+
+
+def test_a_network_that_fails_to_build_leaves_nothing(own_home: Path) -> None:
+    before = sorted((own_home / "networks").iterdir())
+    lost = NetworkSpec(backbone="VGG16", alpha=None, weights="random", scaling="tf", size=64, cuts=(Cut("nosuch"),))
+    with pytest.raises(RequestError, match="no layer 'nosuch'"):
+        list(Preparing(lost))
+    abandoned = iter(
+        Preparing(NetworkSpec(backbone="VGG16", alpha=None, weights="random", scaling="tf", size=64, cuts=(Cut(),)))
+    )
+    next(abandoned)
+    abandoned.close()  # type: ignore[attr-defined]
+    assert sorted((own_home / "networks").iterdir()) == before
+
+
+def test_two_that_build_the_same_network_at_once_both_have_it(stored: Stored) -> None:
+    shutil.rmtree(stored.folder)
+    two = [Preparing(SPEC), Preparing(SPEC)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(list, two))
+    assert two[0].result.folder == two[1].result.folder
+    assert two[0].result.outputs == stored.outputs
+
+
+def test_precision_and_device_are_words_that_exist() -> None:
+    assert engines.precision_of("auto") == "float32"
+    for asked in ("cpu:1", "tpu", "gpu:x", ""):
+        with pytest.raises(RequestError):
+            engines.check_device(asked)
+    assert engines.choose_device("cpu") == "cpu"
+
+
+def test_a_gpu_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "count_gpus", lambda: 0)
+    with pytest.raises(RequestError, match=r"sees no GPU.*--device cpu"):
+        engines.choose_device("gpu")
+    monkeypatch.setattr(engines, "sign_of_gpu", lambda: True)
+    assert engines.choose_device("auto") == "cpu"
+    monkeypatch.setattr(engines, "count_gpus", lambda: 2)
+    assert engines.choose_device("auto") == "gpu:0"
+    assert engines.choose_device("gpu:1") == "gpu:1"
+    with pytest.raises(RequestError, match="sees 2 GPUs"):
+        engines.choose_device("gpu:2")
+
+
+@pytest.mark.slow
+def test_nothing_is_sent_and_nothing_is_written_elsewhere(photos: pd.DataFrame, tmp_path: Path) -> None:
+    """Cold and warm, in a fresh home, with a hook in every process that notes connections and look-ups."""
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    notes = tmp_path / "connections.txt"
+    (hook / "sitecustomize.py").write_text(
+        "import sys\n"
+        "def note(event, arguments):\n"
+        "    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto'):\n"
+        f"        open({str(notes)!r}, 'a').write(f'{{event}} {{arguments}}\\n')\n"
+        "sys.addaudithook(note)\n"
+    )
+    home, networks, keras = (tmp_path / name for name in ("home", "networks", "keras"))
+    home.mkdir()
+    unset = {"CI", "TF_BUILD", "JENKINS_URL"}  # where OpenVINO's telemetry switches itself off
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment |= {"HOME": str(home), "NBFEAT_HOME": str(networks), "KERAS_HOME": str(keras), "PYTHONPATH": str(hook)}
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        environment.pop(name, None)
+    code = f"""
+import json, sys
+import pandas as pd, nbfeat
+result = nbfeat.extract(pd.DataFrame({{"path": {list(photos["path"])!r}}}), {SMALL!r}, images="path")
+print(json.dumps([name for name in ("tensorflow", "keras", "openvino_telemetry") if name in sys.modules]))
+"""
+    for _ in ("cold", "warm"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
+        )
+        assert not done.returncode, done.stderr
+        assert done.stderr == ""
+        assert json.loads(done.stdout) == []
+    assert not notes.exists(), notes.read_text()
+    assert list(home.iterdir()) == []
+    assert networks.stat().st_mode & 0o777 == 0o700
+
+
+def test_pixels_are_read_in_place(stored: Stored) -> None:
+    engine = OpenVINOEngine(stored, precision="float32", batch_size=2)
+    buffer = engine.buffer()
+    buffer[:] = np.arange(buffer.size, dtype=np.uint64).reshape(buffer.shape) % 251
+    before = buffer.copy()
+    engine.submit(buffer, 2)
+    first = engine.collect()
+    np.testing.assert_array_equal(buffer, before)
+    engine.submit(buffer, 2)
+    second = engine.collect()
+    for key in first:
+        np.testing.assert_array_equal(first[key], second[key])

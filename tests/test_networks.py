@@ -1,0 +1,121 @@
+"""The networks against Keras itself: all 40 on Keras, one of each kind on OpenVINO, real weights on both."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import nbfeat
+from nbfeat.backbones.catalog import CATALOG
+from nbfeat.features.engines.openvino import OpenVINOEngine
+from nbfeat.features.store import Preparing
+from tests import keras_child
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+BIGGEST = ("ConvNeXtXLarge", "ConvNeXtLarge")  # seconds and gigabytes that show nothing the smaller ones do not
+NAMES = [name for name in CATALOG if name not in BIGGEST]
+
+
+def smallest_of_each_module() -> list[str]:
+    chosen: dict[str, str] = {}
+    for name, backbone in CATALOG.items():
+        if backbone.parameters < CATALOG.get(chosen.get(backbone.module, ""), backbone).parameters + 1:
+            chosen[backbone.module] = name
+    return list(chosen.values())
+
+
+def keras(*words: str) -> dict[str, Any]:
+    """Run a program on TensorFlow in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.keras_child", *words],
+        capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert not done.returncode, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@cache
+def compared(quarter: int) -> dict[str, Any]:
+    """Compare a quarter of the networks in one process, so that memory is given back in between."""
+    return keras("ours_and_kerass", *NAMES[quarter::4])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_network_gives_what_keras_own_gives(name: str) -> None:
+    found = compared(NAMES.index(name) % 4)[name]
+    assert found["avg"] >= 0.9999
+    assert found["max"] >= 0.9999
+    assert 1e-3 < found["norm"] < 1e8
+
+
+@pytest.mark.parametrize("name", BIGGEST)
+def test_the_biggest_have_the_configuration_of_their_smaller_kin(name: str) -> None:
+    kin = CATALOG["ConvNeXtBase"]
+    big = CATALOG[name]
+    assert (big.module, big.scaling, [layer.stride for layer in big.layers]) == (
+        kin.module, kin.scaling, [layer.stride for layer in kin.layers],
+    )  # fmt: skip
+    assert big.width > kin.width
+
+
+@pytest.fixture(scope="module")
+def on_keras(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Return the vectors of one network of each module, computed by Keras, and the digests of its weights."""
+    folder = tmp_path_factory.mktemp("vectors")
+    return folder, keras("vectors", str(folder), *smallest_of_each_module())
+
+
+@pytest.mark.parametrize("name", smallest_of_each_module())
+def test_openvino_gives_what_keras_gives(name: str, on_keras: tuple[Path, dict[str, Any]]) -> None:
+    spec = keras_child.spec_of(name, *keras_child.cuts_of(name))
+    preparing = Preparing(spec)
+    assert list(preparing)
+    engine = OpenVINOEngine(preparing.result, precision="float32", batch_size=4)
+    images = keras_child.pictures(spec.size)
+    buffer = engine.buffer()
+    buffer[: len(images)] = images
+    engine.submit(buffer, len(images))
+    ours = engine.collect()
+    theirs = np.load(on_keras[0] / f"{name}.npz")
+    assert set(ours) == set(theirs.files)
+    for key in theirs.files:
+        assert ours[key].shape == theirs[key].shape
+        assert ours[key].shape[1] == engine.outputs[key].width
+        assert keras_child.cosine(ours[key], theirs[key]) >= 0.9999, key
+        if not engine.outputs[key].negative:
+            assert theirs[key].min() >= 0, key
+
+
+def test_photographs_give_what_keras_own_way_gives_on_both_engines(flowers: pd.DataFrame, tmp_path: Path) -> None:
+    some = flowers.iloc[::12]
+    on_tensorflow = keras("photographs", str(tmp_path), *some["path"])
+    assert "OpenVINO cannot be imported here, so Keras runs the network" in on_tensorflow.pop("report")
+    assert min(on_tensorflow.values()) >= 0.99999, on_tensorflow
+    for name, block in (("MobileNetV2", "MobileNetV2"), ("MobileNet", "MobileNet --alpha 0.25")):
+        for how in ("bilinear", "nearest"):
+            ours = nbfeat.extract(some, block, images="path", interpolation=how).features.to_numpy()
+            assert keras_child.cosine(ours, np.load(tmp_path / f"{name}-{how}.npy")) >= 0.99999
+
+
+def test_the_keras_engine_stops_goes_on_and_pads_the_last_batch(photos: pd.DataFrame) -> None:
+    found = keras("batches", *photos["path"])
+    assert found["cosine"] >= 0.999999
+    assert 0 < found["stopped"] < 20
+
+
+def test_the_keras_engine_neither_obeys_nor_changes_the_users_settings(photos: pd.DataFrame) -> None:
+    found = keras("globals_kept", *photos["path"])
+    assert found["same"]
+    assert found["kept"]
+    assert found["next"] == "activation_1"
