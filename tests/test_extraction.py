@@ -294,7 +294,7 @@ def test_steps_count_up_and_say_what_is_coming(photos: pd.DataFrame) -> None:
     steps = list(Extraction(photos, BLOCK, images="path", batch_size=5).steps())
     assert [step.note for step in steps[:2]] == [
         "opening a pretended MobileNet",
-        "20 rows × 48 columns (4 kB) · random weights · Fake engine · float32",
+        "20 rows × 48 columns (4 kB of memory) · random weights · Fake engine · float32",
     ]
     assert [step.done for step in steps[2:]] == [5, 10, 15, 20]
     assert all(step.total == 20 for step in steps)

@@ -175,6 +175,7 @@ def test_the_backbones_magic_lists_what_matches(notebook: InteractiveShell) -> N
         ("%%extract photos\nVGG16 --qui", set()),
         ("x = 1\n%extract photos VGG1", {"VGG16", "VGG19"}),
         ("%backbones Xz", set()),
+        ("result = %extract photos VGG1", {"VGG16", "VGG19"}),
         ("%backbones Xce", {"Xception"}),
     ],
 )

@@ -259,7 +259,7 @@ class Extraction:
         width = sum(len(part.names) for part in self.parts)
         size = memory.shown(4 * len(self._frame) * sum(part.raw_width for part in self.parts))
         weights = listing(dict.fromkeys(lane.engine.weights.name for lane in self._lanes))
-        matrix = f"{len(self._frame):,} rows × {width:,} columns ({size})"
+        matrix = f"{len(self._frame):,} rows × {width:,} columns ({size} of memory)"
         return f"{matrix} · {weights} weights · {listing(self.engines)} · {self.precision}"
 
     # The result

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
 _NAME = "nbfeat"
-_MAGIC = re.compile(r"^\s*(%{1,2})(extract|backbones)\b")
+# Alone on a line, or on the right of an assignment.
+_MAGIC = re.compile(r"^(?:\s*[\w.]+\s*=)?\s*(%{1,2})(extract|backbones)\b")
 _VALUES = {
     "weights": ("imagenet", "random"),
     "device": ("auto", "cpu", "gpu"),
