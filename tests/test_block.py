@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
+import nbfeat
 from nbfeat import Extraction, FeatureBlock, RequestError
 from nbfeat.backbones.catalog import SCALINGS
 from nbfeat.features.block import BLOCK_OPTIONS, NORMALIZES, POOLINGS, quoted, split_words
@@ -135,6 +136,7 @@ def test_the_table_of_options_is_what_every_face_has() -> None:
     names = [field.name for field in dataclasses.fields(FeatureBlock)]
     assert names == ["backbone", *(option.name for option in BLOCK_OPTIONS)]
     parameters = set(inspect.signature(Extraction).parameters)
+    assert set(inspect.signature(nbfeat.extract).parameters) == parameters
     assert parameters == {"frame", "blocks", "defaults", *grammar._FOR_EXTRACTION}
     run = {option.name for option in grammar.RUN_OPTIONS}
     assert run == {*grammar._FOR_EXTRACTION, "into", "quiet", "help"}

@@ -6,6 +6,7 @@ again to go on. Read the result when it is done.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -368,6 +369,10 @@ def extract(frame: pd.DataFrame, *blocks: Blocks, **options: Any) -> Extraction:
     (300, 2050)
     """
     return Extraction(frame, *blocks, **options).run()
+
+
+# What `extract?` and an editor show are Extraction's own parameters.
+extract.__signature__ = inspect.signature(Extraction).replace(return_annotation="Extraction")  # type: ignore[attr-defined]
 
 
 def _network_and_pixels(block: FeatureBlock) -> tuple[object, ...]:
