@@ -1,4 +1,4 @@
-"""Programs that need Keras on TensorFlow, run in processes of their own: ``python -m tests.keras_child NAME …``.
+"""Programs that need Keras, each run in a process of its own: ``python -m tests.keras_child NAME …``.
 
 Each prints one line of JSON at the end.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import numpy as np
@@ -22,7 +22,7 @@ import pandas as pd
 
 import nbfeat
 from nbfeat.backbones.catalog import CATALOG
-from nbfeat.features import engines, network
+from nbfeat.features import engines
 from nbfeat.features.network import Cut, NetworkSpec, build
 
 SMALLEST = 64  # pixels; below it some maps are a single cell
@@ -167,7 +167,7 @@ def batches(*paths: str) -> dict[str, Any]:
     return {
         "cosine": cosine(whole.to_numpy(), parts.features.to_numpy()),
         "stopped": stopped,
-        "numerics": network.NUMERICS,
+        "report": repr(parts),
     }
 
 

@@ -148,8 +148,13 @@ def test_nothing_is_sent_and_nothing_is_written_elsewhere(photos: pd.DataFrame, 
     environment |= {"HOME": str(home), "NBFEAT_HOME": str(networks), "KERAS_HOME": str(keras), "PYTHONPATH": str(hook)}
     for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
         environment.pop(name, None)
+    # The child that exports sets PYTHONPATH itself, so it is started by a wrapper that puts the hook back.
+    wrapper = hook / "python"
+    wrapper.write_text(f'#!/bin/sh\nPYTHONPATH="{hook}:$PYTHONPATH" exec "{sys.executable}" "$@"\n', encoding="utf-8")
+    wrapper.chmod(0o755)
     code = f"""
 import json, sys
+sys.executable = {str(wrapper)!r}
 import pandas as pd, nbfeat
 result = nbfeat.extract(pd.DataFrame({{"path": {list(photos["path"])!r}}}), {SMALL!r}, images="path")
 print(json.dumps([name for name in ("tensorflow", "keras", "openvino_telemetry") if name in sys.modules]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -34,12 +35,11 @@ def smallest_of_each_module() -> list[str]:
     return list(chosen.values())
 
 
-def keras(*words: str) -> dict[str, Any]:
-    """Run a program on TensorFlow in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.keras_child", *words],
-        capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+def keras(*words: str, backend: str = "tensorflow") -> dict[str, Any]:
+    """Run a program of `keras_child` in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.keras_child", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "KERAS_BACKEND": backend}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     assert not done.returncode, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -108,14 +108,23 @@ def test_photographs_give_what_keras_own_way_gives_on_both_engines(flowers: pd.D
             assert keras_child.cosine(ours, np.load(tmp_path / f"{name}-{how}.npy")) >= 0.99999
 
 
-def test_the_keras_engine_stops_goes_on_and_pads_the_last_batch(photos: pd.DataFrame) -> None:
-    found = keras("batches", *photos["path"])
+@pytest.fixture(params=["tensorflow", "jax", "torch"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Return each backend that Keras can have, where it is installed."""
+    if importlib.util.find_spec(request.param) is None:
+        pytest.skip(f"{request.param} is not installed: pip install '.[{request.param}]'")
+    return str(request.param)
+
+
+def test_the_keras_engine_stops_goes_on_and_pads_the_last_batch(photos: pd.DataFrame, backend: str) -> None:
+    found = keras("batches", *photos["path"], backend=backend)
     assert found["cosine"] >= 0.999999
     assert 0 < found["stopped"] < 20
+    assert {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}[backend] in found["report"]
 
 
-def test_the_keras_engine_neither_obeys_nor_changes_the_users_settings(photos: pd.DataFrame) -> None:
-    found = keras("globals_kept", *photos["path"])
+def test_the_keras_engine_neither_obeys_nor_changes_the_users_settings(photos: pd.DataFrame, backend: str) -> None:
+    found = keras("globals_kept", *photos["path"], backend=backend)
     assert found["same"]
     assert found["kept"]
     assert found["next"] == "activation_1"

@@ -24,6 +24,9 @@ from nbfeat.features.network import NetworkSpec, Output
 from nbfeat.home import HomeError, folder_written_whole, keep
 
 
+FILES = ("network.xml", "network.bin")
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """A network on disk, checked."""
@@ -78,13 +81,13 @@ def read(folder: Path) -> Stored | None:
     """Read and check a network; None where there is none, or it is not what its manifest says."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if any(weights.digest(folder / name) != digest for name, digest in manifest["files"].items()):
+        if any(weights.digest(folder / name) != manifest["files"][name] for name in FILES):
             return None
         outputs = {
             key: Output(**{**parts, "shape": tuple(parts["shape"])}) for key, parts in manifest["outputs"].items()
         }
         return Stored(folder, outputs, weights.Loaded(**manifest["weights"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -35,9 +35,7 @@ class KerasEngine:
         self.batch_size, self._device = batch_size or BATCH, device
         backend = keras.backend.backend()
         self.name = f"Keras {keras.__version__} on {_SHOWN.get(backend, backend)}, {device.upper()}"
-        with keras.device(device):
-            built = _in_a_fresh_session(spec, device)
-            self._run = _compiled(built)
+        built, self._run = _in_a_fresh_session(spec, device, self.batch_size)
         self.outputs, self.weights = built.outputs, built.weights
         shape = (self.batch_size, spec.size, spec.size, 3)
         self._buffers: list[Pixels] = [np.zeros(shape, np.uint8) for _ in range(WINDOW + 1)]
@@ -79,26 +77,30 @@ class KerasEngine:
         self._free = list(self._buffers)
 
 
-def _in_a_fresh_session(spec: NetworkSpec, device: str) -> Built:
-    """Build in a thread of its own: Keras counts layers by thread, so neither side sees the other's names."""
+Run = Callable[[Pixels], Any]
+
+
+def _in_a_fresh_session(spec: NetworkSpec, device: str, batch_size: int) -> tuple[Built, Run]:
+    """Build and compile in a thread of its own: Keras counts by thread, so neither side sees the other's names."""
     result: list[Any] = []
 
     def work() -> None:
         try:
             with quiet.keras_defaults(), importlib.import_module("keras").device(device):
-                result.append(build(spec, lambda _: None))
+                built = build(spec, lambda _: None)
+                result.append((built, _compiled(built, batch_size)))
         except BaseException as error:  # noqa: BLE001 - raised again below, in the calling thread
             result.append(error)
 
     thread = threading.Thread(target=work, name="nbfeat-build", daemon=True)
     thread.start()
     thread.join()
-    if isinstance(result[0], Built):
-        return result[0]
-    raise result[0]
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]  # type: ignore[no-any-return]
 
 
-def _compiled(built: Built) -> Callable[[Pixels], Any]:
+def _compiled(built: Built, batch_size: int) -> Run:
     """Compile the model in the way of its backend; `predict_on_batch` would block until the batch is done."""
     keras: Any = importlib.import_module("keras")
     model = built.model
@@ -106,7 +108,10 @@ def _compiled(built: Built) -> Callable[[Pixels], Any]:
         case "tensorflow":
             tensorflow: Any = importlib.import_module("tensorflow")
             traced = tensorflow.function(lambda x: model(x, training=False), autograph=False)
-            return lambda pixels: traced(tensorflow.constant(pixels))
+            # Traced now: at the first batch it would count operations in the user's session, and warn of retracing.
+            shape = (batch_size, *model.input_shape[1:])
+            concrete = traced.get_concrete_function(tensorflow.TensorSpec(shape, "uint8"))
+            return lambda pixels: concrete(tensorflow.constant(pixels))
         case "jax":
             jax: Any = importlib.import_module("jax")
             fixed = [variable.value for variable in model.trainable_variables]

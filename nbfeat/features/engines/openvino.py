@@ -47,6 +47,10 @@ class OpenVINOEngine:
         except RuntimeError as error:
             message = f"This CPU cannot run the network in {precision}: {str(error).strip().splitlines()[-1]}"
             raise NetworkError(message) from error
+        runs_in = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
+        if runs_in != _TYPES[precision]:  # OpenVINO takes another one without a word
+            message = f"This CPU has no {precision}: OpenVINO would compute in {runs_in}. Use --precision float32."
+            raise NetworkError(message)
         count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") + 1
         self._idle: list[Any] = [compiled.create_infer_request() for _ in range(count)]
         self._busy: deque[tuple[Any, Pixels, int]] = deque()
