@@ -23,7 +23,6 @@ from nbfeat.features.export import versions
 from nbfeat.features.network import NetworkSpec, Output
 from nbfeat.home import HomeError, folder_written_whole, keep
 
-
 FILES = ("network.xml", "network.bin")
 
 
