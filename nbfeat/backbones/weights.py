@@ -172,9 +172,13 @@ def _calibrate(network: keras.Model, scaling: Scaling) -> None:
             twin.get_layer(layer.name).set_weights(layer.get_weights())
     wanted = [moments(twin.get_layer(norm.name).input) for norm in norms]
     noise = _smooth_noise(network.input_shape[1], scaling)
-    for norm, (mean, variance) in zip(norms, keras.Model(twin.inputs, wanted).predict(noise, verbose=0), strict=True):
-        norm.moving_mean.assign(mean.ravel())
-        norm.moving_variance.assign(variance.ravel())
+    measure = keras.Model(twin.inputs, wanted)
+    # On OpenVINO a tensor is a graph of its own: `predict` computes all of them at once.
+    all_at_once = keras.backend.backend() == "openvino"
+    measured = measure.predict(noise, verbose=0) if all_at_once else measure(noise, training=False)
+    for norm, (mean, variance) in zip(norms, measured, strict=True):
+        norm.moving_mean.assign(keras.ops.convert_to_numpy(mean).ravel())
+        norm.moving_variance.assign(keras.ops.convert_to_numpy(variance).ravel())
 
 
 def _smooth_noise(size: int, scaling: Scaling) -> NDArray[np.float32]:
