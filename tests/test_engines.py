@@ -183,3 +183,21 @@ def test_pixels_are_read_in_place(stored: Stored) -> None:
     second = engine.collect()
     for key in first:
         np.testing.assert_array_equal(first[key], second[key])
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_precision_is_obeyed_or_refused_and_never_swapped(stored: Stored, precision: engines.Precision) -> None:
+    try:
+        engine = OpenVINOEngine(stored, precision=precision, batch_size=2)
+    except NetworkError as error:
+        with pytest.raises(NetworkError, match=r"--precision float32|cannot run the network"):
+            raise error from None
+        return
+    rows = []
+    for one in (engine, OpenVINOEngine(stored, precision="float32", batch_size=2)):
+        buffer = one.buffer()
+        buffer[:] = np.random.default_rng(0).integers(0, 256, buffer.shape)
+        one.submit(buffer, 2)
+        rows.append(one.collect()[Cut().key])
+    assert not np.array_equal(rows[0], rows[1])
+    np.testing.assert_allclose(rows[0], rows[1], atol=0.1 * np.abs(rows[1]).max())
