@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from nbfeat.features.extraction import Extraction as Extraction
     from nbfeat.features.extraction import extract as extract
     from nbfeat.features.layers import layers as layers
+    from nbfeat.features.storage import storage as storage
 
 _PUBLIC = {
     "extract": "nbfeat.features.extraction",
     "Extraction": "nbfeat.features.extraction",
     "FeatureBlock": "nbfeat.features.block",
     "layers": "nbfeat.features.layers",
+    "storage": "nbfeat.features.storage",
     "NbfeatError": "nbfeat.errors",
     "RequestError": "nbfeat.errors",
     "WeightsError": "nbfeat.errors",

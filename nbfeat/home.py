@@ -92,3 +92,27 @@ def write_whole(path: Path, text: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+_REMOTE = (
+    "nfs", "cifs", "smb", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "fuse.sshfs", "fuse.gluster", "vboxsf",
+)  # fmt: skip
+
+
+def file_system(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
+    """Return the kind of file system that `folder` is on, e.g. ``ext4`` or ``nfs4``; "" where it cannot be told."""
+    try:
+        lines = [line.split() for line in mounts.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return ""
+    resolved, deepest, kind = folder.resolve(), 0, ""
+    for words in lines:
+        point = words[4].replace("\\040", " ")
+        if resolved.is_relative_to(point) and len(point) >= deepest:  # of two on one point, the later one is seen
+            deepest, kind = len(point), words[words.index("-") + 1]
+    return kind
+
+
+def is_remote(kind: str) -> bool:
+    """Tell whether a `kind` of file system is shared between machines."""
+    return kind.startswith(_REMOTE)

@@ -32,6 +32,18 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield home
 
 
+@pytest.fixture(autouse=True)
+def own_cache(own_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Give each test a home without features in it; networks are shared."""
+    home = tmp_path_factory.mktemp("home")
+    home.chmod(0o700)
+    (own_home / "networks").mkdir(mode=0o700, exist_ok=True)
+    (home / "networks").symlink_to(own_home / "networks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NBFEAT_HOME", str(home))
+        yield home
+
+
 @pytest.fixture(scope="session", autouse=True)
 def keras_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Give Keras a home of this session: a copy of the test data's where there is one, else an empty one."""

@@ -59,6 +59,9 @@ def words(options: dict[str, Any]) -> str:
     """Write options as the grammar spells them."""
     out = []
     for name, value in options.items():
+        if name == "cache":
+            out += [] if value else ["--no-cache"]
+            continue
         flag = "--" + name.replace("_", "-")
         if value is True:
             out.append(flag)

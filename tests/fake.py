@@ -24,9 +24,9 @@ class FakeEngine:
 
     def __init__(self, spec: NetworkSpec, batch_size: int) -> None:
         type(self).opened += 1
-        self.name, self.weights = "Fake engine", Loaded("random", "0" * 64)
+        self.name = "Fake engine"
         self.spec, self.batch_size = spec, batch_size
-        self.outputs = {cut.key: Output(width(cut), "avg", (2, 2, width(cut)), negative=False) for cut in spec.cuts}
+        self.outputs = outputs(spec)
         self.batches = []
         self.gate = threading.Event()
         self.gate.set()
@@ -64,6 +64,11 @@ class FakeEngine:
         self._lent = 0
 
 
+def outputs(spec: NetworkSpec) -> dict[str, Output]:
+    """Return what a pretended network gives."""
+    return {cut.key: Output(width(cut), "avg", (2, 2, width(cut)), negative=False) for cut in spec.cuts}
+
+
 def width(cut: Cut) -> int:
     """Return how many features a cut of the pretended network gives."""
     return 3 if cut.layer else 3 * GRID * GRID
@@ -82,13 +87,17 @@ def features(pixels: Pixels, cut: Cut) -> NDArray[np.float32]:
 class FakeOpening:
     """Stand in for `engines.Opening`."""
 
-    engines: list[FakeEngine]
     note = ""
 
     def __init__(self, spec: NetworkSpec, *, device: str, precision: Precision, batch_size: int | None) -> None:
         assert device == "cpu"
         assert precision in {"float32", "bfloat16", "float16"}
-        self.engine = FakeEngine(spec, batch_size or 8)
+        self.spec, self.batch_size = spec, batch_size or 8
+        self.name, self.weights, self.outputs = "Fake engine", Loaded("random", "0" * 64), outputs(spec)
+        self.numbers: dict[str, object] = {"engine": "fake"}
 
     def __iter__(self) -> Iterator[str]:
-        yield f"opening a pretended {self.engine.spec.backbone}"
+        yield f"opening a pretended {self.spec.backbone}"
+
+    def start(self) -> FakeEngine:
+        return FakeEngine(self.spec, self.batch_size)

@@ -161,7 +161,7 @@ def batches(*paths: str) -> dict[str, Any]:
     steps = parts.steps()
     for _ in range(4):
         next(steps)
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     stopped = parts.done
     parts.run()
     return {

@@ -15,7 +15,7 @@ import nbfeat
 from nbfeat import Extraction, FeatureBlock, RequestError
 from nbfeat.backbones.catalog import SCALINGS
 from nbfeat.features.block import BLOCK_OPTIONS, NORMALIZES, POOLINGS, quoted, split_words
-from nbfeat.features.images import INTERPOLATIONS, RESIZES
+from nbfeat.features.fit import INTERPOLATIONS, RESIZES
 from nbfeat.jupyter import grammar
 
 WORD = some.text(some.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1)
@@ -137,9 +137,9 @@ def test_the_table_of_options_is_what_every_face_has() -> None:
     assert names == ["backbone", *(option.name for option in BLOCK_OPTIONS)]
     parameters = set(inspect.signature(Extraction).parameters)
     assert set(inspect.signature(nbfeat.extract).parameters) == parameters
-    assert parameters == {"frame", "blocks", "defaults", *grammar._FOR_EXTRACTION}
+    assert parameters == {"frame", "blocks", "defaults", "cache", *grammar._FOR_EXTRACTION}
     run = {option.name for option in grammar.RUN_OPTIONS}
-    assert run == {*grammar._FOR_EXTRACTION, "into", "quiet", "help"}
+    assert run == {*grammar._FOR_EXTRACTION, "no_cache", "into", "quiet", "help"}
     for option in grammar.OPTIONS:
         assert option.flag in grammar.usage()
 

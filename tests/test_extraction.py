@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from nbfeat import Extraction, ExtractionError, FeatureBlock, RequestError
-from nbfeat.features.images import PixelSpec, read_pixels
+from nbfeat.features.fit import PixelSpec
+from nbfeat.features.images import read_pixels
 from nbfeat.features.network import Cut
 from tests import fake
 from tests.faces import Face, same
@@ -83,7 +84,7 @@ def test_batches_stay_full_when_images_fail(photos: pd.DataFrame) -> None:
     photos.iloc[::3, 0] = None
     extraction = Extraction(photos, BLOCK, images="path", batch_size=4)
     extraction.run()
-    engine = extraction._lanes[0].engine
+    engine = extraction._run.lanes[0].engine
     assert isinstance(engine, fake.FakeEngine)
     assert engine.batches == [4, 4, 4, 1]
 
@@ -272,11 +273,11 @@ def test_leaving_the_loop_stops_and_asking_again_goes_on(photos: pd.DataFrame) -
     extraction = Extraction(photos, BLOCK, images="path", batch_size=3)
     steps = extraction.steps()
     seen = list(islice(steps, 4))
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     assert str(extraction.state) == "stopped"
     assert 0 < extraction.done < 20
     done = extraction.done
-    engine = extraction._lanes[0].engine
+    engine = extraction._run.lanes[0].engine
     assert isinstance(engine, fake.FakeEngine)
     assert engine.closed == 1
     rest = list(extraction.steps())
@@ -324,7 +325,8 @@ def test_the_recipe_names_what_decides_the_numbers(photos: pd.DataFrame) -> None
     assert result.recipe["weights"] == ["0" * 64]
     assert set(result.recipe["versions"]) >= {"keras", "openvino", "pillow", "simplejpeg"}
     assert set(result.profile) == {
-        "preparing", "decoding", "waiting_for_images", "waiting_for_network", "attaching", "bottleneck",
+        "preparing", "recalling", "decoding", "waiting_for_images", "waiting_for_network", "keeping", "attaching",
+        "bottleneck",
     }  # fmt: skip
 
 

@@ -25,16 +25,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from nbfeat.errors import ImageError, RequestError
-from nbfeat.features import images
-from nbfeat.features.images import (
-    INTERPOLATIONS,
-    RESIZES,
-    PixelSpec,
-    image_column,
-    name_of,
-    read_pixels,
-    reduction,
-)
+from nbfeat.features import fit, images
+from nbfeat.features.fit import INTERPOLATIONS, RESIZES, PixelSpec, reduction
+from nbfeat.features.images import read_pixels
+from nbfeat.features.sources import image_column, name_of
 
 HERE = Path()
 WHOLE = 24  # an image of this size is given back as it is
@@ -688,7 +682,7 @@ def test_threads_give_what_one_gives() -> None:
 
 
 def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    running, most, fitted = 0, 0, images._fitted
+    running, most, fitted = 0, 0, fit.fitted
 
     def slow(image: Image.Image, spec: PixelSpec) -> npt.NDArray[np.uint8]:
         nonlocal running, most
@@ -698,7 +692,7 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
         running -= 1
         return fitted(image, spec)
 
-    monkeypatch.setattr(images, "_fitted", slow)
+    monkeypatch.setattr(fit, "fitted", slow)
     values = [encoded(photo()), encoded(photo(), "JPEG"), photo(), np.asarray(photo())] * 2
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(read, values))
@@ -982,7 +976,3 @@ def test_labels_that_would_not_do() -> None:
     one_of_two = pd.DataFrame([["a.jpg", "text", 1]], columns=["pic", "pic", "x"])
     with pytest.raises(RequestError, match="2 columns are called pic"):
         image_column(one_of_two, None)
-    levels = pd.DataFrame({("a", "pic"): ["a.jpg"]})
-    levels.columns = pd.MultiIndex.from_tuples([("a", "pic")])
-    with pytest.raises(RequestError, match="several levels"):
-        image_column(levels, None)

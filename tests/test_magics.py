@@ -108,7 +108,7 @@ def test_an_interrupt_binds_nothing_says_how_far_it_came_and_stops(
     with capture_output() as shown:
         outcome = notebook.run_cell("%extract photos MobileNet --size 32")
     assert isinstance(outcome.error_in_exec, KeyboardInterrupt)
-    assert "stopped at 8 of 20 images; nothing was bound" in shown.stdout
+    assert "8 of 20 kept; run the cell again to go on" in shown.stdout
     assert notebook.user_ns["photos"] is before
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("nbfeat")]
 

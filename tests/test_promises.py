@@ -21,7 +21,8 @@ import pytest
 
 import nbfeat
 from nbfeat import ExtractionError, RequestError, WeightsError
-from nbfeat.features.images import PixelSpec, read_pixels
+from nbfeat.features.fit import PixelSpec
+from nbfeat.features.images import read_pixels
 from tests.faces import Face, same
 
 SMALL = "MobileNet --alpha 0.25 --size 64 --weights random"
@@ -159,7 +160,7 @@ def test_no_thread_is_left_behind(photos: pd.DataFrame) -> None:
     steps = extraction.steps()
     for _ in range(4):
         next(steps)
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     assert {thread.name for thread in threading.enumerate()} == before
     assert extraction.run().done == 20
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, Self, get_args
 
 from nbfeat.backbones.catalog import SCALINGS, Scaling
 from nbfeat.errors import RequestError, listing, near, sentences
-from nbfeat.features.images import INTERPOLATIONS, RESIZES, Interpolation, Resize
+from nbfeat.features.fit import INTERPOLATIONS, RESIZES, Interpolation, Resize
 
 Pooling = Literal["avg", "max", "gem", "flatten"]
 Normalize = Literal["none", "l2", "standard", "minmax", "whiten"]

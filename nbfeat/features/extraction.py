@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -19,14 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat import quiet
+from nbfeat.backbones.catalog import find
 from nbfeat.errors import ExtractionError, RequestError, listing, near, sentences
 from nbfeat.features import engines, memory, network
 from nbfeat.features.block import FeatureBlock, whole
 from nbfeat.features.columns import attach
-from nbfeat.features.images import PixelSpec
+from nbfeat.features.fit import PixelSpec
 from nbfeat.features.part import plan
-from nbfeat.features.pipeline import Batch, Lane, Pipeline, Timings
+from nbfeat.features.pipeline import Timings
 from nbfeat.features.request import Blocks, check_frame, read_blocks, rows_selected
+from nbfeat.features.run import Run
 from nbfeat.features.sources import image_column, name_of
 
 if TYPE_CHECKING:
@@ -42,9 +44,10 @@ LIBRARIES = ("nbfeat", "keras", "openvino", "pillow", "simplejpeg", "numpy", "sc
 class Step:
     """How far a run is, after one batch of images."""
 
-    done: int  # images finished, failed ones too
+    done: int  # images finished, failed ones and those from the cache too
     total: int
     failed: int
+    cached: int  # images whose features came from the cache
     seconds: float  # of work so far
     images_per_second: float
     seconds_left: float | None
@@ -72,6 +75,8 @@ class Extraction:
     batch_size, device, precision
         ``"auto"``, or a number of images; ``"cpu"``, ``"gpu"``, ``"gpu:1"``; ``"float32"``, ``"bfloat16"``,
         ``"float16"``.
+    cache
+        Take features from the cache, and keep new ones there; False for neither.
     **defaults
         Block options for blocks that do not say otherwise, e.g. ``pooling="max"``.
 
@@ -92,36 +97,41 @@ class Extraction:
         batch_size: int | str = "auto",
         device: str = "auto",
         precision: str = "auto",
+        cache: bool = True,
         **defaults: Any,  # noqa: ANN401 - the block options by name
     ) -> None:
         check_frame(frame)
         self._frame, self._replace = frame, replace
         self._root = Path(root or "").expanduser().absolute()
-        self._batch_size = None if batch_size == "auto" else whole("--batch-size", LARGEST_BATCH)(batch_size)
-        self._device = engines.check_device(device)
         self.precision = engines.precision_of(precision)
         self.blocks = read_blocks(blocks, defaults)
         asked = images if isinstance(images, list | tuple) else [images]
         self._columns = [image_column(frame, column) for column in asked]
         self._fit_on = None if fit_on is None else rows_selected(frame, fit_on)
         self.parts = plan(self.blocks, self._columns)
-        self._groups = network.group(self.blocks, _network_and_pixels)
-        self._specs = [network.NetworkSpec.of(group) for group in self._groups]
+        groups = network.group(self.blocks, _network_and_pixels)
+        networks = [(network.NetworkSpec.of(group), _pixels(group[0])) for group in groups]
         for part in self.parts:
             part.place_in(frame, replace=replace)
+            part.network = next(number for number, group in enumerate(groups) if part.block in group)
 
         self.state: State = "new"
-        self.seconds, self.timings = 0.0, Timings()
-        self.notes: list[str] = []
-        self._lanes: list[Lane] = []
+        self.seconds = 0.0
         self._images = [value for column in self._columns for value in frame[column].tolist()]
-        self._finished = np.zeros(len(self._images), bool)
-        self._reasons: dict[int, str] = {}
+        self._run = Run(
+            self._images,
+            self._root,
+            networks,
+            device=engines.check_device(device),
+            precision=self.precision,
+            batch_size=None if batch_size == "auto" else whole("--batch-size", LARGEST_BATCH)(batch_size),
+            cache=cache,
+        )
         self._result: pd.DataFrame | None = None
 
     # Working
 
-    def steps(self) -> Iterator[Step]:
+    def steps(self) -> Generator[Step, None, None]:
         """Work: one Step after each batch. Stop asking, or close the generator, to stop; call again to go on."""
         if self.state == "running":
             message = "This extraction is already running: wait for it, or make another one."
@@ -130,13 +140,14 @@ class Extraction:
             return
         self.state, started = "running", time.perf_counter() - self.seconds
         try:
-            with quiet.pillow_defaults():
+            with quiet.pillow_defaults(), self._run.caching():
                 for note in self._prepare():
                     self.seconds = time.perf_counter() - started
                     yield self._step(note)
-                for _ in self._work():
-                    self.seconds = time.perf_counter() - started
-                    yield self._step()
+                with closing(self._run.batches()) as batches:
+                    for _ in batches:
+                        self.seconds = time.perf_counter() - started
+                        yield self._step()
             self._finish()
             self.seconds = time.perf_counter() - started
             self.state = "done"
@@ -154,66 +165,44 @@ class Extraction:
         return self
 
     def _prepare(self) -> Iterator[str]:
-        """Open the networks, and make sure that there is room for what they give."""
-        if self._lanes or not self._images:
-            return
-        start = time.perf_counter()
-        device = engines.choose_device(self._device)
-        lanes = []
-        for spec, group in zip(self._specs, self._groups, strict=True):
-            opening = engines.Opening(spec, device=device, precision=self.precision, batch_size=self._batch_size)
-            yield from opening
-            if opening.note and opening.note not in self.notes:
-                self.notes.append(opening.note)
-            lanes.append(Lane(opening.engine, _pixels(group[0], spec)))
-        for part in self.parts:
-            part.lane = next(lane for lane, group in zip(lanes, self._groups, strict=True) if part.block in group)
-            part.place_in(self._frame, replace=self._replace)  # now that the width is known: a clash is told at once
-            part.make_room(len(self._frame))
-        self._lanes = lanes
-        self.timings.preparing += time.perf_counter() - start
-        yield self._coming()
-
-    def _work(self) -> Iterator[Batch]:
+        """Make the networks ready, and room for what they give; now that widths are known, clashes are told."""
         if not self._images:
             return
-        left = np.flatnonzero(~self._finished).tolist()
-        with closing(Pipeline(self._images, self._lanes, self._root, self.timings).run(left)) as batches:
-            for batch in batches:
-                self._take(batch)
-                yield batch
-
-    def _take(self, batch: Batch) -> None:
-        """Put a finished batch where its rows belong."""
-        self._reasons |= batch.failures
-        if batch.rows:
-            which, rows = np.divmod(batch.rows, len(self._frame))
-            vectors = dict(zip(map(id, self._lanes), batch.vectors, strict=True))
+        if not self._run.lanes:
+            yield from self._run.open()
+        if self.parts[-1].lane is None:
             for part in self.parts:
-                mine = which == self._columns.index(part.column)
-                if part.rows is not None:
-                    part.rows[rows[mine]] = vectors[id(part.lane)][part.key][mine]
-        self._finished[[*batch.rows, *batch.failures]] = True
+                part.lane = self._run.lanes[part.network]
+                part.place_in(self._frame, replace=self._replace)
+                part.make_room(len(self._images))
+            yield self._coming()
 
     def _finish(self) -> None:
         """Normalize, and attach the columns."""
         start = time.perf_counter()
         self._check_some_succeeded()
-        for part in self.parts:
+        raw = [part.raw(self._images_of(part.column)) for part in self.parts]
+        for part, rows in zip(self.parts, raw, strict=True):
             good = self._ok_in(part.column)
-            part.normalized(good if self._fit_on is None else good & self._fit_on)
+            part.learn(rows, good if self._fit_on is None else good & self._fit_on)
+        sources = [part.source for part in self.parts]
+        for number, (part, rows) in enumerate(zip(self.parts, raw, strict=True)):
+            part.rows = part.normalized(rows.copy() if part.source in sources[number + 1 :] else rows)
+        for lane in self._run.lanes:
+            lane.features.clear()  # what no part holds may go
         places = [part.place_in(self._frame, replace=self._replace) for part in self.parts]
         for part, there in zip(self.parts, places, strict=True):
             part.replaced = bool(there.replaced)
         self._result = attach(self._frame, [part.frame(self._frame.index) for part in self.parts], places)
-        self.timings.attaching += time.perf_counter() - start
+        self._run.timings.attaching += time.perf_counter() - start
 
     def _check_some_succeeded(self) -> None:
-        if not self._images or len(self._reasons) < len(self._images):
+        reasons = self._run.progress.reasons
+        if not self._images or len(reasons) < len(self._images):
             return
-        first = list(self._reasons.items())[:FIRST_REASONS]
+        first = list(reasons.items())[:FIRST_REASONS]
         shown = "; ".join(f"{name_of(self._images[row])}: {reason}" for row, reason in first)
-        missing = all(reason.startswith("no such file") for reason in self._reasons.values())
+        missing = all(reason.startswith("no such file") for reason in reasons.values())
         message = sentences(
             f"None of the {len(self._images):,} images could be read. {shown}.",
             f"Relative paths start at {self._root}: set another folder with --root."
@@ -226,8 +215,13 @@ class Extraction:
 
     @property
     def done(self) -> int:
-        """How many images are finished, failed ones too."""
-        return int(self._finished.sum())
+        """How many images are finished, failed ones and those from the cache too."""
+        return self._run.progress.done
+
+    @property
+    def cached(self) -> int:
+        """How many images have all their features from the cache."""
+        return self._run.progress.cached
 
     @property
     def total(self) -> int:
@@ -235,15 +229,36 @@ class Extraction:
         return len(self._images)
 
     @property
+    def equal(self) -> int:
+        """How many images share the features of another of the same content."""
+        return self._run.progress.equal
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what is finished is in the cache, so that another run goes on from there."""
+        return self._run.keeps
+
+    @property
+    def notes(self) -> list[str]:
+        """What went another way than asked for."""
+        return self._run.notes
+
+    @property
+    def timings(self) -> Timings:
+        """Where the time went."""
+        return self._run.timings
+
+    @property
     def rate(self) -> float:
-        """Images per second so far, preparing the network and attaching columns apart."""
-        working = self.seconds - self.timings.preparing - self.timings.attaching
-        return self.done / working if self.done and working > 0 else 0.0
+        """Images per second so far; those from the cache, preparing networks and attaching columns apart."""
+        apart = self._run.timings.preparing + self._run.timings.recalling + self._run.timings.attaching
+        worked, working = self.done - self.cached, self.seconds - apart
+        return worked / working if worked and working > 0 else 0.0
 
     @property
     def engines(self) -> list[str]:
         """What runs the networks."""
-        return list(dict.fromkeys(lane.engine.name for lane in self._lanes))
+        return list(dict.fromkeys(lane.name for lane in self._run.lanes))
 
     @property
     def fit_rows(self) -> int | None:
@@ -252,14 +267,17 @@ class Extraction:
 
     def _step(self, note: str = "") -> Step:
         left = (self.total - self.done) / self.rate if self.rate else None
-        bottleneck = self.timings.bottleneck if self.done else None
-        return Step(self.done, self.total, len(self._reasons), self.seconds, self.rate, left, bottleneck, note)
+        bottleneck = self._run.timings.bottleneck if self.rate else None
+        count = self._run.progress
+        return Step(
+            count.done, self.total, len(count.reasons), count.cached, self.seconds, self.rate, left, bottleneck, note
+        )
 
     def _coming(self) -> str:
         """Say what is coming, before it comes."""
         width = sum(len(part.names) for part in self.parts)
         size = memory.shown(4 * len(self._frame) * sum(part.raw_width for part in self.parts))
-        weights = listing(dict.fromkeys(lane.engine.weights.name for lane in self._lanes))
+        weights = listing(dict.fromkeys(lane.weights.name for lane in self._run.lanes))
         matrix = f"{len(self._frame):,} rows × {width:,} columns ({size} of memory)"
         return f"{matrix} · {weights} weights · {listing(self.engines)} · {self.precision}"
 
@@ -310,20 +328,20 @@ class Extraction:
         import pandas as pd  # noqa: PLC0415 - `import nbfeat` stays light
 
         count = len(self._frame)
-        found = sorted(self._reasons, key=lambda row: (row % count, row))
+        found = sorted(self._run.progress.reasons, key=lambda row: (row % count, row))
         positions = [row % count for row in found]
         table = {
             "position": positions,
             "column": [self._columns[row // count] for row in found],
             "image": [name_of(self._images[row]) for row in found],
-            "reason": [self._reasons[row] for row in found],
+            "reason": [self._run.progress.reasons[row] for row in found],
         }
         return pd.DataFrame(table, index=self._frame.index.take(np.array(positions, int)))
 
     @property
     def profile(self) -> dict[str, Any]:
         """Seconds by kind of work, and which of them bounds the speed."""
-        return {**self.timings.seconds(), "bottleneck": self.timings.bottleneck}
+        return {**self._run.timings.seconds(), "bottleneck": self._run.timings.bottleneck}
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -331,7 +349,7 @@ class Extraction:
         return {
             "blocks": [str(part.block) for part in self.parts],
             "images": [str(part.column) for part in self.parts],
-            "weights": [part.lane.engine.weights.sha256 if part.lane else "" for part in self.parts],
+            "weights": [part.lane.weights.sha256 if part.lane else "" for part in self.parts],
             "engines": self.engines,
             "precision": self.precision,
             "numerics": network.NUMERICS,
@@ -349,11 +367,15 @@ class Extraction:
 
         return report.html(report.summarize(self))
 
+    def _images_of(self, column: Hashable) -> slice:
+        """Return which of all images are those of `column`."""
+        start = self._columns.index(column) * len(self._frame)
+        return slice(start, start + len(self._frame))
+
     def _ok_in(self, column: Hashable) -> NDArray[np.bool_]:
         good = np.ones(len(self._images), bool)
-        good[list(self._reasons)] = False
-        start = self._columns.index(column) * len(self._frame)
-        return good[start : start + len(self._frame)]
+        good[list(self._run.progress.reasons)] = False
+        return good[self._images_of(column)]
 
 
 def extract(frame: pd.DataFrame, *blocks: Blocks, **options: Any) -> Extraction:  # noqa: ANN401 - Extraction's own
@@ -376,9 +398,8 @@ extract.__signature__ = inspect.signature(Extraction).replace(return_annotation=
 
 
 def _network_and_pixels(block: FeatureBlock) -> tuple[object, ...]:
-    spec = network.NetworkSpec.of([block])
-    return replace(spec, cuts=()), _pixels(block, spec)
+    return replace(network.NetworkSpec.of([block]), cuts=()), _pixels(block)
 
 
-def _pixels(block: FeatureBlock, spec: network.NetworkSpec) -> PixelSpec:
-    return PixelSpec(spec.size, block.resize, block.interpolation)
+def _pixels(block: FeatureBlock) -> PixelSpec:
+    return PixelSpec(block.size or find(block.backbone).size, block.resize, block.interpolation)

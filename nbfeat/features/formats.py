@@ -60,6 +60,7 @@ _FOREIGN: tuple[tuple[bytes, str], ...] = (
     (rb"[\t\n\r -~]+\Z", "text, not an image"),
 )
 LONGEST_TEXT = 200
+OUT_OF_MEMORY = "not enough memory to decode it"  # the one reason that is not of the image
 _NOT_PRINTABLE = re.compile(r"[^\S ]|[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -81,7 +82,7 @@ def _first_match(table: Iterable[tuple[bytes, str]], data: bytes) -> str | None:
 def reason(error: Exception, data: bytes) -> str:
     """Say in a short sentence what the `error` that a decoder raised over `data` means."""
     if isinstance(error, MemoryError):
-        return "not enough memory to decode it"
+        return OUT_OF_MEMORY
     text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "the data", str(error).partition("\n")[0])
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         found = re.search(r"(\d+) pixels", text)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,39 +14,16 @@ import simplejpeg
 from PIL import Image, JpegImagePlugin, TiffImagePlugin
 
 from nbfeat.errors import ImageError
+from nbfeat.features import fit
+from nbfeat.features.fit import Pixels, PixelSpec
 from nbfeat.features.formats import opened, reason
-from nbfeat.features.sources import image_column, load, name_of
-
-__all__ = [
-    "INTERPOLATIONS",
-    "RESIZES",
-    "Interpolation",
-    "PixelSpec",
-    "Resize",
-    "image_column",
-    "name_of",
-    "read_pixels",
-    "reduction",
-]
-
-Resize = Literal["squash", "crop", "pad"]
-Interpolation = Literal["bilinear", "nearest", "bicubic", "lanczos"]
-RESIZES: tuple[Resize, ...] = get_args(Resize)
-INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
-
-Pixels: TypeAlias = npt.NDArray[np.uint8]
+from nbfeat.features.sources import Source, load
 
 MOST_PIXELS = 178_956_970
 # Older Pillows widen a thin image before they shorten it: 90 megabytes at this length and 224 pixels.
 LONGEST_SIDE = 100_000
 _ONE_AT_A_TIME = 40_000_000
 
-_FILTERS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "nearest": Image.Resampling.NEAREST,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -63,20 +38,6 @@ _BITS_PER_SAMPLE = 258
 
 _large = threading.RLock()
 _lent = tuple(threading.Lock() for _ in range(61))
-
-
-@dataclass(frozen=True, slots=True)
-class PixelSpec:
-    """How large a square image becomes, and by which way of fitting and filter."""
-
-    size: int
-    resize: Resize = "squash"
-    interpolation: Interpolation = "bilinear"
-
-    @property
-    def short_side(self) -> int:
-        """The pixels that the short side of the image is scaled to, before anything is cut off."""
-        return round(self.size * 256 / 224) if self.resize == "crop" else self.size
 
 
 def read_pixels(value: object, specs: Sequence[PixelSpec], root: Path) -> list[Pixels]:
@@ -96,35 +57,44 @@ def read_pixels(value: object, specs: Sequence[PixelSpec], root: Path) -> list[P
     >>> [pixels.shape for pixels in read_pixels(grey, [PixelSpec(32), PixelSpec(48, "crop")], Path())]
     [(32, 32, 3), (48, 48, 3)]
     """
-    data = b""
-    try:
-        source = load(value, root)
+    source, _ = load_image(value, root)
+    return pixels_of(source, specs)
+
+
+def load_image(value: object, root: Path) -> tuple[Source, bytes | None]:
+    """Return what the cell `value` stands for (bytes, an array, or an upright RGB image), and the state of its file.
+
+    Raises ImageError where there is nothing to decode; that may be otherwise at the next try.
+    """
+    with _explained():
+        source, state = load(value, root)
+        return _own(source) if isinstance(source, Image.Image) else source, state
+
+
+def pixels_of(source: Source, specs: Sequence[PixelSpec]) -> list[Pixels]:
+    """Return the pixels of a loaded image, an array (size, size, 3) of uint8 for each of `specs`.
+
+    Raises ImageError for anything wrong with it; that depends on nothing but its content and the decoders, unless the
+    reason is OUT_OF_MEMORY.
+    """
+    with _explained(source):
         if isinstance(source, bytes):
-            data = source
-            return _from_bytes(data, specs)
-        return _from_array(source, specs) if isinstance(source, np.ndarray) else _from_lent(source, specs)
+            return _from_bytes(source, specs)
+        if isinstance(source, np.ndarray):
+            return _from_array(source, specs)
+        with _turn(*source.size):
+            return _fitted_to_all(source, specs)
+
+
+@contextlib.contextmanager
+def _explained(source: object = b"") -> Iterator[None]:
+    """Turn whatever the decoders raise over `source` into an ImageError."""
+    try:
+        yield
     except ImageError:
         raise
     except Exception as error:  # a broken file makes the decoders raise nearly every class there is
-        raise ImageError(reason(error, data)) from error
-
-
-def reduction(width: int, height: int, spec: PixelSpec) -> int:
-    """Return by which of 1, 2, 4, 8 a JPEG of this size is reduced while it is decoded.
-
-    Only as far as the short side stays four times the target: the features' cosine to a full decode then stays 0.9995.
-
-    >>> reduction(4000, 3000, PixelSpec(224)), reduction(500, 375, PixelSpec(224))
-    (2, 1)
-    """
-    if spec.interpolation != "bilinear":
-        return 1
-    short_side = min(width, height)
-    return next((factor for factor in (8, 4, 2) if _reduced(short_side, factor) >= 4 * spec.short_side), 1)
-
-
-def _reduced(side: int, factor: int) -> int:
-    return -(-side // factor)
+        raise ImageError(reason(error, source if isinstance(source, bytes) else b"")) from error
 
 
 def _from_bytes(data: bytes, specs: Sequence[PixelSpec]) -> list[Pixels]:
@@ -134,9 +104,9 @@ def _from_bytes(data: bytes, specs: Sequence[PixelSpec]) -> list[Pixels]:
         with _turn(*image.size):
             return _fitted_to_all(_decoded(image), specs)
     with _turn(*size):
-        factors = [reduction(*size, spec) for spec in specs]
+        factors = [fit.reduction(*size, spec) for spec in specs]
         decoded = {factor: _decoded_jpeg(data, *size, factor) for factor in set(factors)}
-        return [_fitted(decoded[factor], spec) for factor, spec in zip(factors, specs, strict=True)]
+        return [fit.fitted(decoded[factor], spec) for factor, spec in zip(factors, specs, strict=True)]
 
 
 def _turn(width: int, height: int) -> contextlib.AbstractContextManager[object]:
@@ -165,7 +135,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _decoded_jpeg(data: bytes, width: int, height: int, factor: int) -> Image.Image:
-    shape = (_reduced(height, factor), _reduced(width, factor))
+    shape = (fit.reduced(height, factor), fit.reduced(width, factor))
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=shape[0], min_width=shape[1])
     except ValueError:  # strict: what Pillow only warns of, such as stray bytes before a marker, is an error here
@@ -236,15 +206,13 @@ def _over_white(image: Image.Image) -> Image.Image:
     return white
 
 
-def _from_lent(image: Image.Image, specs: Sequence[PixelSpec]) -> list[Pixels]:
-    """Read a PIL image that belongs to the caller: it may stand in several rows, and is not changed."""
-    with _turn(*image.size):
-        with _lent[id(image) % len(_lent)]:  # of two threads that load one image at once, both fail
-            image.load()
-            orientation = _orientation(image)
-            # Converting a palette with transparency writes into the palette.
-            own = image.copy() if image.mode in {"P", "PA"} else image
-        return _fitted_to_all(_upright(_rgb(own), orientation), specs)
+def _own(image: Image.Image) -> Image.Image:
+    """Make an upright RGB image of one of the caller's, which may stand in several rows and is not changed."""
+    with _turn(*image.size), _lent[id(image) % len(_lent)]:  # of two threads that load one image at once, both fail
+        image.load()
+        # Converting a palette with transparency writes into the palette.
+        own = image.copy() if image.mode in {"P", "PA"} else image
+        return _upright(_rgb(own), _orientation(image))
 
 
 def _from_array(array: npt.NDArray[np.generic], specs: Sequence[PixelSpec]) -> list[Pixels]:
@@ -271,25 +239,4 @@ def _eight_bits(array: npt.NDArray[np.generic]) -> Pixels:
 
 
 def _fitted_to_all(image: Image.Image, specs: Sequence[PixelSpec]) -> list[Pixels]:
-    return [_fitted(image, spec) for spec in specs]
-
-
-def _fitted(image: Image.Image, spec: PixelSpec) -> Pixels:
-    target, kind = (spec.size, spec.size), _FILTERS[spec.interpolation]
-    if spec.resize == "pad":
-        longest = max(image.size)
-        width, height = (max(1, round(side * spec.size / longest)) for side in image.size)
-        fitted = Image.new("RGB", target)
-        fitted.paste(image.resize((width, height), kind), ((spec.size - width) // 2, (spec.size - height) // 2))
-    else:
-        # Only what is kept is computed: scaling an image of 1 by 30,000 whole before cutting would take gigabytes.
-        fitted = image.resize(target, kind, _centre(image.size, spec) if spec.resize == "crop" else None)
-    return np.asarray(fitted)
-
-
-def _centre(size: tuple[int, int], spec: PixelSpec) -> tuple[float, float, float, float]:
-    """Return the square in the middle of the image that, scaled, is what cropping to the target would leave."""
-    width, height = size
-    side = min(size) * spec.size / spec.short_side
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+    return [fit.fitted(image, spec) for spec in specs]

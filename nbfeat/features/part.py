@@ -13,8 +13,8 @@ from nbfeat.errors import RequestError
 from nbfeat.features import memory, normalize
 from nbfeat.features.block import FeatureBlock
 from nbfeat.features.columns import Place, names, place, prefix_of
+from nbfeat.features.lane import Lane
 from nbfeat.features.network import Output, cut_of
-from nbfeat.features.pipeline import Lane
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """The columns of one block for one image column: first their names, then raw features, then normalized ones."""
+    """The columns of one block for one image column: first their names, then normalized features."""
 
     block: FeatureBlock
     column: Hashable  # of the frame
     prefix: str
-    lane: Lane | None = None  # where its features come from, once there is a network
-    rows: NDArray[np.float32] | None = None
+    network: int = 0  # which of the networks of the run its features come from
+    lane: Lane | None = None  # that network, once it is open
     normalizer: normalize.Normalizer | None = None
+    rows: NDArray[np.float32] | None = None  # normalized
     replaced: bool = False  # whether the columns stood in the frame before
 
     @property
@@ -42,7 +43,7 @@ class Part:
     @property
     def output(self) -> Output | None:
         """What the cut turned out to be; None where no network was needed (an empty frame)."""
-        return self.lane.engine.outputs[self.key] if self.lane else None
+        return self.lane.outputs[self.key] if self.lane else None
 
     @property
     def raw_width(self) -> int:
@@ -58,17 +59,27 @@ class Part:
         """Find where the columns go in `frame`."""
         return place(frame, self.prefix, len(self.names), replace=replace)
 
-    def make_room(self, rows: int) -> None:
-        """Take memory for `rows` images, all NaN."""
-        self.rows = memory.matrix(rows, self.raw_width, str(self.block))
+    def make_room(self, images: int) -> None:
+        """Take memory for the features of all `images` of the run, unless another part that reads them did."""
+        if self.lane is not None and self.key not in self.lane.features:
+            self.lane.features[self.key] = memory.matrix(images, self.raw_width, str(self.block))
 
-    def normalized(self, chosen: NDArray[np.bool_]) -> None:
-        """Turn raw features into normalized ones, learning from the `chosen` rows."""
-        if self.rows is None or not len(self.rows):
-            self.rows = np.empty((0, len(self.names)), np.float32)
-            return
-        self.normalizer = normalize.learn(self.block, self.rows, chosen)
-        self.rows = self.normalizer.apply(self.rows)
+    @property
+    def source(self) -> tuple[int, str, Hashable]:
+        """What its raw features are: parts of one source differ in normalization alone."""
+        return self.network, self.key, self.column
+
+    def raw(self, images: slice) -> NDArray[np.float32]:
+        """Return the features as the network gave them, of these `images` of its lane: a view."""
+        return self.lane.features[self.key][images] if self.lane else np.empty((0, self.raw_width), np.float32)
+
+    def learn(self, rows: NDArray[np.float32], chosen: NDArray[np.bool_]) -> None:
+        """Learn the normalization from the `chosen` ones of the raw `rows`."""
+        self.normalizer = normalize.learn(self.block, rows, chosen) if len(rows) else None
+
+    def normalized(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the raw `rows` normalized, in their own memory where the width stays."""
+        return self.normalizer.apply(rows) if self.normalizer else np.empty((0, len(self.names)), np.float32)
 
     def frame(self, index: pd.Index) -> pd.DataFrame:
         """Return the columns as a frame that shares this part's memory."""

@@ -1,7 +1,8 @@
 """Decode ahead, batch, run, collect: bounded memory, whatever the number of images.
 
-A pool of threads decodes a little ahead of the network. Images that cannot be read are dropped before batching, so
-that batches stay full. Everything else happens in the calling thread, in order.
+A pool of threads reads and decodes a little ahead of the networks. What is equal to an image before, or has its
+features in the cache, is not decoded; what cannot be read is dropped before batching, so that batches stay full; and
+each network gets only the images whose features it lacks. Everything else happens in the calling thread, in order.
 """
 
 from __future__ import annotations
@@ -15,12 +16,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from nbfeat.errors import ImageError
-from nbfeat.features.engines import Engine, Pixels, Vectors, available_cores
-from nbfeat.features.images import PixelSpec, read_pixels
+import numpy as np
 
-Decoded = list[Pixels] | str  # one array for each size, or the reason why not
+from nbfeat.errors import ImageError
+from nbfeat.features import content
+from nbfeat.features.batch import Batch
+from nbfeat.features.cache import Cache
+from nbfeat.features.engines import Engine, Pixels, Vectors, available_cores
+from nbfeat.features.fit import PixelSpec
+from nbfeat.features.formats import OUT_OF_MEMORY
+from nbfeat.features.images import load_image, pixels_of
+from nbfeat.features.lane import Lane
+from nbfeat.features.sources import Source
+
 BATCHES_AHEAD = 3  # decoded and waiting; more only costs memory
+SETTLED_AT_ONCE = 64  # rows that need no network, told of together
 
 
 @dataclass(slots=True)
@@ -28,9 +38,11 @@ class Timings:
     """Where the time of a run went, in seconds."""
 
     preparing: float = 0.0  # building or loading networks
+    recalling: float = 0.0  # taking features from the cache before anything is read
     decoding: float = 0.0  # reading, decoding and resizing: of processor time, summed over threads
     waiting_for_images: float = 0.0  # the network had nothing to do
     waiting_for_network: float = 0.0  # decoded images had to wait
+    keeping: float = 0.0  # writing to the cache
     attaching: float = 0.0  # normalizing, and attaching the columns
 
     def seconds(self) -> dict[str, float]:
@@ -38,99 +50,223 @@ class Timings:
         return asdict(self)
 
     @property
-    def bottleneck(self) -> Literal["decoding", "network"]:
-        """What more of would make the run faster."""
+    def bottleneck(self) -> Literal["decoding", "network"] | None:
+        """What more of would make the run faster; None where nothing had to be computed."""
+        if not self.decoding:
+            return None
         return "decoding" if self.waiting_for_images > self.waiting_for_network else "network"
 
 
 @dataclass(slots=True)
-class Batch:
-    """Rows that are finished, with their vectors from each engine, and rows that failed on the way."""
+class Item:
+    """What a decoder thread found out about one row."""
 
-    rows: list[int] = field(default_factory=list)
-    vectors: list[Vectors] = field(default_factory=list)
-    failures: dict[int, str] = field(default_factory=dict)
+    row: int
+    image: bytes = b""  # its content
+    state: bytes | None = None  # of its file
+    reason: str = ""  # why there are no pixels
+    is_lasting: bool = False  # whether the reason is one of the content, and will be the same tomorrow
+    equal_to: int | None = None  # a row of the same content
+    cached: dict[int, Vectors] = field(default_factory=dict)  # features that a lane, by its place, need not compute
+    pixels: dict[PixelSpec, Pixels] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Lane:
-    """One network and the pixels it takes."""
+class Line:
+    """A lane at work: the batch that is being filled, and those in flight."""
 
-    engine: Engine
-    pixels: PixelSpec
+    def __init__(self, lane: Lane, timings: Timings) -> None:
+        self.lane, self.timings = lane, timings
+        self.engine: Engine | None = None
+        self.flight: deque[Batch] = deque()
+        self.batch, self.cached = Batch(lane), Batch(lane, cached=True)
+        self._buffer: Pixels | None = None
+        self._found: list[Vectors] = []
+
+    @property
+    def is_full(self) -> bool:
+        """Whether `collect` must be called before the next batch is full."""
+        return self.engine is not None and self.engine.is_full
+
+    def lacks(self, item: Item) -> bool:
+        """Tell whether the network has to run over this image."""
+        return self.lane.pixels in item.pixels and not self.lane.done[item.row]
+
+    def add(self, item: Item) -> None:
+        """Put an image into the batch, and start the batch when it is full."""
+        if self.engine is None:
+            start = time.perf_counter()
+            self.engine = self.lane.start()
+            self.timings.preparing += time.perf_counter() - start
+        if self._buffer is None:
+            self._buffer = self.engine.buffer()
+        self._buffer[len(self.batch.rows)] = item.pixels[self.lane.pixels]
+        self.batch.rows.append(item.row)
+        self.batch.images.append(item.image)
+        if len(self.batch.rows) == self.engine.batch_size:
+            self.submit()
+
+    def submit(self) -> None:
+        """Start the network on what is in the batch."""
+        if self.engine is not None and self._buffer is not None:
+            self.engine.submit(self._buffer, len(self.batch.rows))
+            self.flight.append(self.batch)
+            self.batch, self._buffer = Batch(self.lane), None
+
+    def collect(self) -> Batch:
+        """Wait for the oldest batch."""
+        assert self.engine is not None  # noqa: S101 - something is in flight
+        start = time.perf_counter()
+        batch = self.flight.popleft()
+        batch.vectors = self.engine.collect()
+        self.timings.waiting_for_network += time.perf_counter() - start
+        return batch
+
+    def recall(self, item: Item, vectors: Vectors) -> None:
+        """Add an image whose features were found in the cache."""
+        self.cached.rows.append(item.row)
+        self.cached.images.append(item.image)
+        self._found.append(vectors)
+
+    def recalled(self) -> Batch:
+        """Return the images whose features were found, and begin another batch of them."""
+        batch, found = self.cached, self._found
+        batch.vectors = {key: np.stack([vectors[key] for vectors in found]) for key in found[0]}
+        self.cached, self._found = Batch(self.lane, cached=True), []
+        return batch
 
 
 class Pipeline:
-    """Run `images` through all `lanes`; each image is read once, and decoded once for all of them."""
+    """Run `images` through all `lanes`; each image is read once, and decoded once for all of them.
 
-    def __init__(self, images: Sequence[object], lanes: Sequence[Lane], root: Path, timings: Timings) -> None:
+    `seen` remembers from run to run which row had a content first.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[object],
+        lanes: Sequence[Lane],
+        root: Path,
+        timings: Timings,
+        cache: Cache,
+        seen: dict[bytes, int],
+    ) -> None:
         self.images, self.lanes, self.root, self.timings = images, lanes, root, timings
-        self.specs = list(dict.fromkeys(lane.pixels for lane in lanes))
-        self.batch_size = lanes[0].engine.batch_size
-        self.in_flight: deque[Batch] = deque()
+        self.cache, self.seen = cache, seen
 
     def run(self, rows: Sequence[int]) -> Generator[Batch, None, None]:
-        """Yield batches in the order of `rows`, every row in exactly one of them. Close it to stop and clean up."""
+        """Yield batches until every row was in one for each lane that lacks it, or has failed, or equals another.
+
+        Close it to stop and clean up.
+        """
         decoders = available_cores()
+        ahead = decoders + BATCHES_AHEAD * max(lane.batch_size for lane in self.lanes)
         executor = ThreadPoolExecutor(decoders, thread_name_prefix="nbfeat-decode")
+        lines = [Line(lane, self.timings) for lane in self.lanes]
+        settled = Batch()
         try:
-            batch, buffers = Batch(), self._buffers()
-            for row, pixels in self._decoded(executor, rows, decoders + BATCHES_AHEAD * self.batch_size):
-                if isinstance(pixels, str):
-                    batch.failures[row] = pixels
-                    continue
-                for lane, buffer in zip(self.lanes, buffers, strict=True):
-                    buffer[len(batch.rows)] = pixels[self.specs.index(lane.pixels)]
-                batch.rows.append(row)
-                if len(batch.rows) == self.batch_size:
-                    self._submit(batch, buffers)
-                    if self.lanes[0].engine.is_full:
-                        yield self._collect()
-                    batch, buffers = Batch(), self._buffers()
-            if batch.rows:
-                self._submit(batch, buffers)
-            while self.in_flight:
-                yield self._collect()
-            if batch.failures and not batch.rows:
-                yield batch
+            for item in self._items(executor, rows, ahead):
+                _settle(item, settled)
+                for batch in _placed(item, lines):
+                    yield batch.beside(settled)
+                    settled = Batch()
+                if len(settled.failures) + len(settled.equal) >= SETTLED_AT_ONCE:
+                    yield settled
+                    settled = Batch()
+            for batch in _rest(lines):
+                yield batch.beside(settled)
+                settled = Batch()
+            if settled:
+                yield settled
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
-            for lane in self.lanes:
-                lane.engine.close()
+            for line in lines:
+                if line.engine is not None:
+                    line.engine.close()
 
-    def _decoded(self, executor: ThreadPoolExecutor, rows: Sequence[int], ahead: int) -> Iterator[tuple[int, Decoded]]:
-        waiting: deque[tuple[int, Future[tuple[Decoded, float]]]] = deque()
+    def _items(self, executor: ThreadPoolExecutor, rows: Sequence[int], ahead: int) -> Iterator[Item]:
+        waiting: deque[Future[Item]] = deque()
         coming = iter(rows)
-        waiting.extend((row, executor.submit(self._decode, row)) for row in islice(coming, ahead))
+        waiting.extend(executor.submit(self._look, row) for row in islice(coming, ahead))
         while waiting:
-            row, future = waiting.popleft()
             start = time.perf_counter()
-            pixels, took = future.result()
+            item = waiting.popleft().result()
             self.timings.waiting_for_images += time.perf_counter() - start
-            self.timings.decoding += took
-            waiting.extend((row, executor.submit(self._decode, row)) for row in islice(coming, 1))
-            yield row, pixels
+            self.timings.decoding += item.seconds
+            waiting.extend(executor.submit(self._look, row) for row in islice(coming, 1))
+            yield item
 
-    def _decode(self, row: int) -> tuple[Decoded, float]:
-        start = time.thread_time()
-        result: Decoded
+    def _look(self, row: int) -> Item:
+        """Read a row, and decode it if need be; in a thread."""
+        start, item = time.thread_time(), Item(row)
         try:
-            result = read_pixels(self.images[row], self.specs, self.root)
+            source, item.state = load_image(self.images[row], self.root)
+            item.image = content.digest(source)
+            self._decode(item, source)
         except ImageError as error:
-            result = str(error)  # the exception would keep the file's bytes alive
-        return result, time.thread_time() - start
+            item.reason = str(error)  # the exception would keep the file's bytes alive
+        item.seconds = time.thread_time() - start
+        return item
 
-    def _buffers(self) -> list[Pixels]:
-        return [lane.engine.buffer() for lane in self.lanes]
+    def _decode(self, item: Item, source: Source) -> None:
+        first = self.seen.setdefault(item.image, item.row)
+        if first != item.row:
+            item.equal_to = first
+            return
+        item.reason = self.cache.failures([item.image]).get(item.image, "")
+        if item.reason:
+            return
+        specs = self._lacking(item)
+        try:
+            item.pixels = dict(zip(specs, pixels_of(source, specs), strict=True)) if specs else {}
+        except ImageError as error:
+            item.reason = str(error)
+            item.is_lasting = isinstance(source, bytes) and item.reason != OUT_OF_MEMORY
 
-    def _submit(self, batch: Batch, buffers: Sequence[Pixels]) -> None:
-        for lane, buffer in zip(self.lanes, buffers, strict=True):
-            lane.engine.submit(buffer, len(batch.rows))
-        self.in_flight.append(batch)
+    def _lacking(self, item: Item) -> list[PixelSpec]:
+        """Return the pixels that are needed, after taking what the cache has."""
+        specs = []
+        for number, lane in enumerate(self.lanes):
+            if lane.done[item.row]:
+                continue
+            if vectors := lane.recalled(item.image, self.cache):
+                item.cached[number] = vectors
+            else:
+                specs.append(lane.pixels)
+        return list(dict.fromkeys(specs))
 
-    def _collect(self) -> Batch:
-        start = time.perf_counter()
-        batch = self.in_flight.popleft()
-        batch.vectors = [lane.engine.collect() for lane in self.lanes]
-        self.timings.waiting_for_network += time.perf_counter() - start
-        return batch
+
+def _placed(item: Item, lines: Sequence[Line]) -> Iterator[Batch]:
+    """Give an image to the networks that lack it; yield the batches that are finished by then."""
+    for number, line in enumerate(lines):
+        if number in item.cached:
+            line.recall(item, item.cached[number])
+            if len(line.cached.rows) == SETTLED_AT_ONCE:
+                yield line.recalled()
+        elif line.lacks(item):
+            line.add(item)
+            if line.is_full:
+                yield line.collect()
+
+
+def _rest(lines: Sequence[Line]) -> Iterator[Batch]:
+    """Yield what is still in the lines when there are no more images."""
+    for line in lines:
+        line.submit()
+    for line in lines:
+        while line.flight:
+            yield line.collect()
+        if line.cached.rows:
+            yield line.recalled()
+
+
+def _settle(item: Item, settled: Batch) -> None:
+    """Take down what is known of a row without any network."""
+    if item.equal_to is not None:
+        settled.equal[item.row] = item.equal_to
+    elif item.reason:
+        settled.failures[item.row] = item.reason
+    if item.state is not None:
+        settled.files[item.state] = item.image
+    if item.is_lasting:
+        settled.undecodable[item.image] = item.reason

@@ -32,6 +32,7 @@ def summarize(extraction: Extraction) -> dict[str, Any]:
         "done": extraction.done,
         "total": extraction.total,
         "failed": len(failures),
+        "cached": extraction.cached,
         "failures": failures.head(FAILURES_SHOWN)[["position", "image", "reason"]].to_numpy().tolist(),
         "seconds": extraction.seconds,
         "rate": extraction.rate,
@@ -50,7 +51,7 @@ def _block(part: Part) -> tuple[str, int, str]:
     """Say what became what: the names of the columns, how many, and the steps from pixels to features."""
     block, names, output = part.block, part.names, part.output
     alpha = "" if block.alpha is None else f" {block.alpha:g}"
-    weights = f" ({part.lane.engine.weights.name} weights)" if part.lane else ""
+    weights = f" ({part.lane.weights.name} weights)" if part.lane else ""
     steps = [f"{block.size or find(block.backbone).size} px {block.resize}", f"{block.backbone}{alpha}{weights}"]
     if output:
         steps.append(f"{block.layer or 'end'} {'×'.join(map(str, output.shape))}")
@@ -64,8 +65,10 @@ def _block(part: Part) -> tuple[str, int, str]:
 
 
 def _notes(extraction: Extraction) -> list[str]:
-    """Say what learned normalizations learned from, and what GeM lost."""
+    """Say which images are equal, what learned normalizations learned from, and what GeM lost."""
     notes = []
+    if equal := extraction.equal:
+        notes.append(f"{equal:,} images are equal to others and share their features.")
     learned = [part.prefix for part in extraction.parts if part.block.is_learned]
     if learned and extraction.fit_rows is None:
         notes.append(
@@ -82,18 +85,24 @@ def _notes(extraction: Extraction) -> list[str]:
 
 def headline(report: dict[str, Any]) -> str:
     """Say in one line how it went."""
-    took = f"{report['seconds']:,.1f} s ({report['rate']:,.0f} images/s)"
+    state, total, cached = report["state"], report["total"], report["cached"]
+    subject = f"{report['width']:,} new columns from" if state == "done" else f"{state}: {report['done']:,} of"
+    took = f"{subject} {total:,} images in {report['seconds']:,.1f} s"
+    computed = report["done"] - cached - report["failed"]
+    if cached and not computed:
+        return f"{took}, {'all' if cached == total else f'{cached:,}'} from the cache"
+    speed = f"({report['rate']:,.0f} images/s)"
+    if cached:
+        took += f": {cached:,} from the cache, {computed:,} computed"
     if report["preparing"] > 1:
-        took += f", {report['preparing']:,.1f} s of them to build the network"
-    if report["state"] == "done":
-        return f"{report['width']:,} new columns from {report['total']:,} images in {took}"
-    return f"{report['state']}: {report['done']:,} of {report['total']:,} images in {took}"
+        speed += f", {report['preparing']:,.1f} s of them to build the network"
+    return f"{took} {speed}"
 
 
 def footer(report: dict[str, Any]) -> str:
     """Say what ran it, and what bounded its speed."""
     engine = listing(report["engines"]) or "nothing ran"
-    bound = f" · bounded by {BOUNDS[report['bottleneck']]}" if report["engines"] and report["total"] else ""
+    bound = f" · bounded by {BOUNDS[report['bottleneck']]}" if report["bottleneck"] else ""
     return f"{engine} · {report['precision']}{bound}"
 
 

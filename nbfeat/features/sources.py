@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from nbfeat.errors import ImageError, RequestError, listing, near, sentences
+from nbfeat.features import content
 from nbfeat.features.formats import SUFFIXES, kind_of, short
 
 if TYPE_CHECKING:
@@ -29,21 +30,42 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(?=://)|file(?=:)|data(?=:\w+/)", 
 _REMOTE = frozenset({"http", "https", "s3", "gs"})
 
 
-def load(value: object, root: Path) -> Source:
-    """Return what the cell `value` stands for, files read whole; raise ImageError with the reason why not."""
-    if isinstance(value, Mapping):
-        value = next((part for key in ("bytes", "path") if not is_missing(part := value.get(key))), None)
+def load(value: object, root: Path) -> tuple[Source, bytes | None]:
+    """Return what the cell `value` stands for, files read whole; raise ImageError with the reason why not.
+
+    With it comes the state of the file, where that is sure to change with the file (see `content`), else None.
+    """
+    path = path_of(value, root)
+    if path is not None:
+        return _read_file(path)
+    value = _held(value)
     if is_missing(value):
         message = "the value is missing"
         raise ImageError(message)
-    if isinstance(value, (str, os.PathLike)):
-        return _read_file(_local_path(_text_of(value), root))
     if isinstance(value, (bytes, bytearray, memoryview)):
-        return _not_empty(bytes(value), "the value holds no bytes")
+        return _not_empty(bytes(value), "the value holds no bytes"), None
     if isinstance(value, (Image.Image, np.ndarray)):
-        return value
+        return value, None
     message = f"a value of type {type(value).__name__}: only paths, bytes, PIL images and uint8 arrays are read"
     raise ImageError(message)
+
+
+def path_of(value: object, root: Path) -> str | None:
+    """Return the absolute path that the cell `value` stands for, None where it stands for something else.
+
+    Raises ImageError for addresses that are not of this machine.
+    """
+    value = _held(value)
+    if isinstance(value, (str, os.PathLike)) and not is_missing(value):
+        return _local_path(_text_of(value), root)
+    return None
+
+
+def _held(value: object) -> object:
+    """Return what a mapping of bytes and path holds; anything else as it is."""
+    if isinstance(value, Mapping):
+        return next((part for key in ("bytes", "path") if not is_missing(part := value.get(key))), None)
+    return value
 
 
 def is_missing(value: object) -> bool:
@@ -62,15 +84,11 @@ def _text_of(path: str | os.PathLike[Any]) -> str:
         return str(path)
 
 
-def _local_path(text: str, root: Path) -> Path:
-    scheme = _SCHEME.match(text)
-    if scheme:
+def _local_path(text: str, root: Path) -> str:
+    if scheme := _SCHEME.match(text):
         text = _path_of_url(text, scheme[0].lower())
-    path = Path(text)
-    try:
-        return root / path.expanduser()
-    except RuntimeError:  # "~somebody" who is no user here: a file may be called so
-        return root / path
+    # Not pathlib: a frame of cached images spends most of its time here. A "~somebody" who is no user stays as it is.
+    return os.path.join(root, os.path.expanduser(text) if text[:1] == "~" else text)  # noqa: PTH111, PTH118
 
 
 def _path_of_url(text: str, scheme: str) -> str:
@@ -86,10 +104,15 @@ def _path_of_url(text: str, scheme: str) -> str:
     return path.lstrip("/") if os.name == "nt" else path
 
 
-def _read_file(path: Path) -> bytes:
+def _read_file(name: str) -> tuple[bytes, bytes | None]:
+    path = Path(name)
     try:
-        _check_readable(path.stat(), path)
-        return _not_empty(path.read_bytes(), f"the file is empty: {path}")
+        before = path.stat()
+        _check_readable(before, path)
+        data, after = _not_empty(path.read_bytes(), f"the file is empty: {path}"), path.stat()
+        state = content.state(name, after)
+        unchanged = state == content.state(name, before)
+        return data, state if unchanged and content.is_settled(after) else None
     except (FileNotFoundError, NotADirectoryError):
         reason = f"no such file: {path}"
     except PermissionError:
@@ -99,6 +122,15 @@ def _read_file(path: Path) -> bytes:
     except ValueError:  # raised before the system is asked: a NUL, or a character that file names cannot hold
         reason = f"the path holds a character that no file name can: {path}"
     raise ImageError(short(reason))
+
+
+def state_of(value: object, root: Path) -> bytes | None:
+    """Return the state of the file that the cell `value` names, without opening it; None where that cannot be had."""
+    try:
+        path = path_of(value, root)
+        return None if path is None else content.state(path, os.stat(path))  # noqa: PTH116 - as above
+    except (ImageError, OSError, ValueError):
+        return None
 
 
 def _check_readable(status: os.stat_result, path: Path) -> None:
@@ -151,9 +183,6 @@ def image_column(frame: pd.DataFrame, asked: Hashable | None) -> Hashable:
     RequestError
         Where there is no such column, or none or several look like images; it names them with their first values.
     """
-    if frame.columns.nlevels > 1:
-        message = "The frame has columns of several levels: flatten them first, e.g. by joining the levels' names."
-        raise RequestError(message)
     if asked is not None:
         return _asked(frame, asked)
     samples = {place: _sample(frame, place) for place in range(frame.shape[1])}

@@ -11,8 +11,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from nbfeat.features.network import NetworkSpec, Output
 from nbfeat.home import HomeError, folder_written_whole, keep
 
 FILES = ("network.xml", "network.bin")
+ABANDONED_AFTER = 3600  # seconds; a network is built in less
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class Preparing:
             self.result = found
             return
         shutil.rmtree(final, ignore_errors=True)
+        remove_abandoned(parent)
         yield f"building {self.spec.backbone} (once; then it is kept)"
         with folder_written_whole(final) as made:
             yield from run_child(self.spec, made)
@@ -66,6 +70,14 @@ class Preparing:
             message = f"The network just written to {final} cannot be read back. Is the disk full or changing?"
             raise errors.NetworkError(message)
         self.result = replace(written, owner=owner)
+
+
+def remove_abandoned(networks: Path) -> None:
+    """Remove what processes that were killed while building left behind."""
+    for folder in networks.glob(".*"):
+        with suppress(OSError):  # somebody else was first
+            if time.time() - folder.stat().st_mtime > ABANDONED_AFTER:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class TemporaryFolder:

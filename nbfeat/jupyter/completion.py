@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _NAME = "nbfeat"
 # Alone on a line, or on the right of an assignment.
-_MAGIC = re.compile(r"^(?:\s*[\w.]+\s*=)?\s*(%{1,2})(extract|backbones)\b")
+_MAGIC = re.compile(r"^(?:\s*[\w.]+\s*=)?\s*(%{1,2})(extract_cache|extract|backbones)\b")
 _VALUES = {
     "weights": ("imagenet", "random"),
     "device": ("auto", "cpu", "gpu"),
@@ -40,6 +40,8 @@ def candidates(cell: str, line: int, before: str, names: Mapping[str, Any]) -> l
         return None
     if match[2] == "backbones":
         return list(CATALOG)
+    if match[2] == "extract_cache":
+        return ["features", "networks", "all"] if "clear" in before else ["clear"]
     first = (head if in_body else before)[match.end() :].split()
     words = before.split() if in_body else first
     known = BLOCK_OPTIONS if in_body else OPTIONS

@@ -4,6 +4,7 @@
 
     %extract   FRAME BACKBONE [options]
     %%extract  FRAME [BACKBONE] [options]     and one feature block per line of the body
+    %extract_cache [clear [features|networks|all]]
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ RUN_OPTIONS: tuple[Option, ...] = (
     Option(name="device", short="-d", metavar="DEVICE", default="auto", help="auto, cpu, gpu or gpu:1"),
     Option(name="precision", metavar="HOW", choices=("auto", *PRECISIONS), default="auto",
            help="number format that the network computes in; auto is float32"),
+    Option(name="no_cache", switch=True, help="compute every image again, and keep nothing"),
     Option(name="replace", switch=True, help="overwrite columns of the same names that no block made"),
     Option(name="quiet", short="-q", switch=True, help="show no progress"),
     Option(name="help", short="-h", switch=True, help="show this"),
@@ -55,7 +57,8 @@ class Request:
     @property
     def for_extraction(self) -> dict[str, Any]:
         """The options that Extraction takes."""
-        return {name: self.run[name] for name in _FOR_EXTRACTION if name in self.run}
+        given = {name: self.run[name] for name in _FOR_EXTRACTION if name in self.run}
+        return {**given, **({"cache": False} if self.run.get("no_cache") else {})}
 
     def __str__(self) -> str:
         """Return the cell that reads back to this request."""
@@ -133,6 +136,19 @@ def _words(line: str) -> list[str]:
 def _unsilenced(text: str) -> str:
     """Take off a semicolon at the end, which only silences the output."""
     return text.rstrip().removesuffix(";")
+
+
+def cache_words(line: str) -> str | None:
+    """Read the words after ``%extract_cache``: what to clear, or None."""
+    match _words(line):
+        case []:
+            return None
+        case ["clear"]:
+            return "features"
+        case ["clear", what]:
+            return what
+    message = f"%extract_cache takes nothing, or clear [features|networks|all], not {line.strip()!r}."
+    raise RequestError(message)
 
 
 def default_of(name: str, value: Any) -> Any:  # noqa: ANN401 - whatever the option takes

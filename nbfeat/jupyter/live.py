@@ -96,9 +96,10 @@ def ended(step: Step, seconds: float) -> str:
 
 
 def counts(step: Step) -> list[str]:
-    """Say how many images are done, and how many of them failed."""
-    done = f"{step.done:,} of {step.total:,} images"
-    return [done, f"{step.failed:,} failed"] if step.failed else [done]
+    """Say how many images are done, and how many of them came from the cache or failed."""
+    parts = [f"{step.done:,} of {step.total:,} images"]
+    parts += [f"{step.cached:,} from the cache"] if step.cached else []
+    return parts + ([f"{step.failed:,} failed"] if step.failed else [])
 
 
 def clock(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""%extract, %%extract and %backbones, and their settings in ``%config ExtractMagics``.
+"""%extract, %%extract, %backbones and %extract_cache, and their settings in ``%config ExtractMagics``.
 
 The magics are thin: they read words, loop over `Extraction.steps()`, and bind the new frame when every row is done or
 named in `failures`.
@@ -6,6 +6,7 @@ named in `failures`.
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
@@ -45,6 +46,7 @@ class ExtractMagics(Magics):
     """Image features as columns of a dataframe."""
 
     backbone = Unicode("", help="the backbone of cells that name none").tag(config=True)
+    cache = Bool(True, help="take features from the cache, and keep new ones there").tag(config=True)  # noqa: FBT003 - as below
     quiet = Bool(False, help="show no progress").tag(config=True)  # noqa: FBT003 - traitlets' way
     short_errors = Bool(True, help="show failing work as one line; False for the whole traceback").tag(config=True)  # noqa: FBT003
     locals().update(_traits())
@@ -75,6 +77,19 @@ class ExtractMagics(Magics):
 
         return self._answer(lambda: backbones(line.strip().removesuffix(";").strip() or "*"))
 
+    @no_var_expand
+    @line_magic
+    def extract_cache(self, line: str) -> Any:  # noqa: ANN401 - shows itself
+        """Show what nbfeat keeps on this machine; ``%extract_cache clear [features|networks|all]`` clears it."""
+        return self._answer(lambda: self._extract_cache(grammar.cache_words(line)))
+
+    def _extract_cache(self, cleared: str | None) -> Any:  # noqa: ANN401 - as above
+        from nbfeat.features.storage import storage  # noqa: PLC0415 - seldom needed
+
+        if cleared:
+            storage.clear(cleared)
+        return storage
+
     def _extract(self, line: str, cell: str | None) -> Extraction | None:
         namespace: dict[str, Any] = self.shell.user_ns  # type: ignore[union-attr]  # magics of a shell have one
         names = dict(namespace)
@@ -84,11 +99,12 @@ class ExtractMagics(Magics):
             print(grammar.usage())  # noqa: T201 - what -h does
             return None
         frame = grammar.check_name(request.frame, names)
-        extraction = Extraction(frame, request.blocks, **request.for_extraction)
+        extraction = Extraction(frame, request.blocks, **{"cache": self.cache, **request.for_extraction})
         with Live(request.frame, quiet=request.quiet or self.quiet) as live:
             try:
-                for step in extraction.steps():
-                    live.show(step)
+                with closing(extraction.steps()) as steps:
+                    for step in steps:
+                        live.show(step)
             except KeyboardInterrupt:
                 raise stopped(extraction) from None
         namespace[request.into] = extraction.frame
@@ -118,8 +134,10 @@ ExtractMagics.extract.__doc__ = grammar.usage()
 
 def stopped(extraction: Extraction) -> KeyboardInterrupt:
     """Return the interrupt that stops the notebook, saying what is there and how to go on."""
-    done = f"{extraction.done:,} of {extraction.total:,} images"
-    return KeyboardInterrupt(f"stopped at {done}; nothing was bound. Run the cell again to start over.")
+    done, total = extraction.done - len(extraction.failures), extraction.total
+    if extraction.keeps:
+        return KeyboardInterrupt(f"{done:,} of {total:,} kept; run the cell again to go on. Nothing was bound.")
+    return KeyboardInterrupt(f"stopped at {done:,} of {total:,}; nothing was kept or bound. Run the cell again.")
 
 
 def expand(text: str, names: dict[str, Any]) -> str:

@@ -27,10 +27,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from nbfeat import Extraction, NetworkError
+from nbfeat import Extraction, FeatureBlock, NetworkError
 from nbfeat.features.engines import Precision, available_cores
 from nbfeat.features.engines.openvino import OpenVINOEngine
-from nbfeat.features.images import PixelSpec, read_pixels
+from nbfeat.features.fit import PixelSpec
+from nbfeat.features.images import read_pixels
 from nbfeat.features.network import Cut, NetworkSpec
 from nbfeat.features.store import Preparing
 from nbfeat.html import text_table
@@ -79,8 +80,7 @@ def photographs(folder: Path, count: int) -> list[str]:
 
 def spec_of(backbone: str) -> NetworkSpec:
     """Describe the network that is measured."""
-    found = Extraction(pd.DataFrame({"path": ["x.jpg"]}), backbone, weights=WEIGHTS.get(backbone, "random"))
-    return found._specs[0]
+    return NetworkSpec.of(FeatureBlock.parse(backbone, {"weights": WEIGHTS.get(backbone, "random")}))
 
 
 def decoding_seconds(files: list[str], size: int) -> float:
@@ -105,7 +105,7 @@ def network_seconds(engine: OpenVINOEngine, batches: int) -> float:
 
 def ours(files: list[str], backbone: str, precision: str) -> tuple[float, float]:
     """Return images per second of a whole warm run, and of its steady part."""
-    options: dict[str, Any] = {"weights": WEIGHTS.get(backbone, "random"), "precision": precision}
+    options: dict[str, Any] = {"weights": WEIGHTS.get(backbone, "random"), "precision": precision, "cache": False}
     start = time.perf_counter()
     extraction = Extraction(pd.DataFrame({"path": files}), backbone, images="path", **options).run()
     return len(files) / (time.perf_counter() - start), extraction.rate

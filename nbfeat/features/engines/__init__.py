@@ -10,11 +10,13 @@ An engine lends buffers, runs them in the background and gives results back olde
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
+import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -37,7 +39,6 @@ class Engine(Protocol):
 
     name: str  # what the report shows: library, version, device
     outputs: dict[str, Output]
-    weights: Loaded
     batch_size: int
 
     @property
@@ -62,31 +63,71 @@ class Engine(Protocol):
 
 
 class Opening:
-    """Make the engine for a network; iterate for sentences to show meanwhile, then read `engine` and `note`."""
+    """Make a network ready; iterate for sentences to show meanwhile, then read what it gives, and `start` it to use it.
 
-    engine: Engine
+    Where all features are in the cache already, nothing is started.
+    """
+
+    name: str
+    batch_size: int
+    outputs: dict[str, Output]
+    weights: Loaded
+    numbers: dict[str, object]  # all of the engine that decides the numbers
     note = ""
 
     def __init__(self, spec: NetworkSpec, *, device: str, precision: Precision, batch_size: int | None) -> None:
-        self.spec, self.device, self.precision, self.batch_size = spec, device, precision, batch_size
+        self.spec, self.device, self.precision, self._asked_size = spec, device, precision, batch_size
 
     def __iter__(self) -> Iterator[str]:
         """Work, yielding what is being done."""
         if self.device == "cpu" and openvino_works():
-            from nbfeat.features.engines.openvino import OpenVINOEngine  # noqa: PLC0415 - only the engine in use
-            from nbfeat.features.store import Preparing  # noqa: PLC0415
+            yield from self._for_openvino()
+        else:
+            yield from self._for_keras()
 
-            preparing = Preparing(self.spec)
-            yield from preparing
-            self.engine = OpenVINOEngine(preparing.result, precision=self.precision, batch_size=self.batch_size)
-            self.note = preparing.note
-            return
+    def _for_openvino(self) -> Iterator[str]:
+        from nbfeat.features.engines import openvino  # noqa: PLC0415 - only the engine in use
+        from nbfeat.features.store import Preparing  # noqa: PLC0415
+
+        preparing = Preparing(self.spec)
+        yield from preparing
+        stored = preparing.result
+        self.name, self.outputs, self.weights = openvino.name(), stored.outputs, stored.weights
+        self.batch_size, self.note = self._asked_size or openvino.BATCH, preparing.note
+        self.numbers = {"engine": openvino.name(threads=False), "cpu": cpu()}
+        if self.precision != "float32":
+            # In float32 a cut gives the same to the bit beside any others; in fewer bits fusing shows.
+            self.numbers["beside"] = [cut.key for cut in self.spec.cuts]
+        self._start: Callable[[], Engine] = lambda: openvino.OpenVINOEngine(
+            stored, precision=self.precision, batch_size=self.batch_size
+        )
+
+    def _for_keras(self) -> Iterator[str]:
         from nbfeat.features.engines.keras import KerasEngine  # noqa: PLC0415 - only the engine in use
 
         if self.device == "cpu":
             self.note = "OpenVINO cannot be imported here, so Keras runs the network, which is slower on a CPU."
         yield f"building {self.spec.backbone} in Keras"
-        self.engine = KerasEngine(self.spec, device=self.device, precision=self.precision, batch_size=self.batch_size)
+        engine = KerasEngine(self.spec, device=self.device, precision=self.precision, batch_size=self._asked_size)
+        self.name, self.outputs, self.weights = engine.name, engine.outputs, engine.weights
+        self.batch_size = engine.batch_size
+        beside = [cut.key for cut in self.spec.cuts]  # its compilers are not known to keep cuts apart
+        self.numbers = {"engine": engine.name, "backend": engine.backend, "cpu": cpu(), "beside": beside}
+        self._start = lambda: engine
+
+    def start(self) -> Engine:
+        """Return the engine, ready to run."""
+        return self._start()
+
+
+def cpu() -> str:
+    """Name this CPU and what it can compute with: the same network gives other last bits on another one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
+    except OSError:
+        return f"{platform.processor()} {platform.machine()}"
+    told = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
 
 def openvino_works() -> bool:

@@ -35,6 +35,7 @@ class KerasEngine:
         self.batch_size, self._device = batch_size or BATCH, device
         backend = keras.backend.backend()
         self.name = f"Keras {keras.__version__} on {_SHOWN.get(backend, backend)}, {device.upper()}"
+        self.backend = f"{backend} {importlib.import_module(backend).__version__}"
         built, self._run = _in_a_fresh_session(spec, device, self.batch_size)
         self.outputs, self.weights = built.outputs, built.weights
         shape = (self.batch_size, spec.size, spec.size, 3)

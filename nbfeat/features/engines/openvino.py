@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,20 @@ _TYPES: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16", "float16":
 _WAIT_MS = 100
 
 
+def name(*, threads: bool = True) -> str:
+    """Name this engine, without importing it: library, version, device and, unless left away, threads."""
+    cores = available_cores()
+    shown = f"OpenVINO {version('openvino')}, CPU"
+    return f"{shown}, {cores} thread{'s' if cores > 1 else ''}" if threads else shown
+
+
 class OpenVINOEngine:
     """Run `stored` on this machine's CPU."""
 
     def __init__(self, stored: Stored, *, precision: Precision, batch_size: int | None) -> None:
         openvino = quiet.import_openvino()
-        self.outputs, self.weights, self.batch_size = stored.outputs, stored.weights, batch_size or BATCH
+        self.name, self.outputs, self.batch_size = name(), stored.outputs, batch_size or BATCH
         cores = available_cores()
-        self.name = f"OpenVINO {openvino.__version__.partition('-')[0]}, CPU, {cores} thread{'s' if cores > 1 else ''}"
         self._tensor, self._stored = openvino.Tensor, stored
         core = openvino.Core()
         graph = core.read_model(stored.folder / "network.xml")

@@ -1,0 +1,112 @@
+"""One network and the pixels it takes: what its features are kept under, and which rows have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbfeat.backbones.weights import Loaded
+from nbfeat.features import engines, fit
+from nbfeat.features.cache import Cache, Kept
+from nbfeat.features.network import NUMERICS, Cut, NetworkSpec, Output
+
+if TYPE_CHECKING:
+    from nbfeat.features.engines import Engine, Precision, Vectors
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """A network, opened by iterating `open` and started when the first image needs it."""
+
+    spec: NetworkSpec
+    pixels: fit.PixelSpec
+    opening: engines.Opening
+    done: NDArray[np.bool_]  # which images have their features
+    features: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # of each output, a row for each image
+    kept: dict[str, Kept] = field(default_factory=dict)  # where the cache has them
+    engine: Engine | None = None
+
+    def open(self, precision: Precision) -> Iterator[str]:
+        """Make the network ready, yielding sentences to show meanwhile."""
+        yield from self.opening
+        self.kept = {cut.key: self._kept(cut, precision) for cut in self.spec.cuts}
+
+    def start(self) -> Engine:
+        """Return the engine, started if it was not."""
+        if self.engine is None:
+            self.engine = self.opening.start()
+        return self.engine
+
+    def take(self, rows: Sequence[int], vectors: Vectors) -> None:
+        """Put the features of some images where they belong."""
+        for key, features in vectors.items():
+            self.features[key][rows] = features
+        self.done[rows] = True
+
+    def share(self, row: int, first: int) -> None:
+        """Give image `row` the features of image `first`, which has the same content."""
+        self.done[row] = True
+        for features in self.features.values():
+            features[row] = features[first]
+
+    def forget(self, row: int) -> None:
+        """Take back what is there of an image that failed."""
+        for features in self.features.values():
+            features[row] = np.nan
+
+    def recalled(self, image: bytes, cache: Cache) -> Vectors | None:
+        """Return the features that the cache has of one image; None unless it has them of every output."""
+        vectors = {key: cache.vectors(kept, [image]).get(image) for key, kept in self.kept.items()}
+        return None if any(vector is None for vector in vectors.values()) else cast("Vectors", vectors)
+
+    @property
+    def name(self) -> str:
+        """What runs it."""
+        return self.opening.name
+
+    @property
+    def batch_size(self) -> int:
+        """How many images run at once."""
+        return self.opening.batch_size
+
+    @property
+    def outputs(self) -> dict[str, Output]:
+        """What each cut gives."""
+        return self.opening.outputs
+
+    @property
+    def weights(self) -> Loaded:
+        """The weights that were loaded."""
+        return self.opening.weights
+
+    def _kept(self, cut: Cut, precision: Precision) -> Kept:
+        """Name everything that changes the numbers that `cut` gives for an image."""
+        output = self.outputs[cut.key]
+        decides = {
+            "backbone": self.spec.backbone,
+            "alpha": self.spec.alpha,
+            "weights": self.weights.sha256,
+            "layer": cut.layer,
+            "pooling": output.pooling,
+            "scaling": self.spec.scaling,
+            "size": self.pixels.size,
+            "resize": self.pixels.resize,
+            "interpolation": self.pixels.interpolation,
+            "least_reduced": fit.LEAST_REDUCED,
+            "decoders": decoders(),
+            "precision": precision,
+            "keras": version("keras"),
+            **self.opening.numbers,
+            "numerics": NUMERICS,
+        }
+        return Kept(decides, {"weights_name": self.weights.name}, output.width)
+
+
+def decoders() -> str:
+    """Name what decodes images, with versions: others may give other pixels, or read what these cannot."""
+    return ", ".join(f"{name} {version(name)}" for name in ("pillow", "simplejpeg"))

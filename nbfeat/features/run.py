@@ -1,0 +1,111 @@
+"""The work of an extraction: open the networks, take what the cache has, compute the rest, keep what is new.
+
+It knows images and rows of features; what they are columns of, and how they are normalized, is not its business.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from nbfeat.features import engines
+from nbfeat.features.batch import Batch
+from nbfeat.features.cache import Cache
+from nbfeat.features.fit import PixelSpec
+from nbfeat.features.lane import Lane, decoders
+from nbfeat.features.network import NetworkSpec
+from nbfeat.features.pipeline import Pipeline, Timings
+from nbfeat.features.progress import Progress
+from nbfeat.features.recall import recall
+
+
+class Run:
+    """The features of `images` from several networks; relative paths start at `root`."""
+
+    def __init__(
+        self,
+        images: Sequence[object],
+        root: Path,
+        networks: Sequence[tuple[NetworkSpec, PixelSpec]],
+        *,
+        device: str,
+        precision: engines.Precision,
+        batch_size: int | None,
+        cache: bool,
+    ) -> None:
+        self.images, self.root, self.networks = images, root, networks
+        self.device, self.precision, self.batch_size = device, precision, batch_size
+        self.progress = Progress(len(images), len(networks))
+        self.timings = Timings()
+        self.notes: list[str] = []
+        self.lanes: list[Lane] = []
+        self.keeps = False  # whether what is finished is in the cache
+        self._uses_cache = cache and bool(images)
+        self._cache = Cache(None)
+        self._seen: dict[bytes, int] = {}
+
+    @contextmanager
+    def caching(self) -> Iterator[None]:
+        """Open the cache for the block, and let it go after it."""
+        if not self._uses_cache:
+            yield
+            return
+        self._cache = Cache.at_home(decoders())
+        try:
+            yield
+        finally:
+            self.keeps = self._cache.writes
+            self.note(self._cache.note)
+            self._cache.close()
+
+    def open(self) -> Iterator[str]:
+        """Make the networks ready, yielding sentences to show meanwhile."""
+        start = time.perf_counter()
+        device, lanes = engines.choose_device(self.device), []
+        for spec, pixels in self.networks:
+            opening = engines.Opening(spec, device=device, precision=self.precision, batch_size=self.batch_size)
+            lanes.append(Lane(spec, pixels, opening, np.zeros(len(self.images), bool)))
+            yield from lanes[-1].open(self.precision)
+            self.note(opening.note)
+        self.lanes = lanes
+        self.timings.preparing += time.perf_counter() - start
+
+    def batches(self) -> Generator[Batch, None, None]:
+        """Yield what is in the cache already, then what has to be read; each batch was taken in before."""
+        self._cache.use(kept for lane in self.lanes for kept in lane.kept.values())
+        start = time.perf_counter()
+        for batch in recall(self.images, self.progress.left(), self.lanes, self.root, self._cache):
+            self._take(batch)
+            self.timings.recalling += time.perf_counter() - start
+            yield batch
+            start = time.perf_counter()
+        self.timings.recalling += time.perf_counter() - start
+        if left := self.progress.left():
+            pipeline = Pipeline(self.images, self.lanes, self.root, self.timings, self._cache, self._seen)
+            with closing(pipeline.run(left)) as batches:
+                for batch in batches:
+                    self._take(batch)
+                    yield batch
+
+    def _take(self, batch: Batch) -> None:
+        """Put the features of a batch where they belong, and into the cache what is new."""
+        if batch.lane is not None:
+            batch.lane.take(batch.rows, batch.vectors)
+        for row in batch.failures:
+            for lane in self.lanes:  # which may have had its features from the cache
+                lane.forget(row)
+        for row, first in self.progress.take(batch):
+            for lane in self.lanes:
+                lane.share(row, first)
+        start = time.perf_counter()
+        self._cache.keep(batch.news)
+        self.timings.keeping += time.perf_counter() - start
+
+    def note(self, text: str) -> None:
+        """Take down what the report should say, once."""
+        if text and text not in self.notes:
+            self.notes.append(text)
