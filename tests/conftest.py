@@ -98,7 +98,7 @@ def photos(pictures: Path) -> pd.DataFrame:
 @pytest.fixture
 def fake_network(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
     """Put a pretended network in place of every real one."""
-    FakeEngine.opened = 0
+    FakeEngine.opened = FakeEngine.computed = 0
     monkeypatch.setattr(engines, "Opening", FakeOpening)
     return FakeEngine
 

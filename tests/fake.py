@@ -20,6 +20,7 @@ class FakeEngine:
     """Run a pretended network: `GRID` × `GRID` means of each color for the end, means of colors for any other layer."""
 
     opened = 0
+    computed = 0  # images, in all engines
     batches: list[int]  # how many images each batch had
 
     def __init__(self, spec: NetworkSpec, batch_size: int) -> None:
@@ -50,6 +51,7 @@ class FakeEngine:
     def submit(self, buffer: Pixels, count: int) -> None:
         assert not self.is_full
         self.batches.append(count)
+        type(self).computed += count
         self._busy.append((buffer, count))
 
     def collect(self) -> Vectors:

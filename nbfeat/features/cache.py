@@ -54,9 +54,13 @@ class Kept:
         """What the numbers are, as JSON."""
         return json.dumps({**self.decides, **self.shown})
 
+    @cached_property
+    def _seed(self) -> int:
+        return zlib.crc32(self.key.encode())
+
     def sum(self, image: bytes, vector: bytes) -> int:
         """Return the checksum of a row: SQLite does not notice a page that was overwritten."""
-        return zlib.crc32(vector, zlib.crc32(image, zlib.crc32(self.key.encode())))
+        return zlib.crc32(vector, zlib.crc32(image, self._seed))
 
 
 @dataclass(slots=True)

@@ -267,11 +267,8 @@ class Extraction:
 
     def _step(self, note: str = "") -> Step:
         left = (self.total - self.done) / self.rate if self.rate else None
-        bottleneck = self._run.timings.bottleneck if self.rate else None
-        count = self._run.progress
-        return Step(
-            count.done, self.total, len(count.reasons), count.cached, self.seconds, self.rate, left, bottleneck, note
-        )
+        failed = len(self._run.progress.reasons)
+        return Step(self.done, self.total, failed, self.cached, self.seconds, self.rate, left, self.bottleneck, note)
 
     def _coming(self) -> str:
         """Say what is coming, before it comes."""
@@ -341,7 +338,12 @@ class Extraction:
     @property
     def profile(self) -> dict[str, Any]:
         """Seconds by kind of work, and which of them bounds the speed."""
-        return {**self._run.timings.seconds(), "bottleneck": self._run.timings.bottleneck}
+        return {**self.timings.seconds(), "bottleneck": self.bottleneck}
+
+    @property
+    def bottleneck(self) -> Literal["decoding", "network"] | None:
+        """What bounds the speed; None where nothing had to be computed."""
+        return self.timings.bottleneck if self.rate else None
 
     @property
     def recipe(self) -> Mapping[str, Any]:

@@ -50,10 +50,8 @@ class Timings:
         return asdict(self)
 
     @property
-    def bottleneck(self) -> Literal["decoding", "network"] | None:
-        """What more of would make the run faster; None where nothing had to be computed."""
-        if not self.decoding:
-            return None
+    def bottleneck(self) -> Literal["decoding", "network"]:
+        """What more of would make the run faster."""
         return "decoding" if self.waiting_for_images > self.waiting_for_network else "network"
 
 

@@ -42,7 +42,7 @@ def summarize(extraction: Extraction) -> dict[str, Any]:
         "planned": [str(block) for block in extraction.blocks],
         "engines": extraction.engines,
         "precision": extraction.precision,
-        "bottleneck": extraction.timings.bottleneck,
+        "bottleneck": extraction.bottleneck,
         "notes": [*extraction.notes, *_notes(extraction)],
     }
 
