@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nbfeat.features.cache import News
 from nbfeat.features.engines import Vectors
+from nbfeat.features.kept import News
 from nbfeat.features.lane import Lane
 
 

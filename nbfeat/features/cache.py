@@ -6,17 +6,13 @@ stops the writing, a damaged file is begun anew, and what cannot be opened is no
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import sqlite3
 import threading
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.features import tables
+from nbfeat.features.kept import Kept, News
 from nbfeat.home import HomeError, file_system, is_remote, keep
 
 LARGEST = 20_000_000_000  # bytes
@@ -34,45 +31,6 @@ BYTES_AT_ONCE = 8_000_000
 
 Vector = NDArray[np.float32]
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """A block as the cache knows it: all that decides its numbers, more to show, and its width."""
-
-    decides: Mapping[str, object]
-    shown: Mapping[str, object]
-    width: int
-
-    @cached_property
-    def key(self) -> str:
-        """The name of these numbers, in 40 hexadecimal digits."""
-        return hashlib.sha256(json.dumps(self.decides, sort_keys=True).encode()).hexdigest()[:40]
-
-    @property
-    def recipe(self) -> str:
-        """What the numbers are, as JSON."""
-        return json.dumps({**self.decides, **self.shown})
-
-    @cached_property
-    def _seed(self) -> int:
-        return zlib.crc32(self.key.encode())
-
-    def sum(self, image: bytes, vector: bytes) -> int:
-        """Return the checksum of a row: SQLite does not notice a page that was overwritten."""
-        return zlib.crc32(vector, zlib.crc32(image, self._seed))
-
-
-@dataclass(slots=True)
-class News:
-    """What a run has found out, to be kept in one transaction."""
-
-    vectors: list[tuple[Kept, Sequence[bytes], Vector]] = field(default_factory=list)  # block, images, a row for each
-    files: dict[bytes, bytes] = field(default_factory=dict)  # state of a file → what it holds
-    failures: dict[bytes, str] = field(default_factory=dict)  # an image that cannot be decoded → the reason
-
-    def __bool__(self) -> bool:
-        return bool(self.vectors or self.files or self.failures)
 
 
 class Cache:

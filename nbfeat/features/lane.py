@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from nbfeat.backbones.weights import Loaded
 from nbfeat.features import engines, fit
-from nbfeat.features.cache import Cache, Kept
+from nbfeat.features.cache import Cache
+from nbfeat.features.kept import Kept
 from nbfeat.features.network import NUMERICS, Cut, NetworkSpec, Output
 
 if TYPE_CHECKING:
