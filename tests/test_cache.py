@@ -221,6 +221,8 @@ def test_another_backbone_beside_a_known_one_is_computed_alone(photos: pd.DataFr
     both = run(photos, BLOCK, "VGG16 --size 32")
     assert (FakeEngine.computed, FakeEngine.opened, both.cached) == (40, 2, 0)
     same(both["mobilenet"], first.features)
+    assert "mobilenet_0000 … 0047 (20 from the cache)" in repr(both)
+    assert repr(both).count("from the cache") == 1
     assert run(photos, "VGG16 --size 32", BLOCK).cached == 20
 
 
@@ -280,7 +282,8 @@ def test_what_cannot_be_decoded_is_not_tried_again_until_the_decoders_change(
     assert decoded == []
     assert list(again.failures["reason"]) == ["text, not an image"]
     assert (again.done, again.cached) == (20, 19)
-    assert "19 from the cache" in repr(again)
+    assert ", 19 from the cache\n" in repr(again)
+    assert "bounded by" not in repr(again)
     monkeypatch.setattr("nbfeat.features.run.decoders", lambda: "others")
     run(photos)
     assert decoded == [b"text"]

@@ -229,6 +229,11 @@ class Extraction:
         return len(self._images)
 
     @property
+    def computed(self) -> int:
+        """How many images a network ran over, or share the features of one."""
+        return self.done - self.cached - len(self._run.progress.reasons)
+
+    @property
     def equal(self) -> int:
         """How many images share the features of another of the same content."""
         return self._run.progress.equal
@@ -343,7 +348,7 @@ class Extraction:
     @property
     def bottleneck(self) -> Literal["decoding", "network"] | None:
         """What bounds the speed; None where nothing had to be computed."""
-        return self.timings.bottleneck if self.rate else None
+        return self.timings.bottleneck if self.computed else None
 
     @property
     def recipe(self) -> Mapping[str, Any]:

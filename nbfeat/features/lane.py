@@ -31,6 +31,7 @@ class Lane:
     features: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # of each output, a row for each image
     kept: dict[str, Kept] = field(default_factory=dict)  # where the cache has them
     engine: Engine | None = None
+    cached: int = 0  # how many images had their features from the cache
 
     def open(self, precision: Precision) -> Iterator[str]:
         """Make the network ready, yielding sentences to show meanwhile."""
@@ -43,11 +44,12 @@ class Lane:
             self.engine = self.opening.start()
         return self.engine
 
-    def take(self, rows: Sequence[int], vectors: Vectors) -> None:
+    def take(self, rows: Sequence[int], vectors: Vectors, *, cached: bool) -> None:
         """Put the features of some images where they belong."""
         for key, features in vectors.items():
             self.features[key][rows] = features
         self.done[rows] = True
+        self.cached += len(rows) if cached else 0
 
     def share(self, row: int, first: int) -> None:
         """Give image `row` the features of image `first`, which has the same content."""

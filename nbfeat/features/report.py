@@ -33,12 +33,13 @@ def summarize(extraction: Extraction) -> dict[str, Any]:
         "total": extraction.total,
         "failed": len(failures),
         "cached": extraction.cached,
+        "computed": extraction.computed,
         "failures": failures.head(FAILURES_SHOWN)[["position", "image", "reason"]].to_numpy().tolist(),
         "seconds": extraction.seconds,
         "rate": extraction.rate,
         "preparing": extraction.timings.preparing,
         "width": len(extraction.columns) if finished else None,
-        "blocks": [_block(part) for part in extraction.parts] if finished else [],
+        "blocks": [_block(part, extraction.cached) for part in extraction.parts] if finished else [],
         "planned": [str(block) for block in extraction.blocks],
         "engines": extraction.engines,
         "precision": extraction.precision,
@@ -47,8 +48,11 @@ def summarize(extraction: Extraction) -> dict[str, Any]:
     }
 
 
-def _block(part: Part) -> tuple[str, int, str]:
-    """Say what became what: the names of the columns, how many, and the steps from pixels to features."""
+def _block(part: Part, cached: int) -> tuple[str, int, str]:
+    """Say what became what: the names of the columns, how many, and the steps from pixels to features.
+
+    `cached` images had everything from the cache; where one network had more, its blocks say so.
+    """
     block, names, output = part.block, part.names, part.output
     alpha = "" if block.alpha is None else f" {block.alpha:g}"
     weights = f" ({part.lane.weights.name} weights)" if part.lane else ""
@@ -61,7 +65,9 @@ def _block(part: Part) -> tuple[str, int, str]:
     if block.components:
         steps.append(f"PCA to {block.components:,}")
     columns = f"{names[0]} … {names[-1].rpartition('_')[2]}" if len(names) > 1 else names[0]
-    return columns + (" (replaced)" if part.replaced else ""), len(names), " → ".join(steps)
+    told = ["replaced"] if part.replaced else []
+    told += [f"{part.lane.cached:,} from the cache"] if part.lane and part.lane.cached > cached else []
+    return columns + (f" ({', '.join(told)})" if told else ""), len(names), " → ".join(steps)
 
 
 def _notes(extraction: Extraction) -> list[str]:
@@ -88,7 +94,7 @@ def headline(report: dict[str, Any]) -> str:
     state, total, cached = report["state"], report["total"], report["cached"]
     subject = f"{report['width']:,} new columns from" if state == "done" else f"{state}: {report['done']:,} of"
     took = f"{subject} {total:,} images in {report['seconds']:,.1f} s"
-    computed = report["done"] - cached - report["failed"]
+    computed = report["computed"]
     if cached and not computed:
         return f"{took}, {'all' if cached == total else f'{cached:,}'} from the cache"
     speed = f"({report['rate']:,.0f} images/s)"

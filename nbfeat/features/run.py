@@ -94,7 +94,7 @@ class Run:
     def _take(self, batch: Batch) -> None:
         """Put the features of a batch where they belong, and into the cache what is new."""
         if batch.lane is not None:
-            batch.lane.take(batch.rows, batch.vectors)
+            batch.lane.take(batch.rows, batch.vectors, cached=batch.cached)
         for row in batch.failures:
             for lane in self.lanes:  # which may have had its features from the cache
                 lane.forget(row)

@@ -104,7 +104,7 @@ class Storage:
             for row in self._networks()
         ]
         with _cache(self.folder) as cache:
-            limit = f", of which features may take {shown(cache.limit())}" if cache and cache.writes else ""
+            limit = f"; features may take up to {shown(cache.limit())}" if cache and cache.writes else ""
         head = f"{self.folder}: {shown(self.bytes)}{limit}"
         way = 'Clear it with nbfeat.storage.clear("features"), "networks" or "all"; NBFEAT_HOME sets another folder.'
         return head, {"features": features, "networks": networks}, way
