@@ -22,7 +22,7 @@ from PIL import Image
 
 import nbfeat
 from nbfeat import Extraction, RequestError, home
-from nbfeat.features import cache, content, fit, formats, images, lane, network, pipeline, sources, tables
+from nbfeat.features import cache, content, fit, formats, images, lane, network, pipeline, progress, sources, tables
 from tests import fake
 from tests.faces import Face, same
 from tests.fake import FakeEngine, FakeOpening
@@ -339,6 +339,37 @@ def test_what_was_done_before_a_stop_is_not_done_again(photos: pd.DataFrame) -> 
     seen = next(step for step in Extraction(photos, BLOCK, images="path").steps() if step.done)
     assert (seen.cached, seen.failed) == (20, 0)
     assert "9 from the cache, 11 computed" in repr(second)
+
+
+def test_an_interrupt_between_placing_and_counting_loses_no_row(
+    photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(photos, cache=False).features
+    take, calls = progress.Progress.take, list[int]()
+
+    def interrupted(self: progress.Progress, batch: Any) -> Any:
+        calls.append(len(batch.rows))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return take(self, batch)
+
+    monkeypatch.setattr(progress.Progress, "take", interrupted)
+    extraction = Extraction(photos, BLOCK, images="path", batch_size=3)
+    with pytest.raises(KeyboardInterrupt):
+        extraction.run()
+    extraction.run()
+    assert (extraction.done, extraction.state) == (20, "done")
+    same(extraction.features, expected)
+
+
+def test_a_cache_that_is_cleared_meanwhile_fills_again(photos: pd.DataFrame) -> None:
+    extraction = Extraction(photos, BLOCK, images="path", batch_size=2)
+    for number, _ in enumerate(extraction.steps()):
+        if number == 6:
+            nbfeat.storage.clear()
+    assert (extraction.done, extraction.notes) == (20, [])
+    assert 0 < run(photos).cached < 20
+    assert run(photos).cached == 20
 
 
 def test_steps_that_nobody_asks_for_any_more_leave_nothing_open(photos: pd.DataFrame, own_cache: Path) -> None:

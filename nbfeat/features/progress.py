@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 
 from nbfeat.features.batch import Batch
 
@@ -15,9 +18,20 @@ class Progress:
         self.cached = 0  # have all their features from the cache
         self.equal = 0  # share the features of another of the same content
         self.reasons: dict[int, str] = {}  # an image that failed → why
-        self._lacking = np.full(images, lanes, np.int32)  # networks whose features are still to come
+        self._lacking: NDArray[np.int32] = np.full(images, lanes, np.int32)  # networks whose features are still to come
         self._computed = np.zeros(images, bool)
         self._waiting: dict[int, int] = {}  # an image → the one of the same content that it waits for
+
+    def recount(self, done: Sequence[NDArray[np.bool_]]) -> None:
+        """Count again from what each network has `done`: an interrupt may have come between placing and counting."""
+        lacking = np.zeros(len(self._lacking), np.int32)
+        for mask in done:
+            lacking += ~mask
+        lacking[list(self.reasons)] = 0
+        cached = (lacking == 0) & ~self._computed
+        cached[list(self.reasons)] = False
+        self._lacking, self._waiting = lacking, {}
+        self.done, self.cached = int(np.count_nonzero(lacking == 0)), int(np.count_nonzero(cached))
 
     def left(self) -> list[int]:
         """Return the images that are not finished, in order."""
@@ -48,7 +62,7 @@ class Progress:
         self.equal += len(shared)
         return shared
 
-    def _finish(self, rows: np.ndarray[tuple[int], np.dtype[np.int_]]) -> None:
+    def _finish(self, rows: NDArray[np.int_]) -> None:
         self.done += len(rows)
         self.cached += int(np.count_nonzero(~self._computed[rows]))
 

@@ -76,7 +76,10 @@ class Run:
 
     def batches(self) -> Generator[Batch, None, None]:
         """Yield what is in the cache already, then what has to be read; each batch was taken in before."""
+        if not self.images:
+            return
         self._cache.use(kept for lane in self.lanes for kept in lane.kept.values())
+        self.progress.recount([lane.done for lane in self.lanes])
         start = time.perf_counter()
         for batch in recall(self.images, self.progress.left(), self.lanes, self.root, self._cache):
             self._take(batch)
