@@ -1,4 +1,4 @@
-"""Build a network of keras.applications without its classifier.
+"""Build a network without its classifier: one of keras.applications, or one that is written here.
 
 Keras is imported when a network is built, never before: in a child process for the CPU engine, in this one for the
 Keras engine.
@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 def build(backbone: Backbone, *, size: int, alpha: float | None = None, weights: str | None = None) -> keras.Model:
     """Build `backbone` with ``include_top=False`` for square images of `size` pixels.
 
+    A network written here is the ``build(size)`` of its module, and may go on after the default cut.
+
     The layers carry the names of a fresh session only if this process (or thread) has built nothing before.
     """
-    check(backbone, size=size, alpha=alpha)
+    check(backbone, size=size, alpha=alpha, weights=weights)
+    if backbone.package == "nbfeat.backbones":
+        own: keras.Model = importlib.import_module(f"{backbone.package}.{backbone.module}").build(size)
+        return own
     application = getattr(importlib.import_module("keras").applications, backbone.name)
     width = {} if alpha is None else {"alpha": alpha}
     with warnings.catch_warnings():
@@ -37,7 +42,10 @@ def build(backbone: Backbone, *, size: int, alpha: float | None = None, weights:
 
 
 def check(backbone: Backbone, *, size: int, alpha: float | None, weights: str | None = None) -> None:
-    """Raise RequestError where the catalog already knows that Keras will refuse."""
+    """Raise RequestError where the catalog already knows that it cannot be built so."""
+    if weights == "imagenet" and backbone.package == "nbfeat.backbones":
+        message = f"{backbone.name} has no weights to download yet: take --weights random, or a file of Keras weights."
+        raise RequestError(message)
     if weights == "imagenet" and alpha is not None and backbone.alphas and alpha not in backbone.alphas:
         published = listing(map(str, backbone.alphas))
         message = f"{backbone.name} has published weights for --alpha {published}, not for {alpha}."

@@ -1,4 +1,4 @@
-"""The table of backbones: what each network of keras.applications is called, takes and gives.
+"""The table of backbones: what each network is called, takes and gives, and where it is built.
 
 Written by hand, so that help, completion and checks never wait for Keras; a test builds every network and compares.
 """
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 Scaling = Literal["caffe", "tf", "torch", "none"]
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
+Package = Literal["keras.applications", "nbfeat.backbones"]
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A customary cut point: a feature map with `channels` (at alpha 1) for every `stride` by `stride` pixels."""
+    """A customary cut point: `channels` (at alpha 1) for every `stride` by `stride` pixels; stride 0 is a vector."""
 
     name: str
     stride: int
@@ -30,11 +31,11 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backbone:
-    """A network without its classifier.
+    """A network without its classifier, built by `module` of `package`.
 
     `size` and `smallest` are input sides in pixels. `width` and `parameters` are those at alpha 1; the width is that of
-    the default cut, the end of the network, which is among `layers` only where Keras gives that layer a name of its
-    own. `alphas` are the width multipliers with published weights.
+    the default cut: the layer `end`, or where that is empty the last layer of the network, which is among `layers` only
+    where Keras gives it a name of its own. `alphas` are the width multipliers with published weights.
     """
 
     name: str
@@ -46,6 +47,8 @@ class Backbone:
     scaling: Scaling
     parameters: int
     layers: tuple[Layer, ...]
+    package: Package = "keras.applications"
+    end: str = ""
     alphas: tuple[float, ...] = ()
     default_weights: str = "imagenet"
 
@@ -130,6 +133,8 @@ def _family(
     scaling: Scaling,
     rows: Iterable[Row],
     alphas: tuple[float, ...] = (),
+    package: Package = "keras.applications",
+    end: str = "",
 ) -> tuple[Backbone, ...]:
     return tuple(
         Backbone(
@@ -142,6 +147,8 @@ def _family(
             scaling=scaling,
             parameters=parameters,
             layers=tuple(_layers(layers)),
+            package=package,
+            end=end,
             alphas=alphas,
         )
         for name, size, smallest, width, parameters, layers in rows
@@ -211,7 +218,7 @@ _CONVNEXT = (
     "convnext_{0}_downsampling_block_2 32 {4}"
 )
 
-# Scaling is that of the module's `preprocess_input`; "none" where the network's first layers do it.
+# Scaling is what the published weights expect, in Keras' words; "none" where the network's first layers do it.
 # fmt: off
 _FAMILIES = (
     _family("VGG", "vgg16", "caffe", [("VGG16", 224, 32, 512, 14_714_688, _VGG)]),

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbfeat.backbones import applications, weights
-from nbfeat.backbones.catalog import Scaling, find
+from nbfeat.backbones.catalog import Backbone, Scaling, find
 from nbfeat.errors import NetworkError, RequestError, near, sentences
 from nbfeat.features.block import FeatureBlock, Pooling
 
@@ -112,12 +112,13 @@ def build(spec: NetworkSpec, tell: weights.Tell, *, channels_first: bool = False
     With `channels_first` the trunk works in the layout that OpenVINO is two to five times faster in, where the network
     can be turned; pixels come in, and vectors go out, the same way.
     """
+    backbone = find(spec.backbone)
     base, loaded = load_base(spec, tell)
     keras: Any = importlib.import_module("keras")
     negative = maps_with_negative_values(base)
     turned = turn_channels_first(base) if channels_first else None
     trunk = turned or base
-    tensors = {cut: _tensor_at(trunk, cut, spec.backbone) for cut in spec.cuts}
+    tensors = {cut: _tensor_at(trunk, cut, backbone) for cut in spec.cuts}
     heads, outputs = {}, {}
     for cut, tensor in tensors.items():
         is_end_norm = not cut.layer and isinstance(trunk.layers[-1], keras.layers.LayerNormalization)
@@ -127,7 +128,8 @@ def build(spec: NetworkSpec, tell: weights.Tell, *, channels_first: bool = False
         # Keras' ConvNeXt normalizes *after* pooling when it is asked to pool.
         heads[cut.key] = norm(head) if norm else head
         shape = _channels_last(tuple(tensor.shape[1:]), turned is not None)
-        outputs[cut.key] = Output(int(heads[cut.key].shape[-1]), pooling, shape, negative[_layer_at(base, cut).name])
+        name = _layer_at(base, cut, backbone).name
+        outputs[cut.key] = Output(int(heads[cut.key].shape[-1]), pooling, shape, negative[name])
     features = keras.Model(trunk.inputs, heads)
     pixels = keras.Input((spec.size, spec.size, 3), dtype="uint8", name="pixels")
     x = scale(pixels, spec.scaling)
@@ -188,21 +190,22 @@ def _pooling(cut: Cut, tensor: Any) -> Pooling | None:  # noqa: ANN401 - a Keras
     return None
 
 
-def _layer_at(network: Any, cut: Cut) -> Any:  # noqa: ANN401 - Keras layers are not typed
-    return network.get_layer(cut.layer) if cut.layer else network.layers[-1]
+def _layer_at(network: Any, cut: Cut, backbone: Backbone) -> Any:  # noqa: ANN401 - Keras layers are not typed
+    name = cut.layer or backbone.end
+    return network.get_layer(name) if name else network.layers[-1]
 
 
-def _tensor_at(network: Any, cut: Cut, backbone: str) -> Any:  # noqa: ANN401 - a Keras tensor
+def _tensor_at(network: Any, cut: Cut, backbone: Backbone) -> Any:  # noqa: ANN401 - a Keras tensor
     names = [layer.name for layer in network.layers[1:]]
     if cut.layer and cut.layer not in names:
-        customary = ", ".join(layer.name for layer in find(backbone).layers)
+        customary = ", ".join(layer.name for layer in backbone.layers)
         message = sentences(
-            f"{backbone} has no layer {cut.layer!r}.",
+            f"{backbone.name} has no layer {cut.layer!r}.",
             near(cut.layer, names) or f"Customary ones: {customary}.",
-            f"`nbfeat.layers({backbone!r})` lists all.",
+            f"`nbfeat.layers({backbone.name!r})` lists all.",
         )
         raise RequestError(message)
-    return _layer_at(network, cut).output
+    return _layer_at(network, cut, backbone).output
 
 
 def _channels_last(shape: tuple[int, ...], turned: bool) -> tuple[int, ...]:  # noqa: FBT001 - private
@@ -242,8 +245,8 @@ def turn_channels_first(base: keras.Model) -> keras.Model | None:
 
 _ALWAYS_POSITIVE = {"relu", "relu6", "sigmoid", "softmax", "softplus", "hard_sigmoid"}
 _KEEPS_SIGN: tuple[str, ...] = (
-    "MaxPooling2D", "AveragePooling2D", "GlobalAveragePooling2D", "GlobalMaxPooling2D", "ZeroPadding2D", "Cropping2D",
-    "Dropout", "Flatten", "Reshape", "Concatenate", "Add", "Multiply",
+    "MaxPooling2D", "AveragePooling2D", "AdaptiveAveragePooling2D", "GlobalAveragePooling2D", "GlobalMaxPooling2D",
+    "UpSampling2D", "ZeroPadding2D", "Cropping2D", "Dropout", "Flatten", "Reshape", "Concatenate", "Add", "Multiply",
 )  # fmt: skip
 
 
