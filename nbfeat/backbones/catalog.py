@@ -174,6 +174,10 @@ def _ends(text: str, top: int, lone: str = "project_bn") -> str:
 # Layers are chosen so that every stage has its end and every stride its layer, as far as Keras names them: the others
 # are numbered by a counter that depends on what was built before. So the stems of Inception are missing, as are the
 # activations at the end of MobileNetV3 and NASNet.
+_ALEXNET = (
+    "conv1 4 64, pool1 8 64, conv2 8 192, pool2 16 192, conv3 16 384, conv4 16 256, conv5 16 256, pool5 32 256, "
+    "fc6 0 4096, fc7 0 4096"
+)
 _VGG = "block1_pool 2 64, block2_pool 4 128, block3_pool 8 256, block4_pool 16 512, block5_pool 32 512"
 _RESNET = (
     "conv1_relu 2 64, conv2_block3_out 4 256, conv3_block{}_out 8 512, conv4_block{}_out 16 1024, "
@@ -183,6 +187,11 @@ _RESNET = (
 _RESNET_V2 = (
     "conv1_conv 2 64, conv2_block2_out 4 256, conv2_block3_out 8 256, conv3_block{}_out 16 512, "
     "conv4_block{}_out 32 1024, conv5_block3_out 32 2048, post_relu 32 2048"
+)
+_GOOGLENET = (
+    "conv1_relu 2 64, conv3_relu 4 192, inception_3a 8 256, inception_3b 8 480, inception_4a 16 512, "
+    "inception_4b 16 512, inception_4c 16 512, inception_4d 16 528, inception_4e 16 832, inception_5a 32 832, "
+    "inception_5b 32 1024"
 )
 _INCEPTION = "mixed0 8 256, mixed2 8 288, mixed3 16 768, mixed5 16 768, mixed7 16 768, mixed8 32 1280, mixed10 32 2048"
 _INCEPTION_RESNET = (
@@ -217,10 +226,14 @@ _CONVNEXT = (
     "convnext_{0}_stem 4 {1}, convnext_{0}_downsampling_block_0 8 {2}, convnext_{0}_downsampling_block_1 16 {3}, "
     "convnext_{0}_downsampling_block_2 32 {4}"
 )
+_HERE: Package = "nbfeat.backbones"
 
 # Scaling is what the published weights expect, in Keras' words; "none" where the network's first layers do it.
 # fmt: off
 _FAMILIES = (
+    _family("AlexNet", "alexnet", "torch", [
+        ("AlexNet",           224, 63,  256,  57_003_840, _ALEXNET),
+    ], package=_HERE, end="pool5"),
     _family("VGG", "vgg16", "caffe", [("VGG16", 224, 32, 512, 14_714_688, _VGG)]),
     _family("VGG", "vgg19", "caffe", [("VGG19", 224, 32, 512, 20_024_384, _VGG)]),
     _family("ResNet", "resnet", "caffe", [
@@ -233,6 +246,7 @@ _FAMILIES = (
         ("ResNet101V2",       224, 32, 2048,  42_626_560, _RESNET_V2.format(4, 23)),
         ("ResNet152V2",       224, 32, 2048,  58_331_648, _RESNET_V2.format(8, 36)),
     ]),
+    _family("Inception", "googlenet", "tf", [("GoogLeNet", 224, 15, 1024, 5_614_464, _GOOGLENET)], package=_HERE),
     _family("Inception", "inception_v3", "tf", [
         ("InceptionV3",       299, 75, 2048,  21_802_784, _INCEPTION),
     ]),

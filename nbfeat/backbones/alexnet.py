@@ -1,0 +1,81 @@
+"""AlexNet in Keras, as torchvision has it.
+
+The variant with one tower (Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks"): no
+local response normalization, fewer kernels than the network of 2012. Sizes and names of weights are those of
+``torchvision.models.alexnet``; layers are called as in the papers, and each is what follows the ReLU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nbfeat.backbones.state_dict import Arrays, Convolution, LayerWeights, StateDict
+
+if TYPE_CHECKING:
+    import keras
+
+FILE = "alexnet-owt-7be5be79.pth"
+GRID = 6  # rows and columns of the map that `fc6` reads
+WIDTH = 4096  # of `fc6` and `fc7`
+
+_CONVOLUTIONS = (
+    Convolution("conv1", "features.0", 3, 64, 11),
+    Convolution("conv2", "features.3", 64, 192, 5),
+    Convolution("conv3", "features.6", 192, 384, 3),
+    Convolution("conv4", "features.8", 384, 256, 3),
+    Convolution("conv5", "features.10", 256, 256, 3),
+)
+_POOLED = {"conv1": "pool1", "conv2": "pool2", "conv5": "pool5"}
+
+
+def build(size: int) -> keras.Model:
+    """Build AlexNet up to `fc7`, for square images of `size` pixels scaled as `torch`; `pool5` ends its convolutions.
+
+    Weights are as Keras initializes them, or `weights_from`'s.
+    """
+    keras: Any = importlib.import_module("keras")
+    layers = keras.layers
+    pixels = keras.Input((size, size, 3))
+    # PyTorch pads evenly on all sides. So does Keras' "same", but only where a kernel takes steps of one.
+    x = layers.ZeroPadding2D(2, name="conv1_pad")(pixels)
+    for name, _, _, after, side in _CONVOLUTIONS:
+        steps: dict[str, Any] = {"strides": 4} if name == "conv1" else {"padding": "same"}
+        x = layers.Conv2D(after, side, activation="relu", name=name, **steps)(x)
+        if name in _POOLED:
+            x = layers.MaxPooling2D(3, strides=2, name=_POOLED[name])(x)
+    x = layers.Flatten(name="flatten")(_on_grid(layers, x))
+    x = layers.Dense(WIDTH, activation="relu", name="fc6")(x)
+    x = layers.Dense(WIDTH, activation="relu", name="fc7")(x)
+    return keras.Model(pixels, x, name="AlexNet")
+
+
+def _on_grid(layers: Any, x: Any) -> Any:  # noqa: ANN401 - Keras has no types
+    """Average over `GRID` × `GRID` windows, as PyTorch's AdaptiveAvgPool2d; at 224 pixels every window is one cell."""
+    if x.shape[1] == 1:
+        # Every window is that one cell. Keras' adaptive pooling fails here on TensorFlow.
+        return layers.UpSampling2D(GRID, name="avgpool")(x)
+    return layers.AdaptiveAveragePooling2D(GRID, name="avgpool")(x)
+
+
+def weights_from(state: Arrays) -> LayerWeights:
+    """Convert torchvision's state dict to what each layer's `set_weights` takes.
+
+    What else is in it, such as the classifier of 1,000 classes, is left alone. Raises WeightsError naming the first
+    array that is missing or of another shape.
+    """
+    read = StateDict(state, "AlexNet", FILE)
+    found: LayerWeights = {
+        name: [read.kernel(key, before, after, side), read.take(f"{key}.bias", after)]
+        for name, key, before, after, side in _CONVOLUTIONS
+    }
+    channels = _CONVOLUTIONS[-1].after
+    fc6 = read.take("classifier.1.weight", WIDTH, channels * GRID * GRID)
+    # PyTorch flattens channels, rows, columns; Keras' Flatten rows, columns, channels, whichever layout it is fed.
+    fc6 = fc6.reshape(WIDTH, channels, GRID, GRID).transpose(2, 3, 1, 0).reshape(-1, WIDTH)
+    fc7 = np.ascontiguousarray(read.take("classifier.4.weight", WIDTH, WIDTH).T)
+    found["fc6"] = [fc6, read.take("classifier.1.bias", WIDTH)]
+    found["fc7"] = [fc7, read.take("classifier.4.bias", WIDTH)]
+    return found

@@ -1,0 +1,127 @@
+"""GoogLeNet in Keras, as torchvision has it.
+
+Inception v1 (Szegedy et al. 2015, "Going deeper with convolutions") with batch norm and without local response
+normalization. Sizes and names of weights are those of ``torchvision.models.googlenet``. Layers are called as in the
+paper, among them the "5x5" convolutions, although their kernels are 3 × 3 in torchvision and its weights
+(https://github.com/pytorch/vision/issues/906).
+
+The published weights expect pixels scaled as `tf`: torchvision scales them as `torch`, (p - 0.485) / 0.229 for red, and
+then, by ``transform_input``, x * 0.229 / 0.5 + (0.485 - 0.5) / 0.5, which together are p / 0.5 - 1.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from nbfeat.backbones.state_dict import Arrays, Convolution, LayerWeights, StateDict
+
+if TYPE_CHECKING:
+    import keras
+
+FILE = "googlenet-1378be20.pth"
+EPSILON = 0.001  # of every batch norm
+_STEM = (
+    # Of the names, `_conv`, `_bn` and `_relu` are left away, and so is `.conv` or `.bn` of the keys.
+    Convolution("conv1", "conv1", 3, 64, 7),
+    Convolution("conv2", "conv2", 64, 64, 1),
+    Convolution("conv3", "conv3", 64, 192, 3),
+)
+# Channels: before, after 1x1, 3x3_reduce, 3x3, 5x5_reduce, 5x5, pool_proj.
+_INCEPTIONS = {
+    "3a": (192, 64, 96, 128, 16, 32, 32),
+    "3b": (256, 128, 128, 192, 32, 96, 64),
+    "4a": (480, 192, 96, 208, 16, 48, 64),
+    "4b": (512, 160, 112, 224, 24, 64, 64),
+    "4c": (512, 128, 128, 256, 24, 64, 64),
+    "4d": (512, 112, 144, 288, 32, 64, 64),
+    "4e": (528, 256, 160, 320, 32, 128, 128),
+    "5a": (832, 256, 160, 320, 32, 128, 128),
+    "5b": (832, 384, 192, 384, 48, 128, 128),
+}
+_POOLED = {"3b": ("pool3", 3), "4e": ("pool4", 2)}  # name and side of the pooling that follows
+
+
+def build(size: int) -> keras.Model:
+    """Build GoogLeNet up to `inception_5b`, for square images of `size` pixels scaled as `tf`, without its classifiers.
+
+    Weights are as Keras initializes them, or `weights_from`'s.
+    """
+    keras: Any = importlib.import_module("keras")
+    layers = keras.layers
+    conv1, conv2, conv3 = _STEM
+    pixels = keras.Input((size, size, 3))
+    # PyTorch pads evenly on all sides. So does Keras' "same", but only where a kernel takes steps of one.
+    x = layers.ZeroPadding2D(3, name="conv1_pad")(pixels)
+    x = _convolve(layers, x, conv1, strides=2, padding="valid")
+    x = _pool(layers, x, 3, "pool1")
+    x = _convolve(layers, _convolve(layers, x, conv2), conv3)
+    x = _pool(layers, x, 3, "pool2")
+    for part in _INCEPTIONS:
+        x = _inception(layers, x, part)
+        if part in _POOLED:
+            name, side = _POOLED[part]
+            x = _pool(layers, x, side, name)
+    return keras.Model(pixels, x, name="GoogLeNet")
+
+
+def _convolve(layers: Any, x: Any, convolution: Convolution, strides: int = 1, padding: str = "same") -> Any:  # noqa: ANN401 - Keras has no types
+    name, _, _, after, side = convolution
+    x = layers.Conv2D(after, side, strides=strides, padding=padding, use_bias=False, name=f"{name}_conv")(x)
+    x = layers.BatchNormalization(epsilon=EPSILON, name=f"{name}_bn")(x)
+    return layers.Activation("relu", name=f"{name}_relu")(x)
+
+
+def _pool(layers: Any, x: Any, side: int, name: str) -> Any:  # noqa: ANN401 - Keras has no types
+    """Take maxima in steps of two, also of a last window that is only partly inside (PyTorch's ``ceil_mode``)."""
+    # With steps of two that window lacks one row at most, so it begins inside, as PyTorch demands. PyTorch fills up
+    # with minus infinity; zeros are as good, because no value is below zero after a ReLU.
+    if lacking := (x.shape[1] - side) % 2:
+        x = layers.ZeroPadding2D(((0, lacking), (0, lacking)), name=f"{name}_pad")(x)
+    return layers.MaxPooling2D(side, strides=2, name=name)(x)
+
+
+def _inception(layers: Any, x: Any, part: str) -> Any:  # noqa: ANN401 - Keras has no types
+    one, three_reduce, three, five_reduce, five, projection = _branches(part)
+    pooled = layers.MaxPooling2D(3, strides=1, padding="same", name=f"inception_{part}_pool")(x)
+    branches = [
+        _convolve(layers, x, one),
+        _convolve(layers, _convolve(layers, x, three_reduce), three),
+        _convolve(layers, _convolve(layers, x, five_reduce), five),
+        _convolve(layers, pooled, projection),
+    ]
+    return layers.Concatenate(name=f"inception_{part}")(branches)
+
+
+def _branches(part: str) -> tuple[Convolution, ...]:
+    before, one, three_reduce, three, five_reduce, five, projection = _INCEPTIONS[part]
+    name, key = f"inception_{part}", f"inception{part}"
+    return (
+        Convolution(f"{name}_1x1", f"{key}.branch1", before, one, 1),
+        Convolution(f"{name}_3x3_reduce", f"{key}.branch2.0", before, three_reduce, 1),
+        Convolution(f"{name}_3x3", f"{key}.branch2.1", three_reduce, three, 3),
+        Convolution(f"{name}_5x5_reduce", f"{key}.branch3.0", before, five_reduce, 1),
+        Convolution(f"{name}_5x5", f"{key}.branch3.1", five_reduce, five, 3),
+        Convolution(f"{name}_pool_proj", f"{key}.branch4.1", before, projection, 1),
+    )
+
+
+def _convolutions() -> Iterator[Convolution]:
+    yield from _STEM
+    for part in _INCEPTIONS:
+        yield from _branches(part)
+
+
+def weights_from(state: Arrays) -> LayerWeights:
+    """Convert torchvision's state dict to what each layer's `set_weights` takes.
+
+    What else is in it, such as the classifiers, is left alone. Raises WeightsError naming the first array that is
+    missing or of another shape.
+    """
+    read = StateDict(state, "GoogLeNet", FILE)
+    found: LayerWeights = {}
+    for name, key, before, after, side in _convolutions():
+        found[f"{name}_conv"] = [read.kernel(f"{key}.conv", before, after, side)]
+        found[f"{name}_bn"] = read.batch_norm(f"{key}.bn", after)
+    return found
