@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +22,24 @@ import numpy as np
 import pandas as pd
 
 import nbfeat
+from nbfeat import quiet
+from nbfeat.backbones import applications
 from nbfeat.backbones.catalog import CATALOG
 from nbfeat.features import engines
-from nbfeat.features.network import Cut, NetworkSpec, build
+from nbfeat.features.network import Cut, NetworkSpec, build, maps_with_negative_values
 
 SMALLEST = 64  # pixels; below it some maps are a single cell
+
+
+def run(*words: str, backend: str = "tensorflow") -> dict[str, Any]:
+    """Run a program of this module in a process of its own."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.keras_child", *words]
+    root = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "KERAS_BACKEND": backend}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
+    assert not done.returncode, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def spec_of(name: str, *cuts: Cut) -> NetworkSpec:
@@ -84,7 +98,7 @@ def vectors(out: str, *names: str) -> dict[str, Any]:
     digests = {}
     for name in names:
         spec = spec_of(name, *cuts_of(name))
-        with importlib.import_module("nbfeat.quiet").keras_defaults():
+        with quiet.keras_defaults():
             built = build(spec, lambda _: None)
         result = built.model(pictures(spec.size), training=False)
         arrays: dict[str, Any] = {key: np.asarray(value) for key, value in result.items()}
@@ -171,8 +185,55 @@ def batches(*paths: str) -> dict[str, Any]:
     }
 
 
+def structures(*words: str) -> dict[str, Any]:
+    """Build each NAME:SIZE; tell how many parameters it has, and the shape and sign of every layer."""
+    quiet.quiet_child()
+    found = {}
+    for word in words:
+        name, _, size = word.partition(":")
+        network: Any = applications.build(CATALOG[name], size=int(size))
+        negative = maps_with_negative_values(network)
+        shapes = {layer.name: list(layer.output.shape[1:]) for layer in network.layers}
+        found[word] = {"parameters": network.count_params(), "shapes": shapes, "negative": negative}
+    return found
+
+
+def from_torch(name: str, folder: str, *sizes: str) -> dict[str, Any]:
+    """Give a network the weights that `torch_child` saved in `folder`; keep them as Keras does, and what comes out."""
+    ops: Any = importlib.import_module("keras").ops
+    weights_from = importlib.import_module(f"nbfeat.backbones.{CATALOG[name].module}").weights_from
+    network: Any = applications.build(CATALOG[name], size=CATALOG[name].size)
+    with np.load(Path(folder, "state.npz")) as state:
+        found = weights_from(state)
+    for layer, arrays in found.items():
+        network.get_layer(layer).set_weights(arrays)
+    network.save_weights(weights_in(folder))
+    for size in sizes:
+        built = build(torch_spec(name, folder, size), lambda _: None)
+        with np.load(Path(folder, f"{size}.npz")) as saved:
+            result = built.model(saved["pixels"], training=False)
+        arrays_out: dict[str, Any] = {key: ops.convert_to_numpy(value) for key, value in result.items()}
+        np.savez(Path(folder, f"keras-{size}.npz"), **arrays_out)
+    return {"without weights": [layer.name for layer in network.layers if layer.weights and layer.name not in found]}
+
+
+def weights_in(folder: str | Path) -> str:
+    """Return where `from_torch` keeps weights."""
+    return str(Path(folder, "network.weights.h5"))
+
+
+def torch_spec(name: str, folder: str | Path, size: str | int) -> NetworkSpec:
+    """Describe the network with the weights in `folder`, cut at the end and at every customary layer, whole."""
+    cuts = [Cut("", "flatten"), *(Cut(layer.name, "flatten" if layer.stride else "") for layer in CATALOG[name].layers)]
+    return NetworkSpec(
+        backbone=name, alpha=None, weights=weights_in(folder), scaling=CATALOG[name].scaling, size=int(size),
+        cuts=tuple(sorted(cuts)),
+    )  # fmt: skip
+
+
 PROGRAMS: dict[str, Callable[..., dict[str, Any]]] = {
-    program.__name__: program for program in (ours_and_kerass, vectors, photographs, globals_kept, batches)
+    program.__name__: program
+    for program in (ours_and_kerass, vectors, photographs, globals_kept, batches, structures, from_torch)
 }
 
 if __name__ == "__main__":

@@ -1,12 +1,8 @@
-"""The networks against Keras itself: all 40 on Keras, one of each kind on OpenVINO, real weights on both."""
+"""The networks against Keras itself: its own 40 on Keras, one of each kind on OpenVINO, real weights on both."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,11 +16,11 @@ from nbfeat.backbones.catalog import CATALOG
 from nbfeat.features.engines.openvino import OpenVINOEngine
 from nbfeat.features.store import Preparing
 from tests import keras_child
-from tests.conftest import ROOT
+from tests.keras_child import run as keras
 
 pytestmark = pytest.mark.slow
 BIGGEST = ("ConvNeXtXLarge", "ConvNeXtLarge")  # seconds and gigabytes that show nothing the smaller ones do not
-NAMES = [name for name in CATALOG if name not in BIGGEST]
+NAMES = [name for name, one in CATALOG.items() if one.package == "keras.applications" and name not in BIGGEST]
 
 
 def smallest_of_each_module() -> list[str]:
@@ -33,16 +29,6 @@ def smallest_of_each_module() -> list[str]:
         if backbone.parameters < CATALOG.get(chosen.get(backbone.module, ""), backbone).parameters + 1:
             chosen[backbone.module] = name
     return list(chosen.values())
-
-
-def keras(*words: str, backend: str = "tensorflow") -> dict[str, Any]:
-    """Run a program of `keras_child` in a process of its own."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.keras_child", *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "KERAS_BACKEND": backend}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
-    assert not done.returncode, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 @pytest.fixture(scope="module")
