@@ -211,7 +211,7 @@ def python_with_torchvision() -> str:
 def torchvisions(request: pytest.FixtureRequest) -> Iterator[tuple[str, Path]]:
     """Return a network's name, and a folder with what torchvision and Keras give with the same weights."""
     name, sizes = request.param, [str(size) for name, size in SIDES if name == request.param]
-    program = [python_with_torchvision(), str(ROOT / "tests" / "torch_child.py")]
+    program = [python_with_torchvision(), str(ROOT / "tests" / "torchvision_child.py")]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([*program, name, folder, *sizes], capture_output=True, text=True, check=False)
         assert not done.returncode, done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""torchvision's own networks, in a Python that has it: ``python tests/torch_child.py NAME OUT SIZE …``.
+"""torchvision's own networks, in a Python that has it: ``python tests/torchvision_child.py NAME OUT SIZE …``.
 
 Needs torch, torchvision and NumPy, and nothing of nbfeat. The folder OUT gets ``state.npz``, a state dict, and for each
 SIZE ``SIZE.npz``: ``pixels``, random images as uint8, and under the name of each layer in nbfeat's catalog what it
