@@ -9,6 +9,8 @@ from pathlib import Path
 
 from nbfeat.errors import WeightsError
 
+DAMAGE = "it is damaged in a way that was not foreseen"
+
 
 class Refused(Exception):  # noqa: N818 - it is the reason why, before it has the file's name
     """Why a file is not read: a clause without its name, and the next step."""
@@ -32,19 +34,24 @@ def shown(text: str | bytes, most: int = 60) -> str:
 @contextmanager
 def refusing(path: Path, kind: str) -> Iterator[None]:
     """Turn what goes wrong over the file at `path` into a WeightsError: "`path` cannot be read as `kind`: …"."""
+    cause: Exception | None = None
     try:
         # Opening a pipe waits for its other end for ever, and reading a device may do anything.
-        if not stat.S_ISREG(path.stat().st_mode):
-            reason = "it is not a file. Check the path."
-        else:
+        if stat.S_ISREG(path.stat().st_mode):
             yield
             return
+        reason = "it is not a file. Check the path."
     except Refused as refused:
         reason = str(refused)
-    except MemoryError:
-        reason = "there is not enough memory for it. Close other notebooks and try again."
+    except MemoryError as error:
+        cause, reason = error, "there is not enough memory for it. Close other notebooks and try again."
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        reason = f"{text.splitlines()[0]}. Check the path, or download the file again."
+        cause, reason = error, f"{_line(error)}. Check the path, or download the file again."
+    except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
+        cause, reason = error, f"{DAMAGE} ({type(error).__name__}: {_line(error)}). Download it again."
     message = f"{path.name} cannot be read as {kind}: {reason}"
-    raise WeightsError(message)
+    raise WeightsError(message) from cause
+
+
+def _line(error: Exception) -> str:
+    return shown(getattr(error, "strerror", None) or str(error), 200)[1:-1]

@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
-import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.backbones.refusal import damaged, refusing, shown
-from nbfeat.backbones.torch_pickle import KINDS, MOST_BYTES, Machine, Tensor, unwanted
+from nbfeat.backbones.torch_pickle import MOST_BYTES, Machine
+from nbfeat.backbones.torch_tensor import Tensor, unwanted
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 Places: TypeAlias = dict[str, "_Place"]
@@ -70,15 +70,18 @@ def _read(file: BinaryIO, size: int) -> Arrays:
     else:
         message = f"it is no checkpoint of PyTorch's (it begins with {shown(head)})"
         raise unwanted(message)
-    arrays, given, room = Arrays(), Arrays(), size
+    arrays, given, room = dict[int, NDArray[Any]](), Arrays(), size
     for name, tensor in _state_dict(value).items():
-        same = repr(tensor)  # as text it has a hash that the file cannot foresee
-        if same not in arrays:
-            room -= tensor.span * np.dtype(KINDS[tensor.storage.kind][0]).itemsize
+        if id(tensor) not in arrays:
+            place, storage = places.get(tensor.storage.key), tensor.storage
+            if place is None or place.size != storage.count * storage.item:
+                message = f"its storage {storage.key} is missing or has another size than its pickle says"
+                raise damaged(message)
+            room -= tensor.span * storage.item
             if room < 0:
                 raise unwanted("its tensors share their bytes and would take more memory than the file has bytes")
-            arrays[same] = _array(file, tensor, places)
-        given[name] = arrays[same]
+            arrays[id(tensor)] = tensor.read(file, place.start)
+        given[name] = arrays[id(tensor)]
     return given
 
 
@@ -101,7 +104,10 @@ def _read_zip(file: BinaryIO, size: int) -> tuple[object, Places]:
     if members["data.pkl"].size > MOST_BYTES:
         message = f"its data.pkl has {members['data.pkl'].size:,} bytes; up to {MOST_BYTES:,} are read"
         raise unwanted(message)
-    value = Machine(_bytes_at(file, *members["data.pkl"])).load()
+    machine = Machine(_bytes_at(file, *members["data.pkl"]))
+    value = machine.load()
+    if machine.at != members["data.pkl"].size:
+        raise damaged("its data.pkl goes on after its end")
     return value, {name.removeprefix("data/"): place for name, place in members.items()}
 
 
@@ -176,7 +182,7 @@ def _read_row(file: BinaryIO, size: int) -> tuple[object, Places]:
         storage = machine.storages.get(key) if isinstance(key, str) else None
         if storage is None or _bytes_at(file, at, 8) != storage.count.to_bytes(8, "little"):
             raise damaged("its storages are not those that its pickle describes")
-        places[storage.key] = _Place(at + 8, storage.count * np.dtype(KINDS[storage.kind][0]).itemsize)
+        places[storage.key] = _Place(at + 8, storage.count * storage.item)
         at += 8 + places[storage.key].size
     if at > size:
         message = f"it should have {at:,} bytes and has {size:,}"
@@ -195,22 +201,3 @@ def _state_dict(value: object) -> dict[str, Tensor]:
             message = f"its entry {shown(str(name))} is no tensor"
             raise unwanted(message)
     return value
-
-
-def _array(file: BinaryIO, tensor: Tensor, places: Places) -> NDArray[Any]:
-    in_file, given = map(np.dtype, KINDS[tensor.storage.kind])
-    place = places.get(tensor.storage.key)
-    if place is None or place.size != tensor.storage.count * in_file.itemsize:
-        message = f"its storage {tensor.storage.key} is missing or has another size than its pickle says"
-        raise damaged(message)
-    file.seek(place.start + tensor.offset * in_file.itemsize)
-    values = np.fromfile(file, in_file, tensor.span)
-    if values.size != tensor.span:
-        raise damaged("it became shorter while it was read")
-    # NumPy too refuses a view that leaves `values`.
-    view = np.ndarray(tensor.shape, in_file, values, 0, [stride * in_file.itemsize for stride in tensor.strides])
-    if tensor.storage.kind == "BFloat16":  # the upper half of a float32
-        wide = view.astype("<u4", order="C")
-        wide <<= 16
-        return wide.view(given)
-    return view.astype(given, order="C", copy=False)

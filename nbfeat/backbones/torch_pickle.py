@@ -9,37 +9,18 @@ Sources: ``pickletools.py`` for the steps, ``torch/_utils.py`` and ``torch/seria
 
 from __future__ import annotations
 
-import math
-import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from nbfeat.backbones.refusal import Refused, damaged, shown
+from nbfeat.backbones.refusal import damaged, shown
+from nbfeat.backbones.torch_tensor import KINDS, Storage, Tensor, naturals, unwanted
 
 T = TypeVar("T")
 
-MOST_STEPS = 300_000  # a tensor takes about 35; a step takes up to 100 bytes of memory
+MOST_STEPS = 500_000  # a tensor takes about 50; a step takes up to 100 bytes of memory
 MOST_BYTES = 4 << 20  # a tensor takes about 100
-MOST_AXES = 32  # NumPy 1's limit
-MOST_ELEMENTS = 1 << 48  # more than any file has, and far from where 64 bits overflow
-_KEY = re.compile(r"[0-9]{1,20}", re.ASCII)
-# What elements are in the file, and in arrays: NumPy has no bfloat16.
-KINDS = {
-    "Double": ("<f8", "<f8"),
-    "Float": ("<f4", "<f4"),
-    "Half": ("<f2", "<f2"),
-    "BFloat16": ("<u2", "<f4"),
-    "Long": ("<i8", "<i8"),
-    "Int": ("<i4", "<i4"),
-    "Short": ("<i2", "<i2"),
-    "Char": ("|i1", "|i1"),
-    "Byte": ("|u1", "|u1"),
-    "Bool": ("|u1", "|b1"),
-    "ComplexFloat": ("<c8", "<c8"),
-    "ComplexDouble": ("<c16", "<c16"),
-}
 _STORAGES = {f"{module}.{kind}Storage": kind for kind in KINDS for module in ("torch", "torch.cuda")}
 _NAMES = {
     "collections.OrderedDict",
@@ -50,40 +31,9 @@ _NAMES = {
 }
 
 
-def unwanted(what: str) -> Refused:
-    """Make the refusal of a file that may be whole, but holds what is not read."""
-    return Refused(f"{what}. Save the weights alone, with torch.save(model.state_dict(), ...), or download them again.")
-
-
 @dataclass(frozen=True, slots=True)
-class Storage:
-    """`count` elements of a kind of `KINDS`, found in the file by `key`."""
-
-    key: str
-    kind: str
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """A view that lies within its storage; offset and strides count elements."""
-
-    storage: Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @property
-    def span(self) -> int:
-        """Elements from its first to its last, those between that are not its own too."""
-        if 0 in self.shape:
-            return 0
-        return 1 + sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
-
-
-@dataclass(frozen=True, slots=True)
-class _Named:
-    """One of `_NAMES`, asked for by a pickle."""
+class Name:
+    """One of `_NAMES`, which a pickle asked for."""
 
     name: str
 
@@ -99,9 +49,10 @@ class Machine:
         self._stack: list[object] = []
         self._marks: list[int] = []
         self._memo: dict[int, object] = {}
+        self._tensors: dict[str, Tensor] = {}
 
     def load(self) -> object:
-        """Return what the next pickle describes: plain data, and tensors as `Tensor`."""
+        """Return what the next pickle describes: plain data, and tensors as `Tensor`, the same ones as one object."""
         self._stack, self._marks, self._memo = [], [], {}
         while (step := self._take(1)) != b".":
             self._spend(1)
@@ -170,6 +121,11 @@ class Machine:
         self._stack.append(value)
         return value
 
+    def _of(self, kind: type[T]) -> T:
+        value = self._top(kind)
+        self._stack.pop()
+        return value
+
     def _put(self, index: int) -> None:
         self._memo[index] = self._top(object)
 
@@ -191,23 +147,23 @@ class Machine:
         self._pop()
         self._top(dict)
 
-    def _named(self, module: object, name: object) -> _Named:
-        full = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "a name that is no text"
+    def _named(self, module: str, name: str) -> Name:
+        full = f"{module}.{name}"
         if full not in _NAMES:
             message = f"it asks for {shown(full)}, which weights do not need and which was not run"
             raise unwanted(message)
-        return _Named(full)
+        return Name(full)
 
     def _arguments(self) -> tuple[Any, ...]:
-        values: tuple[Any, ...] = self._top(tuple)
+        values: tuple[Any, ...] = self._of(tuple)
         self._spend(len(values))  # one long tuple may be given many times
-        self._stack.pop()
         return values
 
     def _stored(self) -> Storage:
         match self._arguments():
-            case ("storage", _Named(name), str() as key, str(), int() as count, *view) if (
-                name in _STORAGES and _KEY.fullmatch(key) and _naturals(count) and view in ([], [None])
+            case ("storage", Name(name), str() as key, str(), int() as count, *view) if name in _STORAGES and view in (
+                [],
+                [None],
             ):
                 storage = Storage(key, _STORAGES[name], count)
             case _:
@@ -218,8 +174,7 @@ class Machine:
         return storage
 
     def _called(self) -> object:
-        arguments, named = self._arguments(), self._top(_Named)
-        self._stack.pop()
+        arguments, named = self._arguments(), self._of(Name)
         match named.name.rpartition(".")[2], arguments:
             case "OrderedDict", ():
                 return {}
@@ -229,8 +184,12 @@ class Machine:
                     return _fill({}, [part for pair in pairs for part in pair])
             case "_rebuild_parameter", (Tensor() as tensor, *_):
                 return tensor
-            case "_rebuild_tensor" | "_rebuild_tensor_v2", (Storage(), int(), tuple(), tuple(), *_):
-                return _tensor(*arguments)
+            case "_rebuild_tensor" | "_rebuild_tensor_v2", (Storage(), int(), tuple(), tuple(), *more):
+                if more[2:] and more[2]:  # after gradient and hooks
+                    raise unwanted("a tensor in it is to be conjugated or negated")
+                tensor = Tensor(*arguments[:4])
+                # Text has a hash that the file cannot foresee, to make all its tensors collide.
+                return self._tensors.setdefault(repr(tensor), tensor)
         message = f"its pickle calls {named.name} with arguments that PyTorch does not write"
         raise unwanted(message)
 
@@ -259,7 +218,7 @@ class Machine:
         b"h": lambda self: self._get(self._number("<B")),
         b"j": lambda self: self._get(self._number("<I")),
         b"c": lambda self: self._named(self._line(), self._line()),
-        b"\x93": lambda self: self._named(*self._last(2)),
+        b"\x93": lambda self: self._named(*[self._of(str), self._of(str)][::-1]),
         b"Q": lambda self: self._stored(),
         b"R": lambda self: self._called(),
     }
@@ -281,28 +240,7 @@ class Machine:
 def _fill(target: dict[object, object], values: Sequence[object]) -> dict[object, object]:
     for key, value in zip(values[::2], values[1::2], strict=True):
         # Text is hashed with a secret of the process and small numbers do not collide; other keys could take for ever.
-        if not (isinstance(key, str) or _naturals(key)):
+        if not (isinstance(key, str) or naturals(key)):
             raise unwanted("a dict in its pickle has a key that is neither text nor a number")
         target[key] = value
     return target
-
-
-def _naturals(*numbers: object) -> bool:
-    return all(isinstance(number, int) and 0 <= number < MOST_ELEMENTS for number in numbers)
-
-
-def _tensor(storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *more: object) -> Tensor:
-    """Check that a view is within its storage: PyTorch's arguments are these, then gradient, hooks and flags."""
-    if more[2:] and more[2]:
-        raise unwanted("a tensor in it is to be conjugated or negated")
-    if not len(shape) == len(strides) <= MOST_AXES or not _naturals(offset, *shape, *strides):
-        raise damaged("a tensor in it has an impossible shape")
-    # An axis of length 1 may have any stride.
-    strides = tuple(stride if length > 1 else 0 for length, stride in zip(shape, strides, strict=True))
-    tensor = Tensor(storage, offset, shape, strides)
-    count = math.prod(shape)
-    if count > storage.count or (count and offset + tensor.span > storage.count):
-        raise damaged("a tensor in it reaches beyond its storage")
-    if math.prod(length or 1 for length in shape) > MOST_ELEMENTS:
-        raise damaged("a tensor in it has an impossible shape")
-    return tensor

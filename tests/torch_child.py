@@ -1,0 +1,103 @@
+"""Reads checkpoints in a process of its own and says what that did: `python -m tests.torch_child read FOLDER`, say."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from nbfeat.backbones import torch_checkpoint
+from nbfeat.backbones.refusal import DAMAGE
+from nbfeat.errors import WeightsError
+from tests import hostile_checkpoints
+
+SEED = 20_180_813
+STATUS = Path("/proc/self/status")
+RESET = Path("/proc/self/clear_refs")
+
+
+def peak() -> int:
+    """Return the most bytes of memory that this process had, since it last asked to have that forgotten."""
+    line = next(line for line in STATUS.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+class Watch:
+    """Notes whatever the interpreter does for files, modules, programs and code while a checkpoint is read."""
+
+    def __init__(self) -> None:
+        self.reading: str | None = None
+        self.seen: set[str] = set()
+        sys.addaudithook(self.see)
+
+    def see(self, event: str, arguments: tuple[object, ...]) -> None:
+        # Printing a dataclass asks for ids, so as not to print one within itself.
+        if self.reading and event != "builtins.id" and not (event == "open" and arguments[0] == self.reading):
+            self.seen.add(f"{event} {arguments}"[:200])
+
+
+def told(paths: Iterator[Path]) -> dict[str, object]:
+    """Read every file; return which could be read, how many were refused, and whatever should not have happened."""
+    watch, read, odd, refused, slowest, most = Watch(), list[str](), list[str](), 0, 0.0, 0
+    for path in paths:
+        RESET.write_text("5", encoding="ascii")
+        watch.reading, start = str(path), time.process_time()
+        try:
+            arrays = torch_checkpoint.read(path)
+            read.append(path.name)
+            odd += [f"{path.name}: {name}" for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+        except WeightsError as error:
+            refused += 1
+            text = str(error)
+            if "\n" in text or len(text) > 400 or not text.endswith(".") or "memory for it" in text or DAMAGE in text:
+                odd.append(f"{path.name}: {text}")
+        except BaseException as error:  # noqa: BLE001 - any is told
+            odd.append(f"{path.name}: {error!r}")
+        watch.reading, seconds = None, time.process_time() - start
+        slowest = max(slowest, seconds)
+        most = max(most, peak() - 2 * path.stat().st_size)
+    seen = sorted(watch.seen)
+    return {"read": read, "refused": refused, "odd": odd, "seen": seen, "seconds": slowest, "bytes": most}
+
+
+def mutations(path: Path, count: int, *, folder: Path) -> Iterator[Path]:
+    chance = random.Random(SEED)  # noqa: S311 - the same each time
+    data, changed = path.read_bytes(), folder / "changed.pth"
+    for _ in range(count):
+        changed.write_bytes(hostile_checkpoints.mutated(data, chance))
+        yield changed
+
+
+def programs(count: int, *, folder: Path) -> Iterator[Path]:
+    chance = random.Random(SEED)  # noqa: S311 - the same each time
+    path = folder / "program.pth"
+    for _ in range(count):
+        path.write_bytes(hostile_checkpoints.program(chance))
+        yield path
+
+
+def main(task: str, *words: str) -> None:
+    """Do one task and print what came of it as JSON."""
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    with tempfile.TemporaryDirectory() as name:
+        match task:
+            case "read":
+                paths = iter(sorted(Path(words[0]).iterdir()))
+            case "mutate":
+                paths = mutations(Path(words[0]), int(words[1]), folder=Path(name))
+            case "programs":
+                paths = programs(int(words[0]), folder=Path(name))
+            case _:
+                raise ValueError(task)
+        print(json.dumps(told(paths)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
