@@ -323,6 +323,10 @@ def heavy() -> dict[str, bytes]:
     first = tensor(size=row(*[b"K\1"] * 32), stride=row(*[b"K\1"] * 32))
     names = b"".join(text(f"{place:x}") + b"h\0" for place in range(240_000))
     bytes_ = storage("Byte", count=number(1 << 16))
+    parts = bytes_ + b"q\1" + b"K\0" + row(*[b"K\1"] * 32) + b"q\2" + row(*[number((1 << 47) + 1)] * 32) + b"q\3"
+    folded = b"}" + text("x") + REBUILD + b"q\0(" + parts + b"\x89NtRs("
+    for start in range(1, 28_000):
+        folded += text(f"{start:x}") + b"h\0(h\1" + number(start) + b"h\2h\3\x89NtR"
     views = {f"{start:x}": tensor(bytes_, number(start), shape(1)) for start in range(9000)}
     storages = {f"{key:x}": tensor(storage("Byte", text(str(key)), b"K\1"), b"K\0", shape(1)) for key in range(9000)}
     brain = state({"w": tensor(storage("BFloat16", count=number(1 << 23)), size=shape(1 << 23))})
@@ -330,6 +334,7 @@ def heavy() -> dict[str, bytes]:
     return {
         "many names of one tensor": as_zip(b"}" + text("x") + first + b"q\0s(" + names + b"u", FOUR),
         "many views of one storage": as_zip(state(views), bytes(1 << 16)),
+        "many views of many axes": as_zip(folded + b"u", bytes(1 << 16)),
         "many storages": as_zip(state(storages), *[b"1"] * 9000),
         "many storages (row)": as_row(state(storages), *[(1, b"1")] * 9000),
         "many members": zipped(*members(PICKLE, FOUR, *[b""] * 64_000)),

@@ -237,18 +237,32 @@ def test_truncated_files_are_refused(path: Path, tmp_path: Path) -> None:
     refusal(data[:-1], tmp_path)
 
 
-def child(*words: object) -> dict[str, Any]:
-    """Have a process of its own read checkpoints, and check what holds whatever they are."""
+def watched(*words: object) -> dict[str, Any]:
+    """Have a process of its own read checkpoints; return what it saw of that."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.torch_child", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=500)
     assert not done.returncode, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def child(*words: object) -> dict[str, Any]:
+    """Have a process of its own read checkpoints, and check what holds whatever they are."""
+    found = watched(*words)
     assert found["odd"] == []  # every refusal is a WeightsError of one sentence
     assert found["seen"] == []  # no file opened, module imported, program started or code compiled
     assert found["seconds"] < 5
     assert found["bytes"] < 100_000_000  # beyond twice the file; the interpreter with NumPy takes 30 MB of them
     return found
+
+
+@linux
+def test_the_watch_sees_what_runs(tmp_path: Path) -> None:
+    (tmp_path / "hostile").write_bytes(START + call(named("builtins", "eval"), text("__import__('colorsys')")) + b".")
+    found = watched("unpickle", tmp_path)
+    assert {seen.partition(" ")[0] for seen in found["seen"]} >= {"pickle.find_class", "compile", "exec", "import"}
+    assert len(found["odd"]) == 1
 
 
 @linux

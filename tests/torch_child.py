@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -43,14 +44,19 @@ class Watch:
             self.seen.add(f"{event} {arguments}"[:200])
 
 
-def told(paths: Iterator[Path]) -> dict[str, object]:
+def unpickled(path: Path) -> dict[str, object]:
+    """Do what must not be done, to try the watch."""
+    return {"value": pickle.loads(path.read_bytes())}  # noqa: S301 - the test's own
+
+
+def told(paths: Iterator[Path], read_one: Callable[[Path], Mapping[str, object]]) -> dict[str, object]:
     """Read every file; return which could be read, how many were refused, and whatever should not have happened."""
     watch, read, odd, refused, slowest, most = Watch(), list[str](), list[str](), 0, 0.0, 0
     for path in paths:
         RESET.write_text("5", encoding="ascii")
         watch.reading, start = str(path), time.process_time()
         try:
-            arrays = torch_checkpoint.read(path)
+            arrays = read_one(path)
             read.append(path.name)
             odd += [f"{path.name}: {name}" for name, array in arrays.items() if not isinstance(array, np.ndarray)]
         except WeightsError as error:
@@ -88,7 +94,7 @@ def main(task: str, *words: str) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     with tempfile.TemporaryDirectory() as name:
         match task:
-            case "read":
+            case "read" | "unpickle":
                 paths = iter(sorted(Path(words[0]).iterdir()))
             case "mutate":
                 paths = mutations(Path(words[0]), int(words[1]), folder=Path(name))
@@ -96,7 +102,7 @@ def main(task: str, *words: str) -> None:
                 paths = programs(int(words[0]), folder=Path(name))
             case _:
                 raise ValueError(task)
-        print(json.dumps(told(paths)))
+        print(json.dumps(told(paths, unpickled if task == "unpickle" else torch_checkpoint.read)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nbfeat.errors import WeightsError
 
-DAMAGE = "it is damaged in a way that was not foreseen"
+DAMAGE = "it is damaged beyond reading"
 
 
 class Refused(Exception):  # noqa: N818 - it is the reason why, before it has the file's name

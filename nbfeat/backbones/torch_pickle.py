@@ -161,9 +161,8 @@ class Machine:
 
     def _stored(self) -> Storage:
         match self._arguments():
-            case ("storage", Name(name), str() as key, str(), int() as count, *view) if name in _STORAGES and view in (
-                [],
-                [None],
+            case ("storage", Name(name), str() as key, str(), int() as count, *view) if name in _STORAGES and not any(
+                view
             ):
                 storage = Storage(key, _STORAGES[name], count)
             case _:
