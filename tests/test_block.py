@@ -13,7 +13,7 @@ from hypothesis import strategies as some
 
 import nbfeat
 from nbfeat import Extraction, FeatureBlock, RequestError
-from nbfeat.backbones.catalog import SCALINGS
+from nbfeat.backbones.backbone import SCALINGS
 from nbfeat.features.block import BLOCK_OPTIONS, NORMALIZES, POOLINGS, quoted, split_words
 from nbfeat.features.fit import INTERPOLATIONS, RESIZES
 from nbfeat.jupyter import grammar

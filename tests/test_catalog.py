@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from nbfeat.backbones import catalog
-from nbfeat.backbones.catalog import CATALOG, SCALINGS, Backbone, backbones, find
+from nbfeat.backbones.backbone import SCALINGS, Backbone
+from nbfeat.backbones.catalog import CATALOG, backbones, find
 from nbfeat.errors import RequestError
 
 ROOT = Path(catalog.__file__).parents[2]

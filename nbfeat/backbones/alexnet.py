@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nbfeat.backbones.catalog import find
 from nbfeat.backbones.state_dict import Arrays, Convolution, LayerWeights, StateDict
 
 if TYPE_CHECKING:
     import keras
 
-FILE = "alexnet-owt-7be5be79.pth"
 GRID = 6  # rows and columns of the map that `fc6` reads
 WIDTH = 4096  # of `fc6` and `fc7`
 
@@ -66,7 +66,7 @@ def weights_from(state: Arrays) -> LayerWeights:
     What else is in it, such as the classifier of 1,000 classes, is left alone. Raises WeightsError naming the first
     array that is missing or of another shape.
     """
-    read = StateDict(state, "AlexNet", FILE)
+    read = StateDict(state, find("AlexNet"))
     found: LayerWeights = {
         name: [read.kernel(key, before, after, side), read.take(f"{key}.bias", after)]
         for name, key, before, after, side in _CONVOLUTIONS

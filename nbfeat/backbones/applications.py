@@ -15,7 +15,7 @@ from nbfeat.errors import RequestError, listing
 if TYPE_CHECKING:
     import keras
 
-    from nbfeat.backbones.catalog import Backbone
+    from nbfeat.backbones.backbone import Backbone
 
 
 def build(backbone: Backbone, *, size: int, alpha: float | None = None, weights: str | None = None) -> keras.Model:
@@ -43,9 +43,6 @@ def build(backbone: Backbone, *, size: int, alpha: float | None = None, weights:
 
 def check(backbone: Backbone, *, size: int, alpha: float | None, weights: str | None = None) -> None:
     """Raise RequestError where the catalog already knows that it cannot be built so."""
-    if weights == "imagenet" and backbone.package == "nbfeat.backbones":
-        message = f"{backbone.name} has no weights to download yet: take --weights random, or a file of Keras weights."
-        raise RequestError(message)
     if weights == "imagenet" and alpha is not None and backbone.alphas and alpha not in backbone.alphas:
         published = listing(map(str, backbone.alphas))
         message = f"{backbone.name} has published weights for --alpha {published}, not for {alpha}."

@@ -6,66 +6,14 @@ Written by hand, so that help, completion and checks never wait for Keras; a tes
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
+from nbfeat.backbones.backbone import Backbone, Layer, Package, Scaling
 from nbfeat.errors import RequestError, near, sentences
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Scaling = Literal["caffe", "tf", "torch", "none"]
-SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
-Package = Literal["keras.applications", "nbfeat.backbones"]
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A customary cut point: `channels` (at alpha 1) for every `stride` by `stride` pixels; stride 0 is a vector."""
-
-    name: str
-    stride: int
-    channels: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Backbone:
-    """A network without its classifier, built by `module` of `package`.
-
-    `size` and `smallest` are input sides in pixels. `width` and `parameters` are those at alpha 1; the width is that of
-    the default cut: the layer `end`, or where that is empty the last layer of the network, which is among `layers` only
-    where Keras gives it a name of its own. `alphas` are the width multipliers with published weights.
-    """
-
-    name: str
-    family: str
-    module: str
-    size: int
-    smallest: int
-    width: int
-    scaling: Scaling
-    parameters: int
-    layers: tuple[Layer, ...]
-    package: Package = "keras.applications"
-    end: str = ""
-    alphas: tuple[float, ...] = ()
-    default_weights: str = "imagenet"
-
-    def width_at(self, alpha: float | None) -> int:
-        """Return the width of the default cut when the network is built with `alpha`."""
-        if alpha is None:
-            return self.width
-        if not self.alphas:
-            message = f"{self.name} has no width multiplier: leave --alpha away."
-            raise RequestError(message)
-        if not 0 < alpha < float("inf"):
-            message = f"--alpha {alpha} is no width multiplier for {self.name}: take a number above 0, such as 0.5."
-            raise RequestError(message)
-        if self.family == "MobileNetV2":
-            # Its last convolution never gets narrower (Sandler et al. 2018), and wider in eights only.
-            return max(self.width, int(self.width * alpha + 4) // 8 * 8)
-        return int(self.width * alpha)
 
 
 def find(name: str) -> Backbone:
@@ -135,6 +83,7 @@ def _family(
     alphas: tuple[float, ...] = (),
     package: Package = "keras.applications",
     end: str = "",
+    published: str = "",
 ) -> tuple[Backbone, ...]:
     return tuple(
         Backbone(
@@ -149,6 +98,7 @@ def _family(
             layers=tuple(_layers(layers)),
             package=package,
             end=end,
+            published=published,
             alphas=alphas,
         )
         for name, size, smallest, width, parameters, layers in rows
@@ -233,7 +183,7 @@ _HERE: Package = "nbfeat.backbones"
 _FAMILIES = (
     _family("AlexNet", "alexnet", "torch", [
         ("AlexNet",           224, 63,  256,  57_003_840, _ALEXNET),
-    ], package=_HERE, end="pool5"),
+    ], package=_HERE, end="pool5", published="alexnet-owt-7be5be79.pth"),
     _family("VGG", "vgg16", "caffe", [("VGG16", 224, 32, 512, 14_714_688, _VGG)]),
     _family("VGG", "vgg19", "caffe", [("VGG19", 224, 32, 512, 20_024_384, _VGG)]),
     _family("ResNet", "resnet", "caffe", [
@@ -246,7 +196,9 @@ _FAMILIES = (
         ("ResNet101V2",       224, 32, 2048,  42_626_560, _RESNET_V2.format(4, 23)),
         ("ResNet152V2",       224, 32, 2048,  58_331_648, _RESNET_V2.format(8, 36)),
     ]),
-    _family("Inception", "googlenet", "tf", [("GoogLeNet", 224, 15, 1024, 5_614_464, _GOOGLENET)], package=_HERE),
+    _family("Inception", "googlenet", "tf", [
+        ("GoogLeNet",         224, 15, 1024,   5_614_464, _GOOGLENET),
+    ], package=_HERE, published="googlenet-1378be20.pth"),
     _family("Inception", "inception_v3", "tf", [
         ("InceptionV3",       299, 75, 2048,  21_802_784, _INCEPTION),
     ]),

@@ -15,12 +15,12 @@ import importlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from nbfeat.backbones.catalog import find
 from nbfeat.backbones.state_dict import Arrays, Convolution, LayerWeights, StateDict
 
 if TYPE_CHECKING:
     import keras
 
-FILE = "googlenet-1378be20.pth"
 EPSILON = 0.001  # of every batch norm
 _STEM = (
     # Of the names, `_conv`, `_bn` and `_relu` are left away, and so is `.conv` or `.bn` of the keys.
@@ -119,7 +119,7 @@ def weights_from(state: Arrays) -> LayerWeights:
     What else is in it, such as the classifiers, is left alone. Raises WeightsError naming the first array that is
     missing or of another shape.
     """
-    read = StateDict(state, "GoogLeNet", FILE)
+    read = StateDict(state, find("GoogLeNet"))
     found: LayerWeights = {}
     for name, key, before, after, side in _convolutions():
         found[f"{name}_conv"] = [read.kernel(f"{key}.conv", before, after, side)]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nbfeat.backbones.backbone import Backbone
 from nbfeat.errors import WeightsError
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -27,26 +28,25 @@ class Convolution(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StateDict:
-    """Arrays by PyTorch's names; `network` and `file` say in messages whose they should be, and what holds them."""
+    """Arrays by PyTorch's names, which should be those that are published for `backbone`."""
 
     arrays: Arrays
-    network: str
-    file: str
+    backbone: Backbone
 
     def take(self, key: str, *shape: int) -> NDArray[np.float32]:
         """Return one array as float32; raise WeightsError where it is missing or of another shape than `shape`."""
         if key not in self.arrays:
-            message = f"There is no {key} among these weights, so they are not {self.network}'s. {self._advice}"
+            message = f"There is no {key} among these weights, so they are not {self.backbone.name}'s. {self._advice}"
             raise WeightsError(message)
         array = self.arrays[key]
         if array.shape != shape:
-            message = f"{key} is {_sides(array.shape)}; {self.network} has {_sides(shape)} there. {self._advice}"
+            message = f"{key} is {_sides(array.shape)}; {self.backbone.name} has {_sides(shape)} there. {self._advice}"
             raise WeightsError(message)
         return np.ascontiguousarray(array, np.float32)
 
     @property
     def _advice(self) -> str:
-        return f"Take the file that torchvision publishes, {self.file}."
+        return f"Take the file that torchvision publishes, {self.backbone.published}."
 
     def kernel(self, name: str, before: int, after: int, side: int) -> NDArray[np.float32]:
         """Return the kernel of a convolution: (outputs, inputs, rows, columns) → (rows, columns, inputs, outputs)."""

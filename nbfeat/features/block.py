@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NoReturn, Self, get_args
 
-from nbfeat.backbones.catalog import SCALINGS, Scaling
+from nbfeat.backbones.backbone import SCALINGS, Scaling
 from nbfeat.errors import RequestError, listing, near, sentences
 from nbfeat.features.fit import INTERPOLATIONS, RESIZES, Interpolation, Resize
 

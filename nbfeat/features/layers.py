@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbfeat.backbones import applications
-from nbfeat.backbones.catalog import Backbone, find
+from nbfeat.backbones.backbone import Backbone
+from nbfeat.backbones.catalog import find
 from nbfeat.errors import NetworkError
 from nbfeat.features.block import alpha_of, whole
 from nbfeat.features.export import versions

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbfeat.backbones import applications, weights
-from nbfeat.backbones.catalog import Backbone, Scaling, find
+from nbfeat.backbones.backbone import Backbone, Scaling
+from nbfeat.backbones.catalog import find
 from nbfeat.errors import NetworkError, RequestError, near, sentences
 from nbfeat.features.block import FeatureBlock, Pooling
 
@@ -141,7 +142,7 @@ def load_base(spec: NetworkSpec, tell: weights.Tell) -> tuple[keras.Model, weigh
     """Build the backbone without classifier and give it its weights."""
     backbone = find(spec.backbone)
     make = functools.partial(applications.build, backbone, size=spec.size, alpha=spec.alpha)
-    return weights.load(lambda name: make(weights=name), spec.weights, tell, scaling=backbone.scaling)
+    return weights.load(backbone, lambda name: make(weights=name), spec.weights, tell)
 
 
 def scale(pixels: Any, scaling: Scaling) -> Any:  # noqa: ANN401 - a tensor of whichever backend

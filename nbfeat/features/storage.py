@@ -71,7 +71,7 @@ class Storage:
                     if cache.note and not cache.writes:
                         raise NbfeatError(cache.note)
         if what in {"networks", "all"}:
-            for folder in ("networks", "layers"):
+            for folder in ("networks", "layers", "weights"):
                 shutil.rmtree(self.folder / folder, ignore_errors=True)
 
     def _blocks(self) -> list[dict[str, Any]]:

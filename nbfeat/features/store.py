@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 from nbfeat import errors, quiet
 from nbfeat.backbones import weights
+from nbfeat.backbones.catalog import find
 from nbfeat.features.export import versions
 from nbfeat.features.network import NetworkSpec, Output
 from nbfeat.home import HomeError, folder_written_whole, keep
@@ -63,21 +64,40 @@ class Preparing:
             return
         shutil.rmtree(final, ignore_errors=True)
         remove_abandoned(parent)
-        yield f"building {self.spec.backbone} (once; then it is kept)"
+        spec, _held = yield from located(self.spec)
+        yield f"building {spec.backbone} (once; then it is kept)"
         with folder_written_whole(final) as made:
-            yield from run_child(self.spec, made)
+            yield from run_child(spec, made)
         if not (written := read(final)):
             message = f"The network just written to {final} cannot be read back. Is the disk full or changing?"
             raise errors.NetworkError(message)
         self.result = replace(written, owner=owner)
 
 
-def remove_abandoned(networks: Path) -> None:
-    """Remove what processes that were killed while building left behind."""
-    for folder in networks.glob(".*"):
+def located(spec: NetworkSpec) -> Generator[str, None, tuple[NetworkSpec, object]]:
+    """Yield sentences while weights come that Keras does not fetch; return `spec` with their path, and their owner."""
+    backbone = find(spec.backbone)
+    if spec.weights != "imagenet" or not backbone.published:
+        return spec, None
+    from nbfeat.backbones import published  # noqa: PLC0415 - seldom needed
+
+    owner = None
+    try:
+        folder = keep("weights")
+    except HomeError:
+        owner = TemporaryFolder()
+        folder = owner.path
+    remove_abandoned(folder)
+    path = yield from published.fetch(backbone, folder)
+    return replace(spec, weights=str(path)), owner
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Remove what processes that were killed while building or downloading left behind in `parent`."""
+    for half in parent.glob(".*"):
         with suppress(OSError):  # somebody else was first
-            if time.time() - folder.stat().st_mtime > ABANDONED_AFTER:
-                shutil.rmtree(folder, ignore_errors=True)
+            if time.time() - half.stat().st_mtime > ABANDONED_AFTER:
+                shutil.rmtree(half) if half.is_dir() else half.unlink()
 
 
 class TemporaryFolder:

@@ -104,11 +104,13 @@ class Opening:
 
     def _for_keras(self) -> Iterator[str]:
         from nbfeat.features.engines.keras import KerasEngine  # noqa: PLC0415 - only the engine in use
+        from nbfeat.features.store import located  # noqa: PLC0415
 
         if self.device == "cpu":
             self.note = "OpenVINO cannot be imported here, so Keras runs the network, which is slower on a CPU."
-        yield f"building {self.spec.backbone} in Keras"
-        engine = KerasEngine(self.spec, device=self.device, precision=self.precision, batch_size=self._asked_size)
+        spec, _held = yield from located(self.spec)
+        yield f"building {spec.backbone} in Keras"
+        engine = KerasEngine(spec, device=self.device, precision=self.precision, batch_size=self._asked_size)
         self.name, self.outputs, self.weights = engine.name, engine.outputs, engine.weights
         self.batch_size = engine.batch_size
         beside = [cut.key for cut in self.spec.cuts]  # its compilers are not known to keep cuts apart

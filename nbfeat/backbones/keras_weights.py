@@ -1,0 +1,82 @@
+"""Weights in a file of Keras' (``.weights.h5``, ``.h5``, ``.keras``), given to a network that they fit.
+
+Files of a network with its classifier serve the network without it. What is in a file is looked at before Keras reads
+it, and what does not fit is told by the first layer that differs.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from nbfeat.backbones.archive import check_archive
+from nbfeat.backbones.hdf5 import check_hdf5
+from nbfeat.backbones.refusal import refusing
+from nbfeat.errors import WeightsError
+
+
+def load(network: Any, path: Path) -> None:  # noqa: ANN401 - Keras has no types
+    """Give `network` the weights in the file at `path`; raise WeightsError where they are not its own."""
+    if path.suffix == ".keras":
+        check_archive(path)
+        by_name = {}
+    else:
+        check_hdf5(path)
+        by_name = _by_name(network, path)
+    try:
+        network.load_weights(path, **by_name)
+    except (ValueError, OSError, KeyError) as error:
+        raise _do_not_fit(network, path, _told_by_keras(str(error))) from error
+
+
+def _by_name(network: Any, path: Path) -> dict[str, bool]:  # noqa: ANN401 - as above
+    """Return how a file is to be loaded; one of the older kind is compared first, since Keras passes over gaps."""
+    with refusing(path, "weights in HDF5"), h5py.File(path, "r") as file:
+        group = file.get("model_weights", file)
+        if "layer_names" not in group.attrs:
+            return {}
+        saved = {_text(name): group[_text(name)] for name in group.attrs["layer_names"]}
+        for layer in network.layers:
+            if not layer.weights:
+                continue
+            if layer.name not in saved:
+                raise _do_not_fit(network, path, f"{layer.name}, which the file has not")
+            here = [tuple(weight.shape) for weight in layer.weights]
+            there = [tuple(saved[layer.name][_text(name)].shape) for name in saved[layer.name].attrs["weight_names"]]
+            if here != there:
+                raise _do_not_fit(network, path, f"{layer.name}: {_shapes(here)} here, {_shapes(there)} in the file")
+    return {"by_name": True}
+
+
+def _told_by_keras(text: str) -> str:
+    """Find the first layer that differs, and how, in what Keras says at length."""
+    name = re.search(r"<\w+ name=([^,>]+)", text)
+    shapes = re.search(r"variable\.shape=(\([^)]*\)), Received: value\.shape=(\([^)]*\))", text)
+    count = re.search(r"expected (\d+) variables?, but received (\d+)", text)
+    if name is None:
+        return text.splitlines()[0] if text else "of which Keras does not say"
+    if shapes:
+        return f"{name[1]}: {_sides(shapes[1])} here, {_sides(shapes[2])} in the file"
+    return f"{name[1]}: {count[1]} arrays here, {count[2]} in the file" if count else name[1]
+
+
+def _do_not_fit(network: Any, path: Path, first: str) -> WeightsError:  # noqa: ANN401 - as above
+    return WeightsError(
+        f"The weights in {path.name} do not fit {network.name}: the first layer that differs is {first}. Name the "
+        "backbone they were saved from, with its --alpha."
+    )
+
+
+def _shapes(shapes: list[tuple[int, ...]]) -> str:
+    return " and ".join(_sides(str(shape)) for shape in shapes) or "nothing"
+
+
+def _sides(shape: str) -> str:
+    return " × ".join(re.findall(r"\d+", shape)) or "a number"
+
+
+def _text(name: str | bytes) -> str:
+    return name.decode() if isinstance(name, bytes) else name

@@ -1,0 +1,97 @@
+"""Seeded random weights, for tests and for trying things out.
+
+As Keras initializes them, features have norms from 1e-18 (MobileNet) to 1e10 (EfficientNetV2L), so they are drawn here
+(He et al. 2015, by fan-in) and every batch norm takes its statistics from one batch of smooth noise. NumPy draws them,
+so that they are the same on every Keras backend.
+"""
+
+from __future__ import annotations
+
+import importlib
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbfeat.backbones.backbone import Scaling
+
+if TYPE_CHECKING:
+    import keras
+
+SEED = 20_150_206  # the day He et al.'s "Delving deep into rectifiers" appeared
+CALIBRATION_IMAGES = 8
+# The middle and half the range of scaled pixels; a network without scaling takes 0 … 255 and scales inside itself.
+_RANGES: dict[Scaling, tuple[float, float]] = {
+    "tf": (0, 1),
+    "torch": (0, 2),
+    "caffe": (0, 127.5),
+    "none": (127.5, 127.5),
+}
+
+
+def draw(network: keras.Model, scaling: Scaling) -> None:
+    """Give `network` seeded random weights whose features have a sane scale, the same on every backend."""
+    layers = importlib.import_module("keras").layers
+    for layer in _leaves(network):
+        for variable in layer.weights:
+            if "kernel" not in variable.name:
+                continue
+            shape = variable.shape
+            depthwise = isinstance(layer, layers.DepthwiseConv2D) or variable.name == "depthwise_kernel"
+            fan_in = int(np.prod(shape[:2] if depthwise else shape[:-1]))
+            generator = np.random.default_rng([SEED, zlib.crc32(f"{layer.name}/{variable.name}".encode())])
+            variable.assign(generator.normal(0, np.sqrt(2 / fan_in), shape).astype("float32"))
+    _calibrate(network, scaling)
+
+
+def _leaves(network: Any) -> Iterator[Any]:  # noqa: ANN401 - Keras layers are not typed
+    for layer in network.layers:
+        yield from _leaves(layer) if hasattr(layer, "layers") else [layer]
+
+
+def _calibrate(network: keras.Model, scaling: Scaling) -> None:
+    """Set the statistics of every batch norm from one pass over smooth noise."""
+    keras: Any = importlib.import_module("keras")
+    kind = keras.layers.BatchNormalization
+    if not any(isinstance(layer, kind) for layer in network.layers):
+        return
+
+    def moments(x: Any) -> tuple[Any, Any]:  # noqa: ANN401 - tensors of whichever backend
+        mean = keras.ops.mean(x, axis=(0, 1, 2), keepdims=True)
+        return mean, keras.ops.mean(keras.ops.square(x - mean), axis=(0, 1, 2), keepdims=True)
+
+    class OfThisBatch(keras.layers.Layer):  # type: ignore[misc]
+        def call(self, x: Any, mask: Any = None) -> Any:  # noqa: ANN401, ARG002 - tensors; the graph passes a mask
+            mean, variance = moments(x)
+            return (x - mean) / keras.ops.sqrt(variance + 1e-3)
+
+    def swap(layer: Any) -> Any:  # noqa: ANN401 - Keras layers are not typed
+        return OfThisBatch(name=layer.name) if isinstance(layer, kind) else type(layer).from_config(layer.get_config())
+
+    twin = keras.models.clone_model(network, clone_function=swap)
+    norms = [layer for layer in network.layers if isinstance(layer, kind)]
+    for layer in network.layers:
+        if layer.weights and not isinstance(layer, kind):
+            twin.get_layer(layer.name).set_weights(layer.get_weights())
+    wanted = [moments(twin.get_layer(norm.name).input) for norm in norms]
+    noise = _smooth_noise(network.input_shape[1], scaling)
+    measure = keras.Model(twin.inputs, wanted)
+    # On OpenVINO a tensor is a graph of its own: `predict` computes all of them at once.
+    all_at_once = keras.backend.backend() == "openvino"
+    measured = measure.predict(noise, verbose=0) if all_at_once else measure(noise, training=False)
+    for norm, (mean, variance) in zip(norms, measured, strict=True):
+        norm.moving_mean.assign(keras.ops.convert_to_numpy(mean).ravel())
+        norm.moving_variance.assign(keras.ops.convert_to_numpy(variance).ravel())
+
+
+def _smooth_noise(size: int, scaling: Scaling) -> NDArray[np.float32]:
+    """Draw images in the range of `scaling` whose neighboring pixels are alike, as in photographs."""
+    middle, spread = _RANGES[scaling]
+    coarse = np.random.default_rng(SEED).normal(middle, 0.6 * spread, (CALIBRATION_IMAGES, 9, 9, 3))
+    at = np.linspace(0, 8, size)
+    left, share = np.minimum(at.astype(int), 7), at - np.minimum(at.astype(int), 7)
+    across = coarse[:, :, left] * (1 - share)[:, None] + coarse[:, :, left + 1] * share[:, None]
+    share = share[:, None, None]
+    return np.asarray(across[:, left] * (1 - share) + across[:, left + 1] * share, np.float32)
