@@ -199,7 +199,7 @@ def structures(*words: str) -> dict[str, Any]:
 
 
 def from_torch(name: str, folder: str, *sizes: str) -> dict[str, Any]:
-    """Give a network the weights that `torchvision_child` left in `folder`; keep them Keras' way, and what comes out."""
+    """Give a network the weights that `torchvision_child` left in `folder`; keep them as Keras does, and its output."""
     ops: Any = importlib.import_module("keras").ops
     weights_from = importlib.import_module(f"nbfeat.backbones.{CATALOG[name].module}").weights_from
     network: Any = applications.build(CATALOG[name], size=CATALOG[name].size)

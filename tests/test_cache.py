@@ -590,7 +590,7 @@ def test_storage_shows_what_there_is_and_clears_it(photos: pd.DataFrame, own_cac
     nbfeat.storage.clear()
     assert nbfeat.storage.features.empty
     assert computed(lambda: run(photos)) == 20
-    with pytest.raises(RequestError, match="clear takes features, networks, all, not 'everything'"):
+    with pytest.raises(RequestError, match="clear takes features, networks, weights, all, not 'everything'"):
         nbfeat.storage.clear("everything")
 
 
@@ -599,7 +599,7 @@ def test_the_magic_shows_and_clears(photos: pd.DataFrame, shell: InteractiveShel
     assert shell.run_line_magic("extract_cache", "") is nbfeat.storage
     shell.run_line_magic("extract_cache", "clear")
     assert nbfeat.storage.features.empty
-    with pytest.raises(UsageError, match="clear takes features, networks, all, not 'rubbish'"):
+    with pytest.raises(UsageError, match="clear takes features, networks, weights, all, not 'rubbish'"):
         shell.run_line_magic("extract_cache", "clear rubbish")
     with pytest.raises(UsageError, match=r"%extract_cache takes nothing, or clear"):
         shell.run_line_magic("extract_cache", "empty")

@@ -19,8 +19,12 @@ from nbfeat.html import Html, paragraph, table, text_table
 if TYPE_CHECKING:
     import pandas as pd
 
-KINDS = ("features", "networks", "all")
-_HEADS = {"features": ("features", "images", "bytes", "last used"), "networks": ("networks", "bytes")}
+KINDS = ("features", "networks", "weights", "all")
+_HEADS = {
+    "features": ("features", "images", "bytes", "last used"),
+    "networks": ("networks", "bytes"),
+    "weights": ("weights", "bytes"),
+}
 
 
 class Storage:
@@ -57,7 +61,7 @@ class Storage:
         return _size(self.folder)
 
     def clear(self, what: str = "features") -> None:
-        """Forget ``"features"``, ``"networks"`` or ``"all"``, and give the disk back.
+        """Forget ``"features"``, ``"networks"``, ``"weights"`` that were downloaded, or ``"all"``; give the disk back.
 
         Notebooks that run meanwhile go on. What is forgotten is computed, or built, again when it is asked for.
         """
@@ -71,8 +75,10 @@ class Storage:
                     if cache.note and not cache.writes:
                         raise NbfeatError(cache.note)
         if what in {"networks", "all"}:
-            for folder in ("networks", "layers", "weights"):
+            for folder in ("networks", "layers"):
                 shutil.rmtree(self.folder / folder, ignore_errors=True)
+        if what in {"weights", "all"}:
+            shutil.rmtree(self.folder / "weights", ignore_errors=True)
 
     def _blocks(self) -> list[dict[str, Any]]:
         with _cache(self.folder) as cache:
@@ -103,11 +109,16 @@ class Storage:
             (f"{_backbone(row)}, {row['size']} px: {', '.join(row['cuts'])}", shown(row["bytes"]))
             for row in self._networks()
         ]
+        weights: list[tuple[object, ...]] = [
+            (file.name, shown(_size(file))) for file in sorted((self.folder / "weights").glob("*"))
+        ]
         with _cache(self.folder) as cache:
             limit = f"; features may take up to {shown(cache.limit())}" if cache and cache.writes else ""
         head = f"{self.folder}: {shown(self.bytes)}{limit}"
-        way = 'Clear it with nbfeat.storage.clear("features"), "networks" or "all"; NBFEAT_HOME sets another folder.'
-        return head, {"features": features, "networks": networks}, way
+        way = (
+            'Clear with nbfeat.storage.clear("features"), "networks", "weights" or "all"; NBFEAT_HOME sets the folder.'
+        )
+        return head, {"features": features, "networks": networks, "weights": weights}, way
 
     def __repr__(self) -> str:
         head, tables, way = self._shown()
@@ -149,7 +160,7 @@ def _when(seconds: float) -> str:
 
 def _size(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
+    for path in [folder, *folder.rglob("*")]:
         try:
             total += path.stat().st_size if path.is_file() else 0
         except OSError:

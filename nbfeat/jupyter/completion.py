@@ -41,7 +41,7 @@ def candidates(cell: str, line: int, before: str, names: Mapping[str, Any]) -> l
     if match[2] == "backbones":
         return list(CATALOG)
     if match[2] == "extract_cache":
-        return ["features", "networks", "all"] if "clear" in before else ["clear"]
+        return ["features", "networks", "weights", "all"] if "clear" in before else ["clear"]
     first = (head if in_body else before)[match.end() :].split()
     words = before.split() if in_body else first
     known = BLOCK_OPTIONS if in_body else OPTIONS

@@ -4,7 +4,7 @@
 
     %extract   FRAME BACKBONE [options]
     %%extract  FRAME [BACKBONE] [options]     and one feature block per line of the body
-    %extract_cache [clear [features|networks|all]]
+    %extract_cache [clear [features|networks|weights|all]]
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def cache_words(line: str) -> str | None:
             return "features"
         case ["clear", what]:
             return what
-    message = f"%extract_cache takes nothing, or clear [features|networks|all], not {line.strip()!r}."
+    message = f"%extract_cache takes nothing, or clear [features|networks|weights|all], not {line.strip()!r}."
     raise RequestError(message)
 
 
