@@ -199,34 +199,22 @@ def structures(*words: str) -> dict[str, Any]:
 
 
 def from_torch(name: str, folder: str, *sizes: str) -> dict[str, Any]:
-    """Give a network the weights that `torchvision_child` left in `folder`; keep them as Keras does, and its output."""
+    """Give a network the weights that `torchvision_child` left in `folder`, and keep its output."""
     ops: Any = importlib.import_module("keras").ops
-    weights_from = importlib.import_module(f"nbfeat.backbones.{CATALOG[name].module}").weights_from
-    network: Any = applications.build(CATALOG[name], size=CATALOG[name].size)
-    with np.load(Path(folder, "state.npz")) as state:
-        found = weights_from(state)
-    for layer, arrays in found.items():
-        network.get_layer(layer).set_weights(arrays)
-    network.save_weights(weights_in(folder))
     for size in sizes:
-        built = build(torch_spec(name, folder, size), lambda _: None)
+        built = build(torch_spec(name, Path(folder, "row.pth"), size), lambda _: None)
         with np.load(Path(folder, f"{size}.npz")) as saved:
             result = built.model(saved["pixels"], training=False)
         arrays_out: dict[str, Any] = {key: ops.convert_to_numpy(value) for key, value in result.items()}
         np.savez(Path(folder, f"keras-{size}.npz"), **arrays_out)
-    return {"without weights": [layer.name for layer in network.layers if layer.weights and layer.name not in found]}
+    return {"weights": built.weights.name}
 
 
-def weights_in(folder: str | Path) -> str:
-    """Return where `from_torch` keeps weights."""
-    return str(Path(folder, "network.weights.h5"))
-
-
-def torch_spec(name: str, folder: str | Path, size: str | int) -> NetworkSpec:
-    """Describe the network with the weights in `folder`, cut at the end and at every customary layer, whole."""
+def torch_spec(name: str, weights: Path, size: str | int) -> NetworkSpec:
+    """Describe the network with these weights, cut at the end and at every customary layer, whole."""
     cuts = [Cut("", "flatten"), *(Cut(layer.name, "flatten" if layer.stride else "") for layer in CATALOG[name].layers)]
     return NetworkSpec(
-        backbone=name, alpha=None, weights=weights_in(folder), scaling=CATALOG[name].scaling, size=int(size),
+        backbone=name, alpha=None, weights=str(weights), scaling=CATALOG[name].scaling, size=int(size),
         cuts=tuple(sorted(cuts)),
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The two networks that Keras has not: their structure, conversion of torchvision's weights, torchvision's own numbers.
+"""The two networks that Keras has not: their structure, torchvision's weights converted, torchvision's own numbers.
 
 The last needs torchvision, here or in the Python that ``NBFEAT_TORCH_PYTHON`` names.
 """
@@ -97,8 +97,6 @@ def test_what_cannot_be_built_is_refused_in_a_sentence(name: str, photos: pd.Dat
     smallest = CATALOG[name].smallest
     with pytest.raises(RequestError, match=f"{name} takes images of at least {smallest} pixels, not --size 14"):
         nbfeat.extract(photos, f"{name} --size 14 --weights random", images="path")
-    with pytest.raises(RequestError, match=f"{name} has no weights to download yet: take --weights random"):
-        nbfeat.extract(photos, name, images="path")
 
 
 def ones(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -215,7 +213,7 @@ def torchvisions(request: pytest.FixtureRequest) -> Iterator[tuple[str, Path]]:
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([*program, name, folder, *sizes], capture_output=True, text=True, check=False)
         assert not done.returncode, done.stderr[-2000:]
-        assert keras_child.run("from_torch", name, folder, *sizes) == {"without weights": []}
+        assert keras_child.run("from_torch", name, folder, *sizes) == {"weights": "row.pth"}
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("NBFEAT_HOME", folder)  # hundreds of megabytes that go when the test ends
             yield name, Path(folder)
@@ -237,7 +235,7 @@ def test_every_customary_layer_gives_what_torchvisions_gives(torchvisions: tuple
     backbone, sizes = CATALOG[name], [size for of, size in SIDES if of == name]
     for size in sizes:
         theirs = np.load(folder / f"{size}.npz")
-        spec = keras_child.torch_spec(name, folder, size)
+        spec = keras_child.torch_spec(name, folder / "zip.pth", size)
         with np.load(folder / f"keras-{size}.npz") as saved:
             ours = {"Keras": dict(saved), "OpenVINO": on_openvino(spec, theirs["pixels"])}
         for engine, found in ours.items():

@@ -1,8 +1,8 @@
 """torchvision's own networks, in a Python that has it: ``python tests/torchvision_child.py NAME OUT SIZE …``.
 
-Needs torch, torchvision and NumPy, and nothing of nbfeat. The folder OUT gets ``state.npz``, a state dict, and for each
-SIZE ``SIZE.npz``: ``pixels``, random images as uint8, and under the name of each layer in nbfeat's catalog what it
-should give for them, channels last.
+Needs torch, torchvision and NumPy, and nothing of nbfeat. The folder OUT gets a state dict in both layouts, ``zip.pth``
+and ``row.pth``, and for each SIZE ``SIZE.npz``: ``pixels``, random images as uint8, and under the name of each layer in
+nbfeat's catalog what it should give for them, channels last.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def main(name: str, out: str, *sizes: str) -> None:
     network, looked_at = made(name)
     randomize(network)
     network.eval()
-    state: dict[str, Any] = {key: value.numpy() for key, value in network.state_dict().items()}
-    np.savez(Path(out, "state.npz"), **state)
+    for layout in ("zip", "row"):
+        torch.save(network.state_dict(), Path(out, f"{layout}.pth"), _use_new_zipfile_serialization=layout == "zip")
     found: dict[str, Any] = {}
 
     def keep(layer: str) -> Callable[..., None]:

@@ -115,9 +115,7 @@ class Storage:
         with _cache(self.folder) as cache:
             limit = f"; features may take up to {shown(cache.limit())}" if cache and cache.writes else ""
         head = f"{self.folder}: {shown(self.bytes)}{limit}"
-        way = (
-            'Clear with nbfeat.storage.clear("features"), "networks", "weights" or "all"; NBFEAT_HOME sets the folder.'
-        )
+        way = 'Clear with nbfeat.storage.clear("features"), "networks", "weights" or "all"; NBFEAT_HOME sets it.'
         return head, {"features": features, "networks": networks, "weights": weights}, way
 
     def __repr__(self) -> str:
