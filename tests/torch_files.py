@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import starmap
 
+import numpy as np
+from numpy.typing import NDArray
+
 MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # as in every checkpoint before PyTorch 1.6
 START, STOP = b"\x80\x02", b"."
 FOUR = struct.pack("<4f", 1, 2, 3, 4)  # the storage that most of these have
@@ -136,6 +139,16 @@ def as_row(value: bytes, *storages: tuple[int, bytes], keys: bytes | None = None
     order = pickled(listed(*(text(str(key)) for key in range(len(storages)))) if keys is None else keys)
     datas = starmap(lambda count, data: struct.pack("<q", count) + data, storages)
     return MAGIC + pickled(number(1001)) + system + pickled(value) + order + b"".join(datas)
+
+
+def checkpoint(arrays: Mapping[str, NDArray[np.float32]]) -> bytes:
+    """Return a state dict of these arrays as PyTorch writes it since 1.6."""
+    tensors = {}
+    for place, (name, array) in enumerate(arrays.items()):
+        stored = storage(key=text(str(place)), count=number(array.size))
+        strides = [step // array.itemsize for step in array.strides]
+        tensors[name] = tensor(stored, size=shape(*array.shape), stride=shape(*strides))
+    return as_zip(state(tensors), *(array.tobytes() for array in arrays.values()))
 
 
 FORMATS = {"zip": lambda value: as_zip(value, FOUR), "row": lambda value: as_row(value, (4, FOUR))}

@@ -105,6 +105,7 @@ def _parts(backbone: Backbone) -> Iterator[tuple[int, int, bytes]]:
     except TimeoutError as error:
         raise _not_here(backbone, f"nothing came for {PATIENCE:g} seconds") from error
     except urllib.error.HTTPError as error:
+        error.close()  # it holds the connection
         raise _not_here(backbone, f"the server answered {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
