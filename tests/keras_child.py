@@ -131,7 +131,7 @@ def photographs(*paths: str) -> dict[str, Any]:
             images = [keras.utils.img_to_array(load(f, target_size=(224, 224), interpolation=how)) for f in files]
             theirs = model.predict(module.preprocess_input(np.stack(images)), verbose=0).mean(axis=(1, 2))
             np.save(Path(out) / f"{name}-{how}.npy", theirs)
-            result = nbfeat.extract(pd.DataFrame({"path": files}), block, images="path", interpolation=how)
+            result = nbfeat.extract(pd.DataFrame({"path": files}), block, images="path", interpolation=how, cache=False)
             found[f"{name} {how}"] = cosine(result.features.to_numpy(), theirs)
             found["report"] = repr(result)
     return found
@@ -143,7 +143,7 @@ def globals_kept(*paths: str) -> dict[str, Any]:
     engines.openvino_works = lambda: False
     frame = pd.DataFrame({"path": paths})
     block = "MobileNetV3Small --size 64 --weights random --layer activation_5"
-    normal = nbfeat.extract(frame, block, images="path").features
+    normal = nbfeat.extract(frame, block, images="path", cache=False).features
     keras.config.set_dtype_policy("mixed_float16")
     keras.config.set_image_data_format("channels_first")
     keras.layers.Activation("relu")
@@ -154,7 +154,7 @@ def globals_kept(*paths: str) -> dict[str, Any]:
         keras.config.floatx(),
         random.getstate(),
     )
-    hostile = nbfeat.extract(frame, block, images="path").features
+    hostile = nbfeat.extract(frame, block, images="path", cache=False).features
     after = (
         keras.config.dtype_policy().name,
         keras.config.image_data_format(),
@@ -170,8 +170,8 @@ def batches(*paths: str) -> dict[str, Any]:
     engines.openvino_works = lambda: False
     frame = pd.DataFrame({"path": paths})
     block = "MobileNet --alpha 0.25 --size 64 --weights random"
-    whole = nbfeat.extract(frame, block, images="path").features
-    parts = nbfeat.Extraction(frame, block, images="path", batch_size=3)
+    whole = nbfeat.extract(frame, block, images="path", cache=False).features
+    parts = nbfeat.Extraction(frame, block, images="path", batch_size=3, cache=False)
     steps = parts.steps()
     for _ in range(4):
         next(steps)

@@ -42,9 +42,9 @@ def test_a_real_network_gives_the_same_through_every_face(extract: Face, photos:
     result = extract(photos, SMALL, images="path")
     assert result.features.shape == (20, 256)
     assert "OpenVINO" in repr(result)
-    same(result.features, nbfeat.extract(photos, SMALL, images="path").features)
+    same(result.features, nbfeat.extract(photos, SMALL, images="path", cache=False).features)
     shuffled = photos.sample(frac=1, random_state=1)
-    again = extract(shuffled, SMALL, images="path", batch_size=3).features
+    again = extract(shuffled, SMALL, images="path", batch_size=3, cache=False).features
     same(again.loc[photos.index], result.features)
 
 
@@ -98,7 +98,7 @@ def test_a_file_of_weights_is_taken_and_one_that_does_not_fit_is_refused(
     if not file.exists():
         pytest.skip("no real weights on this machine")
     named = nbfeat.extract(photos, f"MobileNet --alpha 0.25 --weights {file}", images="path").features
-    same(named, nbfeat.extract(photos, "MobileNet --alpha 0.25", images="path").features)
+    same(named, nbfeat.extract(photos, "MobileNet --alpha 0.25", images="path", cache=False).features)
 
 
 @pytest.mark.parametrize("kind", ["a file", "open to others"])
@@ -133,7 +133,7 @@ def test_nothing_global_decides_a_result_and_nothing_global_stays_changed(
     cut = pictures.parent / "cut.png"
     cut.write_bytes((pictures / "00.png").read_bytes()[:-40])
     photos.loc["row 5", "path"] = str(cut)
-    normal = nbfeat.extract(photos, SMALL, images="path")
+    normal = nbfeat.extract(photos, SMALL, images="path", cache=False)
     assert len(normal.failures) == 1
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1)
     monkeypatch.setattr(PIL.ImageFile, "LOAD_TRUNCATED_IMAGES", True)
@@ -143,7 +143,7 @@ def test_nothing_global_decides_a_result_and_nothing_global_stays_changed(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         filters = list(warnings.filters)
-        hostile = nbfeat.extract(photos, SMALL, images="path")
+        hostile = nbfeat.extract(photos, SMALL, images="path", cache=False)
         assert warnings.filters == filters
     same(hostile.features, normal.features)
     assert (PIL.Image.MAX_IMAGE_PIXELS, PIL.ImageFile.LOAD_TRUNCATED_IMAGES) == (1, True)

@@ -153,7 +153,7 @@ import json, re, sys
 from pathlib import Path
 import pandas as pd
 frame = pd.DataFrame({{"path": {files!r}}})
-nbfeat.extract(frame, {backbone!r}, images="path", weights={weights!r})
+nbfeat.extract(frame, {backbone!r}, images="path", weights={weights!r}, cache=False)
 seconds = time.perf_counter() - start
 peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 heavy = [name for name in ("tensorflow", "keras") if name in sys.modules]
