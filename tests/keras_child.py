@@ -5,12 +5,14 @@ Each prints one line of JSON at the end.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
 import random
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,13 @@ from typing import Any
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
+import h5py
 import numpy as np
 import pandas as pd
 
 import nbfeat
 from nbfeat import quiet
-from nbfeat.backbones import applications
+from nbfeat.backbones import applications, keras_weights
 from nbfeat.backbones.catalog import CATALOG
 from nbfeat.features import engines
 from nbfeat.features.network import Cut, NetworkSpec, build, maps_with_negative_values
@@ -185,6 +188,37 @@ def batches(*paths: str) -> dict[str, Any]:
     }
 
 
+def files_of_weights(folder: str) -> dict[str, Any]:
+    """Save a network with its classifier in every kind of file; load each into one without, and into one too wide."""
+    keras: Any = importlib.import_module("keras")
+    legacy: Any = importlib.import_module("keras.src.legacy.saving.legacy_h5_format")
+    make = functools.partial(keras.applications.MobileNet, weights=None, input_shape=(64, 64, 3))
+    whole = make(alpha=0.25, classes=10)
+    paths = {kind: Path(folder, f"{kind}.{kind}") for kind in ("weights.h5", "keras", "h5")}
+    whole.save_weights(paths["weights.h5"])
+    whole.save(paths["keras"])
+    with warnings.catch_warnings(), h5py.File(paths["h5"], "w") as file:
+        warnings.simplefilter("ignore")
+        legacy.save_weights_to_hdf5_group(file, whole)
+    paths["whole model"] = Path(folder, "whole.h5")
+    whole.save(paths["whole model"])
+    found: dict[str, Any] = {}
+    for kind, path in paths.items():
+        network = make(alpha=0.25, include_top=False)
+        keras_weights.load(network, path)
+        pairs = zip(network.get_weights(), whole.get_weights(), strict=False)
+        found[kind] = {"same": all(np.array_equal(ours, theirs) for ours, theirs in pairs)}
+        try:
+            keras_weights.load(make(alpha=0.5, include_top=False), path)
+        except nbfeat.WeightsError as error:
+            found[kind]["refused"] = str(error)
+    try:
+        keras_weights.load(keras.applications.VGG16(weights=None, include_top=False), paths["h5"])
+    except nbfeat.WeightsError as error:
+        found["another network"] = str(error)
+    return found
+
+
 def structures(*words: str) -> dict[str, Any]:
     """Build each NAME:SIZE; tell how many parameters it has, and the shape and sign of every layer."""
     quiet.quiet_child()
@@ -221,7 +255,16 @@ def torch_spec(name: str, weights: Path, size: str | int) -> NetworkSpec:
 
 PROGRAMS: dict[str, Callable[..., dict[str, Any]]] = {
     program.__name__: program
-    for program in (ours_and_kerass, vectors, photographs, globals_kept, batches, structures, from_torch)
+    for program in (
+        ours_and_kerass,
+        vectors,
+        photographs,
+        globals_kept,
+        batches,
+        files_of_weights,
+        structures,
+        from_torch,
+    )
 }
 
 if __name__ == "__main__":

@@ -96,6 +96,16 @@ def test_photographs_give_what_keras_own_way_gives_on_both_engines(flowers: pd.D
             assert keras_child.cosine(ours, np.load(tmp_path / f"{name}-{how}.npy")) >= 0.99999
 
 
+def test_every_kind_of_file_with_a_classifier_serves_the_network_without(tmp_path: Path) -> None:
+    found = keras("files_of_weights", str(tmp_path))
+    for kind in ("weights.h5", "keras", "h5", "whole model"):
+        assert found[kind]["same"], kind
+        refused = found[kind]["refused"]
+        assert "do not fit mobilenet_0.50_64: the first layer that differs is conv1: 3 × 3 × 3 × 16 here" in refused
+        assert "3 × 3 × 3 × 8 in the file" in refused
+    assert "the first layer that differs is block1_conv1, which the file has not" in found["another network"]
+
+
 @pytest.fixture(params=["tensorflow", "jax", "torch"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Return each backend that Keras can have, where it is installed."""
