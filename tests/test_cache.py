@@ -615,7 +615,7 @@ def test_a_setting_turns_it_off_for_all_cells(photos: pd.DataFrame, shell: Inter
         shell.run_line_magic("config", "ExtractMagics.cache = True")
 
 
-def test_clearing_networks_removes_them(own_cache: Path) -> None:
+def test_clearing_networks_and_weights_removes_them(own_cache: Path) -> None:
     (own_cache / "networks").unlink()
     folder = own_cache / "networks" / ("a" * 40)
     folder.mkdir(parents=True)
@@ -624,10 +624,17 @@ def test_clearing_networks_removes_them(own_cache: Path) -> None:
         ' "weights": {"name": "imagenet"}}'
     )
     (own_cache / "networks" / ".half-built").mkdir()
+    (own_cache / "weights").mkdir()
+    (own_cache / "weights" / "net-12345678.pth").write_bytes(bytes(2_000_000))
+    assert "net-12345678.pth" in repr(nbfeat.storage)
+    assert "2.0 MB" in repr(nbfeat.storage)
     assert list(nbfeat.storage.networks["backbone"]) == ["VGG16"]
     assert "VGG16 (imagenet weights), 224 px: end max" in repr(nbfeat.storage)
     nbfeat.storage.clear("networks")
     assert not (own_cache / "networks").exists()
+    assert (own_cache / "weights").exists()
+    nbfeat.storage.clear("all")
+    assert not (own_cache / "weights").exists()
 
 
 def test_features_are_what_the_network_gave(photos: pd.DataFrame) -> None:

@@ -190,6 +190,21 @@ def test_keras_fetches_its_own(server: Server) -> None:
     assert server.asked == 0
 
 
+@pytest.mark.slow
+def test_checkpoints_are_for_the_networks_that_have_them(photos: pd.DataFrame, tmp_path: Path) -> None:
+    file = tmp_path / "mobilenet.pth"
+    file.write_bytes(checkpoint({"conv.weight": np.ones((1, 1), np.float32)}))
+    with pytest.raises(
+        WeightsError, match=r"mobilenet.pth is a checkpoint of PyTorch's, which is read for AlexNet and"
+    ):
+        nbfeat.extract(photos, f"MobileNet --size 64 --weights {file}", images="path")
+    with pytest.raises(WeightsError, match=r"There is no conv1.conv.weight among these weights, so they are not Goo"):
+        nbfeat.extract(photos, f"GoogLeNet --size 64 --weights {file}", images="path")
+    file.write_bytes(b"no checkpoint")
+    with pytest.raises(WeightsError, match=r"mobilenet.pth cannot be read as PyTorch weights: it is no checkpoint"):
+        nbfeat.extract(photos, f"GoogLeNet --size 64 --weights {file}", images="path")
+
+
 def drawn(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Draw weights of the shapes of `state` that keep features within reason."""
     generator = np.random.default_rng(0)
