@@ -23,6 +23,7 @@ from PIL import Image
 import nbfeat
 from nbfeat import Extraction, RequestError, home
 from nbfeat.features import cache, content, fit, formats, images, lane, network, pipeline, progress, sources, tables
+from nbfeat.features.normalize import Normalizer
 from tests import fake
 from tests.faces import Face, same
 from tests.fake import FakeEngine, FakeOpening
@@ -359,6 +360,28 @@ def test_an_interrupt_between_placing_and_counting_loses_no_row(
         extraction.run()
     extraction.run()
     assert (extraction.done, extraction.state) == (20, "done")
+    same(extraction.features, expected)
+
+
+def test_an_interrupt_while_normalizing_in_place_does_not_normalize_twice(
+    photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(photos, normalize="standard", cache=False).features
+    apply, calls = Normalizer.apply, list[int]()
+
+    def interrupted(self: Normalizer, rows: Any) -> Any:
+        calls.append(len(rows))
+        normalized = apply(self, rows)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return normalized
+
+    monkeypatch.setattr(Normalizer, "apply", interrupted)
+    extraction = Extraction(photos, BLOCK, images="path", normalize="standard")
+    with pytest.raises(KeyboardInterrupt):
+        extraction.run()
+    extraction.run()
+    assert (extraction.done, FakeEngine.computed) == (20, 40)
     same(extraction.features, expected)
 
 

@@ -185,16 +185,23 @@ class Extraction:
         for part, rows in zip(self.parts, raw, strict=True):
             good = self._ok_in(part.column)
             part.learn(rows, good if self._fit_on is None else good & self._fit_on)
+        try:
+            self._attach(raw)
+        except BaseException:
+            self._run.forget()  # rows may be half normalized, in place
+            raise
+        self._run.timings.attaching += time.perf_counter() - start
+
+    def _attach(self, raw: Sequence[NDArray[np.float32]]) -> None:
         sources = [part.source for part in self.parts]
         for number, (part, rows) in enumerate(zip(self.parts, raw, strict=True)):
             part.rows = part.normalized(rows.copy() if part.source in sources[number + 1 :] else rows)
-        for lane in self._run.lanes:
-            lane.features.clear()  # what no part holds may go
         places = [part.place_in(self._frame, replace=self._replace) for part in self.parts]
         for part, there in zip(self.parts, places, strict=True):
             part.replaced = bool(there.replaced)
         self._result = attach(self._frame, [part.frame(self._frame.index) for part in self.parts], places)
-        self._run.timings.attaching += time.perf_counter() - start
+        for lane in self._run.lanes:
+            lane.features.clear()  # what no part holds may go
 
     def _check_some_succeeded(self) -> None:
         reasons = self._run.progress.reasons

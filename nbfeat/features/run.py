@@ -108,6 +108,12 @@ class Run:
         self._cache.keep(batch.news)
         self.timings.keeping += time.perf_counter() - start
 
+    def forget(self) -> None:
+        """Take no features for finished any more; the next batches bring them again, from the cache where they can."""
+        for lane in self.lanes:
+            lane.done[:] = False
+        self.progress.equal = 0
+
     def note(self, text: str) -> None:
         """Take down what the report should say, once."""
         if text and text not in self.notes:
