@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
+    from nbfeat.backbones.registered import register_backbone as register_backbone
     from nbfeat.errors import ExtractionError as ExtractionError
     from nbfeat.errors import ImageError as ImageError
     from nbfeat.errors import NbfeatError as NbfeatError
@@ -31,6 +32,7 @@ _PUBLIC = {
     "Extraction": "nbfeat.features.extraction",
     "FeatureBlock": "nbfeat.features.block",
     "layers": "nbfeat.features.layers",
+    "register_backbone": "nbfeat.backbones.registered",
     "storage": "nbfeat.features.storage",
     "NbfeatError": "nbfeat.errors",
     "RequestError": "nbfeat.errors",

@@ -29,7 +29,8 @@ from nbfeat import quiet
 from nbfeat.backbones import applications, keras_weights
 from nbfeat.backbones.catalog import CATALOG
 from nbfeat.features import engines
-from nbfeat.features.network import Cut, NetworkSpec, build, maps_with_negative_values
+from nbfeat.features.network import Cut, NetworkSpec, build
+from nbfeat.features.signs import maps_with_negative_values
 
 SMALLEST = 64  # pixels; below it some maps are a single cell
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from nbfeat.errors import RequestError
 
 Scaling = Literal["caffe", "tf", "torch", "none"]
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
-Package = Literal["keras.applications", "nbfeat.backbones"]
+Package = Literal["keras.applications", "nbfeat.backbones", "file", "registered"]
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A customary cut point: `channels` (at alpha 1) for every `stride` by `stride` pixels; stride 0 is a vector."""
+    """A customary cut point: `channels` (at alpha 1) for every `stride` by `stride` pixels; stride 0 is a vector.
+
+    Both are 0 in a network of the user's own, where they are not known before it is built.
+    """
 
     name: str
     stride: int
@@ -29,6 +35,10 @@ class Backbone:
     the default cut: the layer `end`, or where that is empty the last layer of the network, which is among `layers` only
     where Keras gives it a name of its own. `published` is the file of its weights where PyTorch
     publishes them, `alphas` are the width multipliers with published weights.
+
+    A network of the user's own has no `module`: its `package` is ``file`` and its name the path of a ``.keras`` file,
+    or ``registered`` for what a function of the user's builds. Its width and parameters are 0, not being known before
+    it is built; so is its size, where it takes images of any. One that `is_fixed` takes images of its size alone.
     """
 
     name: str
@@ -45,6 +55,27 @@ class Backbone:
     published: str = ""
     alphas: tuple[float, ...] = ()
     default_weights: str = "imagenet"
+    is_fixed: bool = False
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a network of the user's own."""
+        return self.package in {"file", "registered"}
+
+    @property
+    def title(self) -> str:
+        """What it is called where people read it: a file without its folders."""
+        return Path(self.name).name if self.package == "file" else self.name
+
+    @property
+    def column(self) -> str:
+        """The first part of its columns' names: letters and digits of its own, in lower case, without a suffix."""
+        if self.package != "file":
+            return self.name.lower()
+        # Composed: some file systems take letters and their accents apart.
+        stem = unicodedata.normalize("NFKC", Path(self.name).stem).lower()
+        words = re.sub(r"\W+", "_", stem).strip("_")
+        return words if words.isidentifier() else f"model_{words}".rstrip("_")
 
     def width_at(self, alpha: float | None) -> int:
         """Return the width of the default cut when the network is built with `alpha`."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from nbfeat.backbones import model_file
 from nbfeat.backbones.backbone import Backbone, Layer, Package, Scaling
 from nbfeat.errors import RequestError, near, sentences
 
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def find(name: str) -> Backbone:
-    """Return the backbone called `name`, whatever its case."""
+    """Return the backbone called `name`, whatever its case, or the one in the ``.keras`` file of that path."""
+    if name.endswith(model_file.SUFFIXES):
+        return model_file.backbone_at(name)
     if name in CATALOG:
         return CATALOG[name]
     for known, backbone in CATALOG.items():
@@ -40,7 +43,7 @@ def backbones(pattern: str = "*") -> pd.DataFrame:
     pandas.DataFrame
         One row per backbone, by name: its family, the side of its input in pixels, its width (features per image), its
         parameters without the classifier, how its pixels are scaled, the alphas and the layers one can name, and the
-        weights it has by default.
+        weights it has by default. Width and parameters of registered networks are not known before they are built.
 
     Raises
     ------
@@ -62,8 +65,8 @@ def backbones(pattern: str = "*") -> pd.DataFrame:
     columns = {
         "family": [each.family for each in chosen],
         "input size": [each.size for each in chosen],
-        "width": [each.width for each in chosen],
-        "parameters": [each.parameters for each in chosen],
+        "width": pd.array([each.width or None for each in chosen], "Int64"),
+        "parameters": pd.array([each.parameters or None for each in chosen], "Int64"),
         "scaling": [each.scaling for each in chosen],
         "alphas": [", ".join(map(str, each.alphas)) for each in chosen],
         "layers": [", ".join(layer.name for layer in each.layers) for each in chosen],

@@ -51,7 +51,7 @@ def load(
     network = make(None)
     if weights == "random":
         random_weights.draw(network, backbone.scaling)
-        return network, Loaded("random", _digest_of_arrays(network.get_weights()))
+        return network, Loaded("random", digest_of_arrays(network.get_weights()))
     path = published.found(backbone) if weights == "imagenet" else weights_file(weights)
     if path.suffix in CHECKPOINTS:
         _load_checkpoint(backbone, network, path)
@@ -79,7 +79,8 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest_of_arrays(arrays: list[NDArray[np.float32]]) -> str:
+def digest_of_arrays(arrays: list[NDArray[np.float32]]) -> str:
+    """Return the SHA-256 of the bytes of arrays, in order."""
     total = hashlib.sha256()
     for array in arrays:
         total.update(np.ascontiguousarray(array).data)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbfeat import errors, quiet
+from nbfeat.backbones.model_file import REGISTER
 from nbfeat.backbones.weights import digest
 
 if TYPE_CHECKING:
@@ -53,7 +54,14 @@ def export(spec: NetworkSpec, out: Path, tell: Any) -> None:  # noqa: ANN401 - a
     from nbfeat.features.network import build  # noqa: PLC0415 - it must follow `quiet_child`
 
     built = build(spec, tell, channels_first=True)
-    write(built, out / "network.xml")
+    try:
+        write(built, out / "network.xml")
+    except Exception as error:
+        if not spec.network.is_own:
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        message = f"OpenVINO cannot run {spec.title}: {reason}. {REGISTER} Keras then runs it."
+        raise errors.NetworkError(message) from error
     manifest = {
         "spec": asdict(spec),
         "made_with": versions(),
@@ -91,13 +99,23 @@ def write(built: Built, path: Path) -> None:
 
 def describe(spec: NetworkSpec, out: Path, tell: Any) -> None:  # noqa: ANN401 - a function of one text
     """Write name, shape and sign of every layer of the backbone, with random weights: they do not matter here."""
-    from nbfeat.backbones import applications, catalog  # noqa: PLC0415 - it must follow `quiet_child`
-    from nbfeat.features.network import maps_with_negative_values  # noqa: PLC0415
+    from nbfeat.backbones import applications  # noqa: PLC0415 - it must follow `quiet_child`
+    from nbfeat.features.network import load_base  # noqa: PLC0415
 
-    tell(f"building {spec.backbone} to see its layers")
-    network: Any = applications.build(catalog.find(spec.backbone), size=spec.size, alpha=spec.alpha)
+    backbone = spec.network
+    tell(f"building {backbone.title} to see its layers")
+    network: Any = (
+        load_base(spec, tell)[0] if backbone.is_own else applications.build(backbone, size=spec.size, alpha=spec.alpha)
+    )
+    (out / "layers.json").write_text(json.dumps(rows_of(network)), encoding="utf-8")
+
+
+def rows_of(network: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - Keras has no types
+    """Return name, shape and sign of every layer that can be cut at."""
+    from nbfeat.features.signs import maps_with_negative_values  # noqa: PLC0415 - as above
+
     negative = maps_with_negative_values(network)
-    rows = [
+    return [
         {
             "layer": layer.name,
             "kind": type(layer).__name__,
@@ -105,8 +123,8 @@ def describe(spec: NetworkSpec, out: Path, tell: Any) -> None:  # noqa: ANN401 -
             "negative": negative[layer.name],
         }
         for layer in network.layers[1:]
+        if hasattr(layer.output, "shape")  # some give several tensors
     ]
-    (out / "layers.json").write_text(json.dumps(rows), encoding="utf-8")
 
 
 def versions() -> dict[str, str]:

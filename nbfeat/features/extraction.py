@@ -112,7 +112,8 @@ class Extraction:
         groups = network.group(self.blocks, _network_and_pixels)
         networks = [(network.NetworkSpec.of(group), _pixels(group[0])) for group in groups]
         for part in self.parts:
-            part.place_in(frame, replace=replace)
+            if part.is_sized:
+                part.place_in(frame, replace=replace)
             part.network = next(number for number, group in enumerate(groups) if part.block in group)
 
         self.state: State = "new"
@@ -166,7 +167,7 @@ class Extraction:
 
     def _prepare(self) -> Iterator[str]:
         """Make the networks ready, and room for what they give; now that widths are known, clashes are told."""
-        if not self._images:
+        if not self._images and all(part.is_sized for part in self.parts):
             return
         if not self._run.lanes:
             yield from self._run.open()

@@ -8,14 +8,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbfeat.backbones import applications
+from nbfeat.backbones import applications, own_model
 from nbfeat.backbones.backbone import Backbone
 from nbfeat.backbones.catalog import find
+from nbfeat.backbones.model_file import NAME
 from nbfeat.errors import NetworkError
 from nbfeat.features.block import alpha_of, whole
 from nbfeat.features.export import versions
-from nbfeat.features.network import MAP_RANK, NetworkSpec
+from nbfeat.features.network import NetworkSpec
 from nbfeat.features.store import run_child
+from nbfeat.features.turning import MAP_RANK
 from nbfeat.home import HomeError, keep, write_whole
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ def layers(backbone: str, *, alpha: float | None = None, size: int | None = None
     Parameters
     ----------
     backbone
-        A name that `nbfeat.backbones()` lists, e.g. ``"VGG16"``.
+        A name that `nbfeat.backbones()` lists, e.g. ``"VGG16"``, or the path of a ``.keras`` file. What was
+        registered is built in this process, each time.
     alpha
         Width multiplier, for the backbones that have one.
     size
@@ -52,9 +55,17 @@ def layers(backbone: str, *, alpha: float | None = None, size: int | None = None
 
     found = find(backbone)
     spec = spec_of(found, alpha, size)
-    customary = {layer.name for layer in found.layers}
-    rows = [_row(row, customary) for row in known_layers(spec) or _look(spec)]
+    customary = set() if found.package == "file" else {layer.name for layer in found.layers}
+    rows = [_row(row, customary) for row in _rows(spec, found)]
     return pd.DataFrame(rows).set_index("layer")
+
+
+def _rows(spec: NetworkSpec, backbone: Backbone) -> list[dict[str, Any]]:
+    if backbone.package == "registered":
+        from nbfeat.features import own  # noqa: PLC0415 - it takes what runs networks
+
+        return own.rows(spec)
+    return known_layers(spec) or _look(spec)
 
 
 def known_layers(spec: NetworkSpec) -> list[dict[str, Any]] | None:
@@ -70,6 +81,10 @@ def spec_of(backbone: Backbone, alpha: float | None = None, size: int | None = N
     """Describe the network whose layers are asked for; its weights do not matter."""
     side = whole("size")(size) if size is not None else backbone.size
     width = alpha_of(alpha) if alpha is not None else None
+    if backbone.is_own:
+        side = own_model.check(backbone, size=size and side, alpha=width, weights=None, scaling="none")
+        name, weights = (NAME, backbone.name) if backbone.package == "file" else (backbone.name, "own")
+        return NetworkSpec(backbone=name, alpha=None, weights=weights, scaling="none", size=side, cuts=())
     applications.check(backbone, size=side, alpha=width)
     return NetworkSpec(
         backbone=backbone.name, alpha=width, weights="random", scaling=backbone.scaling, size=side, cuts=()
@@ -89,7 +104,7 @@ def _look(spec: NetworkSpec) -> list[dict[str, Any]]:
         write_whole(_place(spec), text)
     rows: list[dict[str, Any]] = json.loads(text)
     if not rows:
-        message = f"Keras built {spec.backbone} without layers. Please report this with your Keras version."
+        message = f"Keras built {spec.title} without layers. Please report this with your Keras version."
         raise NetworkError(message)
     return rows
 

@@ -6,26 +6,29 @@ changes the numbers is in NetworkSpec, and its `key` names the built network on 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
-from nbfeat.backbones import applications, weights
+from nbfeat.backbones import applications, model_file, own_model, registered, weights
 from nbfeat.backbones.backbone import Backbone, Scaling
 from nbfeat.backbones.catalog import find
-from nbfeat.errors import NetworkError, RequestError, near, sentences
+from nbfeat.errors import RequestError, near, sentences
 from nbfeat.features.block import FeatureBlock, Pooling
+from nbfeat.features.signs import made_by, maps_with_negative_values
+from nbfeat.features.turning import MAP_RANK, gives_the_same, turn_channels_first
 
 if TYPE_CHECKING:
     import keras
 
 NUMERICS = 1  # raised whenever a change here changes the numbers that come out
 GEM_POWER = 3.0  # Radenović et al. 2018, "Fine-tuning CNN image retrieval with no human annotation"
-MAP_RANK = 4
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -53,7 +56,11 @@ class Output:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkSpec:
-    """Everything that decides a network's numbers."""
+    """Everything that decides a network's numbers.
+
+    A network in a file of the user's own is told by `weights`, the path of the file, which the key replaces by its
+    content.
+    """
 
     backbone: str
     alpha: float | None
@@ -67,6 +74,9 @@ class NetworkSpec:
         """Describe the one network that serves `blocks`, which share everything but cut, normalization and prefix."""
         blocks = list(blocks)
         first, backbone = blocks[0], find(blocks[0].backbone)
+        cuts = tuple(sorted({cut_of(block) for block in blocks}))
+        if backbone.is_own:
+            return cls._of_own(backbone, first, cuts)
         chosen = first.weights or backbone.default_weights
         spec = cls(
             backbone=backbone.name,
@@ -74,10 +84,38 @@ class NetworkSpec:
             weights=chosen if chosen in {"imagenet", "random"} else str(weights.weights_file(chosen)),
             scaling=first.scaling or backbone.scaling,
             size=first.size or backbone.size,
-            cuts=tuple(sorted({cut_of(block) for block in blocks})),
+            cuts=cuts,
         )
         applications.check(backbone, size=spec.size, alpha=spec.alpha, weights=spec.weights)
         return spec
+
+    @classmethod
+    def _of_own(cls, backbone: Backbone, block: FeatureBlock, cuts: tuple[Cut, ...]) -> NetworkSpec:
+        given = {name: getattr(block, name) for name in ("size", "alpha", "weights", "scaling")}
+        size, is_file = own_model.check(backbone, **given), backbone.package == "file"
+        return cls(
+            backbone=model_file.NAME if is_file else backbone.name,
+            alpha=None,
+            weights=backbone.name if is_file else backbone.default_weights,
+            scaling=block.scaling or backbone.scaling,
+            size=size,
+            cuts=cuts,
+        )
+
+    @property
+    def network(self) -> Backbone:
+        """The backbone that is built."""
+        return find(self.weights if self.backbone == model_file.NAME else self.backbone)
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether a function of the user's builds it, in this process."""
+        return self.network.package == "registered"
+
+    @property
+    def title(self) -> str:
+        """What it is called where people read it."""
+        return self.network.title
 
     def key(self, **versions: str) -> str:
         """Name this network, as `versions` of the libraries would build it, in 40 hexadecimal digits."""
@@ -107,42 +145,73 @@ class Built:
     weights: weights.Loaded
 
 
-def build(spec: NetworkSpec, tell: weights.Tell, *, channels_first: bool = False) -> Built:
+Base = tuple["keras.Model", weights.Loaded]
+
+
+def build(spec: NetworkSpec, tell: weights.Tell, *, channels_first: bool = False, base: Base | None = None) -> Built:
     """Build the network of `spec` in this process, on the backend that Keras has here.
 
     With `channels_first` the trunk works in the layout that OpenVINO is two to five times faster in, where the network
-    can be turned; pixels come in, and vectors go out, the same way.
+    can be turned; pixels come in, and vectors go out, the same way. A `base` that is there already is used as it is.
     """
-    backbone = find(spec.backbone)
-    base, loaded = load_base(spec, tell)
-    keras: Any = importlib.import_module("keras")
-    negative = maps_with_negative_values(base)
-    turned = turn_channels_first(base) if channels_first else None
-    trunk = turned or base
+    base = base or load_base(spec, tell)
+    if not channels_first:
+        return _assembled(spec, base)
+    if not spec.network.is_own:
+        return _assembled(spec, base, turn_channels_first(base[0]))
+    straight = _assembled(spec, base)
+    # Of what layers like these do in the other layout nothing is known: some work along the last axis, whatever it is.
+    with contextlib.suppress(Exception):
+        turned = turn_channels_first(base[0])
+        if turned is not None:
+            built = _assembled(spec, base, turned)
+            if built.outputs == straight.outputs and gives_the_same(built.model, straight.model):
+                return built
+    return straight
+
+
+def _assembled(spec: NetworkSpec, base: Base, turned: keras.Model | None = None) -> Built:
+    """Put scaling before the base, or what it was turned into, and cuts and pooling after it."""
+    backbone, keras = spec.network, cast("Any", importlib.import_module("keras"))
+    negative = maps_with_negative_values(base[0])
+    trunk: Any = turned or base[0]
     tensors = {cut: _tensor_at(trunk, cut, backbone) for cut in spec.cuts}
     heads, outputs = {}, {}
     for cut, tensor in tensors.items():
-        is_end_norm = not cut.layer and isinstance(trunk.layers[-1], keras.layers.LayerNormalization)
-        pooling = _pooling(cut, tensor)
-        norm = trunk.layers[-1] if is_end_norm and pooling in {"avg", "max"} else None
+        ends_in_norm = isinstance(trunk.layers[-1], keras.layers.LayerNormalization)
+        pooling = _pooling(cut, tensor, backbone)
+        # In mixed precision a network gives fewer bits than pooling is to have.
+        tensor = tensor if tensor.dtype == "float32" else keras.ops.cast(tensor, "float32")  # noqa: PLW2901
+        norm = trunk.layers[-1] if ends_in_norm and not backbone.is_own and not cut.layer else None
+        norm = norm if pooling in {"avg", "max"} else None
         head = pool(trunk.layers[-1].input if norm else tensor, pooling, channels_first=turned is not None)
         # Keras' ConvNeXt normalizes *after* pooling when it is asked to pool.
         heads[cut.key] = norm(head) if norm else head
         shape = _channels_last(tuple(tensor.shape[1:]), turned is not None)
-        name = _layer_at(base, cut, backbone).name
-        outputs[cut.key] = Output(int(heads[cut.key].shape[-1]), pooling, shape, negative[name])
+        # What plain operations at the end of a network of the user's own give may be anything.
+        name = made_by(_tensor_at(base[0], cut, backbone))
+        outputs[cut.key] = Output(int(heads[cut.key].shape[-1]), pooling, shape, negative.get(name, True))
     features = keras.Model(trunk.inputs, heads)
     pixels = keras.Input((spec.size, spec.size, 3), dtype="uint8", name="pixels")
     x = scale(pixels, spec.scaling)
     x = keras.ops.transpose(x, (0, 3, 1, 2)) if turned is not None else x
-    return Built(keras.Model(pixels, features(x, training=False)), outputs, loaded)
+    return Built(keras.Model(pixels, features(x, training=False)), outputs, base[1])
 
 
-def load_base(spec: NetworkSpec, tell: weights.Tell) -> tuple[keras.Model, weights.Loaded]:
+def load_base(spec: NetworkSpec, tell: weights.Tell) -> Base:
     """Build the backbone without classifier and give it its weights."""
-    backbone = find(spec.backbone)
-    make = functools.partial(applications.build, backbone, size=spec.size, alpha=spec.alpha)
-    return weights.load(backbone, lambda name: make(weights=name), spec.weights, tell)
+    backbone = spec.network
+    if backbone.package == "registered":
+        network = registered.build(backbone, spec.size)
+        loaded = weights.Loaded(backbone.name, weights.digest_of_arrays(network.get_weights()))
+    elif backbone.package == "file":
+        path = Path(backbone.name)
+        network, loaded = own_model.load(path, spec.size), weights.Loaded(path.name, weights.digest(path))
+    else:
+        make = functools.partial(applications.build, backbone, size=spec.size, alpha=spec.alpha)
+        return weights.load(backbone, lambda name: make(weights=name), spec.weights, tell)
+    own_model.check_pixels(network, spec.scaling, backbone.title)
+    return network, loaded
 
 
 def scale(pixels: Any, scaling: Scaling) -> Any:  # noqa: ANN401 - a tensor of whichever backend
@@ -178,25 +247,22 @@ def pool(x: Any, pooling: Pooling | None, *, channels_first: bool) -> Any:  # no
     return x
 
 
-def _pooling(cut: Cut, tensor: Any) -> Pooling | None:  # noqa: ANN401 - a Keras tensor
-    rank = len(tensor.shape)
+def _pooling(cut: Cut, tensor: Any, backbone: Backbone) -> Pooling | None:  # noqa: ANN401 - a Keras tensor
+    rank, where = len(tensor.shape), cut.layer or f"The end of {backbone.title}"
     if rank == MAP_RANK:
         return cut.pooling or "avg"  # type: ignore[return-value]
     if rank != 2:  # noqa: PLR2004 - batch and features
-        message = f"{cut.layer} gives tensors of shape {tuple(tensor.shape[1:])}; cut at a feature map or a vector."
+        message = f"{where} gives tensors of shape {tuple(tensor.shape[1:])}; cut at a feature map or a vector."
         raise RequestError(message)
     if cut.pooling:
-        message = f"{cut.layer} already gives a vector of {tensor.shape[-1]:,}; leave --pooling {cut.pooling} away."
+        message = f"{where} already gives a vector of {tensor.shape[-1]:,}; leave --pooling {cut.pooling} away."
         raise RequestError(message)
     return None
 
 
-def _layer_at(network: Any, cut: Cut, backbone: Backbone) -> Any:  # noqa: ANN401 - Keras layers are not typed
-    name = cut.layer or backbone.end
-    return network.get_layer(name) if name else network.layers[-1]
-
-
 def _tensor_at(network: Any, cut: Cut, backbone: Backbone) -> Any:  # noqa: ANN401 - a Keras tensor
+    if backbone.is_own:
+        return own_model.output_of(network, cut.layer, backbone.title)
     names = [layer.name for layer in network.layers[1:]]
     if cut.layer and cut.layer not in names:
         customary = ", ".join(layer.name for layer in backbone.layers)
@@ -206,67 +272,12 @@ def _tensor_at(network: Any, cut: Cut, backbone: Backbone) -> Any:  # noqa: ANN4
             f"`nbfeat.layers({backbone.name!r})` lists all.",
         )
         raise RequestError(message)
-    return _layer_at(network, cut, backbone).output
+    name = cut.layer or backbone.end
+    return (network.get_layer(name) if name else network.layers[-1]).output
 
 
 def _channels_last(shape: tuple[int, ...], turned: bool) -> tuple[int, ...]:  # noqa: FBT001 - private
     return (*shape[1:], shape[0]) if turned and len(shape) == MAP_RANK - 1 else shape
-
-
-def turn_channels_first(base: keras.Model) -> keras.Model | None:
-    """Clone `base` with channels before rows and columns; None where it cannot be (ConvNeXt's nested parts)."""
-    keras: Any = importlib.import_module("keras")
-    layers = keras.layers
-    if any(hasattr(layer, "layers") for layer in base.layers):
-        return None
-
-    def turn(layer: Any) -> Any:  # noqa: ANN401 - Keras layers are not typed
-        if isinstance(layer, layers.InputLayer):
-            return layer
-        config = layer.get_config()
-        if "data_format" in config:
-            config["data_format"] = "channels_first"
-        if isinstance(layer, layers.BatchNormalization | layers.Concatenate | layers.Normalization):
-            config["axis"] = 1
-        if isinstance(layer, layers.Reshape) and len(config["target_shape"]) == MAP_RANK - 1:
-            rows, columns, channels = config["target_shape"]
-            config["target_shape"] = (channels, rows, columns)
-        if isinstance(layer, layers.Rescaling) and isinstance(config["scale"], list | tuple):
-            config["scale"] = [[[value]] for value in config["scale"]]
-        return type(layer).from_config(config)
-
-    rows, columns, channels = base.input_shape[1:]
-    turned = keras.models.clone_model(base, input_tensors=keras.Input((channels, rows, columns)), clone_function=turn)
-    turned.set_weights(base.get_weights())
-    if turned.output_shape[1] != base.output_shape[-1]:
-        message = f"{base.name} could not be turned channels-first: {turned.output_shape} from {base.output_shape}."
-        raise NetworkError(message)
-    return turned
-
-
-_ALWAYS_POSITIVE = {"relu", "relu6", "sigmoid", "softmax", "softplus", "hard_sigmoid"}
-_KEEPS_SIGN: tuple[str, ...] = (
-    "MaxPooling2D", "AveragePooling2D", "AdaptiveAveragePooling2D", "GlobalAveragePooling2D", "GlobalMaxPooling2D",
-    "UpSampling2D", "ZeroPadding2D", "Cropping2D", "Dropout", "Flatten", "Reshape", "Concatenate", "Add", "Multiply",
-)  # fmt: skip
-
-
-def maps_with_negative_values(network: keras.Model) -> dict[str, bool]:
-    """Tell for every layer whether its output can be negative, from what the layers are."""
-    negative: dict[str, bool] = {}
-    for layer in network.layers:
-        activation = getattr(getattr(layer, "activation", None), "__name__", "")
-        kind = type(layer).__name__
-        if kind == "ReLU" or activation in _ALWAYS_POSITIVE:
-            negative[layer.name] = False
-        elif kind in _KEEPS_SIGN or (kind == "Activation" and activation == "linear"):
-            sources = layer.input if isinstance(layer.input, list) else [layer.input]
-            # Plain operations between layers are not among them: what they give may be anything.
-            origins = [source._keras_history.operation.name for source in sources]  # noqa: SLF001 - Keras has no other way back
-            negative[layer.name] = any(negative.get(origin, True) for origin in origins)
-        else:
-            negative[layer.name] = True
-    return negative
 
 
 def group(blocks: Iterable[FeatureBlock], by: Callable[[FeatureBlock], Any]) -> list[list[FeatureBlock]]:

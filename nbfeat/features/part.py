@@ -51,6 +51,11 @@ class Part:
         return self.output.width if self.output else find(self.block.backbone).width_at(self.block.alpha)
 
     @property
+    def is_sized(self) -> bool:
+        """Whether its width is known, as it is not of a network of the user's own before that is built."""
+        return self.lane is not None or not find(self.block.backbone).is_own
+
+    @property
     def names(self) -> list[str]:
         """The names of the columns."""
         return names(self.prefix, self.block.components or self.raw_width)
@@ -94,7 +99,7 @@ def plan(blocks: Sequence[FeatureBlock], image_columns: Sequence[Hashable]) -> l
     parts: list[Part] = []
     for block in blocks:
         for column in image_columns:
-            prefix = prefix_of(block, block.backbone, str(column) if several else None)
+            prefix = prefix_of(block, find(block.backbone).column, str(column) if several else None)
             if other := next((part for part in parts if part.prefix == prefix), None):
                 message = (
                     f"Two blocks would make columns {prefix}_0000 …: `{other.block}` and `{block}`. "

@@ -6,13 +6,16 @@ same.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbfeat.backbones.catalog import find
+from nbfeat.backbones.model_file import SUFFIXES
 from nbfeat.errors import listing
 from nbfeat.html import Html, details, escape, paragraph, table, text_table
 
 if TYPE_CHECKING:
+    from nbfeat.features.block import FeatureBlock
     from nbfeat.features.extraction import Extraction
     from nbfeat.features.part import Part
 
@@ -55,8 +58,11 @@ def _block(part: Part, cached: int) -> tuple[str, int, str]:
     """
     block, names, output = part.block, part.names, part.output
     alpha = "" if block.alpha is None else f" {block.alpha:g}"
-    weights = f" ({part.lane.weights.name} weights)" if part.lane else ""
-    steps = [f"{block.size or find(block.backbone).size} px {block.resize}", f"{block.backbone}{alpha}{weights}"]
+    # What a file of the user's holds may be another network by now, or gone.
+    size = part.lane.spec.size if part.lane else block.size or find(block.backbone).size
+    name, weights = title_of(block), f" ({part.lane.weights.name} weights)" if part.lane else ""
+    weights = "" if part.lane and part.lane.weights.name == name else weights
+    steps = [f"{size} px {block.resize}", f"{name}{alpha}{weights}"]
     if output:
         steps.append(f"{block.layer or 'end'} {'×'.join(map(str, output.shape))}")
         steps += [_POOLED[output.pooling]] if output.pooling else []
@@ -68,6 +74,11 @@ def _block(part: Part, cached: int) -> tuple[str, int, str]:
     told = ["replaced"] if part.replaced else []
     told += [f"{part.lane.cached:,} from the cache"] if part.lane and part.lane.cached > cached else []
     return columns + (f" ({', '.join(told)})" if told else ""), len(names), " → ".join(steps)
+
+
+def title_of(block: FeatureBlock) -> str:
+    """Return what a block's backbone is called: of a file, the name without its folders."""
+    return Path(block.backbone).name if block.backbone.endswith(SUFFIXES) else block.backbone
 
 
 def _notes(extraction: Extraction) -> list[str]:

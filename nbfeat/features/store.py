@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nbfeat import errors, quiet
-from nbfeat.backbones import weights
+from nbfeat.backbones import model_file, weights
 from nbfeat.backbones.catalog import find
 from nbfeat.features.export import versions
 from nbfeat.features.network import NetworkSpec, Output
@@ -60,25 +60,33 @@ class Preparing:
             parent = owner.path
         final = parent / self.spec.key(**versions())
         if found := read(final):
-            self.result = found
+            self.result = self._checked(found)
             return
         shutil.rmtree(final, ignore_errors=True)
         remove_abandoned(parent)
         spec, _held = yield from located(self.spec)
-        yield f"building {spec.backbone} (once; then it is kept)"
+        yield f"building {spec.title} (once; then it is kept)"
         with folder_written_whole(final) as made:
             yield from run_child(spec, made)
         if not (written := read(final)):
             message = f"The network just written to {final} cannot be read back. Is the disk full or changing?"
             raise errors.NetworkError(message)
-        self.result = replace(written, owner=owner)
+        self.result = replace(self._checked(written), owner=owner)
+
+    def _checked(self, found: Stored) -> Stored:
+        """Refuse a network of the user's own whose file was another one when it was loaded than when it was named."""
+        if self.spec.backbone == model_file.NAME and found.weights.sha256 != weights.digest(Path(self.spec.weights)):
+            shutil.rmtree(found.folder, ignore_errors=True)
+            message = f"{self.spec.title} changed while it was read. Run it again when it is saved."
+            raise errors.WeightsError(message)
+        return found
 
 
 def located(spec: NetworkSpec) -> Generator[str, None, tuple[NetworkSpec, object]]:
     """Yield sentences while weights come that Keras does not fetch; return `spec` with their path, and their owner."""
-    backbone = find(spec.backbone)
-    if spec.weights != "imagenet" or not backbone.published:
+    if spec.weights != "imagenet" or not find(spec.backbone).published:
         return spec, None
+    backbone = find(spec.backbone)
     from nbfeat.backbones import published  # noqa: PLC0415 - seldom needed
 
     owner = None
@@ -142,7 +150,7 @@ def run_child(spec: NetworkSpec, out: Path) -> Iterator[str]:
             if child.wait():
                 noise.seek(0)
                 last = (noise.read().strip().splitlines() or ["it said nothing"])[-1]
-                message = f"The process that builds {spec.backbone} ended with {child.returncode}: {last}"
+                message = f"The process that builds {spec.title} ended with {child.returncode}: {last}"
                 raise errors.NetworkError(message)
         finally:
             child.kill()

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nbfeat.backbones.model_file import SUFFIXES
 from nbfeat.errors import RequestError, near, sentences
 from nbfeat.features.block import BLOCK_OPTIONS, FeatureBlock, Option, WordParser, quoted, split_words
 from nbfeat.features.engines import PRECISIONS
@@ -117,7 +118,8 @@ def read_line(text: str, defaults: Mapping[str, Any]) -> tuple[FeatureBlock, ...
             message = f"{flag} is an option of the whole run: move it to the first line, after %%extract."
             raise RequestError(message)
     second_is_plain = len(words) > 1 and not words[1].startswith("-")
-    if not words[0].startswith("-") and (second_is_plain or _is_code(words[0])):
+    is_file = words[0].endswith(SUFFIXES)  # which may have any sign in its name
+    if not words[0].startswith("-") and (second_is_plain or (_is_code(words[0]) and not is_file)):
         line = text.strip()
         message = f"The body is one feature block per line, not code: {line!r}. Write e.g. `ResNet50 --pooling max`."
         raise RequestError(message)

@@ -17,6 +17,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat import quiet
-from nbfeat.backbones.weights import Loaded
-from nbfeat.errors import RequestError
-from nbfeat.features.network import NetworkSpec, Output
+from nbfeat.backbones.weights import Loaded, digest
+from nbfeat.errors import NetworkError, RequestError, WeightsError
+from nbfeat.features.network import Base, NetworkSpec, Output
 
 Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
@@ -80,10 +81,37 @@ class Opening:
 
     def __iter__(self) -> Iterator[str]:
         """Work, yielding what is being done."""
-        if self.device == "cpu" and openvino_works():
+        if self.spec.is_registered:
+            yield from self._for_registered()
+        elif self.device == "cpu" and openvino_works():
             yield from self._for_openvino()
         else:
             yield from self._for_keras()
+
+    def _for_registered(self) -> Iterator[str]:
+        """Run what a function of the user's builds: by OpenVINO where that can be, else by Keras in this process."""
+        from nbfeat.features import own  # noqa: PLC0415 - only where it is needed
+
+        name, asked = self.spec.title, self.spec
+        yield f"building {name} in Keras"
+        made = own.make(asked, self.device)
+        why_not = made.why_not
+        if made.file and self.device == "cpu" and openvino_works():
+            self.spec = made.file
+            try:
+                yield from self._for_openvino()
+            except (NetworkError, WeightsError) as error:
+                self.spec, why_not = asked, str(error).removesuffix(f" {own.FILE_ADVICE}").rstrip(".")
+            else:
+                self.weights = replace(self.weights, name=name)
+                return
+        yield from self._for_keras(made.base)
+        if made.file is None:
+            self.numbers["gives"] = own.what_it_gives(self.start())
+        else:
+            self.weights = Loaded(name, digest(Path(made.file.weights)))
+        if why_not and self.device == "cpu":
+            self.note = f"{why_not}, so Keras runs it in this process, which is slower on a CPU."
 
     def _for_openvino(self) -> Iterator[str]:
         from nbfeat.features.engines import openvino  # noqa: PLC0415 - only the engine in use
@@ -102,15 +130,16 @@ class Opening:
             stored, precision=self.precision, batch_size=self.batch_size
         )
 
-    def _for_keras(self) -> Iterator[str]:
+    def _for_keras(self, base: Base | None = None) -> Iterator[str]:
         from nbfeat.features.engines.keras import KerasEngine  # noqa: PLC0415 - only the engine in use
         from nbfeat.features.store import located  # noqa: PLC0415
 
         if self.device == "cpu":
             self.note = "OpenVINO cannot be imported here, so Keras runs the network, which is slower on a CPU."
         spec, _held = yield from located(self.spec)
-        yield f"building {spec.backbone} in Keras"
-        engine = KerasEngine(spec, device=self.device, precision=self.precision, batch_size=self._asked_size)
+        if base is None:
+            yield f"building {spec.title} in Keras"
+        engine = KerasEngine(spec, device=self.device, precision=self.precision, batch_size=self._asked_size, base=base)
         self.name, self.outputs, self.weights = engine.name, engine.outputs, engine.weights
         self.batch_size = engine.batch_size
         beside = [cut.key for cut in self.spec.cuts]  # its compilers are not known to keep cuts apart

@@ -10,14 +10,14 @@ import importlib
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from nbfeat import quiet
 from nbfeat.errors import NetworkError, RequestError
 from nbfeat.features.engines import Pixels, Precision, Vectors
-from nbfeat.features.network import Built, NetworkSpec, build
+from nbfeat.features.network import Base, Built, NetworkSpec, build
 
 BATCH = 32
 WINDOW = 2
@@ -27,7 +27,15 @@ _SHOWN = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch", "openvin
 class KerasEngine:
     """Run the network of `spec` on `device` (``cpu`` or ``gpu:N``)."""
 
-    def __init__(self, spec: NetworkSpec, *, device: str, precision: Precision, batch_size: int | None) -> None:
+    def __init__(
+        self,
+        spec: NetworkSpec,
+        *,
+        device: str,
+        precision: Precision,
+        batch_size: int | None,
+        base: Base | None = None,
+    ) -> None:
         if precision != "float32":
             message = f"The Keras engine computes in float32; --precision {precision} is for the CPU engine."
             raise RequestError(message)
@@ -36,7 +44,12 @@ class KerasEngine:
         backend = keras.backend.backend()
         self.name = f"Keras {keras.__version__} on {_SHOWN.get(backend, backend)}, {device.upper()}"
         self.backend = f"{backend} {importlib.import_module(backend).__version__}"
-        built, self._run = _in_a_fresh_session(spec, device, self.batch_size)
+
+        def work() -> tuple[Built, Run]:
+            built = build(spec, lambda _: None, base=base)
+            return built, _compiled(built, self.batch_size)
+
+        built, self._run = in_a_fresh_session(work, device)
         self.outputs, self.weights = built.outputs, built.weights
         shape = (self.batch_size, spec.size, spec.size, 3)
         self._buffers: list[Pixels] = [np.zeros(shape, np.uint8) for _ in range(WINDOW + 1)]
@@ -79,21 +92,21 @@ class KerasEngine:
 
 
 Run = Callable[[Pixels], Any]
+Result = TypeVar("Result")
 
 
-def _in_a_fresh_session(spec: NetworkSpec, device: str, batch_size: int) -> tuple[Built, Run]:
-    """Build and compile in a thread of its own: Keras counts by thread, so neither side sees the other's names."""
+def in_a_fresh_session(work: Callable[[], Result], device: str) -> Result:
+    """Do `work` in a thread of its own: Keras counts by thread, so neither side sees the other's names."""
     result: list[Any] = []
 
-    def work() -> None:
+    def do() -> None:
         try:
             with quiet.keras_defaults(), importlib.import_module("keras").device(device):
-                built = build(spec, lambda _: None)
-                result.append((built, _compiled(built, batch_size)))
+                result.append(work())
         except BaseException as error:  # noqa: BLE001 - raised again below, in the calling thread
             result.append(error)
 
-    thread = threading.Thread(target=work, name="nbfeat-build", daemon=True)
+    thread = threading.Thread(target=do, name="nbfeat-build", daemon=True)
     thread.start()
     thread.join()
     if isinstance(result[0], BaseException):
