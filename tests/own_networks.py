@@ -5,6 +5,7 @@ Each program prints one line of JSON at the end.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -22,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 import nbfeat
+from nbfeat.backbones import catalog
 
 SIZE = 32
 
@@ -94,7 +96,7 @@ def with_code(keras: Any) -> Any:
 def own_layer(keras: Any, by: float) -> Any:
     """Write a layer whose code, and nothing of its configuration, says what it multiplies by."""
 
-    class Times(keras.layers.Layer):
+    class Times(keras.layers.Layer):  # type: ignore[misc]
         def call(self, x: Any) -> Any:
             return x * by
 
@@ -173,10 +175,9 @@ def save(folder: str) -> dict[str, Any]:
             model.save_weights(Path(folder, "plain.weights.h5"))
         given: dict[str, Any] = {}
         for scaling in ("tf", "none"):
-            size = model.input_shape[1] if make not in {two_inputs} else 0
-            if size in {None, 0} and make is not sequential or make in {oblong, gray, two_outputs}:
+            if make in {oblong, gray, two_inputs, two_outputs}:
                 continue
-            x = pixels(size or 24).astype("float32")
+            x = pixels(model.input_shape[1] or 24).astype("float32")
             given[scaling] = model(x / 127.5 - 1 if scaling == "tf" else x, training=False)
             if make is plain:
                 inner = keras.Model(model.inputs, model.get_layer("pool").output)
@@ -212,6 +213,11 @@ def own_with(by: float, size: int = SIZE) -> Any:
     return keras.Sequential([keras.Input((size, size, 3)), own_layer(keras, by)(), keras.layers.Flatten(name="flat")])
 
 
+def generators() -> str:
+    """Return the state of the user's own generators."""
+    return f"{random.getstate()} {np.random.get_state()}"  # noqa: NPY002 - as users have it
+
+
 def registered(*_: str) -> dict[str, Any]:
     """Register networks, run them, register others of the same name, and tell what came of it."""
     keras: Any = importlib.import_module("keras")
@@ -221,7 +227,7 @@ def registered(*_: str) -> dict[str, Any]:
     keras.layers.Activation("relu")
     random.seed(4)
     np.random.seed(5)  # noqa: NPY002 - as users do
-    state = (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
+    state = generators()
 
     def seeded(seed: int) -> None:
         nbfeat.register_backbone(
@@ -239,17 +245,18 @@ def registered(*_: str) -> dict[str, Any]:
         seeded(seed)
     keras.config.set_dtype_policy("mixed_bfloat16")
     for by in (2.0, 2.0, 3.0):
-        nbfeat.register_backbone("Own", lambda size, by=by: own_with(by, size), input_size=SIZE, scaling="none")
+        nbfeat.register_backbone("Own", functools.partial(own_with, by), input_size=SIZE, scaling="none")
         result = nbfeat.extract(frame, "Own", images="image")
         found.setdefault("own", []).append(float(result.features.iloc[0, 0] / pixels(SIZE)[0, 0, 0, 0]))
         found.setdefault("own cached", []).append(result.cached)
         found["own report"], found["own engines"] = repr(result), result.engines
     found["policy"] = keras.config.dtype_policy().name
-    found["state kept"] = state == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
+    found["state kept"] = state == generators()
     found["next"] = keras.layers.Activation("relu").name
     found["layers"] = list(nbfeat.layers("MyNet").index)
-    found["listed"] = nbfeat.backbones("my*").reset_index().astype(str).to_dict("records")
-    for name, build in {"Fails": lambda _: 1 / 0, "None": lambda _: None, "Wrong": lambda _: build_with(1, 8)}.items():
+    found["listed"] = catalog.backbones("my*").reset_index().astype(str).to_dict("records")
+    wrong: dict[str, Any] = {"Fails": lambda _: 1 / 0, "None": lambda _: None, "Wrong": lambda _: build_with(1, 8)}
+    for name, build in wrong.items():
         nbfeat.register_backbone(name, build, input_size=SIZE, scaling="none")
         try:
             nbfeat.extract(frame, name, images="image")
@@ -258,16 +265,45 @@ def registered(*_: str) -> dict[str, Any]:
     return found
 
 
+def without_openvino(*_: str) -> dict[str, Any]:
+    """Run a registered network that OpenVINO is made to refuse."""
+    store: Any = importlib.import_module("nbfeat.features.store")
+    own: Any = importlib.import_module("nbfeat.features.own")
+
+    def refuse(*_: Any) -> Any:
+        message = f"OpenVINO cannot run MyNet.keras: no such operation. {own.FILE_ADVICE}"
+        raise nbfeat.NetworkError(message)
+
+    store.run_child = refuse
+    nbfeat.register_backbone("MyNet", lambda size: build_with(8, size), input_size=SIZE, scaling="none")
+    results = [nbfeat.extract(frame_of(SIZE), "MyNet", images="image") for _ in range(2)]
+    return {"report": repr(results[0]), "cached": [result.cached for result in results]}
+
+
+def layouts(folder: str, *names: str) -> dict[str, Any]:
+    """Tell which networks are turned channels-first."""
+    importlib.import_module("nbfeat.quiet").quiet_child()
+    network = importlib.import_module("nbfeat.features.network")
+    found = {}
+    for word in names:
+        name, _, layer = word.partition(":")
+        cut = f"--layer {layer}" if layer else ""
+        blocks = nbfeat.FeatureBlock.parse(f"{folder}/{name}.keras --scaling none --size 32 {cut}")
+        built = network.build(network.NetworkSpec.of(blocks), lambda _: None, channels_first=True)
+        found[word] = any("transpose" in operation.name for operation in built.model.operations)
+    return found
+
+
 def in_keras(folder: str) -> dict[str, Any]:
     """Run a file by the Keras engine."""
-    engines = importlib.import_module("nbfeat.features.engines")
+    engines: Any = importlib.import_module("nbfeat.features.engines")
     engines.openvino_works = lambda: False
     result = nbfeat.extract(frame_of(SIZE), f"{folder}/plain.keras --scaling tf", images="image")
     return {"features": result.features.iloc[0].tolist(), "report": repr(result)}
 
 
 PROGRAMS: dict[str, Callable[..., dict[str, Any]]] = {
-    program.__name__: program for program in (save, registered, in_keras)
+    program.__name__: program for program in (save, registered, without_openvino, layouts, in_keras)
 }
 
 if __name__ == "__main__":

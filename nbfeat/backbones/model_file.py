@@ -26,6 +26,7 @@ _MODULES = re.compile(
 _RUN_CODE = {"Lambda", "__lambda__", "TorchModuleWrapper", "JaxLayer", "FlaxLayer", "TFSMLayer"}
 _READ_FILES = {"StringLookup", "IntegerLookup", "TextVectorization"}
 _RGB = 3
+LARGEST = 4096  # pixels, as --size
 
 
 def backbone_at(name: str) -> Backbone:
@@ -64,7 +65,7 @@ def _read(path: Path, *_state: int) -> Backbone:
         shape = _input_shape(path.name, told)
         names = [layer["config"]["name"] for layer in told["config"]["layers"] if layer["class_name"] != "InputLayer"]
         size = _side(path.name, shape)
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, StopIteration, RecursionError) as error:
         message = f"{path.name} describes no model that could be read. Save it anew with model.save('model.keras')."
         raise WeightsError(message) from error
     layers = tuple(Layer(str(name), 0, 0) for name in names)
@@ -79,7 +80,7 @@ def _refuse_what_is_not_keras(title: str, told: dict[str, Any]) -> None:
         message = f"{title} is a {shown(str(told['class_name']))}, not a functional or Sequential model. {REGISTER}"
         raise RequestError(message)
     for thing, layer in _objects(told):
-        kind, module = str(thing["class_name"]), thing.get("module")
+        kind = str(thing["class_name"])
         if kind in _RUN_CODE:
             what = "Lambda" if "ambda" in kind else kind
             message = (
@@ -90,12 +91,26 @@ def _refuse_what_is_not_keras(title: str, told: dict[str, Any]) -> None:
         if kind in _READ_FILES:
             message = f"{title} has the layer {shown(layer)} ({kind}), which is none for images: save it without."
             raise RequestError(message)
-        if (kind.startswith("__") and module is None) or (kind, module) == ("function", "builtins"):
-            continue  # Keras' own way to write tuples, slices and tensors, and the functions that it has itself
-        if not isinstance(module, str) or not _MODULES.fullmatch(module) or ">" in str(thing.get("registered_name")):
-            what = shown(f"{module}.{kind}" if module else kind)
-            message = f"{title} has, in its layer {shown(layer)}, {what}, whose code is not in the file. {REGISTER}"
+        if foreign := _foreign(thing):
+            message = (
+                f"{title} has, in its layer {shown(layer)}, {shown(foreign)}, whose code is not in the file. {REGISTER}"
+            )
             raise RequestError(message)
+
+
+def _foreign(thing: dict[str, Any]) -> str:
+    """Return what an object, or a function that it uses, is called where it is not Keras' own; else ""."""
+    kind, module, config = str(thing["class_name"]), thing.get("module"), thing.get("config")
+    # Keras writes its own functions by name, those of the user's as code that even Keras cannot read again.
+    if isinstance(config, dict):
+        for name, value in config.items():
+            if name.endswith("activation") and isinstance(value, dict) and "class_name" not in value:
+                return f"an {name} of your own"
+    if (kind.startswith("__") and module is None) or (kind, module) == ("function", "builtins"):
+        return ""  # Keras' own way to write tuples, slices and tensors, and the functions that it has itself
+    if isinstance(module, str) and _MODULES.fullmatch(module) and ">" not in str(thing.get("registered_name")):
+        return ""
+    return f"{module}.{kind}" if module else kind
 
 
 def _objects(told: Any) -> Iterator[tuple[dict[str, Any], str]]:  # noqa: ANN401 - JSON
@@ -143,7 +158,7 @@ def _ends(told: Any) -> Iterator[str]:  # noqa: ANN401 - JSON
 def _side(title: str, shape: list[Any]) -> int:
     """Return the side of the images that an input of `shape` takes; 0 where it takes any."""
     rows, columns, channels = shape[1:] if len(shape) == _RGB + 1 else (1, 2, 0)
-    if channels != _RGB or rows != columns:
+    if channels != _RGB or rows != columns or not (rows is None or rows in range(1, LARGEST + 1)):
         sides = " × ".join("any" if side is None else str(side) for side in shape[1:])
         message = (
             f"{title} takes inputs of {sides}, not square RGB images with channels last. Save a model whose input is "

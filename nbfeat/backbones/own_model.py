@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,9 +54,12 @@ def load(path: Path, size: int) -> keras.Model:
             warnings.simplefilter("ignore")
             network = keras.models.load_model(path, safe_mode=True, compile=False)
     except Exception as error:  # whatever a description makes Keras raise is about the file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        told = str(error).strip()
+        missing = re.search(r"Could not locate \w+ '[^']*'", told)
+        reason = missing[0] if missing else (told.splitlines() or [type(error).__name__])[0].rstrip(".")
         message = (
-            f"Keras {keras.__version__} cannot load {path.name}: {reason}. Save it anew with model.save('model.keras')."
+            f"Keras {keras.__version__} cannot load {path.name}: {reason[:200]}. Save it anew with model.save, with "
+            "layers and functions of Keras alone."
         )
         raise WeightsError(message) from error
     return fitted(network, size, path.name)

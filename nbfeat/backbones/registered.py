@@ -10,13 +10,13 @@ import numpy as np
 
 from nbfeat.backbones.backbone import SCALINGS, Backbone, Layer, Scaling
 from nbfeat.backbones.catalog import CATALOG
+from nbfeat.backbones.model_file import LARGEST
 from nbfeat.backbones.own_model import fitted
 from nbfeat.errors import NetworkError, RequestError, listing
 
 if TYPE_CHECKING:
     import keras
 
-LARGEST = 4096  # pixels, as --size
 _builds: dict[str, Callable[[int], Any]] = {}
 
 

@@ -57,10 +57,15 @@ def make(spec: NetworkSpec, device: str) -> Made:
     try:
         model_file.backbone_at(str(path))
     except NbfeatError as error:
-        # What is to be done about a file does not help here, where the code is at hand.
-        return Made(base, None, str(error).removesuffix(model_file.REGISTER).partition(": replace")[0].rstrip(" ."))
+        return Made(base, None, why_not_as_file(error, spec.backbone))
     _write_without_dates(path)
     return Made(base, replace(spec, backbone=model_file.NAME, weights=str(path)), owner=owner)
+
+
+def why_not_as_file(error: NbfeatError, name: str) -> str:
+    """Return what is told of a file as a clause about what was registered as `name`, without the next step."""
+    told = str(error).removesuffix(FILE_ADVICE).removesuffix(model_file.REGISTER).partition(": replace")[0]
+    return told.replace(f"{name}.keras", name).rstrip(" .")
 
 
 def _write_without_dates(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbfeat.backbones.catalog import find
-from nbfeat.backbones.model_file import SUFFIXES
+from nbfeat.backbones.model_file import NAME, SUFFIXES
 from nbfeat.errors import listing
 from nbfeat.html import Html, details, escape, paragraph, table, text_table
 
@@ -61,7 +61,7 @@ def _block(part: Part, cached: int) -> tuple[str, int, str]:
     # What a file of the user's holds may be another network by now, or gone.
     size = part.lane.spec.size if part.lane else block.size or find(block.backbone).size
     name, weights = title_of(block), f" ({part.lane.weights.name} weights)" if part.lane else ""
-    weights = "" if part.lane and part.lane.weights.name == name else weights
+    weights = "" if part.lane and (part.lane.spec.backbone == NAME or part.lane.weights.name == name) else weights
     steps = [f"{size} px {block.resize}", f"{name}{alpha}{weights}"]
     if output:
         steps.append(f"{block.layer or 'end'} {'×'.join(map(str, output.shape))}")

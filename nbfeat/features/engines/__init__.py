@@ -101,7 +101,7 @@ class Opening:
             try:
                 yield from self._for_openvino()
             except (NetworkError, WeightsError) as error:
-                self.spec, why_not = asked, str(error).removesuffix(f" {own.FILE_ADVICE}").rstrip(".")
+                self.spec, why_not = asked, own.why_not_as_file(error, name)
             else:
                 self.weights = replace(self.weights, name=name)
                 return
