@@ -92,7 +92,7 @@ def test_a_file_of_weights_is_taken_and_one_that_does_not_fit_is_refused(
     with pytest.raises(RequestError, match="there is no file"):
         nbfeat.extract(photos, "MobileNet --weights nosuch.h5", images="path")
     (tmp_path / "x.weights.h5").write_bytes(b"not hdf5")
-    with pytest.raises(WeightsError, match="x.weights.h5 cannot be read as weights in HDF5"):
+    with pytest.raises(WeightsError, match=r"x\.weights\.h5 cannot be read as weights in HDF5"):
         nbfeat.extract(photos, f"MobileNet --size 64 --weights {tmp_path / 'x.weights.h5'}", images="path")
     file = keras_home / "models" / "mobilenet_2_5_224_tf_no_top.h5"
     if not file.exists():
