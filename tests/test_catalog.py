@@ -23,12 +23,12 @@ from nbfeat.backbones.catalog import CATALOG, backbones, find
 from nbfeat.errors import RequestError
 
 ROOT = Path(catalog.__file__).parents[2]
-OWN = {"AlexNet", "GoogLeNet"}  # Keras has neither
+OWN = {"AlexNet", "GoogLeNet", "Pocket"}  # Keras has neither
 
 
 def test_names_families_and_layers_are_consistent() -> None:
     assert len(CATALOG) == 40 + len(OWN)
-    assert len({backbone.family for backbone in CATALOG.values()}) == 15
+    assert len({backbone.family for backbone in CATALOG.values()}) == 16
     assert {name for name, backbone in CATALOG.items() if backbone.package != "keras.applications"} == OWN
     for name, backbone in CATALOG.items():
         assert backbone.name == name
@@ -39,7 +39,9 @@ def test_names_families_and_layers_are_consistent() -> None:
         assert backbone.end in {"", *names}
         strides = [layer.stride for layer in backbone.layers if layer.stride]
         assert strides == sorted(strides)
-        assert {8, 16, 32} <= set(strides) <= {2, 4, 8, 16, 32}
+        # Pocket's images are small: it ends where 16 pixels have become one.
+        assert {8, 16} <= set(strides) <= {2, 4, 8, 16, 32}
+        assert 32 in strides or name == "Pocket"
 
 
 @pytest.mark.parametrize("name", ["ResNet50", "resnet50", "RESNET50"])
@@ -108,7 +110,7 @@ def test_backbones_lists_all() -> None:
     assert table.loc["MobileNet", "alphas"] == "0.25, 0.5, 0.75, 1.0"
     assert table.loc["VGG16", "alphas"] == ""
     assert table.loc["VGG16", "layers"] == "block1_pool, block2_pool, block3_pool, block4_pool, block5_pool"
-    assert set(table["weights"]) == {"imagenet"}
+    assert table["weights"].to_dict() == dict.fromkeys(CATALOG, "imagenet") | {"Pocket": "bundled"}
 
 
 def test_backbones_matches_wildcards_in_any_case() -> None:

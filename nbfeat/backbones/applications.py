@@ -43,6 +43,12 @@ def build(backbone: Backbone, *, size: int, alpha: float | None = None, weights:
 
 def check(backbone: Backbone, *, size: int, alpha: float | None, weights: str | None = None) -> None:
     """Raise RequestError where the catalog already knows that it cannot be built so."""
+    if weights == "bundled" and not backbone.bundled:
+        message = f"The weights of {backbone.name} are not bundled, only Pocket's: leave --weights away."
+        raise RequestError(message)
+    if weights == "imagenet" and backbone.bundled:
+        message = f"{backbone.name} has no ImageNet weights: leave --weights away for its own, which are bundled."
+        raise RequestError(message)
     if weights == "imagenet" and alpha is not None and backbone.alphas and alpha not in backbone.alphas:
         published = listing(map(str, backbone.alphas))
         message = f"{backbone.name} has published weights for --alpha {published}, not for {alpha}."

@@ -33,8 +33,9 @@ class Backbone:
 
     `size` and `smallest` are input sides in pixels. `width` and `parameters` are those at alpha 1; the width is that of
     the default cut: the layer `end`, or where that is empty the last layer of the network, which is among `layers` only
-    where Keras gives it a name of its own. `published` is the file of its weights where PyTorch
-    publishes them, `alphas` are the width multipliers with published weights.
+    where Keras gives it a name of its own. `published` is the file of its weights where PyTorch publishes them,
+    `bundled` the SHA-256 of that file where it is in this package, `alphas` are the width multipliers with published
+    weights.
 
     A network of the user's own has no `module`: its `package` is ``file`` and its name the path of a ``.keras`` file,
     or ``registered`` for what a function of the user's builds. Its width and parameters are 0, not being known before
@@ -53,6 +54,7 @@ class Backbone:
     package: Package = "keras.applications"
     end: str = ""
     published: str = ""
+    bundled: str = ""
     alphas: tuple[float, ...] = ()
     default_weights: str = "imagenet"
     is_fixed: bool = False

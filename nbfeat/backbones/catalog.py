@@ -87,6 +87,7 @@ def _family(
     package: Package = "keras.applications",
     end: str = "",
     published: str = "",
+    bundled: str = "",
 ) -> tuple[Backbone, ...]:
     return tuple(
         Backbone(
@@ -102,6 +103,8 @@ def _family(
             package=package,
             end=end,
             published=published,
+            bundled=bundled,
+            default_weights="bundled" if bundled else "imagenet",
             alphas=alphas,
         )
         for name, size, smallest, width, parameters, layers in rows
@@ -179,11 +182,15 @@ _CONVNEXT = (
     "convnext_{0}_stem 4 {1}, convnext_{0}_downsampling_block_0 8 {2}, convnext_{0}_downsampling_block_1 16 {3}, "
     "convnext_{0}_downsampling_block_2 32 {4}"
 )
+_POCKET = "conv1 2 32, block1_out 4 64, block2_out 8 128, block3_out 16 192, top_conv 16 512"
 _HERE: Package = "nbfeat.backbones"
 
 # Scaling is what the published weights expect, in Keras' words; "none" where the network's first layers do it.
 # fmt: off
 _FAMILIES = (
+    _family("Pocket", "pocket", "torch", [
+        ("Pocket",             64, 32,  512,   1_114_432, _POCKET),
+    ], package=_HERE, bundled="0000000000000000000000000000000000000000000000000000000000000000"),
     _family("AlexNet", "alexnet", "torch", [
         ("AlexNet",           224, 63,  256,  57_003_840, _ALEXNET),
     ], package=_HERE, end="pool5", published="alexnet-owt-7be5be79.pth"),

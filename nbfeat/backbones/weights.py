@@ -1,4 +1,4 @@
-"""Weights for a network: published ones, a file, or drawn from a seed.
+"""Weights for a network: published ones, bundled ones, a file, or drawn from a seed.
 
 Published weights of Keras' own networks come from the address and with the check that Keras gives them, into Keras' own
 folder; those of the networks written here from where PyTorch publishes them. Files are looked at before they are
@@ -24,14 +24,17 @@ from nbfeat.errors import RequestError, WeightsError
 if TYPE_CHECKING:
     import keras
 
+    from nbfeat.backbones.state_dict import LayerWeights
+
 Tell = Callable[[str], None]
 CHECKPOINTS = (".pth", ".pt")
+NAMED = ("imagenet", "bundled", "random")  # what --weights takes beside files
 SUFFIXES = (".h5", ".keras", *CHECKPOINTS)
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What was loaded: ``imagenet``, ``random`` or a file name, and the SHA-256 of the file or of the drawn arrays."""
+    """What was loaded: one of NAMED or a file name, and the SHA-256 of the file or of the drawn arrays."""
 
     name: str
     sha256: str
@@ -46,9 +49,12 @@ def load(
             network = make("imagenet")
         return network, Loaded("imagenet", digest(Path(files[-1])))
     # Reading files takes more imports than a notebook needs.
-    from nbfeat.backbones import keras_weights, published, random_weights  # noqa: PLC0415
+    from nbfeat.backbones import bundled, keras_weights, published, random_weights  # noqa: PLC0415
 
     network = make(None)
+    if weights == "bundled":
+        _set(network, bundled.read(backbone))
+        return network, Loaded("bundled", backbone.bundled)
     if weights == "random":
         random_weights.draw(network, backbone.scaling)
         return network, Loaded("random", digest_of_arrays(network.get_weights()))
@@ -65,7 +71,7 @@ def weights_file(weights: str) -> Path:
     """Return the path of a weights file, or say what `weights` may be."""
     path = Path(weights).expanduser()
     if not path.is_file():
-        message = f"--weights takes imagenet, random or a file of weights; there is no file {weights!r}."
+        message = f"--weights takes imagenet, bundled, random or a file of weights; there is no file {weights!r}."
         raise RequestError(message)
     if path.suffix not in SUFFIXES:
         message = f"{path.name} is not a file of weights: its name should end in .weights.h5, .h5, .keras or .pth."
@@ -98,7 +104,11 @@ def _load_checkpoint(backbone: Backbone, network: Any, path: Path) -> None:  # n
     from nbfeat.backbones import torch_checkpoint  # noqa: PLC0415 - as above
 
     module: Any = importlib.import_module(f"{backbone.package}.{backbone.module}")
-    for layer, arrays in module.weights_from(torch_checkpoint.read(path)).items():
+    _set(network, module.weights_from(torch_checkpoint.read(path)))
+
+
+def _set(network: Any, weights: LayerWeights) -> None:  # noqa: ANN401 - as above
+    for layer, arrays in weights.items():
         network.get_layer(layer).set_weights(arrays)
 
 

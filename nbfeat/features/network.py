@@ -81,7 +81,7 @@ class NetworkSpec:
         spec = cls(
             backbone=backbone.name,
             alpha=first.alpha,
-            weights=chosen if chosen in {"imagenet", "random"} else str(weights.weights_file(chosen)),
+            weights=chosen if chosen in weights.NAMED else str(weights.weights_file(chosen)),
             scaling=first.scaling or backbone.scaling,
             size=first.size or backbone.size,
             cuts=cuts,
@@ -119,8 +119,11 @@ class NetworkSpec:
 
     def key(self, **versions: str) -> str:
         """Name this network, as `versions` of the libraries would build it, in 40 hexadecimal digits."""
-        file = self.weights not in {"imagenet", "random"}
-        content = weights.digest(weights.weights_file(self.weights)) if file else self.weights
+        content = self.weights
+        if content == "bundled":
+            content = find(self.backbone).bundled  # another release may bring others
+        elif content not in weights.NAMED:
+            content = weights.digest(weights.weights_file(content))
         parts = {**asdict(self), "weights": content, "numerics": NUMERICS, **versions}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 

@@ -60,9 +60,7 @@ def _block(part: Part, cached: int) -> tuple[str, int, str]:
     alpha = "" if block.alpha is None else f" {block.alpha:g}"
     # What a file of the user's holds may be another network by now, or gone.
     size = part.lane.spec.size if part.lane else block.size or find(block.backbone).size
-    name, weights = title_of(block), f" ({part.lane.weights.name} weights)" if part.lane else ""
-    weights = "" if part.lane and (part.lane.spec.backbone == NAME or part.lane.weights.name == name) else weights
-    steps = [f"{size} px {block.resize}", f"{name}{alpha}{weights}"]
+    steps = [f"{size} px {block.resize}", f"{title_of(block)}{alpha}{_weights(part)}"]
     if output:
         steps.append(f"{block.layer or 'end'} {'×'.join(map(str, output.shape))}")
         steps += [_POOLED[output.pooling]] if output.pooling else []
@@ -79,6 +77,15 @@ def _block(part: Part, cached: int) -> tuple[str, int, str]:
 def title_of(block: FeatureBlock) -> str:
     """Return what a block's backbone is called: of a file, the name without its folders."""
     return Path(block.backbone).name if block.backbone.endswith(SUFFIXES) else block.backbone
+
+
+def _weights(part: Part) -> str:
+    """Say which weights, where the name of the network does not."""
+    name = part.lane.weights.name if part.lane else ""
+    if part.lane and (part.lane.spec.backbone == NAME or name == title_of(part.block)):
+        return ""
+    # Nobody should mistake its features for ImageNet's.
+    return " (bundled, small)" if name == "bundled" else f" ({name} weights)" if name else ""
 
 
 def _notes(extraction: Extraction) -> list[str]:

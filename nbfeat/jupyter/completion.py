@@ -22,7 +22,7 @@ _NAME = "nbfeat"
 # Alone on a line, or on the right of an assignment.
 _MAGIC = re.compile(r"^(?:\s*[\w.]+\s*=)?\s*(%{1,2})(extract_cache|extract|backbones)\b")
 _VALUES = {
-    "weights": ("imagenet", "random"),
+    "weights": ("imagenet", "bundled", "random"),
     "device": ("auto", "cpu", "gpu"),
     "batch_size": ("auto",),
 }

@@ -1,0 +1,70 @@
+"""Pocket: a small convolutional network whose weights are in the package, so that it needs no download.
+
+Ten plain convolutions with ReLU, three of them around a shortcut (He et al. 2016, "Deep residual learning"). It was
+trained with batch norms, which are folded into the convolutions here.
+
+MODEL CARD
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import keras
+
+
+class Convolution(NamedTuple):
+    """A convolution and its ReLU; what the convolution called `shortcut` gave is added between the two."""
+
+    name: str
+    before: int  # channels
+    after: int
+    side: int = 3  # of the kernel, in pixels
+    stride: int = 1
+    shortcut: str = ""
+
+    @property
+    def out(self) -> str:
+        """The name of the layer that ends it."""
+        return self.name.partition("_")[0] + "_out" if self.shortcut else self.name
+
+
+CONVOLUTIONS = (
+    Convolution("conv1", 3, 32, stride=2),
+    Convolution("block1_conv1", 32, 64, stride=2),
+    Convolution("block1_conv2", 64, 64),
+    Convolution("block1_conv3", 64, 64, shortcut="block1_conv1"),
+    Convolution("block2_conv1", 64, 128, stride=2),
+    Convolution("block2_conv2", 128, 128),
+    Convolution("block2_conv3", 128, 128, shortcut="block2_conv1"),
+    Convolution("block3_conv1", 128, 192, stride=2),
+    Convolution("block3_conv2", 192, 192, shortcut="block3_conv1"),
+    Convolution("top_conv", 192, 512, side=1),
+)
+
+
+def build(size: int) -> keras.Model:
+    """Build Pocket for square images of `size` pixels scaled as `torch`; weights are as Keras initializes them."""
+    keras: Any = importlib.import_module("keras")
+    layers = keras.layers
+    x = pixels = keras.Input((size, size, 3))
+    given: dict[str, Any] = {}
+    for each in CONVOLUTIONS:
+        if each.stride > 1:
+            # Even padding on all sides, as PyTorch has it: Keras' "same" pads unevenly where a kernel takes steps.
+            x = layers.ZeroPadding2D(each.side // 2, name=f"{each.name}_pad")(x)
+        x = layers.Conv2D(
+            each.after,
+            each.side,
+            strides=each.stride,
+            padding="valid" if each.stride > 1 else "same",
+            activation=None if each.shortcut else "relu",
+            name=each.name,
+        )(x)
+        if each.shortcut:
+            x = layers.Add(name=each.out.replace("out", "add"))([x, given[each.shortcut]])
+            x = layers.ReLU(name=each.out)(x)
+        given[each.name] = x
+    return keras.Model(pixels, x, name="Pocket")
