@@ -115,7 +115,7 @@ BLOCK_OPTIONS: tuple[Option, ...] = (
     Option(name="components", metavar="N", type=whole("--components"), default="all",
            help="PCA to N columns, after the normalization"),
     Option(name="weights", short="-w", metavar="WEIGHTS", default="the backbone's own",
-           help="imagenet, random (seeded, for tests) or a file of Keras weights"),
+           help="imagenet, bundled (Pocket's), random (seeded, for tests) or a file of Keras weights"),
     Option(name="alpha", metavar="A", type=alpha_of, default="the backbone's own",
            help="width multiplier of MobileNet and MobileNetV2"),
     Option(name="scaling", metavar="MODE", choices=SCALINGS, default="the backbone's own",
@@ -236,7 +236,10 @@ class FeatureBlock:
             raise RequestError(message)
         values = {**options, **({"backbone": words[0]} if words else {})}
         if not values.get("backbone"):
-            message = "No backbone was named. Try `ResNet50` (usual) or `MobileNetV2` (light); `%backbones` lists all."
+            message = (
+                "No backbone was named. Try `Pocket` (at once, without a download), `MobileNetV2` (light) or "
+                "`ResNet50` (usual); `%backbones` lists all."
+            )
             raise RequestError(message)
         layers = values.pop("layer", None)
         names = layers.split(",") if isinstance(layers, str) else layers or [None]
