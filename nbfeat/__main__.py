@@ -10,18 +10,17 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nbfeat.errors import NbfeatError, WeightsError
+from nbfeat.errors import NbfeatError
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from nbfeat.features.extraction import Extraction
 
-# Digits are strokes, so an early layer with its map kept whole beside a late one that is averaged.
-BLOCKS = ("MobileNet --layer conv_pw_11_relu", "MobileNet --layer conv_pw_5_relu --pooling flatten")
-OPTIONS: dict[str, Any] = {"alpha": 0.25, "size": 96}
+# Digits are strokes, so an early layer with its map kept whole beside the end, which is averaged.
+BLOCKS = ("Pocket", "Pocket --layer block2_out --pooling flatten")
 IMAGES = 600
 SEED = 0
 
@@ -65,22 +64,10 @@ def write_digits(folder: Path, count: int) -> pd.DataFrame:
 
 
 def features(digits: pd.DataFrame) -> Extraction:
-    """Extract both blocks with pretrained weights, or with random ones where those cannot be had, saying so."""
-    try:
-        return extract(digits, "imagenet")
-    except WeightsError:
-        print(
-            "Pretrained weights cannot be had here (no internet?), so seeded random ones stand in: features still work,"
-        )
-        print("but pretrained ones are better, and on photographs far better.")
-        return extract(digits, "random")
-
-
-def extract(digits: pd.DataFrame, weights: str) -> Extraction:
-    """Run the extraction, printing what is being done."""
+    """Extract both blocks, printing what is being done."""
     from nbfeat.features.extraction import Extraction  # noqa: PLC0415 - what a run needs is imported when it runs
 
-    extraction = Extraction(digits, *BLOCKS, images="path", weights=weights, **OPTIONS)
+    extraction = Extraction(digits, *BLOCKS, images="path")
     for step in extraction.steps():
         if step.note:
             print(f"… {step.note}")
