@@ -17,9 +17,12 @@ import nbfeat
 from nbfeat import RequestError, WeightsError
 from nbfeat.backbones import bundled, pocket
 from nbfeat.backbones.catalog import CATALOG
+from nbfeat.backbones.pocket_training import components
+from nbfeat.backbones.state_dict import LayerWeights
 from nbfeat.features.fit import PixelSpec
 from nbfeat.features.images import read_pixels
 from tests import keras_child
+from tests.conftest import ROOT
 from tests.faces import Face, same
 
 POCKET = CATALOG["Pocket"]
@@ -78,7 +81,7 @@ def test_features_are_what_the_convolutions_give(photos: pd.DataFrame) -> None:
         photos, "Pocket", "Pocket --layer block1_out --pooling max", images="path", precision="float32"
     )
     pixels = [read_pixels(path, [PixelSpec(POCKET.size, "squash", "bilinear")], Path())[0] for path in photos["path"]]
-    maps = by_hand(np.stack(pixels[:4]))
+    maps = by_hand(np.stack(pixels[:4]), bundled.read(POCKET))
     close(result["pocket"].to_numpy()[:4], maps["top_conv"].mean((1, 2)))
     close(result["pocket_block1_out_max"].to_numpy()[:4], maps["block1_conv3"].max((1, 2)))
 
@@ -87,9 +90,8 @@ def close(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
-def by_hand(pixels: np.ndarray) -> dict[str, np.ndarray]:
+def by_hand(pixels: np.ndarray, weights: LayerWeights) -> dict[str, np.ndarray]:
     x = (pixels / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    weights = bundled.read(POCKET)
     maps: dict[str, np.ndarray] = {}
     for each in pocket.CONVOLUTIONS:
         kernel, bias = weights[each.name]
@@ -166,15 +168,57 @@ def test_it_works_in_a_fresh_process_without_network_and_with_empty_homes(pictur
     assert not done.stderr
 
 
+def test_what_teachers_give_is_made_of_one_length_and_learned_from_some_rows_alone() -> None:
+    random = np.random.default_rng(0)
+    features = (random.normal(size=(400, 300)) * np.linspace(1, 9, 300) + 5).astype(np.float32)
+    learn = np.arange(400) < 350
+    found = components(features, learn)
+    assert found.shape == (400, 256)
+    assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    features[399] = 0
+    assert np.array_equal(components(features, learn)[:399], found[:399])
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with what `pocket_child` left."""
+    python = os.environ.get("NBFEAT_TORCH_PYTHON", sys.executable)
+    if subprocess.run([python, "-c", "import torch"], check=False, capture_output=True).returncode:
+        pytest.skip("torch is not installed: set NBFEAT_TORCH_PYTHON to a Python that has it")
+    folder = tmp_path_factory.mktemp("student")
+    done = subprocess.run(
+        [python, "-m", "tests.pocket_child", str(folder)],
+        capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert not done.returncode, done.stderr[-2000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_folded_weights_give_what_the_network_with_batch_norms_gives(student: Path) -> None:
+    weights: LayerWeights = {}
+    with np.load(student / "network.npz") as saved:
+        for each in pocket.CONVOLUTIONS:
+            weights[each.name] = [saved[f"{each.name}/{part}"].astype(np.float32) for part in ("kernel", "bias")]
+        found, expected = by_hand(saved["pixels"], weights)["top_conv"], saved["maps"]
+    # Half precision has three digits.
+    assert np.abs(found - expected).max() <= 1e-2 * expected.max()
+
+
+@pytest.mark.slow
+def test_it_learns_and_learns_the_same_again(student: Path) -> None:
+    with np.load(student / "learned.npz") as told:
+        assert list(told["epochs"]) == [1, 2, 3, 4, 5, 6]
+        assert told["right"][-1] > 0.5
+        assert told["same"]
+
+
 @pytest.mark.slow
 def test_the_wheel_has_the_weights_and_their_terms(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
-    root = Path(nbfeat.__file__).parents[1]
-    if not (root / "pyproject.toml").exists():
-        pytest.skip("not a checkout")
     if subprocess.run([sys.executable, "-c", "import hatchling"], check=False, capture_output=True).returncode:
         pytest.skip("hatchling is not installed here")
-    subprocess.run([*pip, str(root)], check=True, capture_output=True)
+    subprocess.run([*pip, str(ROOT)], check=True, capture_output=True)
     shutil.unpack_archive(next(tmp_path.glob("*.whl")), tmp_path, "zip")
     assert (tmp_path / "nbfeat/backbones/pocket.npz").read_bytes() == bundled.file_of(POCKET).read_bytes()
     metadata = next(tmp_path.glob("*.dist-info"))

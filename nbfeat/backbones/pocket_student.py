@@ -43,7 +43,7 @@ def train(recipe: Recipe, lessons: Lessons) -> Iterator[tuple[dict[str, Any], We
         order = learn[torch.randperm(len(learn), generator=random)].numpy()
         for step in range(steps):
             minutes = (time.monotonic() - begun) / 60
-            progress = max((epoch + step / steps) / recipe.epochs, minutes / recipe.minutes)
+            progress = max((epoch + step / steps) / recipe.epochs, minutes / (recipe.minutes or math.inf))
             if progress >= 1:
                 break
             rows = order[step * recipe.batch : (step + 1) * recipe.batch]
@@ -51,7 +51,8 @@ def train(recipe: Recipe, lessons: Lessons) -> Iterator[tuple[dict[str, Any], We
             averaged.update_parameters(student)
         epoch += 1
         progress = max(progress, epoch / recipe.epochs)
-        yield {"epochs": epoch, "minutes": minutes, **check(averaged.module, lessons)}, folded(averaged.module[0])
+        figures = {"epochs": epoch, "minutes": round(minutes, 1), "held out": check(averaged.module, lessons)}
+        yield figures, folded(averaged.module[0])
 
 
 def _optimizer(student: Any, recipe: Recipe) -> Any:  # noqa: ANN401 - PyTorch's types are not needed to build nbfeat
@@ -181,7 +182,7 @@ def check(student: Any, lessons: Lessons) -> dict[str, float]:  # noqa: ANN401 -
             guessed = student[1][0](features).argmax(1).numpy()
             right.append(guessed == lessons.labels[rows])
             near += [float(losses(student[1], features, lessons, rows, 0.0)[1])] * len(rows)
-    return {"right": float(np.concatenate(right).mean()), "teachers": 1 - float(np.mean(near))}
+    return {"right": float(np.concatenate(right).mean()), "cosine to the teachers": 1 - float(np.mean(near))}
 
 
 def folded(network: Any) -> Weights:  # noqa: ANN401 - as above

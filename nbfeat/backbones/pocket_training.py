@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import zipfile
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -41,7 +40,7 @@ class Recipe:
 
     seed: int = 0
     epochs: int = 60
-    minutes: float = math.inf
+    minutes: float | None = None
     batch: int = 128
     rate: float = 3e-3  # of AdamW at its highest
     warm: float = 0.04  # share of the epochs in which it rises
@@ -83,7 +82,11 @@ def main(arguments: list[str] | None = None) -> None:
     lessons = read_lessons(given.zip, given.teachers, given.out / "teachers.npy")
     for figures, weights in pocket_student.train(recipe, lessons):
         print(json.dumps(figures), flush=True)
-        write(weights, {"recipe": asdict(recipe), "teachers": list(TEACHERS), **figures}, given.out)
+        write(
+            weights,
+            {"learned from": given.zip.name, "teachers": list(TEACHERS), "recipe": asdict(recipe), **figures},
+            given.out,
+        )
 
 
 def read_lessons(path: Path, teachers: Path, kept: Path) -> Lessons:
