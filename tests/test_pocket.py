@@ -106,7 +106,7 @@ def by_hand(pixels: np.ndarray, weights: LayerWeights) -> dict[str, np.ndarray]:
 
 def test_the_report_says_that_it_is_bundled_and_small(extract: Face, photos: pd.DataFrame) -> None:
     result = extract(photos, "Pocket", images="path")
-    assert "64 px squash → Pocket (bundled, small) → end 4×4×512 → average" in repr(result)
+    assert "112 px squash → Pocket (bundled, small) → end 7×7×512 → average" in repr(result)
     assert result.features.shape == (20, 512)
     assert result.recipe["weights"] == [POCKET.bundled]
     again = extract(photos, "Pocket --weights bundled", images="path", cache=False)

@@ -189,8 +189,8 @@ _HERE: Package = "nbfeat.backbones"
 # fmt: off
 _FAMILIES = (
     _family("Pocket", "pocket", "torch", [
-        ("Pocket",             64, 32,  512,   1_114_432, _POCKET),
-    ], package=_HERE, bundled="0000000000000000000000000000000000000000000000000000000000000000"),
+        ("Pocket",            112, 32,  512,   1_114_432, _POCKET),
+    ], package=_HERE, bundled="ade9b60ad28353722dfa1dfddba11479e57216611ee7f60ceca0c45dd26bd728"),
     _family("AlexNet", "alexnet", "torch", [
         ("AlexNet",           224, 63,  256,  57_003_840, _ALEXNET),
     ], package=_HERE, end="pool5", published="alexnet-owt-7be5be79.pth"),

@@ -3,7 +3,20 @@
 Ten plain convolutions with ReLU, three of them around a shortcut (He et al. 2016, "Deep residual learning"). It was
 trained with batch norms, which are folded into the convolutions here.
 
-MODEL CARD
+**Model card.** Data: 54,000 photographs of Tiny ImageNet (64 × 64 pixels, 200 classes), 6,000 more held out. Terms:
+these are for non-commercial research and education, and so are the weights; see ``POCKET-LICENSE``. Recipe:
+`pocket_training`; Pocket learned the classes and, mostly, the features that MobileNetV2 and MobileNet 0.75 give of the
+photographs, 24 epochs in 44 minutes on one core that was shared (these weights: the learning rate and the size of the
+photographs followed the clock, which now follow the epochs). Weights: float16. Figures: with a linear classifier on its
+features, 49 % of the held-out photographs are given their class, of 200; of 300 photographs of five flowers, in
+five-fold cross-validation of ``make_pipeline(StandardScaler(), SVC(C=10))``, 0.757, where random weights have 0.42, raw
+pixels 0.43, MobileNet 0.25 has 0.81 and MobileNetV2 0.82. It learned from smaller images than the 112 pixels it takes,
+which did best of four sizes on those flowers (64: 0.68, 80: 0.72, 96: 0.73).
+
+Good for: trying things out, teaching, tests, a first look at photographs of things, animals and places. Not good for:
+fine differences, small things in large pictures, text, faces, medical or satellite images; results that are published,
+for which take a larger backbone; any decision about people. It has seen 200 kinds of things, as photographs on the
+web show them, and inherits what is uneven in those.
 """
 
 from __future__ import annotations
