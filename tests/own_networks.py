@@ -10,7 +10,6 @@ import importlib
 import json
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,19 +23,12 @@ import pandas as pd
 
 import nbfeat
 from nbfeat.backbones import catalog
+from tests import keras_child
 
 SIZE = 32
 
 
-def run(*words: str, backend: str = "tensorflow") -> dict[str, Any]:
-    """Run a program of this module in a process of its own."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.own_networks", *words]
-    root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "KERAS_BACKEND": backend}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
-    assert not done.returncode, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+run = functools.partial(keras_child.run, module="tests.own_networks")
 
 
 def plain(keras: Any) -> Any:

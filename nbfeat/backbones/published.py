@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from nbfeat.backbones.backbone import Backbone
+from nbfeat.backbones.weights import digest
 from nbfeat.errors import WeightsError
 from nbfeat.home import home
 
@@ -28,9 +29,9 @@ LARGEST = 1_000_000_000  # bytes; AlexNet's have 244 million
 _PART = 1 << 20
 
 
-def is_published(backbone: Backbone, name: str, digest: str) -> bool:
+def is_published(backbone: Backbone, name: str, sha256: str) -> bool:
     """Tell whether a file of this name and SHA-256 is the one that is published for `backbone`."""
-    return bool(backbone.published) and name == backbone.published and digest.startswith(_prefix(name))
+    return bool(backbone.published) and name == backbone.published and sha256.startswith(_prefix(name))
 
 
 def found(backbone: Backbone) -> Path:
@@ -47,9 +48,8 @@ def on_this_machine(backbone: Backbone) -> Path | None:
     folders = (home() / "weights", Path(torch_home).expanduser() / "hub" / "checkpoints")
     for path in (folder / backbone.published for folder in folders):
         try:
-            with path.open("rb") as file:
-                if is_published(backbone, path.name, hashlib.file_digest(file, "sha256").hexdigest()):
-                    return path
+            if is_published(backbone, path.name, digest(path)):
+                return path
         except OSError:
             continue
     return None

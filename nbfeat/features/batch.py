@@ -15,7 +15,7 @@ class Batch:
 
     lane: Lane | None = None
     rows: list[int] = field(default_factory=list)
-    images: list[bytes] = field(default_factory=list)  # what each row holds
+    images: list[bytes] = field(default_factory=list)  # what each row holds, unless it comes from the cache
     vectors: Vectors = field(default_factory=dict)
     cached: bool = False  # whether the features come from the cache
     failures: dict[int, str] = field(default_factory=dict)

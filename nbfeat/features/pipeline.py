@@ -123,7 +123,6 @@ class Line:
     def recall(self, item: Item, vectors: Vectors) -> None:
         """Add an image whose features were found in the cache."""
         self.cached.rows.append(item.row)
-        self.cached.images.append(item.image)
         self._found.append(vectors)
 
     def recalled(self) -> Batch:

@@ -29,7 +29,7 @@ def recall(
         reasons = cache.failures(set(known.values()))
         failures = {row: reasons[image] for row, image in known.items() if image in reasons}
         if failures:
-            yield Batch(failures=failures, cached=True)
+            yield Batch(failures=failures)
         for lane in lanes:
             left = {row: image for row, image in known.items() if not (row in failures or lane.done[row])}
             if (batch := _recalled(lane, left, cache)).rows:
@@ -45,4 +45,4 @@ def _recalled(lane: Lane, images: dict[int, bytes], cache: Cache) -> Batch:
     if not rows:
         return Batch(lane)
     vectors = {key: np.stack([vectors[images[row]] for row in rows]) for key, vectors in found.items()}
-    return Batch(lane, rows, [images[row] for row in rows], vectors, cached=True)
+    return Batch(lane, rows, vectors=vectors, cached=True)

@@ -45,7 +45,9 @@ class Storage:
         """One row for each block in the cache: its recipe, how many images, how many bytes, when it was last used."""
         import pandas as pd  # noqa: PLC0415 - `import nbfeat` stays light
 
-        rows = [{**block, "bytes": 4 * block["width"] * block["rows"]} for block in self._blocks()]
+        with _cache(self.folder) as cache:
+            blocks = cache.blocks() if cache else []
+        rows = [{**block, "bytes": 4 * block["width"] * block["rows"]} for block in blocks]
         return pd.DataFrame(rows).rename(columns={"rows": "images"})
 
     @property
@@ -70,7 +72,7 @@ class Storage:
             raise RequestError(message)
         if what in {"features", "all"}:
             with _cache(self.folder) as cache:
-                if cache is not None:
+                if cache:
                     cache.clear()
                     if cache.note and not cache.writes:
                         raise NbfeatError(cache.note)
@@ -79,10 +81,6 @@ class Storage:
                 shutil.rmtree(self.folder / folder, ignore_errors=True)
         if what in {"weights", "all"}:
             shutil.rmtree(self.folder / "weights", ignore_errors=True)
-
-    def _blocks(self) -> list[dict[str, Any]]:
-        with _cache(self.folder) as cache:
-            return cache.blocks() if cache is not None else []
 
     def _networks(self) -> list[dict[str, Any]]:
         rows = []
@@ -101,10 +99,6 @@ class Storage:
 
     def _shown(self) -> tuple[str, dict[str, list[tuple[object, ...]]], str]:
         """Return the heading, the rows of both tables, and what can be done."""
-        features: list[tuple[object, ...]] = [
-            (_block(row), row["rows"], shown(4 * row["width"] * row["rows"]), _when(row["used"]))
-            for row in self._blocks()
-        ]
         networks: list[tuple[object, ...]] = [
             (f"{_backbone(row)}, {row['size']} px: {', '.join(row['cuts'])}", shown(row["bytes"]))
             for row in self._networks()
@@ -113,7 +107,11 @@ class Storage:
             (file.name, shown(_size(file))) for file in sorted((self.folder / "weights").glob("*"))
         ]
         with _cache(self.folder) as cache:
+            blocks = cache.blocks() if cache else []
             limit = f"; features may take up to {shown(cache.limit())}" if cache and cache.writes else ""
+        features: list[tuple[object, ...]] = [
+            (_block(row), row["rows"], shown(4 * row["width"] * row["rows"]), _when(row["used"])) for row in blocks
+        ]
         head = f"{self.folder}: {shown(self.bytes)}{limit}"
         way = 'Clear with nbfeat.storage.clear("features"), "networks", "weights" or "all"; NBFEAT_HOME sets it.'
         return head, {"features": features, "networks": networks, "weights": weights}, way
