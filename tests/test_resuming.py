@@ -65,9 +65,10 @@ class Child:
         )
 
     def steps(self) -> list[tuple[int, int]]:
-        """Read on to the end, and return what is left of (done, cached)."""
+        """Read on to the end, and return what is left of (done, cached); a killed process leaves half a line."""
         out, self.said = self.process.communicate()
-        return [(int(done), int(cached)) for done, cached in map(str.split, out.splitlines())]
+        whole = out[: out.rfind("\n") + 1]
+        return [(int(done), int(cached)) for done, cached in map(str.split, whole.splitlines())]
 
     def until(self, wanted: Callable[[int, int], bool]) -> tuple[int, int]:
         """Read until (done, cached) is as `wanted`, or to the end; return the last one."""
