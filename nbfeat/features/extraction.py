@@ -25,7 +25,8 @@ from nbfeat.features import engines, memory, network
 from nbfeat.features.block import FeatureBlock, whole
 from nbfeat.features.columns import attach
 from nbfeat.features.fit import PixelSpec
-from nbfeat.features.part import plan
+from nbfeat.features.like import Like, to_repeat
+from nbfeat.features.part import plan, plan_again
 from nbfeat.features.pipeline import Timings
 from nbfeat.features.request import Blocks, check_frame, read_blocks, rows_selected
 from nbfeat.features.run import Run
@@ -68,6 +69,10 @@ class Extraction:
         The column that holds images, or several; by default the one that looks like images.
     fit_on
         Rows that learned normalizations learn from: a query for ``frame.eval``, or a mask; by default all rows.
+    like
+        An earlier Extraction that is done, or a Parquet file that nbfeat wrote: its blocks, image columns, precision
+        and normalizations are repeated, and nothing is learned. `images` may name other columns; the columns that
+        are made keep their names.
     root
         Where relative paths start; by default the working folder.
     replace
@@ -92,6 +97,7 @@ class Extraction:
         *blocks: Blocks,
         images: Hashable | Sequence[Hashable] | None = None,
         fit_on: str | Sequence[bool] | None = None,
+        like: Extraction | Like | None = None,
         root: str | Path | None = None,
         replace: bool = False,
         batch_size: int | str = "auto",
@@ -104,11 +110,18 @@ class Extraction:
         self._frame, self._replace = frame, replace
         self._root = Path(root or "").expanduser().absolute()
         self.precision = engines.precision_of(precision)
-        self.blocks = read_blocks(blocks, defaults)
+        self.repeats = to_repeat(like, blocks=blocks, fit_on=fit_on, precision=precision, defaults=defaults)
         asked = images if isinstance(images, list | tuple) else [images]
-        self._columns = [image_column(frame, column) for column in asked]
+        if self.repeats is None:
+            self.blocks = read_blocks(blocks, defaults)
+            self._columns = [image_column(frame, column) for column in asked]
+            self.parts = plan(self.blocks, self._columns)
+        else:
+            self.blocks, self.precision = self.repeats.blocks, self.repeats.precision
+            asked = self.repeats.columns if images is None else asked
+            self._columns = [image_column(frame, column) for column in asked]
+            self.parts = plan_again(self.repeats, self._columns)
         self._fit_on = None if fit_on is None else rows_selected(frame, fit_on)
-        self.parts = plan(self.blocks, self._columns)
         groups = network.group(self.blocks, _network_and_pixels)
         networks = [(network.NetworkSpec.of(group), _pixels(group[0])) for group in groups]
         for part in self.parts:
@@ -165,6 +178,34 @@ class Extraction:
             pass
         return self
 
+    def like(self, frame: pd.DataFrame, **options: Any) -> Extraction:  # noqa: ANN401 - Extraction's own
+        """Repeat this on another frame, to the end: the same blocks and precision, normalized by what was learned here.
+
+        Parameters
+        ----------
+        frame
+            The frame of the other images; its features get the same names.
+        **options
+            Options of the run, e.g. ``root``, ``batch_size``, or ``images`` where the column has another name.
+
+        Returns
+        -------
+        Extraction
+            Finished, as `extract` returns it. Features of an image are those that it would have had beside the rows
+            that were learned from: on one machine, to the bit.
+
+        Raises
+        ------
+        RequestError
+            Where this is not done, or cannot be repeated here, e.g. with other weights; it names the difference.
+
+        Examples
+        --------
+        >>> train = nbfeat.extract(frame, "ResNet50", normalize="standard")  # doctest: +SKIP
+        >>> test = train.like(other)  # doctest: +SKIP
+        """
+        return Extraction(frame, like=self, **options).run()
+
     def _prepare(self) -> Iterator[str]:
         """Make the networks ready, and room for what they give; now that widths are known, clashes are told."""
         if not self._images and all(part.is_sized for part in self.parts):
@@ -172,6 +213,8 @@ class Extraction:
         if not self._run.lanes:
             yield from self._run.open()
         if self.parts[-1].lane is None:
+            if self.repeats:
+                self._run.note(self.repeats.check([self._run.lanes[part.network] for part in self.parts]))
             for part in self.parts:
                 part.lane = self._run.lanes[part.network]
                 part.place_in(self._frame, replace=self._replace)

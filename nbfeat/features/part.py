@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.backbones.catalog import find
-from nbfeat.errors import RequestError
+from nbfeat.errors import RequestError, listing
 from nbfeat.features import memory, normalize
 from nbfeat.features.block import FeatureBlock
 from nbfeat.features.columns import Place, names, place, prefix_of
 from nbfeat.features.lane import Lane
 from nbfeat.features.network import Output, cut_of
+from nbfeat.features.recipe import PartRecipe, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -31,6 +32,7 @@ class Part:
     prefix: str
     network: int = 0  # which of the networks of the run its features come from
     lane: Lane | None = None  # that network, once it is open
+    repeats: PartRecipe | None = None  # of an earlier result, whose normalizer it takes
     normalizer: normalize.Normalizer | None = None
     rows: NDArray[np.float32] | None = None  # normalized
     replaced: bool = False  # whether the columns stood in the frame before
@@ -48,12 +50,14 @@ class Part:
     @property
     def raw_width(self) -> int:
         """Features per image before a projection."""
-        return self.output.width if self.output else find(self.block.backbone).width_at(self.block.alpha)
+        if self.output:
+            return self.output.width
+        return self.repeats.width if self.repeats else find(self.block.backbone).width_at(self.block.alpha)
 
     @property
     def is_sized(self) -> bool:
         """Whether its width is known, as it is not of a network of the user's own before that is built."""
-        return self.lane is not None or not find(self.block.backbone).is_own
+        return bool(self.lane or self.repeats) or not find(self.block.backbone).is_own
 
     @property
     def names(self) -> list[str]:
@@ -79,8 +83,11 @@ class Part:
         return self.lane.features[self.key][images] if self.lane else np.empty((0, self.raw_width), np.float32)
 
     def learn(self, rows: NDArray[np.float32], chosen: NDArray[np.bool_]) -> None:
-        """Learn the normalization from the `chosen` ones of the raw `rows`."""
-        self.normalizer = normalize.learn(self.block, rows, chosen) if len(rows) else None
+        """Learn the normalization from the `chosen` ones of the raw `rows`, or take what was learned before."""
+        if self.repeats:
+            self.normalizer = self.repeats.normalizer
+        else:
+            self.normalizer = normalize.learn(self.block, rows, chosen) if len(rows) else None
 
     def normalized(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the raw `rows` normalized, in their own memory where the width stays."""
@@ -108,3 +115,15 @@ def plan(blocks: Sequence[FeatureBlock], image_columns: Sequence[Hashable]) -> l
                 raise RequestError(message)
             parts.append(Part(block, column, prefix))
     return parts
+
+
+def plan_again(recipe: Recipe, image_columns: Sequence[Hashable]) -> list[Part]:
+    """Return the parts of an earlier result, made of `image_columns` in place of its own, in their order."""
+    if len(image_columns) != len(recipe.columns):
+        message = (
+            f"{recipe.source} has features of {listing(map(str, recipe.columns))}, and {len(image_columns):,} columns "
+            f"are named: give --images {len(recipe.columns):,} times, in that order."
+        )
+        raise RequestError(message)
+    now = dict(zip(recipe.columns, image_columns, strict=True))
+    return [Part(part.block, now[part.column], part.prefix, repeats=part) for part in recipe.parts]

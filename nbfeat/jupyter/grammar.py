@@ -3,6 +3,7 @@
 ::
 
     %extract   FRAME BACKBONE [options]
+    %extract   FRAME --like RESULT
     %%extract  FRAME [BACKBONE] [options]     and one feature block per line of the body
     %extract_cache [clear [features|networks|weights|all]]
 """
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbfeat.backbones.model_file import SUFFIXES
-from nbfeat.errors import RequestError, near, sentences
+from nbfeat.errors import RequestError, listing, near, sentences
 from nbfeat.features.block import BLOCK_OPTIONS, FeatureBlock, Option, WordParser, quoted, split_words
 from nbfeat.features.engines import PRECISIONS
 
@@ -24,6 +25,8 @@ RUN_OPTIONS: tuple[Option, ...] = (
     Option(name="root", metavar="FOLDER", default="the notebook's folder", help="where relative paths start"),
     Option(name="fit_on", metavar="QUERY", default="all rows",
            help="rows that learned normalizations learn from, e.g. \"split == 'train'\""),
+    Option(name="like", metavar="RESULT",
+           help="repeat an earlier result, by its name or its Parquet file: same blocks, nothing is learned"),
     Option(name="into", short="-o", metavar="NAME", default="FRAME",
            help="bind the new frame to NAME and leave FRAME as it is"),
     Option(name="batch_size", short="-b", metavar="N", default="auto", help="images per batch"),
@@ -38,7 +41,8 @@ RUN_OPTIONS: tuple[Option, ...] = (
 
 OPTIONS = (*BLOCK_OPTIONS, *RUN_OPTIONS)
 _BLOCK_NAMES = {option.name for option in BLOCK_OPTIONS}
-_FOR_EXTRACTION = ("images", "root", "fit_on", "batch_size", "device", "precision", "replace")
+_BESIDE_LIKE = ("root", "batch_size", "device")  # settings that say nothing of what is repeated
+_FOR_EXTRACTION = ("images", "root", "fit_on", "like", "batch_size", "device", "precision", "replace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,8 @@ def read(line: str, body: str | None, defaults: Mapping[str, Any]) -> Request | 
         written = line.split(maxsplit=1)[0]  # with its quotes
         message = f"The frame must be a name, not {written}. Give it one first: train = {written}."
         raise RequestError(message)
+    if "like" in given:
+        defaults = {name: value for name, value in defaults.items() if name in _BESIDE_LIKE}
     known = {**defaults, **given}
     run = {name: value for name, value in known.items() if name not in _BLOCK_NAMES and name != "backbone"}
     if not run.get("into", frame).isidentifier():
@@ -101,11 +107,21 @@ def read(line: str, body: str | None, defaults: Mapping[str, Any]) -> Request | 
         raise RequestError(message)
     block = {name: value for name, value in known.items() if name not in run}
     lines = [text for text in _unsilenced(body or "").splitlines() if split_words(text)]  # neither blank nor comment
+    if "like" in given:
+        _refuse_beside_like(str(given["like"]), [*rest, *(f"--{name}" for name in block)], lines)
+        return Request(frame, (), run, quiet)
     if not lines:
         return Request(frame, FeatureBlock.from_options(rest, block), run, quiet)
     if rest:
         block["backbone"] = FeatureBlock.from_options(rest, {})[0].backbone
     return Request(frame, tuple(found for text in lines for found in read_line(text, block)), run, quiet)
+
+
+def _refuse_beside_like(like: str, words: list[str], lines: list[str]) -> None:
+    if words or lines:
+        named = listing(words) if words else "the lines of the body"
+        message = f"--like repeats the blocks of {like}: leave {named} away."
+        raise RequestError(message)
 
 
 def read_line(text: str, defaults: Mapping[str, Any]) -> tuple[FeatureBlock, ...]:
@@ -170,6 +186,7 @@ def usage() -> str:
         "",
         "  %extract photos ResNet50 --images path",
         "  %extract photos VGG16 --layer block4_pool --pooling max --normalize l2",
+        "  %extract others --like result",
         "",
     ]
     for head, options in (("Options of a feature block", BLOCK_OPTIONS), ("Options of the run", RUN_OPTIONS)):
