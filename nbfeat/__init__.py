@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from nbfeat.features.extraction import Extraction as Extraction
     from nbfeat.features.extraction import extract as extract
     from nbfeat.features.layers import layers as layers
+    from nbfeat.features.parquet import read as read
+    from nbfeat.features.result import Result as Result
     from nbfeat.features.storage import storage as storage
 
 _PUBLIC = {
@@ -32,6 +34,8 @@ _PUBLIC = {
     "Extraction": "nbfeat.features.extraction",
     "FeatureBlock": "nbfeat.features.block",
     "layers": "nbfeat.features.layers",
+    "read": "nbfeat.features.parquet",
+    "Result": "nbfeat.features.result",
     "register_backbone": "nbfeat.backbones.registered",
     "storage": "nbfeat.features.storage",
     "NbfeatError": "nbfeat.errors",

@@ -7,6 +7,7 @@ as a network and run, so a folder that somebody else owns or may write to is not
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -82,16 +83,21 @@ def folder_written_whole(final: Path) -> Iterator[Path]:
         shutil.rmtree(made, ignore_errors=True)
 
 
+@contextmanager
+def file_written_whole(final: Path) -> Iterator[Path]:
+    """Give the name of a temporary file beside `final`; on success rename it there, on failure leave nothing."""
+    made = final.with_name(f".{final.name[:24]}-{secrets.token_hex(4)}")
+    try:
+        yield made
+        made.replace(final)
+    finally:
+        made.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write `text` to a temporary file beside `path` and rename it there."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:24]}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with file_written_whole(path) as made:
+        made.write_text(text, encoding="utf-8")
 
 
 _REMOTE = (

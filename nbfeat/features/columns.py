@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nbfeat.errors import RequestError, listing
+from nbfeat.errors import RequestError, listing, near, sentences
 from nbfeat.features.block import FeatureBlock
 
 if TYPE_CHECKING:
@@ -43,6 +43,19 @@ def names(prefix: str, width: int) -> list[str]:
     """Return the names of `width` columns, numbers padded with zeros, from ``prefix_0000`` on."""
     digits = max(DIGITS, len(str(width - 1)))
     return [f"{prefix}_{number:0{digits}d}" for number in range(width)]
+
+
+def spanned(columns: Sequence[str]) -> str:
+    """Name a block's columns from the first to the last: ``resnet50_0000 … 2047``."""
+    return f"{columns[0]} … {columns[-1].rpartition('_')[2]}" if len(columns) > 1 else columns[0]
+
+
+def block_called(prefix: str, prefixes: Collection[str]) -> str:
+    """Return `prefix` if it is one of the `prefixes` of a result, or raise RequestError with near ones."""
+    if prefix in prefixes:
+        return prefix
+    message = sentences(f"There is no block {prefix!r}.", near(prefix, prefixes), f"Blocks: {listing(prefixes)}.")
+    raise RequestError(message)
 
 
 def place(frame: pd.DataFrame, prefix: str, width: int, *, replace: bool) -> Place:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -20,14 +20,15 @@ from numpy.typing import NDArray
 
 from nbfeat import quiet
 from nbfeat.backbones.catalog import find
-from nbfeat.errors import ExtractionError, RequestError, listing, near, sentences
+from nbfeat.errors import ExtractionError, listing, sentences
 from nbfeat.features import engines, memory, network
 from nbfeat.features.block import FeatureBlock, whole
-from nbfeat.features.columns import attach
+from nbfeat.features.columns import attach, block_called
 from nbfeat.features.fit import PixelSpec
 from nbfeat.features.like import Like, to_repeat
 from nbfeat.features.part import plan, plan_again
 from nbfeat.features.pipeline import Timings
+from nbfeat.features.recipe import Recipe
 from nbfeat.features.request import Blocks, check_frame, read_blocks, rows_selected
 from nbfeat.features.run import Run
 from nbfeat.features.sources import image_column, name_of
@@ -97,7 +98,7 @@ class Extraction:
         *blocks: Blocks,
         images: Hashable | Sequence[Hashable] | None = None,
         fit_on: str | Sequence[bool] | None = None,
-        like: Extraction | Like | None = None,
+        like: Like | None = None,
         root: str | Path | None = None,
         replace: bool = False,
         batch_size: int | str = "auto",
@@ -360,12 +361,8 @@ class Extraction:
     def __getitem__(self, prefix: str) -> pd.DataFrame:
         """Return one block's columns."""
         index = self.frame.index
-        for part in self.parts:
-            if part.prefix == prefix:
-                return part.frame(index)
-        prefixes = [part.prefix for part in self.parts]
-        message = sentences(f"There is no block {prefix!r}.", near(prefix, prefixes), f"Blocks: {listing(prefixes)}.")
-        raise RequestError(message)
+        parts = {part.prefix: part for part in self.parts}
+        return parts[block_called(prefix, parts)].frame(index)
 
     @property
     def ok(self) -> pd.Series:
@@ -413,6 +410,38 @@ class Extraction:
             "numerics": network.NUMERICS,
             "versions": {name: version(name) for name in LIBRARIES},
         }
+
+    @property
+    def fitted(self) -> Recipe:
+        """What `like` repeats: the blocks with all that decides their numbers, and what they learned."""
+        return Recipe.of(self)
+
+    def to_parquet(self, path: str | Path, without: Collection[Hashable] = ()) -> None:
+        """Write the frame to a Parquet file, with the recipe and what was learned, so that it can be repeated.
+
+        Any reader of Parquet reads it as a table; `nbfeat.read` and `like` read the rest, too. It is written whole or
+        not at all.
+
+        Parameters
+        ----------
+        path
+            The file; one that is there is replaced.
+        without
+            Columns of the given frame to leave out, e.g. one of PIL images, which Parquet cannot hold.
+
+        Raises
+        ------
+        RequestError
+            Where Parquet cannot hold a column, naming it, or what was learned is too large to travel.
+
+        Examples
+        --------
+        >>> result.to_parquet("train.parquet")  # doctest: +SKIP
+        >>> nbfeat.extract(others, like="train.parquet")  # doctest: +SKIP
+        """
+        from nbfeat.features import parquet  # noqa: PLC0415 - only where it is needed
+
+        parquet.write(path, self.frame, self.fitted, self.failures, without)
 
     def __repr__(self) -> str:
         """Return the report as text."""

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, TypeGuard
 
 from nbfeat.errors import RequestError, listing
 from nbfeat.features.recipe import Recipe
 
-if TYPE_CHECKING:
-    from nbfeat.features.extraction import Extraction
 
-Like: TypeAlias = "Recipe"
+class Repeatable(Protocol):
+    """A result that is done."""
+
+    @property
+    def fitted(self) -> Recipe:
+        """What it takes to repeat it."""
+
+
+Like: TypeAlias = "Repeatable | Recipe | str | Path"
 
 
 def to_repeat(
-    like: Extraction | Like | None,
+    like: Like | None,
     *,
     blocks: Sequence[object],
     fit_on: object,
@@ -42,11 +50,23 @@ def to_repeat(
     return recipe
 
 
-def recipe_of(like: Extraction | Like) -> Recipe:
-    """Return the recipe of an Extraction that is done."""
+def recipe_of(like: object) -> Recipe:
+    """Return the recipe of a result that is done, or of one in a Parquet file that nbfeat wrote."""
     if isinstance(like, Recipe):
         return like
-    if hasattr(like, "steps"):
-        return Recipe.of(like)
-    message = f"--like takes an Extraction that is done, or a Recipe, not {type(like).__name__}."
+    if isinstance(like, str | os.PathLike):
+        from nbfeat.features.parquet import read_recipe  # noqa: PLC0415 - only where a file is given
+
+        return read_recipe(Path(like))
+    if is_result(like):
+        return like.fitted
+    message = (
+        f"--like takes a result of nbfeat, or a Parquet file that one was written to, not {type(like).__name__}. "
+        "Keep a result with `result = %extract …` or `result = nbfeat.extract(…)`."
+    )
     raise RequestError(message)
+
+
+def is_result(value: object) -> TypeGuard[Repeatable]:
+    """Tell whether `value` is a result: an Extraction, or what `nbfeat.read` gives."""
+    return hasattr(type(value), "fitted") and type(value).__module__.startswith("nbfeat.")

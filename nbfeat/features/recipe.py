@@ -53,13 +53,16 @@ class PartRecipe:
         here = {**lane.kept[self.key].decides, "width": lane.outputs[self.key].width}
         there = {**self.decides, "width": self.width}
         for name in sorted({*here, *there} - SLIGHT):
-            if there.get(name) != here.get(name):
-                message = (
-                    f"{source} cannot be repeated: for {self.prefix}, {name.replace('_', ' ')} was "
-                    f"{_shown(there.get(name))} then and is {_shown(here.get(name))} now. Bring back what there was, "
-                    "or extract both frames anew."
-                )
-                raise RequestError(message)
+            if there.get(name) == here.get(name):
+                continue
+            was, now = _shown(there.get(name)), _shown(here.get(name))
+            if name == "weights":
+                was, now = f"{self.weights.name} ({was})", f"{lane.weights.name} ({now})"
+            message = (
+                f"{source} cannot be repeated: {self.prefix} was made with {name.replace('_', ' ')} {was}, and here it "
+                f"would be {now}. Bring back what there was, or extract both frames anew."
+            )
+            raise RequestError(message)
 
     def slight_differences(self, lane: Lane) -> list[str]:
         """Say what is another here in ways that change the numbers slightly."""
@@ -142,5 +145,8 @@ def _of_part(part: Part) -> PartRecipe:
 
 
 def _shown(value: object) -> str:
-    """Return a hash by its first digits, any other value as it is."""
-    return f"SHA-256 {value[:_SHOWN]}…" if isinstance(value, str) and len(value) == _HASH else repr(value)
+    """Return a hash by its first digits, any other value as it is, unless it is long."""
+    if isinstance(value, str) and len(value) == _HASH:
+        return f"SHA-256 {value[:_SHOWN]}…"
+    text = repr(value)
+    return text if len(text) <= _HASH else text[:_HASH] + "…"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nbfeat.backbones.catalog import find
 from nbfeat.backbones.model_file import NAME, SUFFIXES
 from nbfeat.errors import listing
+from nbfeat.features.columns import spanned
 from nbfeat.html import Html, details, escape, paragraph, table, text_table
 
 if TYPE_CHECKING:
@@ -68,10 +69,9 @@ def _block(part: Part, cached: int) -> tuple[str, int, str]:
         steps.append(block.normalize)
     if block.components:
         steps.append(f"PCA to {block.components:,}")
-    columns = f"{names[0]} … {names[-1].rpartition('_')[2]}" if len(names) > 1 else names[0]
     told = ["replaced"] if part.replaced else []
     told += [f"{part.lane.cached:,} from the cache"] if part.lane and part.lane.cached > cached else []
-    return columns + (f" ({', '.join(told)})" if told else ""), len(names), " → ".join(steps)
+    return spanned(names) + (f" ({', '.join(told)})" if told else ""), len(names), " → ".join(steps)
 
 
 def title_of(block: FeatureBlock) -> str:
@@ -94,7 +94,11 @@ def _notes(extraction: Extraction) -> list[str]:
     if equal := extraction.equal:
         notes.append(f"{equal:,} images are equal to others and share their features.")
     learned = [part.prefix for part in extraction.parts if part.block.is_learned]
-    if learned and extraction.fit_rows is None:
+    if extraction.repeats:
+        are = "is" if len(learned) == 1 else "are"
+        taken = f": {listing(learned)} {are} normalized by what was learned there, and" if learned else ";"
+        notes.append(f"Repeats {extraction.repeats.source}{taken} nothing was learned from these rows.")
+    elif learned and extraction.fit_rows is None:
         notes.append(
             f"{listing(learned)}: normalization learned from all rows, those you may test on included; "
             "name the training rows with --fit-on."
@@ -139,12 +143,12 @@ def text(report: dict[str, Any]) -> str:
     """Draw the report as plain text."""
     lines = [headline(report)]
     if report["blocks"]:
-        lines.append(_indented(text_table(report["blocks"], HEAD)))
+        lines.append(indented(text_table(report["blocks"], HEAD)))
     else:
         lines += [f"  {block}" for block in report["planned"]]
     if report["failed"]:
         rows = [(position, image, shorten(reason)) for position, image, reason in report["failures"]]
-        lines += [failed(report), _indented(text_table(rows, ("row", "image", "reason")))]
+        lines += [failed(report), indented(text_table(rows, ("row", "image", "reason")))]
     return "\n".join([*lines, *report["notes"], footer(report)])
 
 
@@ -170,5 +174,6 @@ def shorten(text: str) -> str:
     return text if len(text) <= REASON_SHOWN else text[: REASON_SHOWN - 1] + "…"
 
 
-def _indented(text: str) -> str:
+def indented(text: str) -> str:
+    """Set every line of `text` in by two spaces."""
     return "\n".join("  " + line for line in text.splitlines())

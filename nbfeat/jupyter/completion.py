@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
@@ -13,7 +14,7 @@ from nbfeat.errors import NbfeatError
 from nbfeat.features.block import BLOCK_OPTIONS, Option, quoted
 from nbfeat.features.layers import known_layers, spec_of
 from nbfeat.home import HomeError
-from nbfeat.jupyter.grammar import OPTIONS
+from nbfeat.jupyter.grammar import OPTIONS, PARQUET, results_among
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
@@ -62,6 +63,8 @@ def _values_of(option: Option, words: list[str], first: list[str], names: Mappin
         return [quoted(str(column)) for column in frame.select_dtypes(exclude="number").columns]  # type: ignore[union-attr]
     if option.name == "layer":
         return _layers([*words, *first])
+    if option.name == "like":
+        return [*results_among(names), *(quoted(file.name) for file in sorted(Path().glob(f"*{PARQUET}")))]
     return list(_VALUES.get(option.name, ()))
 
 

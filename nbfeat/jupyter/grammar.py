@@ -11,13 +11,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nbfeat.backbones.model_file import SUFFIXES
 from nbfeat.errors import RequestError, listing, near, sentences
 from nbfeat.features.block import BLOCK_OPTIONS, FeatureBlock, Option, WordParser, quoted, split_words
 from nbfeat.features.engines import PRECISIONS
+from nbfeat.features.extraction import Extraction
+from nbfeat.features.like import is_result, recipe_of
+from nbfeat.features.recipe import Recipe
 
 RUN_OPTIONS: tuple[Option, ...] = (
     Option(name="images", short="-i", metavar="COLUMN", repeat=True, default="the one that looks like images",
@@ -39,6 +42,7 @@ RUN_OPTIONS: tuple[Option, ...] = (
     Option(name="help", short="-h", switch=True, help="show this"),
 )  # fmt: skip
 
+PARQUET = ".parquet"
 OPTIONS = (*BLOCK_OPTIONS, *RUN_OPTIONS)
 _BLOCK_NAMES = {option.name for option in BLOCK_OPTIONS}
 _BESIDE_LIKE = ("root", "batch_size", "device")  # settings that say nothing of what is repeated
@@ -227,3 +231,24 @@ def check_name(name: str, known: Mapping[str, Any]) -> Any:  # noqa: ANN401 - wh
         )
         raise RequestError(message)
     return known[name]
+
+
+def result_called(name: str, known: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of the result that has this `name` in a notebook, or of the Parquet file of that name."""
+    if name in known and is_result(known[name]):
+        value = known[name]
+        return Recipe.of(value, name) if isinstance(value, Extraction) else replace(value.fitted, source=name)
+    if name.endswith(PARQUET):
+        return recipe_of(name)
+    results = results_among(known)
+    hint = near(name, results) or (f"Results here: {listing(results)}." if results else "")
+    what = f"{name} is a {type(known[name]).__name__}, not a result." if name in known else ""
+    what = what or f"There is no {name!r} in this notebook."
+    way = "--like takes the name that `result = %extract …` gave, or a .parquet file that a result was written to."
+    message = sentences(what, hint, way)
+    raise RequestError(message)
+
+
+def results_among(known: Mapping[str, Any]) -> list[str]:
+    """Return the names of results in a notebook."""
+    return sorted(name for name, value in known.items() if is_result(value) and not name.startswith("_"))

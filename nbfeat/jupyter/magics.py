@@ -99,7 +99,10 @@ class ExtractMagics(Magics):
             print(grammar.usage())  # noqa: T201 - what -h does
             return None
         frame = grammar.check_name(request.frame, names)
-        extraction = Extraction(frame, request.blocks, **{"cache": self.cache, **request.for_extraction})
+        options = {"cache": self.cache, **request.for_extraction}
+        if "like" in options:
+            options["like"] = grammar.result_called(options["like"], names)
+        extraction = Extraction(frame, *request.blocks, **options)
         with Live(request.frame, quiet=request.quiet or self.quiet) as live:
             try:
                 with closing(extraction.steps()) as steps:

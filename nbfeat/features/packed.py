@@ -1,0 +1,169 @@
+"""A Recipe and its failures as one text, and back: JSON, arrays as base64; whatever is read is checked first."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Iterable
+from dataclasses import fields
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbfeat.backbones.weights import Loaded
+from nbfeat.errors import RequestError, listing
+from nbfeat.features.block import FeatureBlock
+from nbfeat.features.engines import PRECISIONS
+from nbfeat.features.memory import shown
+from nbfeat.features.normalize import Normalizer
+from nbfeat.features.recipe import PartRecipe, Recipe
+
+FORMAT = 1  # raised whenever what older versions of nbfeat read would mean something else
+LARGEST = 64_000_000  # bytes; readers of Parquet refuse 100 million in one entry of the footer
+
+
+class Failure(NamedTuple):
+    """An image that gave no features."""
+
+    position: int
+    column: str
+    image: str
+    reason: str
+
+
+class UnreadableError(ValueError):
+    """The text is not what `pack` writes; its message says what of it."""
+
+
+def pack(recipe: Recipe, failures: Iterable[Failure]) -> str:
+    """Write a recipe and failures as text.
+
+    Raises
+    ------
+    RequestError
+        Where it is too long for a footer, naming what takes most.
+    """
+    parts, lost = [_packed(part) for part in recipe.parts], list(failures)
+    whole = {
+        "format": FORMAT,
+        "recipe": dict(recipe.told),
+        "precision": recipe.precision,
+        "parts": parts,
+        "failures": lost,
+    }
+    text = json.dumps(whole)
+    if len(text) > LARGEST:
+        sizes = {part["prefix"]: len(json.dumps(part)) for part in parts}
+        largest = max(sizes, key=lambda prefix: sizes[prefix])
+        message = (
+            f"What {listing(sizes)} learned and {len(lost):,} failures take {shown(len(text))} "
+            f"({largest}: {shown(sizes[largest])}), more than the {shown(LARGEST)} that a Parquet file should carry "
+            f"beside its columns. Use fewer --components, or --pooling avg; or write result.frame without the recipe: "
+            "result.frame.to_parquet(path)."
+        )
+        raise RequestError(message)
+    return text
+
+
+def unpack(text: bytes, source: str) -> tuple[Recipe, list[Failure]]:
+    """Read what `pack` wrote.
+
+    Raises
+    ------
+    UnreadableError
+        Where anything of it is not so: nothing of a text from elsewhere is taken on trust.
+    """
+    try:
+        whole = json.loads(text)
+        _check_format(whole["format"])
+        parts = tuple(map(_unpacked, whole["parts"]))
+        _expect(bool(parts) and len({part.prefix for part in parts}) == len(parts), "the prefixes of its blocks")
+        _expect(whole["precision"] in PRECISIONS, "its precision")
+        told = whole["recipe"]
+        _expect(isinstance(told, dict) and _are(told["engines"], str), "its engines")
+        failures = [_failure(*row) for row in whole["failures"]]
+    except UnreadableError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        message = f"what it says of its features cannot be read ({type(error).__name__})"
+        raise UnreadableError(message) from error
+    return Recipe(parts, whole["precision"], told, source), failures
+
+
+def _check_format(number: object) -> None:
+    _expect(type(number) is int and number > 0, "its format")
+    if number != FORMAT:
+        message = f"it was written by a newer nbfeat (format {number}, this one reads {FORMAT})"
+        raise UnreadableError(message)
+
+
+def _packed(part: PartRecipe) -> dict[str, Any]:
+    arrays = {field.name: getattr(part.normalizer, field.name) for field in fields(Normalizer)}
+    unit_length = arrays.pop("unit_length")
+    return {
+        "block": str(part.block),
+        "images": str(part.column),
+        "prefix": part.prefix,
+        "width": part.width,
+        "weights": {"name": part.weights.name, "sha256": part.weights.sha256},
+        "decides": dict(part.decides),
+        "unit_length": unit_length,
+        "arrays": {name: _text_of(array) for name, array in arrays.items() if array is not None},
+    }
+
+
+def _unpacked(values: dict[str, Any]) -> PartRecipe:
+    blocks = FeatureBlock.parse(values["block"])
+    prefix, width, column, decides = values["prefix"], values["width"], values["images"], values["decides"]
+    _expect(len(blocks) == 1 and _are([prefix, column], str), "one of its blocks")
+    _expect(type(width) is int and width > 0, "the width of a block")
+    weights = Loaded(**values["weights"])
+    _expect(_are([weights.name, weights.sha256], str) and isinstance(decides, dict), "the weights of a block")
+    normalizer = _normalizer(blocks[0], width, values["unit_length"], values["arrays"])
+    return PartRecipe(blocks[0], column, prefix, width, weights, decides, normalizer)
+
+
+def _normalizer(block: FeatureBlock, width: int, unit_length: object, arrays: dict[str, Any]) -> Normalizer:
+    """Read what a block learned; the arrays are those that `normalize.learn` makes for it, and of its width."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    if block.normalize in {"standard", "minmax"}:
+        shapes.update(shift=(width,), stretch=(width,))
+    if block.components is not None:
+        shapes.update(center=(width,), axes=(block.components, width))
+    _expect(unit_length is (block.normalize == "l2"), f"the normalization of `{block}`")
+    _expect(arrays.keys() == shapes.keys(), f"what `{block}` learned")
+    read = {name: _array_of(arrays[name], shape, f"{name} of `{block}`") for name, shape in shapes.items()}
+    return Normalizer(unit_length=block.normalize == "l2", **read)
+
+
+def _text_of(array: NDArray[np.floating[Any]]) -> dict[str, Any]:
+    data = np.ascontiguousarray(array, "<f4").tobytes()
+    return {"shape": list(array.shape), "float32": base64.b64encode(data).decode("ascii")}
+
+
+def _array_of(values: dict[str, Any], shape: tuple[int, ...], what: str) -> NDArray[np.float32]:
+    _expect(values["shape"] == list(shape), f"the shape of {what}")
+    try:
+        data = base64.b64decode(values["float32"], validate=True)
+    except binascii.Error:
+        data = b""
+    _expect(len(data) == 4 * prod(shape), f"the numbers in {what}")
+    return np.frombuffer(data, "<f4").astype(np.float32).reshape(shape)
+
+
+def _failure(position: object, *texts: object) -> Failure:
+    _expect(type(position) is int and len(texts) == len(Failure._fields) - 1 and _are(texts, str), "its failures")
+    return Failure(position, *texts)  # type: ignore[arg-type]  # checked above
+
+
+def _are(values: Iterable[object], kind: type) -> bool:
+    return all(isinstance(value, kind) for value in values)
+
+
+def _expect(fits: bool, what: str) -> None:  # noqa: FBT001 - an assertion by another name
+    if not fits:
+        message = f"{what} cannot be what nbfeat wrote"
+        raise UnreadableError(message)
