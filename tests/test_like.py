@@ -22,6 +22,7 @@ from nbfeat.backbones.weights import Loaded
 from nbfeat.features import engines, network
 from nbfeat.features.network import Output
 from nbfeat.features.normalize import Normalizer
+from nbfeat.jupyter import grammar
 from tests import fake
 from tests.faces import LineMagic, same
 
@@ -350,8 +351,16 @@ def test_settings_of_the_notebook_do_not_change_what_is_repeated(
         for name in settings:
             magics.set_trait(name, "")
     same(result.features, names["first"].like(test).features)
+    assert not magics.has_trait("like")
     assert names["test"] is test
     assert names["repeated"] is result.frame
+
+
+def test_the_cell_that_repeats_reads_back_from_its_text() -> None:
+    request = grammar.read("photos --like 'last week.parquet' --into more --root '~/my photos'", None, {})
+    head, _, body = str(request).partition("\n")
+    assert head == "%%extract photos --root '~/my photos' --like 'last week.parquet' --into more"
+    assert grammar.read(head.removeprefix("%%extract "), body, {}) == request
 
 
 def test_tab_offers_results_and_their_files(shell_here: InteractiveShell, train: pd.DataFrame) -> None:

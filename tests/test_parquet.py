@@ -120,6 +120,12 @@ def test_names_that_parquet_cannot_hold_are_refused(photos: pd.DataFrame, file: 
         assert "7" not in nbfeat.read(file).frame
 
 
+def test_an_index_that_parquet_cannot_hold_is_refused(photos: pd.DataFrame, file: Path) -> None:
+    photos.index = pd.Index([*range(19), ("a", "b")], dtype=object)
+    with pytest.raises(RequestError, match=r"cannot hold this frame: .*Change it and extract again"):
+        extract(photos, BLOCK, images="path").to_parquet(file)
+
+
 def test_an_empty_result_of_a_repeated_one_travels(result: Extraction, photos: pd.DataFrame, file: Path) -> None:
     empty = result.like(photos.iloc[:0])
     empty.to_parquet(file)
