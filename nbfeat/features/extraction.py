@@ -193,7 +193,7 @@ class Extraction:
         -------
         Extraction
             Finished, as `extract` returns it. Features of an image are those that it would have had beside the rows
-            that were learned from: on one machine, to the bit.
+            that were learned from: on the CPU of one machine, to the bit.
 
         Raises
         ------
