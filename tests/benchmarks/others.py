@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from typing import Any
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -21,12 +22,18 @@ KEPT: dict[str, Any] = {}
 
 def keras_model(backbone: str, weights: str) -> tuple[Any, Any]:
     """Return a Keras model with average pooling, and how its pixels are prepared."""
-    applications: Any = importlib.import_module("keras").applications
+    keras: Any = importlib.import_module("keras")
+    row = CATALOG[backbone]
+    if row.package != "keras.applications":  # nbfeat's own, whose speed does not depend on the weights
+        if backbone not in KEPT:
+            network = importlib.import_module(f"{row.package}.{row.module}").build(row.size)
+            KEPT[backbone] = keras.Sequential([network, keras.layers.GlobalAveragePooling2D()])
+        return KEPT[backbone], partial(keras.applications.imagenet_utils.preprocess_input, mode=row.scaling)
     if backbone not in KEPT:
-        KEPT[backbone] = getattr(applications, backbone)(
+        KEPT[backbone] = getattr(keras.applications, backbone)(
             include_top=False, pooling="avg", weights=None if weights == "random" else weights
         )
-    return KEPT[backbone], getattr(applications, CATALOG[backbone].module).preprocess_input
+    return KEPT[backbone], getattr(keras.applications, row.module).preprocess_input
 
 
 def tutorial(files: list[str], backbone: str, weights: str) -> None:
@@ -52,6 +59,9 @@ def timm(files: list[str], backbone: str, precision: str) -> None:
     """Load with Pillow, run PyTorch and timm in batches of 32, channels last."""
     torch: Any = importlib.import_module("torch")
     names = {"MobileNetV2": "mobilenetv2_100", "ResNet50": "resnet50", "VGG16": "vgg16"}
+    if backbone not in names:
+        message = f"timm has no {backbone}"
+        raise ImportError(message, name=message)
     if f"timm {backbone}" not in KEPT:
         made = importlib.import_module("timm").create_model(names[backbone], pretrained=False, num_classes=0)
         KEPT[f"timm {backbone}"] = made.eval().to(memory_format=torch.channels_last)

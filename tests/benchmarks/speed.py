@@ -40,7 +40,8 @@ from tests.conftest import DATA, ROOT
 
 ONE_AT_A_TIME = 40  # images for the tutorial loop, which needs no more to be measured
 MEASURED: tuple[Precision, ...] = ("float32", "bfloat16")
-WEIGHTS = {"MobileNetV2": "imagenet"}  # the test data have no others; the network's speed does not depend on them
+# The test data have no others; the speed of a network does not depend on them.
+WEIGHTS = {"MobileNetV2": "imagenet", "Pocket": "bundled"}
 
 
 class Others:
@@ -203,6 +204,7 @@ def measure(backbone: str, files: list[str], rounds: int, others: Others) -> lis
             whole, steady = ours(files, backbone, precision)
             limit = available_cores() / (decoding + running)
             rates |= {
+                f"decoding alone {precision}": available_cores() / decoding,
                 f"limit {precision}": limit,
                 f"nbfeat {precision}, warm": whole,
                 f"nbfeat {precision}, steady": steady,
@@ -212,7 +214,9 @@ def measure(backbone: str, files: list[str], rounds: int, others: Others) -> lis
             if rate is not None and loop:
                 found.setdefault(way, []).append(rate)
                 found.setdefault(f"{way} ×", []).append(rate / loop)
-    missing: list[tuple[str, ...]] = [] if "timm float32" in found else [("PyTorch and timm", "not installed", "", "")]
+    missing: list[tuple[str, ...]] = []
+    if "timm float32" not in found:
+        missing.append(("PyTorch and timm", "not installed, or without this network", "", ""))
     rows: list[tuple[str, ...]] = []
     for way in [way for way in found if not way.endswith("×")]:
         share = f"{median(shares[way]):.0%} of the limit" if way in shares else ""
