@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from nbfeat.features.parquet import read as read
     from nbfeat.features.result import Result as Result
     from nbfeat.features.storage import storage as storage
+    from nbfeat.features.transformer import ImageFeatures as ImageFeatures
 
 _PUBLIC = {
     "extract": "nbfeat.features.extraction",
     "Extraction": "nbfeat.features.extraction",
     "FeatureBlock": "nbfeat.features.block",
+    "ImageFeatures": "nbfeat.features.transformer",
     "layers": "nbfeat.features.layers",
     "read": "nbfeat.features.parquet",
     "Result": "nbfeat.features.result",

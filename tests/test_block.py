@@ -144,6 +144,22 @@ def test_the_table_of_options_is_what_every_face_has() -> None:
         assert option.flag in grammar.usage()
 
 
+def test_the_transformer_has_the_same_options_or_a_block_says_them() -> None:
+    parameters = inspect.signature(nbfeat.ImageFeatures).parameters
+    run = {"images", "precision", "device", "batch_size", "cache"}
+    block = {"layer", "pooling", "normalize", "components", "weights"}
+    assert set(parameters) == {"blocks", "on_failure", *run, *block}
+    assert block <= {option.name for option in BLOCK_OPTIONS}
+    of_extraction = inspect.signature(Extraction).parameters
+    for name in run:
+        assert parameters[name].default == of_extraction[name].default, name
+    for option in BLOCK_OPTIONS:
+        if option.name in block:
+            default = parameters[option.name].default
+            assert default is None or default == option.default, option.name
+            assert not option.choices or default in option.choices
+
+
 def test_no_two_options_share_a_spelling() -> None:
     spellings = [flag for option in grammar.OPTIONS for flag in option.flags]
     assert len(spellings) == len(set(spellings))
