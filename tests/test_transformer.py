@@ -196,6 +196,11 @@ def test_columns_are_those_of_fit(photos: pd.DataFrame) -> None:
         both.transform(photos[["path"]].to_numpy())
     with pytest.raises(RequestError, match=r"no column pth.*Did you mean path"):
         ImageFeatures(BLOCK, images="pth").fit(photos)
+    with pytest.raises(RequestError, match="no column path"):
+        ImageFeatures(BLOCK, images="path").fit(photos[["path"]].set_axis([0], axis=1))
+    for images in ("path", ["path"]):  # which only a frame has
+        without_names = ImageFeatures(BLOCK, images=images).fit(photos["path"].rename(("a", "b")))
+        np.testing.assert_array_equal(without_names.transform(list(photos["path"])), rows[:, :48])
 
 
 # Parameters
@@ -467,7 +472,7 @@ def test_a_network_that_gives_other_features_is_refused(
 
         monkeypatch.setattr(FakeOpening, "__init__", other)
     computed = FakeEngine.computed
-    with pytest.raises(RequestError, match=rf"fitted ImageFeatures cannot be repeated: for mobilenet, {change} was"):
+    with pytest.raises(RequestError, match=rf"The fitted ImageFeatures cannot be repeated.* mobilenet.* {change}"):
         model.transform(photos["path"])
     assert FakeEngine.computed == computed
     assert model.fit(photos["path"]).transform(photos["path"]).shape == (20, 48)

@@ -169,18 +169,16 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
 
     def _learn(self, X: Any) -> Extraction:  # noqa: ANN401, N803
         """Run over X, keep what was learned, and return the run."""
-        one_of(ON_FAILURE, "on_failure")(self.on_failure)
         table = _table(X)
         if not len(table):
             message = "X has no rows: there is no image to learn from."
             raise RequestError(message)
         _validate(self, X, table, reset=True)
-        if isinstance(self.images, list | tuple):
-            columns = [image_column(table, column) for column in self.images]
-        elif table.shape[1] == 1 and (self.images is None or not hasattr(self, "feature_names_in_")):
-            columns = list(table.columns)
+        asked = self.images if isinstance(self.images, list | tuple) else [self.images]
+        if table.shape[1] == len(asked) == 1 and (asked[0] is None or table is not X):  # there is no name to ask for
+            columns: list[Hashable] = list(table.columns)
         else:
-            columns = [image_column(table, self.images)]
+            columns = [image_column(table, column) for column in asked]
         given = {name: getattr(self, name) for name, value in _BLOCK_DEFAULTS.items() if getattr(self, name) != value}
         extraction = self._run(table[columns], self.blocks, precision=self.precision, **given)
         self._places = {column: [*table.columns].index(column) for column in columns}
@@ -190,6 +188,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
 
     def _run(self, frame: pd.DataFrame, *blocks: Blocks, **options: Any) -> Extraction:  # noqa: ANN401 - Extraction's
         """Run over the images in all columns of `frame`; rows that fail may stay NaN, also all of a `transform`."""
+        one_of(ON_FAILURE, "on_failure")(self.on_failure)
         run = {"device": self.device, "batch_size": self.batch_size, "cache": self.cache, **options}
         extraction = Extraction(frame, *blocks, images=list(frame.columns), **run)
         try:
@@ -211,7 +210,7 @@ def _table(X: Any) -> pd.DataFrame:  # noqa: ANN401, N803
     import pandas as pd  # noqa: PLC0415 - as everywhere in nbfeat
 
     if isinstance(X, pd.Series):
-        return X.to_frame()
+        return X.to_frame(X.name if isinstance(X.name, str) else "image")
     if isinstance(X, pd.DataFrame) or hasattr(X, "to_pandas"):
         check_frame(X)
         return X  # type: ignore[no-any-return]
