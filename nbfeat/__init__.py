@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nbfeat.errors import NetworkError as NetworkError
     from nbfeat.errors import RequestError as RequestError
     from nbfeat.errors import WeightsError as WeightsError
+    from nbfeat.explore.compare import compare as compare
     from nbfeat.features.block import FeatureBlock as FeatureBlock
     from nbfeat.features.extraction import Extraction as Extraction
     from nbfeat.features.extraction import extract as extract
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "extract": "nbfeat.features.extraction",
     "Extraction": "nbfeat.features.extraction",
+    "compare": "nbfeat.explore.compare",
     "FeatureBlock": "nbfeat.features.block",
     "ImageFeatures": "nbfeat.features.transformer",
     "layers": "nbfeat.features.layers",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,5 +102,6 @@ class FakeOpening:
     def __iter__(self) -> Iterator[str]:
         yield f"opening a pretended {self.spec.backbone}"
 
-    def start(self) -> FakeEngine:
-        return FakeEngine(self.spec, self.batch_size)
+    def start(self, only: str | None = None) -> FakeEngine:
+        cuts = tuple(cut for cut in self.spec.cuts if only in {None, cut.key})
+        return FakeEngine(replace(self.spec, cuts=cuts), self.batch_size)

@@ -268,8 +268,20 @@ def without_openvino(*_: str) -> dict[str, Any]:
 
     store.run_child = refuse
     nbfeat.register_backbone("MyNet", lambda size: build_with(8, size), input_size=SIZE, scaling="none")
-    results = [nbfeat.extract(frame_of(SIZE), "MyNet", images="image") for _ in range(2)]
-    return {"report": repr(results[0]), "cached": [result.cached for result in results]}
+    blocks = ["MyNet", "MyNet --layer conv"]
+    results = [nbfeat.extract(frame_of(SIZE, 3), blocks, images="image") for _ in range(2)]
+    lane: Any = results[0].parts[1].lane
+    alone = lane.opening.start("conv:default")
+    buffer = alone.buffer()
+    buffer[:3] = pixels(SIZE, 3)
+    alone.submit(buffer, 3)
+    vectors = alone.collect()
+    return {
+        "report": repr(results[0]),
+        "cached": [result.cached for result in results],
+        "alone": list(vectors),
+        "differs": float(abs(vectors["conv:default"] - results[0]["mynet_conv"].to_numpy()).max()),
+    }
 
 
 def layouts(folder: str, *names: str) -> dict[str, Any]:

@@ -36,6 +36,8 @@ from nbfeat.features.sources import image_column, name_of
 if TYPE_CHECKING:
     import pandas as pd
 
+    from nbfeat.features.part import Part
+
 State = Literal["new", "running", "stopped", "failed", "done"]
 LARGEST_BATCH = 4096
 FIRST_REASONS = 3
@@ -387,6 +389,38 @@ class Extraction:
             "reason": [self._run.progress.reasons[row] for row in found],
         }
         return pd.DataFrame(table, index=self._frame.index.take(np.array(positions, int)))
+
+    def before_normalization(self) -> Extraction:
+        """Return an Extraction, not yet run, of the same images and the blocks that learn a normalization, without it.
+
+        What can be comes from the cache, since features are kept as they are before any normalization. Blocks beside
+        those in one network come along, since an engine may keep features by all that a network gives.
+        """
+        import pandas as pd  # noqa: PLC0415 - `import nbfeat` stays light
+
+        networks = {part.network for part in self.parts if part.block.is_learned}
+        asked = dict.fromkeys(part.block for part in self.parts if part.network in networks)
+        blocks = [replace(block, normalize="none", components=None) for block in asked]
+        images = {column: self._images[self._images_of(column)] for column in self._columns}
+        return Extraction(
+            pd.DataFrame(images, dtype=object),
+            blocks,
+            images=self._columns,
+            root=self._root,
+            replace=True,
+            batch_size=self._run.batch_size or "auto",
+            device=self._run.device,
+            precision=self.precision,
+            cache=self._run.uses_cache,
+        )
+
+    def speed_of(self, part: Part) -> float:
+        """Measure how many images per second go from file to features of `part` alone, without the cache."""
+        from nbfeat.features.speed import images_per_second  # noqa: PLC0415 - seldom needed
+
+        good = np.flatnonzero(self._ok_in(part.column)) + self._images_of(part.column).start
+        assert part.lane is not None  # noqa: S101 - it is finished
+        return images_per_second(part.lane, part.key, [self._images[at] for at in good], self._root)
 
     @property
     def profile(self) -> dict[str, Any]:

@@ -44,14 +44,14 @@ class Run:
         self.notes: list[str] = []
         self.lanes: list[Lane] = []
         self.keeps = False  # whether what is finished is in the cache
-        self._uses_cache = cache and bool(images)
+        self.uses_cache = cache and bool(images)
         self._cache = Cache(None)
         self._seen: dict[bytes, int] = {}
 
     @contextmanager
     def caching(self) -> Iterator[None]:
         """Open the cache for the block, and let it go after it."""
-        if not self._uses_cache:
+        if not self.uses_cache:
             yield
             return
         self._cache = Cache.at_home(decoders())

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from nbfeat import quiet
 from nbfeat.backbones.weights import Loaded, digest
 from nbfeat.errors import NetworkError, RequestError, WeightsError
-from nbfeat.features.network import Base, NetworkSpec, Output
+from nbfeat.features.network import Base, Cut, NetworkSpec, Output
 
 Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
@@ -127,8 +127,8 @@ class Opening:
         if self.precision != "float32":
             # In float32 a cut gives the same to the bit beside any others; in fewer bits fusing shows.
             self.numbers["beside"] = [cut.key for cut in self.spec.cuts]
-        self._start: Callable[[], Engine] = lambda: openvino.OpenVINOEngine(
-            stored, precision=self.precision, batch_size=self.batch_size
+        self._start: Callable[[str | None], Engine] = lambda only: openvino.OpenVINOEngine(
+            stored, precision=self.precision, batch_size=self.batch_size, only=only
         )
 
     def _for_keras(self, base: Base | None = None) -> Iterator[str]:
@@ -140,16 +140,23 @@ class Opening:
         spec, _held = yield from located(self.spec)
         if base is None:
             yield f"building {spec.title} in Keras"
-        engine = KerasEngine(spec, device=self.device, precision=self.precision, batch_size=self._asked_size, base=base)
+
+        def made(cuts: tuple[Cut, ...]) -> KerasEngine:
+            return KerasEngine(
+                replace(spec, cuts=cuts), device=self.device, precision=self.precision, batch_size=self._asked_size,
+                base=base,
+            )  # fmt: skip
+
+        engine = made(spec.cuts)
         self.name, self.outputs, self.weights = engine.name, engine.outputs, engine.weights
         self.batch_size = engine.batch_size
         beside = [cut.key for cut in self.spec.cuts]  # its compilers are not known to keep cuts apart
         self.numbers = {"engine": engine.name, "backend": engine.backend, "cpu": cpu(), "beside": beside}
-        self._start = lambda: engine
+        self._start = lambda only: engine if only is None else made(tuple(cut for cut in spec.cuts if cut.key == only))
 
-    def start(self) -> Engine:
-        """Return the engine, ready to run."""
-        return self._start()
+    def start(self, only: str | None = None) -> Engine:
+        """Return the engine, ready to run; one that gives `only` one output runs no more than it takes."""
+        return self._start(only)
 
 
 def cpu() -> str:

@@ -32,15 +32,21 @@ def name(*, threads: bool = True) -> str:
 
 
 class OpenVINOEngine:
-    """Run `stored` on this machine's CPU."""
+    """Run `stored` on this machine's CPU, or of its outputs `only` one."""
 
-    def __init__(self, stored: Stored, *, precision: Precision, batch_size: int | None) -> None:
+    def __init__(
+        self, stored: Stored, *, precision: Precision, batch_size: int | None, only: str | None = None
+    ) -> None:
         openvino = quiet.import_openvino()
         self.name, self.outputs, self.batch_size = name(), stored.outputs, batch_size or BATCH
         cores = available_cores()
         self._tensor, self._stored = openvino.Tensor, stored
         core = openvino.Core()
         graph = core.read_model(stored.folder / "network.xml")
+        if only is not None:  # what leads to other outputs alone is not run then
+            self.outputs = {only: stored.outputs[only]}
+            for other in [output for output in graph.outputs if only not in output.get_names()]:
+                graph.remove_result(other.get_node())
         graph.reshape([self.batch_size, *(size.get_length() for size in list(graph.input().get_partial_shape())[1:])])
         settings = {
             # Always said: OpenVINO's own default is bfloat16 where the CPU has it.

@@ -1,0 +1,1 @@
+"""Look at features and at the images they are of."""

@@ -1,0 +1,63 @@
+"""How fast one cut of an open network is, from files to features, measured on some of the user's own images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from nbfeat import quiet
+from nbfeat.errors import ImageError
+from nbfeat.features.cache import Cache
+from nbfeat.features.images import load_image
+from nbfeat.features.lane import Lane
+from nbfeat.features.pipeline import Pipeline, Timings
+
+MOST_IMAGES = 64
+FIRST_IMAGES = 8  # that warm up, and tell how many can be afforded
+ROUNDS = 3  # the fastest counts: other work on the machine disturbed it least
+SECONDS = 0.3  # of a round
+
+
+def images_per_second(lane: Lane, key: str, images: Sequence[object], root: Path) -> float:
+    """Measure the output `key` of `lane` alone on up to 64 of `images`, spread over them, without the cache.
+
+    Opening the network does not count, nor does the disk: the files are read once before. Images of the same content
+    run once, as ever. Returns NaN where none can be read.
+    """
+    some = _readable([images[at] for at in _spread(len(images), MOST_IMAGES)], root)
+    if not some:
+        return float("nan")
+    engine = lane.opening.start(key)
+
+    def rate(chosen: Sequence[object]) -> float:
+        alone = Lane(lane.spec, lane.pixels, lane.opening, np.zeros(len(chosen), bool), engine=engine)
+        start = time.perf_counter()
+        with closing(Pipeline(chosen, [alone], root, Timings(), Cache(None), {}).run(range(len(chosen)))) as batches:
+            ran = sum(len(batch.rows) for batch in batches)
+        return ran / (time.perf_counter() - start)
+
+    with quiet.pillow_defaults():
+        guess = rate([some[at] for at in _spread(len(some), FIRST_IMAGES)])
+        affordable = [some[at] for at in _spread(len(some), max(FIRST_IMAGES, int(guess * SECONDS)))]
+        return max(rate(affordable) for _ in range(ROUNDS))
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Return up to `most` positions, spread evenly over `count`."""
+    return [int(at) for at in np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))]
+
+
+def _readable(images: Sequence[object], root: Path) -> list[object]:
+    """Return those of `images` that can be read, having read them."""
+    found = []
+    for image in images:
+        try:
+            load_image(image, root)
+        except ImageError:
+            continue
+        found.append(image)
+    return found
