@@ -228,6 +228,17 @@ def test_without_a_cache_they_are_computed_again_and_that_is_said(
     assert "computed again for 20 images" in repr(found)
 
 
+@pytest.mark.usefixtures("fake_network")
+def test_a_result_that_repeats_another_is_compared_as_if_it_were_the_first(photos: pd.DataFrame) -> None:
+    photos["back"] = list(photos["path"])[::-1]
+    first = nbfeat.extract(photos.iloc[:10], f"{END} --normalize standard", images=["path", "back"])
+    renamed = photos.rename(columns={"path": "front", "back": "rear"})
+    again = first.like(renamed, images=["front", "rear"])
+    found = nbfeat.compare(again, "label", speed=False)
+    direct = nbfeat.extract(photos, f"{END} --normalize standard", images=["path", "back"])
+    pd.testing.assert_frame_equal(found.scores, nbfeat.compare(direct, "label", speed=False).scores)
+
+
 def test_a_network_that_changed_meanwhile_is_told(
     fake_network: type[FakeEngine], photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
