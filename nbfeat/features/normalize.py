@@ -17,7 +17,6 @@ from nbfeat.features.block import FeatureBlock
 
 Rows = NDArray[np.floating[Any]]
 CHUNK = 4096  # rows normalized at a time, so that no second matrix of full height is needed
-IN_CACHE = 60_000  # numbers multiplied at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +52,12 @@ class Normalizer:
 def _projected(rows: Rows, axes: Rows) -> Rows:
     """Return ``rows @ axes.T``, each row to the bit what it would be alone.
 
-    A product of matrices gives other last bits to a row among others: it depends on how many there are. That would
-    tell a repeated result from the first. Sums along a row do not, and are more exact.
+    A product of two matrices gives a row other last bits by how many there are beside it, which would tell a repeated
+    result from the first. A product with one row does not.
     """
     out = np.empty((len(rows), len(axes)), np.float32)
-    step = max(1, IN_CACHE // max(1, rows.shape[1]))
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        product = np.empty_like(rows[part])
-        for number, axis in enumerate(axes):
-            np.multiply(rows[part], axis, out=product)
-            np.add.reduce(product, axis=1, out=out[part, number])
+    for row, projected in zip(rows, out, strict=True):
+        np.dot(axes, row, out=projected)
     return out
 
 
