@@ -140,7 +140,7 @@ def _matrices(result: Extraction) -> tuple[dict[str, NDArray[np.float32]], NDArr
             message = f"The weights of {name} are others than when {part.prefix} was extracted: extract it again."
             raise RequestError(message)
         found[part.prefix] = before[same.prefix].to_numpy()
-    again = f"{before.computed:,} images: the cache has them not."
+    again = f"{before.computed:,} images, which the cache did not have."
     notes = [f"Features before normalization were computed again for {again}"] if before.computed else []
     return found, result.ok.to_numpy() & before.ok.to_numpy(), notes
 
