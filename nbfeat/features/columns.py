@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DIGITS = 4  # at least; so that blocks of different widths sort and read alike
 SHOWN = 3
+_MADE = re.compile(r"(.*)_(\d{4,})", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +85,24 @@ def place(frame: pd.DataFrame, prefix: str, width: int, *, replace: bool) -> Pla
 
 def own_columns(frame: pd.DataFrame, prefix: str) -> set[int]:
     """Return the positions of columns that a block of `prefix` made before: 0 … width-1, each once, float32."""
-    pattern = re.compile(re.escape(prefix) + r"_(\d{4,})")
-    found: dict[int, int] = {}
-    for position, column in enumerate(frame.columns):
-        match = pattern.fullmatch(column) if isinstance(column, str) else None
-        if match is None:
-            continue
-        if int(match[1]) in found or frame.dtypes.iloc[position] != np.float32:
-            return set()
-        found[int(match[1])] = position
-    made = found and sorted(found) == list(range(len(found)))
-    if made and names(prefix, len(found)) == [frame.columns[found[number]] for number in range(len(found))]:
-        return set(found.values())
-    return set()
+    return set(made_columns(frame).get(prefix, ()))
+
+
+def made_columns(frame: pd.DataFrame) -> dict[str, list[int]]:
+    """Return the positions of the columns that blocks made before, in the order of their numbers, by prefix."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for position, (column, kind) in enumerate(zip(frame.columns, frame.dtypes, strict=True)):
+        if isinstance(column, str) and (match := _MADE.fullmatch(column)):
+            # A column that no block made spoils the set: -1 is the number of none.
+            number = int(match[2]) if kind == np.float32 else -1
+            found.setdefault(match[1], []).append((number, position))
+    made = {}
+    for prefix, numbered in found.items():
+        numbers, positions = zip(*sorted(numbered), strict=True)
+        wanted = names(prefix, len(positions))
+        if numbers[0] == 0 and [frame.columns[position] for position in positions] == wanted:
+            made[prefix] = list(positions)
+    return made
 
 
 def attach(frame: pd.DataFrame, blocks: Sequence[pd.DataFrame], places: Sequence[Place]) -> pd.DataFrame:

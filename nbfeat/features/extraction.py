@@ -350,6 +350,11 @@ class Extraction:
         return self._result
 
     @property
+    def root(self) -> Path:
+        """Where relative paths start."""
+        return self._root
+
+    @property
     def features(self) -> pd.DataFrame:
         """Only the new columns, float32; rows that failed are NaN."""
         return self.frame.loc[:, self.columns]

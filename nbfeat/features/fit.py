@@ -73,6 +73,15 @@ def fitted(image: Image.Image, spec: PixelSpec) -> Pixels:
     return np.asarray(out)
 
 
+def within(image: Image.Image, side: int) -> Image.Image:
+    """Return an RGB image in its own proportions, at most `side` pixels wide and high; a small one stays as it is."""
+    longest = max(image.size)
+    if longest <= side:
+        return image
+    width, height = (max(1, round(length * side / longest)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
 def _centre(size: tuple[int, int], spec: PixelSpec) -> tuple[float, float, float, float]:
     """Return the square in the middle of the image that, scaled, is what cropping to the target would leave."""
     width, height = size

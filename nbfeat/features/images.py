@@ -81,9 +81,32 @@ def pixels_of(source: Source, specs: Sequence[PixelSpec]) -> list[Pixels]:
         if isinstance(source, bytes):
             return _from_bytes(source, specs)
         if isinstance(source, np.ndarray):
-            return _from_array(source, specs)
+            with _image_of(source) as image:
+                return _fitted_to_all(image, specs)
         with _turn(*source.size):
             return _fitted_to_all(source, specs)
+
+
+def read_thumbnail(value: object, side: int, root: Path) -> Image.Image:
+    """Return one image, read as for a network, in its own proportions, at most `side` pixels wide and high.
+
+    Raises ImageError as `read_pixels` does.
+    """
+    source, _ = load_image(value, root)
+    with _explained(source):
+        if isinstance(source, Image.Image):
+            with _turn(*source.size):
+                return fit.within(source, side)
+        if isinstance(source, np.ndarray):
+            with _image_of(source) as image:
+                return fit.within(image, side)
+        size = _jpeg_size(source)
+        if size is None:
+            image = opened(source)
+            with _turn(*image.size):
+                return fit.within(_decoded(image), side)
+        with _turn(*size):
+            return fit.within(_decoded_jpeg(source, *size, fit.reduction(*size, PixelSpec(side))), side)
 
 
 @contextlib.contextmanager
@@ -215,7 +238,9 @@ def _own(image: Image.Image) -> Image.Image:
         return _upright(_rgb(own), _orientation(image))
 
 
-def _from_array(array: npt.NDArray[np.generic], specs: Sequence[PixelSpec]) -> list[Pixels]:
+@contextlib.contextmanager
+def _image_of(array: npt.NDArray[np.generic]) -> Iterator[Image.Image]:
+    """Return the block to use the RGB image of an array in."""
     if array.ndim not in {2, 3} or array.size == 0 or array.shape[2:] not in {(), (1,), (3,), (4,)}:
         shape = "×".join(map(str, array.shape))
         message = f"an array of shape {shape or '()'}: only height × width, or with 1, 3 or 4 channels last, is read"
@@ -224,7 +249,7 @@ def _from_array(array: npt.NDArray[np.generic], specs: Sequence[PixelSpec]) -> l
     with _turn(width, height):
         pixels = np.ascontiguousarray(_eight_bits(array))
         image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels)
-        return _fitted_to_all(_rgb(image), specs)
+        yield _rgb(image)
 
 
 def _eight_bits(array: npt.NDArray[np.generic]) -> Pixels:
