@@ -22,9 +22,14 @@ if TYPE_CHECKING:
     from nbfeat.errors import RequestError as RequestError
     from nbfeat.errors import WeightsError as WeightsError
     from nbfeat.explore.compare import compare as compare
+    from nbfeat.explore.duplicates import duplicates as duplicates
+    from nbfeat.explore.scatter import scatter as scatter
+    from nbfeat.explore.similar import similar as similar
+    from nbfeat.explore.thumbnails import thumbnails as thumbnails
     from nbfeat.features.block import FeatureBlock as FeatureBlock
     from nbfeat.features.extraction import Extraction as Extraction
     from nbfeat.features.extraction import extract as extract
+    from nbfeat.features.folder import folder as folder
     from nbfeat.features.layers import layers as layers
     from nbfeat.features.parquet import read as read
     from nbfeat.features.result import Result as Result
@@ -40,6 +45,11 @@ _PUBLIC = {
     "layers": "nbfeat.features.layers",
     "read": "nbfeat.features.parquet",
     "Result": "nbfeat.features.result",
+    "folder": "nbfeat.features.folder",
+    "thumbnails": "nbfeat.explore.thumbnails",
+    "similar": "nbfeat.explore.similar",
+    "duplicates": "nbfeat.explore.duplicates",
+    "scatter": "nbfeat.explore.scatter",
     "register_backbone": "nbfeat.backbones.registered",
     "storage": "nbfeat.features.storage",
     "NbfeatError": "nbfeat.errors",

@@ -1,0 +1,249 @@
+"""scatter: features in two dimensions, colored by a column."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from nbfeat.explore.layout import METHODS, SEED, Method, check_installed, lay_out
+from nbfeat.explore.plots import COLORS, axes, colors, plain
+from nbfeat.explore.similar import free_name
+from nbfeat.explore.space import Space
+from nbfeat.explore.target import column_of
+from nbfeat.explore.vectors import Made, vectors_of
+from nbfeat.features.block import one_of, whole
+from nbfeat.features.formats import short
+from nbfeat.html import Html, escape, paragraph
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+LIMIT = 5_000  # points: t-SNE takes a minute or more then, and more would only hide each other
+TITLES = {"pca": "Principal components", "tsne": "t-SNE", "umap": "UMAP"}
+MISSING, OTHERS = "missing", "other: "
+GREY = (0.6, 0.6, 0.6)
+MARKERS = "os^DvPX<>*dp"  # of colors, of the others, of missing ones: color alone does not have to tell
+WIDTH, HEIGHT, DPI = 7.0, 4.6, 100
+SHADES = 128  # of the picture: a third of the bytes of millions, and the same to the eye
+LONGEST = 30  # letters of a name in the legend
+FEW = 20  # whole numbers that are taken for classes
+MANY_POINTS = 1_000
+
+
+def scatter(
+    result: Made | pd.DataFrame,
+    color: object = "label",
+    method: Method = "pca",
+    *,
+    features: str | None = None,
+    limit: int = LIMIT,
+) -> Scatter:
+    """Lay features out in two dimensions, and color them by a column. The same rows give the same picture.
+
+    Parameters
+    ----------
+    result
+        A result, or a frame with columns of features. Rows without features are left out.
+    color
+        A column of the frame, or one value for each row. Text, booleans, categories, and whole numbers of up to 20
+        values are classes, each with its color and its marker (of more than 10, the 9 most frequent); other numbers
+        have a scale. None for one color.
+    method
+        ``"pca"`` (at once), ``"tsne"`` (a minute or more for 5,000 rows), or ``"umap"`` (takes umap-learn). The last
+        two see the first 50 principal components; distances between groups mean little in them.
+    features
+        The prefix of one block; by default all blocks: each is then scaled to unit length, so that all count the same.
+    limit
+        Of more rows than this, so many are drawn, classes in proportion (seeded).
+
+    Returns
+    -------
+    Scatter
+        ``.frame``: ``x``, ``y`` and the color's column, a row for each point, indexed like the frame. A notebook shows
+        the picture; ``.plot()`` draws it on axes.
+
+    Examples
+    --------
+    >>> nbfeat.scatter(result, color="label")  # doctest: +SKIP
+    >>> nbfeat.scatter(result, "label", "tsne", features="resnet50").plot().figure.savefig("tsne.png")  # doctest: +SKIP
+    """
+    one_of(METHODS, "method")(method)
+    check_installed(method)
+    vectors = vectors_of(result, features)
+    frame = vectors.images.frame
+    values = None if color is None else _named_values(column_of(frame, color, "color").iloc[vectors.positions])
+    classes = None if values is None or not _are_classes(values) else _classes(values)
+    count = len(vectors.positions)
+    rows = _drawn(count, classes, whole("limit")(limit))
+    space = Space(list(vectors.blocks.values()), "euclidean")
+    places, names = lay_out(space.points(vectors.positions[rows]).astype(np.float32), method)
+    chosen = f"{len(rows):,} of {count:,} rows drawn" if len(rows) < count else ""
+    return Scatter(
+        frame=_frame(frame.index.take(vectors.positions[rows]), places, None if values is None else values.iloc[rows]),
+        classes=None if classes is None else classes.iloc[rows].cat.remove_unused_categories(),
+        color=None if values is None else values.name,
+        names=names,
+        title=f"{TITLES[method]} of {vectors.title}",
+        told=" · ".join(filter(None, [chosen, vectors.left_out])),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Scatter:
+    """Features in two dimensions; a notebook shows the picture, `plot()` draws it."""
+
+    frame: pd.DataFrame
+    classes: pd.Series[Any] | None  # of each point, as the legend names it; None for numbers with a scale
+    color: Hashable | None
+    names: tuple[str, str]  # of the axes
+    title: str
+    told: str  # what was left out
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the points.
+
+        Parameters
+        ----------
+        ax
+            Where to draw; by default a new figure of pyplot's, which a notebook shows at the end of the cell.
+        """
+        return self._draw(axes(ax, WIDTH, HEIGHT))
+
+    def __repr__(self) -> str:
+        """Return what the picture shows in one line."""
+        by = "" if self.color is None else f" by {self.color}"
+        return " · ".join(filter(None, [f"{self.title}{by}: {len(self.frame):,} points", self.told]))
+
+    def _repr_html_(self) -> str:
+        image = base64.b64encode(self.png()).decode("ascii")
+        style = "max-width:100%;height:auto"
+        picture = f'<img src="data:image/png;base64,{image}" alt="{escape(repr(self))}" style="{style}">'
+        return Html(picture + (paragraph(self.told) if self.told else ""))
+
+    def png(self) -> bytes:
+        """Return the picture that a notebook shows."""
+        from matplotlib.figure import Figure  # noqa: PLC0415 - a second to import
+
+        # Not pyplot's, which would show it a second time.
+        figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
+        self._draw(figure.subplots())
+        drawn, out = io.BytesIO(), io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=DPI)
+        if self.color is not None and self.classes is None:
+            return drawn.getvalue()  # a scale has more shades
+        with Image.open(drawn) as image:
+            image.convert("RGB").quantize(SHADES, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+        return out.getvalue()
+
+    def _draw(self, ax: Axes) -> Axes:
+        look: dict[str, Any] = {"s": 18 if len(self.frame) > MANY_POINTS else 36, "linewidth": 0.3, "alpha": 0.85}
+        if self.color is None:
+            ax.scatter(self.frame["x"], self.frame["y"], **look)
+        elif self.classes is None:
+            self._draw_scale(ax, look)
+        else:
+            self._draw_classes(ax, self.classes, look)
+        ax.set_title(plain(self.title), loc="left", fontsize="medium")
+        ax.set(xlabel=self.names[0], ylabel=self.names[1])
+        if not any(self.names):
+            ax.set(xticks=[], yticks=[])
+        return ax
+
+    def _draw_classes(self, ax: Axes, classes: pd.Series[Any], look: dict[str, Any]) -> None:
+        import seaborn as sns  # noqa: PLC0415 - a second to import
+
+        named = [name for name in classes.cat.categories if name != MISSING and not name.startswith(OTHERS)]
+        unnamed = [name for name in classes.cat.categories if name not in named]
+        # The greys are for those: the palette's own, its eighth color, is taken where ten classes need it.
+        spread = named if len(named) == COLORS else [*named[:7], MISSING, *named[7:]]
+        order = np.argsort(classes.isin(named).to_numpy(), kind="stable")  # those on top
+        sns.scatterplot(
+            x=self.frame["x"].to_numpy()[order], y=self.frame["y"].to_numpy()[order],
+            hue=classes.to_numpy()[order], style=classes.to_numpy()[order],
+            hue_order=[*named, *unnamed], style_order=[*named, *unnamed],
+            palette={**(colors(spread) or {}), **dict.fromkeys(unnamed, GREY)},
+            markers=dict(zip([*named, *unnamed], MARKERS, strict=False)),
+            ax=ax, **look,
+        )  # fmt: skip
+        handles, labels = ax.get_legend_handles_labels()
+        ax.legend(
+            handles, [plain(short(label, LONGEST)) for label in labels], title=plain(short(str(self.color), LONGEST)),
+            loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, borderaxespad=0, alignment="left",
+        )  # fmt: skip
+
+    def _draw_scale(self, ax: Axes, look: dict[str, Any]) -> None:
+        x, y = self.frame["x"].to_numpy(), self.frame["y"].to_numpy()
+        values = self.frame.iloc[:, 2].to_numpy(float, na_value=np.nan)
+        known = np.isfinite(values)
+        if not known.all():
+            ax.scatter(x[~known], y[~known], color=GREY, marker="x", label=MISSING, **{**look, "linewidth": 1})
+            ax.legend(loc="best")
+        drawn = ax.scatter(x[known], y[known], c=values[known], cmap="viridis", **look)
+        ax.figure.colorbar(drawn, ax=ax, label=plain(short(str(self.color), LONGEST)))
+
+
+def _frame(index: pd.Index, places: NDArray[Any], values: pd.Series[Any] | None) -> pd.DataFrame:
+    """Return x and y, then the color's column, under its own name wherever that is another."""
+    import pandas as pd  # noqa: PLC0415 - `import nbfeat` stays light
+
+    found = pd.DataFrame({"x": places[:, 0], "y": places[:, 1]}, index=index)
+    if values is not None:
+        found.insert(2, free_name(values.name, found), values.array)
+    return found
+
+
+def _named_values(values: pd.Series[Any]) -> pd.Series[Any]:
+    return values.rename("color") if values.name is None else values
+
+
+def _are_classes(values: pd.Series[Any]) -> bool:
+    from pandas.api import types  # noqa: PLC0415 - as above
+
+    if not types.is_numeric_dtype(values) or types.is_bool_dtype(values):
+        return True
+    known = values.dropna()
+    return bool((known % 1 == 0).all()) and known.nunique() <= FEW
+
+
+def _classes(values: pd.Series[Any]) -> pd.Series[Any]:
+    """Return names in few categories: the most frequent, the others together, and missing ones."""
+    import pandas as pd  # noqa: PLC0415 - as above
+
+    known = values.dropna()
+    order = list(known.cat.categories) if isinstance(known.dtype, pd.CategoricalDtype) else _sorted(known.unique())
+    names = {value: str(int(value)) if isinstance(value, (float, np.floating)) else str(value) for value in order}
+    counts = known.value_counts()
+    order = [value for value in order if counts.get(value, 0)]
+    others = sorted(order, key=lambda value: -counts[value])[COLORS - 1 :] if len(order) > COLORS else []
+    shared = f"{OTHERS}{len(others):,} classes"
+    names.update(dict.fromkeys(others, shared))
+    named = values.map(names).astype(object)
+    named[values.isna().to_numpy()] = MISSING
+    categories = dict.fromkeys([*(names[value] for value in order if value not in others), shared, MISSING])
+    return named.astype(pd.CategoricalDtype(list(categories)))
+
+
+def _sorted(values: Iterable[Any]) -> list[Any]:
+    """Sort values, those of several types as text."""
+    found = list(values)
+    try:
+        return sorted(found)
+    except TypeError:
+        return sorted(found, key=str)
+
+
+def _drawn(count: int, classes: pd.Series[Any] | None, limit: int) -> NDArray[np.intp]:
+    """Return which of `count` rows are drawn: all, or `limit` of them with the classes in proportion."""
+    if count <= limit:
+        return np.arange(count)
+    chance = np.random.default_rng(SEED).random(count)
+    order = np.argsort(chance) if classes is None else np.lexsort((chance, classes.cat.codes.to_numpy()))
+    return np.sort(order[np.linspace(0, count - 1, limit).round().astype(int)])
