@@ -298,11 +298,10 @@ def test_a_predefined_split_is_of_the_rows_of_the_frame(extracted: Extraction, p
 
 def test_many_rows_are_drawn_in_proportion_and_always_the_same(extracted: Extraction, photos: pd.DataFrame) -> None:
     labels = np.repeat(["rare", "common"], [100, 900])
-    target = read_target(pd.DataFrame({"label": labels}), "label", as_classes=None)
-    rows = drawn(target, 50)
+    rows = drawn(1000, 50, labels)
     assert list(np.unique(labels[rows], return_counts=True)[1]) == [45, 5]
-    np.testing.assert_array_equal(drawn(target, 50), rows)
-    assert len(drawn(read_target(pd.DataFrame({"x": np.arange(30) / 7}), "x", as_classes=None), 7)) == 7
+    np.testing.assert_array_equal(drawn(1000, 50, labels), rows)
+    assert len(drawn(30, 7, None)) == 7
     found = nbfeat.compare(extracted, "label", rows=12, cv=3, speed=False)
     assert "12 of 20 rows were drawn" in repr(found)
     assert "12 rows of 4 classes" in repr(found)

@@ -165,7 +165,7 @@ def _chosen(
     chosen = wanted.taken(kept)
     if most is not None and len(kept) > most:
         told.append(f"{most:,} of {len(kept):,} rows were drawn, always the same; rows=None takes all.")
-        chosen = chosen.taken(drawn(chosen, most))
+        chosen = chosen.taken(kept[drawn(len(kept), most, chosen.answers if chosen.is_classes else None)])
     return chosen, told
 
 

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nbfeat.explore.layout import METHODS, SEED, Method, check_installed, lay_out
+from nbfeat.explore.layout import METHODS, Method, check_installed, lay_out
 from nbfeat.explore.plots import COLORS, axes, colors, plain
 from nbfeat.explore.similar import free_name
 from nbfeat.explore.space import Space
-from nbfeat.explore.target import column_of
+from nbfeat.explore.target import MOST_CLASSES, column_of, drawn
 from nbfeat.explore.vectors import Made, vectors_of
 from nbfeat.features.block import one_of, whole
 from nbfeat.features.formats import short
@@ -34,7 +34,6 @@ MARKERS = "os^DvPX<>*dp"  # of colors, of the others, of missing ones: color alo
 WIDTH, HEIGHT, DPI = 7.0, 4.6, 100
 SHADES = 128  # of the picture: a third of the bytes of millions, and the same to the eye
 LONGEST = 30  # letters of a name in the legend
-FEW = 20  # whole numbers that are taken for classes
 MANY_POINTS = 1_000
 
 
@@ -82,7 +81,7 @@ def scatter(
     values = None if color is None else _named_values(column_of(frame, color, "color").iloc[vectors.positions])
     classes = None if values is None or not _are_classes(values) else _classes(values)
     count = len(vectors.positions)
-    rows = _drawn(count, classes, whole("limit")(limit))
+    rows = drawn(count, whole("limit")(limit), None if classes is None else classes.cat.codes.to_numpy())
     space = Space(list(vectors.blocks.values()), "euclidean")
     places, names = lay_out(space.points(vectors.positions[rows]).astype(np.float32), method)
     chosen = f"{len(rows):,} of {count:,} rows drawn" if len(rows) < count else ""
@@ -135,11 +134,11 @@ class Scatter:
         # Not pyplot's, which would show it a second time.
         figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
         self._draw(figure.subplots())
-        drawn, out = io.BytesIO(), io.BytesIO()
-        figure.savefig(drawn, format="png", dpi=DPI)
+        picture, out = io.BytesIO(), io.BytesIO()
+        figure.savefig(picture, format="png", dpi=DPI)
         if self.color is not None and self.classes is None:
-            return drawn.getvalue()  # a scale has more shades
-        with Image.open(drawn) as image:
+            return picture.getvalue()  # a scale has more shades
+        with Image.open(picture) as image:
             image.convert("RGB").quantize(SHADES, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
         return out.getvalue()
 
@@ -186,8 +185,8 @@ class Scatter:
         if not known.all():
             ax.scatter(x[~known], y[~known], color=GREY, marker="x", label=MISSING, **{**look, "linewidth": 1})
             ax.legend(loc="best")
-        drawn = ax.scatter(x[known], y[known], c=values[known], cmap="viridis", **look)
-        ax.figure.colorbar(drawn, ax=ax, label=plain(short(str(self.color), LONGEST)))
+        points = ax.scatter(x[known], y[known], c=values[known], cmap="viridis", **look)
+        ax.figure.colorbar(points, ax=ax, label=plain(short(str(self.color), LONGEST)))
 
 
 def _frame(index: pd.Index, places: NDArray[Any], values: pd.Series[Any] | None) -> pd.DataFrame:
@@ -210,7 +209,7 @@ def _are_classes(values: pd.Series[Any]) -> bool:
     if not types.is_numeric_dtype(values) or types.is_bool_dtype(values):
         return True
     known = values.dropna()
-    return bool((known % 1 == 0).all()) and known.nunique() <= FEW
+    return bool((known % 1 == 0).all()) and known.nunique() <= MOST_CLASSES
 
 
 def _classes(values: pd.Series[Any]) -> pd.Series[Any]:
@@ -238,12 +237,3 @@ def _sorted(values: Iterable[Any]) -> list[Any]:
         return sorted(found)
     except TypeError:
         return sorted(found, key=str)
-
-
-def _drawn(count: int, classes: pd.Series[Any] | None, limit: int) -> NDArray[np.intp]:
-    """Return which of `count` rows are drawn: all, or `limit` of them with the classes in proportion."""
-    if count <= limit:
-        return np.arange(count)
-    chance = np.random.default_rng(SEED).random(count)
-    order = np.argsort(chance) if classes is None else np.lexsort((chance, classes.cat.codes.to_numpy()))
-    return np.sort(order[np.linspace(0, count - 1, limit).round().astype(int)])

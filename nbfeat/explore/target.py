@@ -142,17 +142,17 @@ def _quantity(name: str, values: NDArray[Any]) -> tuple[bool, str]:
     return False, told if count > 2 else ""  # noqa: PLR2004 - of yes and no there is no doubt
 
 
-def drawn(target: Target, count: int, seed: int = 0) -> NDArray[np.int_]:
-    """Draw `count` of the target's rows, classes in proportion, always the same."""
+def drawn(total: int, count: int, classes: NDArray[Any] | None) -> NDArray[np.intp]:
+    """Draw `count` of `total` positions, the classes of theirs in proportion, always the same."""
     import pandas as pd  # noqa: PLC0415 - `import nbfeat` stays light
 
-    order = np.random.default_rng(seed).permutation(len(target.rows))
-    if target.is_classes:
-        kinds = pd.Series(target.answers[order])
+    order = np.random.default_rng(0).permutation(total)
+    if classes is not None:
+        kinds = pd.Series(classes[order])
         within = kinds.groupby(kinds.to_numpy())
         share = (within.cumcount() + 0.5) / within.transform("size")
         order = order[np.argsort(share.to_numpy(), kind="stable")]
-    return np.sort(target.rows[order[:count]])
+    return np.sort(order[:count])
 
 
 def folds_of(
