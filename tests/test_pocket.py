@@ -83,7 +83,7 @@ def test_features_are_what_the_convolutions_give(photos: pd.DataFrame) -> None:
     pixels = [read_pixels(path, [PixelSpec(POCKET.size, "squash", "bilinear")], Path())[0] for path in photos["path"]]
     maps = by_hand(np.stack(pixels[:4]), bundled.read(POCKET))
     close(result["pocket"].to_numpy()[:4], maps["top_conv"].mean((1, 2)))
-    close(result["pocket_block1_out_max"].to_numpy()[:4], maps["block1_conv3"].max((1, 2)))
+    close(result["pocket_block1_out_max"].to_numpy()[:4], maps["block1_conv4"].max((1, 2)))
 
 
 def close(found: np.ndarray, expected: np.ndarray) -> None:
@@ -106,7 +106,7 @@ def by_hand(pixels: np.ndarray, weights: LayerWeights) -> dict[str, np.ndarray]:
 
 def test_the_report_says_that_it_is_bundled_and_small(extract: Face, photos: pd.DataFrame) -> None:
     result = extract(photos, "Pocket", images="path")
-    assert "112 px squash → Pocket (bundled, small) → end 7×7×512 → average" in repr(result)
+    assert "80 px squash → Pocket (bundled, small) → end 5×5×512 → average" in repr(result)
     assert result.features.shape == (20, 512)
     assert result.recipe["weights"] == [POCKET.bundled]
     again = extract(photos, "Pocket --weights bundled", images="path", cache=False)

@@ -182,15 +182,15 @@ _CONVNEXT = (
     "convnext_{0}_stem 4 {1}, convnext_{0}_downsampling_block_0 8 {2}, convnext_{0}_downsampling_block_1 16 {3}, "
     "convnext_{0}_downsampling_block_2 32 {4}"
 )
-_POCKET = "conv1 2 32, block1_out 4 64, block2_out 8 128, block3_out 16 192, top_conv 16 512"
+_POCKET = "conv1 2 24, block1_out 4 64, block3_out 8 128, block5_out 16 256, top_conv 16 512"
 _HERE: Package = "nbfeat.backbones"
 
 # Scaling is what the published weights expect, in Keras' words; "none" where the network's first layers do it.
 # fmt: off
 _FAMILIES = (
     _family("Pocket", "pocket", "torch", [
-        ("Pocket",            112, 32,  512,   1_114_432, _POCKET),
-    ], package=_HERE, bundled="ade9b60ad28353722dfa1dfddba11479e57216611ee7f60ceca0c45dd26bd728"),
+        ("Pocket",             80, 32,  512,   1_062_624, _POCKET),
+    ], package=_HERE, bundled="a25f674d6e7ba92138bb18c67eab6426148d134b2442ceab61c7ccbe804e5c19"),
     _family("AlexNet", "alexnet", "torch", [
         ("AlexNet",           224, 63,  256,  57_003_840, _ALEXNET),
     ], package=_HERE, end="pool5", published="alexnet-owt-7be5be79.pth"),

@@ -78,7 +78,7 @@ def _learn(
     rate = recipe.rate * min(1.0, progress / recipe.warm) * 0.5 * (1 + math.cos(math.pi * progress)) + 1e-6
     for group in optimizer.param_groups:
         group["lr"] = rate
-    side = recipe.small_side if progress < recipe.small_until else recipe.side
+    side = recipe.sides[int(torch.randint(len(recipe.sides), (), generator=random))]
     x = augmented(scaled(lessons.pixels[rows]), side, recipe.smallest_crop, random)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         maps = student[0](x.to(memory_format=torch.channels_last))
@@ -123,6 +123,9 @@ def make_network() -> Any:  # noqa: ANN401 - as above
                 )
                 for each in CONVOLUTIONS
             )
+            for each, (_, norm) in zip(CONVOLUTIONS, self.steps, strict=True):
+                if each.shortcut:  # at first the shortcut alone passes (Goyal et al. 2017)
+                    nn.init.zeros_(norm.weight)
 
         def forward(self, x: Any) -> Any:  # noqa: ANN401 - as above
             given: dict[str, Any] = {}

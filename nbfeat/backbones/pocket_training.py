@@ -39,7 +39,7 @@ class Recipe:
     """How Pocket is trained. Its epochs are cut where `minutes` end before; the learning rate falls to 0 either way."""
 
     seed: int = 0
-    epochs: int = 24
+    epochs: int = 44
     minutes: float | None = None
     batch: int = 128
     rate: float = 3e-3  # of AdamW at its highest
@@ -48,9 +48,7 @@ class Recipe:
     smoothing: float = 0.1  # of the classes
     teaching: float = 8.0  # weight of the teachers' loss beside that of the classes
     smallest_crop: float = 0.4  # share of the photograph's area
-    side: int = 64  # pixels
-    small_side: int = 48  # the same at first, which is faster
-    small_until: float = 0.48  # share of the epochs
+    sides: tuple[int, ...] = (48, 56, 64)  # pixels; each step draws one, so that things of many sizes are learned
     average: float = 0.998  # how much of the averaged weights stays at each step
 
 
