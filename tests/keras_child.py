@@ -71,13 +71,10 @@ def cosine(left: np.ndarray, right: np.ndarray) -> float:
 
 
 def ours_and_kerass(*names: str) -> dict[str, Any]:
-    """Compare the model that nbfeat builds with Keras' own ``pooling="avg"|"max"``, same weights, own preprocessing.
-
-    One of the two in turn, since building takes longest; both of ConvNeXt, which normalizes after pooling.
-    """
+    """Compare the model that nbfeat builds with Keras' own ``pooling="avg"|"max"``, same weights, own preprocessing."""
     keras: Any = importlib.import_module("keras")
     found = {}
-    for number, name in enumerate(names):
+    for name in names:
         spec = spec_of(name, Cut("", "avg"), Cut("", "max"))
         built = build(spec, lambda _: None)
         images = pictures(spec.size)
@@ -85,7 +82,7 @@ def ours_and_kerass(*names: str) -> dict[str, Any]:
         module = getattr(keras.applications, CATALOG[name].module)
         x = module.preprocess_input(images.astype("float32"))
         result: dict[str, Any] = {}
-        for pooling in ("avg", "max") if CATALOG[name].module == "convnext" else (("avg", "max")[number % 2],):
+        for pooling in ("avg", "max"):
             shape = (spec.size, spec.size, 3)
             theirs = getattr(keras.applications, name)(
                 include_top=False, weights=None, pooling=pooling, input_shape=shape

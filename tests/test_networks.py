@@ -42,9 +42,9 @@ def compared() -> dict[str, Any]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_network_gives_what_keras_own_gives(name: str, compared: dict[str, Any]) -> None:
     found = compared[name]
-    assert 1e-3 < found.pop("norm") < 1e8
-    assert found
-    assert min(found.values()) >= 0.9999, found
+    assert found["avg"] >= 0.9999
+    assert found["max"] >= 0.9999
+    assert 1e-3 < found["norm"] < 1e8
 
 
 @pytest.mark.parametrize("name", BIGGEST)
