@@ -128,7 +128,7 @@ class Similar:
         return f"The {len(self.frame):,} nearest of {self.compared:,} rows to {self.query.name}"
 
     def _rows(self, draw: Any) -> str:  # noqa: ANN401 - text or html
-        rows = [(tile.lines[0], *tile.lines[1:], tile.name) for tile in self.tiles]
+        rows = [(*tile.lines, tile.name) for tile in self.tiles]
         return str(draw(rows, ("distance", *(self.captions or ("index",)), "image"))) if rows else ""
 
     def _check_images(self) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from nbfeat.explore.vectors import Rows
 from nbfeat.features.block import one_of
+from nbfeat.features.sources import spread
 
 Metric = Literal["cosine", "euclidean"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -65,7 +66,7 @@ class Space:
 
     def usual(self, rows: Positions) -> float:
         """Return the median distance between rows, of up to SAMPLED spread over all."""
-        chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SAMPLED)).round().astype(int))]
+        chosen = rows[spread(len(rows), SAMPLED)]
         points = self.points(chosen)
         found = [self._between(points[number + 1 :], points[number]) for number in range(len(points) - 1)]
         return float(np.median(np.concatenate(found))) if found else 0.0

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.errors import RequestError
@@ -15,7 +14,7 @@ from nbfeat.explore import gallery
 from nbfeat.explore.tile import Tile, caption_columns, tile
 from nbfeat.explore.vectors import Made, images_of
 from nbfeat.features.block import whole
-from nbfeat.features.sources import image_column
+from nbfeat.features.sources import image_column, spread
 from nbfeat.html import Html, paragraph
 
 if TYPE_CHECKING:
@@ -63,8 +62,7 @@ def thumbnails(
     if not total:
         message = "The frame has no rows, so that there are no images to show."
         raise RequestError(message)
-    count = total if limit is None else min(total, whole("limit")(limit))
-    positions = np.unique(np.linspace(0, total - 1, count).round().astype(int))
+    positions = spread(total, total if limit is None else whole("limit")(limit))
     return Thumbnails(tuple(tile(found, at, captions) for at in positions), total, found.root)
 
 

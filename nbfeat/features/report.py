@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _POOLED = {"avg": "average", "max": "maximum", "gem": "generalized mean", "flatten": "flattened"}
 HEAD = ("columns", "width", "from")
+FAILURES = ("row", "image", "reason")
 BOUNDS = {"decoding": "decoding", "network": "the network"}
 FAILURES_SHOWN = 10
 REASON_SHOWN = 90
@@ -148,7 +149,7 @@ def text(report: dict[str, Any]) -> str:
         lines += [f"  {block}" for block in report["planned"]]
     if report["failed"]:
         rows = [(position, image, shorten(reason)) for position, image, reason in report["failures"]]
-        lines += [failed(report), indented(text_table(rows, ("row", "image", "reason")))]
+        lines += [failed(report), indented(text_table(rows, FAILURES))]
     return "\n".join([*lines, *report["notes"], footer(report)])
 
 
@@ -163,10 +164,15 @@ def html(report: dict[str, Any]) -> Html:
     else:
         parts += [paragraph(block) for block in report["planned"]]
     if report["failed"]:
-        parts.append(details(failed(report), table(report["failures"], ("row", "image", "reason"))))
+        parts.append(details(failed(report), table(report["failures"], FAILURES)))
     parts += [paragraph(note) for note in report["notes"]]
-    parts.append(Html(f'<div style="opacity:.65;font-size:90%">{escape(footer(report))}</div>'))
+    parts.append(faint(footer(report)))
     return Html("".join(parts))
+
+
+def faint(text: str) -> Html:
+    """Draw what is said last and least."""
+    return Html(f'<div style="opacity:.65;font-size:90%">{escape(text)}</div>')
 
 
 def shorten(text: str) -> str:

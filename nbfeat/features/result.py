@@ -13,14 +13,12 @@ from nbfeat.errors import listing
 from nbfeat.features import report
 from nbfeat.features.columns import block_called, spanned
 from nbfeat.features.recipe import Recipe
-from nbfeat.html import Html, details, escape, paragraph, table, text_table
+from nbfeat.html import details, paragraph, table, text_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from nbfeat.features.extraction import Extraction
-
-FAILURES = ("row", "image", "reason")
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -77,15 +75,14 @@ class Result:
         lines = [self._headline, report.indented(text_table(self._blocks, report.HEAD))]
         if len(self.failures):
             rows = [(position, image, report.shorten(reason)) for position, image, reason in self._failures]
-            lines += [self._failed, report.indented(text_table(rows, FAILURES))]
+            lines += [self._failed, report.indented(text_table(rows, report.FAILURES))]
         return "\n".join([*lines, self._footer])
 
     def _repr_html_(self) -> str:
         parts = [paragraph(self._headline, strong=True), table(self._blocks, report.HEAD)]
         if len(self.failures):
-            parts.append(details(self._failed, table(self._failures, FAILURES)))
-        parts.append(Html(f'<div style="opacity:.65;font-size:90%">{escape(self._footer)}</div>'))
-        return "".join(parts)
+            parts.append(details(self._failed, table(self._failures, report.FAILURES)))
+        return "".join([*parts, report.faint(self._footer)])
 
     @property
     def _headline(self) -> str:

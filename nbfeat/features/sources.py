@@ -173,6 +173,11 @@ def name_of(value: object) -> str:
     return short(str(value)) if is_missing(value) or isinstance(value, (int, float)) else f"<{type(value).__name__}>"
 
 
+def spread(count: int, most: int) -> npt.NDArray[np.intp]:
+    """Return up to `most` positions, evenly spread over `count`."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.intp))
+
+
 def image_column(frame: pd.DataFrame, asked: Hashable | None) -> Hashable:
     """Return the label of the column `asked` for, or of the one column that looks like images.
 
@@ -219,7 +224,7 @@ def _sample(frame: pd.DataFrame, place: int) -> list[object]:
     """Return up to 50 values of a column, evenly spread, missing ones left out unless all are."""
     if getattr(frame.dtypes.iloc[place], "kind", "O") in "biufcmM":
         return []
-    rows = np.unique(np.linspace(0, len(frame) - 1, min(len(frame), 50)).round().astype(int))
+    rows = spread(len(frame), 50)
     values = frame.iloc[rows, place].tolist()
     return [value for value in values if not is_missing(value)]
 

@@ -15,6 +15,7 @@ from nbfeat.features.cache import Cache
 from nbfeat.features.images import load_image
 from nbfeat.features.lane import Lane
 from nbfeat.features.pipeline import Pipeline, Timings
+from nbfeat.features.sources import spread
 
 MOST_IMAGES = 64
 FIRST_IMAGES = 8  # that warm up, and tell how many can be afforded
@@ -28,7 +29,7 @@ def images_per_second(lane: Lane, key: str, images: Sequence[object], root: Path
     Opening the network does not count, nor does the disk: the files are read once before. Images of the same content
     run once, as ever. Returns NaN where none can be read.
     """
-    some = _readable([images[at] for at in _spread(len(images), MOST_IMAGES)], root)
+    some = _readable([images[at] for at in spread(len(images), MOST_IMAGES)], root)
     if not some:
         return float("nan")
     engine = lane.opening.start(key)
@@ -41,14 +42,9 @@ def images_per_second(lane: Lane, key: str, images: Sequence[object], root: Path
         return ran / (time.perf_counter() - start)
 
     with quiet.pillow_defaults():
-        guess = rate([some[at] for at in _spread(len(some), FIRST_IMAGES)])
-        affordable = [some[at] for at in _spread(len(some), max(FIRST_IMAGES, int(guess * SECONDS)))]
+        guess = rate([some[at] for at in spread(len(some), FIRST_IMAGES)])
+        affordable = [some[at] for at in spread(len(some), max(FIRST_IMAGES, int(guess * SECONDS)))]
         return max(rate(affordable) for _ in range(ROUNDS))
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """Return up to `most` positions, spread evenly over `count`."""
-    return [int(at) for at in np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))]
 
 
 def _readable(images: Sequence[object], root: Path) -> list[object]:
