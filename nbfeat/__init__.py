@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from nbfeat.features.result import Result as Result
     from nbfeat.features.storage import storage as storage
     from nbfeat.features.transformer import ImageFeatures as ImageFeatures
+    from nbfeat.jupyter.panel import Panel as Panel
 
 _PUBLIC = {
     "extract": "nbfeat.features.extraction",
@@ -52,6 +53,7 @@ _PUBLIC = {
     "scatter": "nbfeat.explore.scatter",
     "register_backbone": "nbfeat.backbones.registered",
     "storage": "nbfeat.features.storage",
+    "Panel": "nbfeat.jupyter.panel",
     "NbfeatError": "nbfeat.errors",
     "RequestError": "nbfeat.errors",
     "WeightsError": "nbfeat.errors",

@@ -15,7 +15,8 @@ from IPython.utils.capture import capture_output
 
 from nbfeat import Extraction, ExtractionError
 from nbfeat.jupyter import grammar, live
-from nbfeat.jupyter.magics import TRAITS, ExtractMagics, expand
+from nbfeat.jupyter.expansion import expand
+from nbfeat.jupyter.magics import TRAITS, ExtractMagics
 
 pytestmark = pytest.mark.usefixtures("fake_network")
 

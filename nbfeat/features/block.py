@@ -247,13 +247,10 @@ class FeatureBlock:
 
     def __str__(self) -> str:
         """Return the words that `parse` reads back to this block."""
-        words = [quoted(self.backbone)]
-        for option in BLOCK_OPTIONS:
-            value = getattr(self, option.name)
-            if value != type(self).__dataclass_fields__[option.name].default:
-                joint = "=" if str(value).startswith("-") else " "
-                words.append(f"{option.flag}{joint}{quoted(str(value))}")
-        return " ".join(words)
+        defaults = type(self).__dataclass_fields__
+        values = {option.name: getattr(self, option.name) for option in BLOCK_OPTIONS}
+        given = {name: value for name, value in values.items() if value != defaults[name].default}
+        return " ".join([quoted(self.backbone), *spelled(BLOCK_OPTIONS, given)])
 
     @property
     def is_learned(self) -> bool:
@@ -261,8 +258,21 @@ class FeatureBlock:
         return self.normalize not in {"none", "l2"} or self.components is not None
 
 
+def spelled(options: Iterable[Option], values: Mapping[str, Any]) -> list[str]:
+    """Write those of `options` that have values, as `split_words` and WordParser read them back."""
+    words = []
+    for option in options:
+        if option.name in values and option.switch:
+            words += [option.flag] if values[option.name] else []
+        elif option.name in values:
+            for value in map(str, values[option.name] if option.repeat else [values[option.name]]):
+                joint = "=" if value.startswith("-") else " "
+                words.append(f"{option.flag}{joint}{quoted(value)}")
+    return words
+
+
 def quoted(word: str) -> str:
-    """Quote a word so that `split_words` gives it back."""
-    if word and not re.search(r"[\s'\"#]", word):
+    """Quote a word so that `split_words` gives it back, at the end of a line, too, where a semicolon would silence."""
+    if word and not re.search(r"[\s'\"#;]", word):
         return word
     return '"' + word.replace('"', '"\'"\'"') + '"' if "'" in word else f"'{word}'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -12,8 +13,8 @@ from nbfeat.backbones import applications, own_model
 from nbfeat.backbones.backbone import Backbone
 from nbfeat.backbones.catalog import find
 from nbfeat.backbones.model_file import NAME
-from nbfeat.errors import NetworkError
-from nbfeat.features.block import alpha_of, whole
+from nbfeat.errors import NbfeatError, NetworkError
+from nbfeat.features.block import FeatureBlock, alpha_of, whole
 from nbfeat.features.export import versions
 from nbfeat.features.network import NetworkSpec
 from nbfeat.features.store import run_child
@@ -75,6 +76,49 @@ def known_layers(spec: NetworkSpec) -> list[dict[str, Any]] | None:
     except (OSError, ValueError):
         return None
     return rows
+
+
+def layer_names(backbone: Backbone) -> list[str]:
+    """Return where a backbone can be cut, without building it: customary layers first, then those known from before."""
+    return list(dict.fromkeys([*(layer.name for layer in backbone.layers), *_seen(backbone)]))
+
+
+def expected_width(block: FeatureBlock) -> tuple[int, bool] | None:
+    """Return how many features of an image `block` will give, without building anything, and whether that is exact.
+
+    None where it is not known: in networks of the user's own, and at layers that nobody looked at yet.
+    """
+    backbone = find(block.backbone)
+    if block.components:
+        return block.components, True
+    if backbone.is_own:
+        return None
+    rows = _seen(backbone, block.alpha, block.size)
+    name = block.layer or backbone.end or next(reversed(rows), "")
+    if name in rows:
+        shape = [size for size in rows[name]["shape"] if size is not None]
+        is_pooled = len(shape) == MAP_RANK - 1 and block.pooling != "flatten"
+        return (shape[-1] if is_pooled else math.prod(shape)), True
+    stride, channels = 32, backbone.width_at(block.alpha)
+    if block.layer:
+        layer = next((layer for layer in backbone.layers if layer.name == block.layer), None)
+        if layer is None:
+            return None
+        stride, channels = layer.stride, round(layer.channels * (block.alpha or 1))
+    if block.pooling != "flatten" or not stride:
+        return channels, not (block.layer and block.alpha)
+    return channels * math.ceil((block.size or backbone.size) / stride) ** 2, False
+
+
+def _seen(backbone: Backbone, alpha: float | None = None, size: int | None = None) -> dict[str, dict[str, Any]]:
+    """Return the layers of a backbone by name, where they were looked at before."""
+    if backbone.is_own:  # a file tells all of them, and reading it whole would take long
+        return {}
+    try:
+        rows = known_layers(spec_of(backbone, alpha, size))
+    except (HomeError, NbfeatError):
+        rows = None
+    return {row["layer"]: row for row in rows or []}
 
 
 def spec_of(backbone: Backbone, alpha: float | None = None, size: int | None = None) -> NetworkSpec:

@@ -190,11 +190,10 @@ def image_column(frame: pd.DataFrame, asked: Hashable | None) -> Hashable:
     """
     if asked is not None:
         return _asked(frame, asked)
-    samples = {place: _sample(frame, place) for place in range(frame.shape[1])}
-    likely = [place for place, sample in samples.items() if _look_like_images(sample)]
+    likely = likely_columns(frame)
     if len(likely) == 1:
         return _asked(frame, frame.columns[likely[0]])
-    shown = _described(frame, likely or list(samples))
+    shown = _described(frame, likely or list(range(frame.shape[1])))
     if likely:
         message = f"{len(likely)} columns look like images: {shown}. Name one with --images COLUMN."
     elif len(frame):
@@ -202,6 +201,12 @@ def image_column(frame: pd.DataFrame, asked: Hashable | None) -> Hashable:
     else:
         message = "The frame has no rows to tell the image column by. Name it with --images COLUMN."
     raise RequestError(message)
+
+
+def likely_columns(frame: pd.DataFrame) -> list[int]:
+    """Return the positions of the columns that look like images."""
+    places = [place for place, dtype in enumerate(frame.dtypes) if getattr(dtype, "kind", "O") not in "biufcmM"]
+    return [place for place in places if _look_like_images(_sample(frame, place))]
 
 
 def _asked(frame: pd.DataFrame, asked: Hashable) -> Hashable:
@@ -213,7 +218,7 @@ def _asked(frame: pd.DataFrame, asked: Hashable) -> Hashable:
         message = f"{len(same)} columns are called {asked!s}: rename all but one."
         raise RequestError(message)
     names = [str(label) for label in frame.columns]
-    likely = [place for place in range(len(names)) if _look_like_images(_sample(frame, place))]
+    likely = likely_columns(frame)
     known = _described(frame, likely or list(range(len(names)))) or "none"
     which = "Columns that look like images" if likely else "Its columns"
     message = sentences(f"The frame has no column {asked!s}.", near(str(asked), names), f"{which}: {known}.")
@@ -222,8 +227,6 @@ def _asked(frame: pd.DataFrame, asked: Hashable) -> Hashable:
 
 def _sample(frame: pd.DataFrame, place: int) -> list[object]:
     """Return up to 50 values of a column, evenly spread, missing ones left out unless all are."""
-    if getattr(frame.dtypes.iloc[place], "kind", "O") in "biufcmM":
-        return []
     rows = spread(len(frame), 50)
     values = frame.iloc[rows, place].tolist()
     return [value for value in values if not is_missing(value)]

@@ -12,8 +12,7 @@ from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMa
 from nbfeat.backbones.catalog import CATALOG, find
 from nbfeat.errors import NbfeatError
 from nbfeat.features.block import BLOCK_OPTIONS, Option, quoted
-from nbfeat.features.layers import known_layers, spec_of
-from nbfeat.home import HomeError
+from nbfeat.features.layers import layer_names
 from nbfeat.jupyter.grammar import OPTIONS, PARQUET, results_among
 
 if TYPE_CHECKING:
@@ -75,14 +74,7 @@ def _layers(words: list[str]) -> list[str]:
             backbone = find(word)
         except NbfeatError:
             continue
-        customary = [layer.name for layer in backbone.layers]
-        if backbone.is_own:  # a file tells all of them, and reading it whole would take long
-            return customary
-        try:
-            rows = known_layers(spec_of(backbone))
-        except (HomeError, NbfeatError):
-            rows = None
-        return list(dict.fromkeys([*customary, *(row["layer"] for row in rows or [])]))
+        return layer_names(backbone)
     return []
 
 

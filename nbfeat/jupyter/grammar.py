@@ -5,18 +5,19 @@
     %extract   FRAME BACKBONE [options]
     %extract   FRAME --like RESULT
     %%extract  FRAME [BACKBONE] [options]     and one feature block per line of the body
+    %extract_panel [FRAME | --code]
     %extract_cache [clear [features|networks|weights|all]]
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from nbfeat.backbones.model_file import SUFFIXES
 from nbfeat.errors import RequestError, listing, near, sentences
-from nbfeat.features.block import BLOCK_OPTIONS, FeatureBlock, Option, WordParser, quoted, split_words
+from nbfeat.features.block import BLOCK_OPTIONS, FeatureBlock, Option, WordParser, spelled, split_words
 from nbfeat.features.engines import PRECISIONS
 from nbfeat.features.extraction import Extraction
 from nbfeat.features.like import is_result, recipe_of
@@ -43,6 +44,7 @@ RUN_OPTIONS: tuple[Option, ...] = (
 )  # fmt: skip
 
 PARQUET = ".parquet"
+CODE = "--code"  # of %extract_panel
 OPTIONS = (*BLOCK_OPTIONS, *RUN_OPTIONS)
 _BLOCK_NAMES = {option.name for option in BLOCK_OPTIONS}
 _BESIDE_LIKE = ("root", "batch_size", "device")  # settings that say nothing of what is repeated
@@ -71,15 +73,12 @@ class Request:
 
     def __str__(self) -> str:
         """Return the cell that reads back to this request."""
-        words = [self.frame]
-        for option in RUN_OPTIONS:
-            if option.name in self.run and option.switch:
-                words.append(option.flag)
-            elif option.name in self.run:
-                values = self.run[option.name] if option.repeat else [self.run[option.name]]
-                words += [f"{option.flag} {quoted(str(value))}" for value in values]
-        words += ["--quiet"] if self.quiet else []
-        return "\n".join(["%%extract " + " ".join(words), *map(str, self.blocks)])
+        return written(self.frame, {**self.run, "quiet": self.quiet}, map(str, self.blocks))
+
+
+def written(frame: str, run: Mapping[str, Any], blocks: Iterable[str]) -> str:
+    """Write the cell of a frame's name, options of the run, and a line for each block."""
+    return "\n".join([" ".join(["%%extract", frame, *spelled(RUN_OPTIONS, run)]), *blocks])
 
 
 def read(line: str, body: str | None, defaults: Mapping[str, Any]) -> Request | None:
@@ -170,6 +169,17 @@ def cache_words(line: str) -> str | None:
         case ["clear", what]:
             return what
     message = f"%extract_cache takes nothing, or clear [features|networks|weights|all], not {line.strip()!r}."
+    raise RequestError(message)
+
+
+def panel_words(line: str) -> str | None:
+    """Read the words after ``%extract_panel``: the name of a frame, CODE, or None."""
+    match _words(line):
+        case []:
+            return None
+        case [word] if word == CODE or word.isidentifier():
+            return word
+    message = f"%extract_panel takes the name of a dataframe, or {CODE}, not {line.strip()!r}."
     raise RequestError(message)
 
 

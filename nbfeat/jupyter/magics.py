@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand, output_can_be_silenced
 from IPython.core.magic import line_cell_magic as both
-from IPython.utils.text import DollarFormatter
 from traitlets import Bool, TraitError, Unicode, validate
 from traitlets.config import Configurable
 
 from nbfeat.errors import NbfeatError, RequestError
 from nbfeat.features.extraction import Extraction
 from nbfeat.jupyter import completion, grammar
+from nbfeat.jupyter.expansion import expand
 from nbfeat.jupyter.live import Live
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class ExtractMagics(Magics):
     quiet = Bool(False, help="show no progress").tag(config=True)  # noqa: FBT003 - traitlets' way
     short_errors = Bool(True, help="show failing work as one line; False for the whole traceback").tag(config=True)  # noqa: FBT003
     locals().update(_traits())
+    _panel: Any = None  # the last one that was opened here
 
     @validate(*TRAITS)
     def _checked(self, proposal: Any) -> str:  # noqa: ANN401 - traitlets' own
@@ -68,6 +69,13 @@ class ExtractMagics(Magics):
         """Attach features of images as columns; the grammar makes the text that ``%extract?`` shows."""
         result: Extraction | None = self._answer(lambda: self._extract(line, cell))
         return result
+
+    @output_can_be_silenced
+    @no_var_expand
+    @line_magic
+    def extract_panel(self, line: str) -> Any:  # noqa: ANN401 - a Panel, of a module that takes ipywidgets to import
+        """Choose by clicking: ``%extract_panel [FRAME]``. ``%extract_panel --code`` puts its code into a new cell."""
+        return self._answer(lambda: self._extract_panel(line))
 
     @no_var_expand
     @line_magic
@@ -90,11 +98,24 @@ class ExtractMagics(Magics):
             storage.clear(cleared)
         return storage
 
+    def _extract_panel(self, line: str) -> Any:  # noqa: ANN401 - as above
+        from nbfeat.jupyter.panel import Panel  # noqa: PLC0415 - ipywidgets are needed only now
+
+        asked = grammar.panel_words(expand(line, dict(self.shell.user_ns)))  # type: ignore[union-attr]  # as below
+        if asked != grammar.CODE:
+            self._panel = Panel(asked)
+            return self._panel
+        if self._panel is None:
+            message = "There is no panel yet whose code could be taken. `%extract_panel photos` opens one."
+            raise RequestError(message)
+        self._panel.to_cell()
+        return None
+
     def _extract(self, line: str, cell: str | None) -> Extraction | None:
         namespace: dict[str, Any] = self.shell.user_ns  # type: ignore[union-attr]  # magics of a shell have one
         names = dict(namespace)
         expanded = [expand(text, names) for text in (line, *(cell or "").splitlines())]
-        request = grammar.read(expanded[0], "\n".join(expanded[1:]), self._defaults())
+        request = grammar.read(expanded[0], "\n".join(expanded[1:]), self.defaults())
         if request is None:
             print(grammar.usage())  # noqa: T201 - what -h does
             return None
@@ -113,7 +134,7 @@ class ExtractMagics(Magics):
         namespace[request.into] = extraction.frame
         return extraction
 
-    def _defaults(self) -> dict[str, Any]:
+    def defaults(self) -> dict[str, Any]:
         """Return the settings that are not empty, as options."""
         set_here = {name: getattr(self, name) for name in TRAITS if getattr(self, name)}
         checked = {name: grammar.default_of(name, value) for name, value in set_here.items()}
@@ -141,18 +162,6 @@ def stopped(extraction: Extraction) -> KeyboardInterrupt:
     if extraction.keeps:
         return KeyboardInterrupt(f"{done:,} of {total:,} kept; run the cell again to go on. Nothing was bound.")
     return KeyboardInterrupt(f"stopped at {done:,} of {total:,}; nothing was kept or bound. Run the cell again.")
-
-
-def expand(text: str, names: dict[str, Any]) -> str:
-    """Put values in for ``$name`` and ``{expression}``; ``$$`` and ``{{ }}`` are literal, unknown names an error."""
-    if "$" not in text and "{" not in text:
-        return text
-    try:
-        return str(DollarFormatter().vformat(text, (), names))
-    except Exception as error:  # an expression of the user's: whatever it raises is about it
-        reason = f"{type(error).__name__}: {error}"
-        message = f"{text.strip()!r} could not be expanded ({reason}). Write $$ or {{{{ }}}} for plain signs."
-        raise RequestError(message) from error
 
 
 def load(shell: InteractiveShell) -> None:

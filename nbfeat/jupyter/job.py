@@ -1,0 +1,129 @@
+"""An Extraction in a thread: start it, cancel it, let it go on; one enum says how it stands.
+
+The kernel stays free meanwhile. What the result is for is done by `bind`, on the kernel's event loop and between cells.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from enum import Enum
+
+from nbfeat.errors import NbfeatError
+from nbfeat.features.extraction import Extraction, Step
+
+
+class State(Enum):
+    """How a job stands: IDLE → RUNNING → DONE or FAILED; RUNNING → CANCELLING → CANCELLED → RUNNING."""
+
+    IDLE = "idle"
+    RUNNING = "running"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+    DONE = "done"
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is a thread at work, or a frame to be bound."""
+        return self in {State.RUNNING, State.CANCELLING}
+
+
+class Job:
+    """`extraction` in a thread of its own.
+
+    Parameters
+    ----------
+    extraction
+        What to do. Its `steps()` are asked for until they end, or until somebody cancels.
+    bind
+        What to do with the result. An NbfeatError from it makes the job fail.
+    soon
+        Calls a function on the kernel's event loop, when no cell is running there.
+    tell
+        Called after every step and every change of state, by whichever thread made it.
+    """
+
+    def __init__(
+        self,
+        extraction: Extraction,
+        *,
+        bind: Callable[[Extraction], None],
+        soon: Callable[[Callable[[], None]], None],
+        tell: Callable[[], None],
+    ) -> None:
+        self.extraction = extraction
+        self.state = State.IDLE
+        self.step: Step | None = None  # the last one
+        self.coming = ""  # what is being prepared, or is about to come
+        self.error: Exception | None = None
+        self._bind, self._soon, self._tell = bind, soon, tell
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+
+    def start(self) -> None:
+        """Begin, or go on after `cancel`; nothing happens where it is at work already."""
+        with self._lock:
+            if self.state.is_busy:
+                return
+            self.state, self.error = State.RUNNING, None
+            self._ended.clear()
+        self._tell()
+        # ipykernel keeps in the context which cell or click a message belongs to; 7.0 fails where there is none.
+        context = contextvars.copy_context()
+        threading.Thread(target=context.run, args=(self._work,), name="nbfeat-job", daemon=True).start()
+
+    def cancel(self) -> None:
+        """Ask for no further step; what is in flight is finished and kept, nothing is bound."""
+        with self._lock:
+            if self.state is not State.RUNNING:
+                return
+            self.state = State.CANCELLING
+        self._tell()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until it is not busy, and tell whether that came about; in a cell, nothing is bound before its end."""
+        return not self.state.is_busy or self._ended.wait(seconds)
+
+    @property
+    def is_binding(self) -> bool:
+        """Whether all is computed, and the frame waits for the running cell to end."""
+        return self.state.is_busy and self.extraction.state == "done"
+
+    def _work(self) -> None:
+        try:
+            with closing(self.extraction.steps()) as steps:
+                for step in steps:
+                    self.step, self.coming = step, step.note or self.coming
+                    if self.state is State.CANCELLING:
+                        break
+                    self._tell()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is shown: nobody sees what a thread raises
+            self._end(State.FAILED, error)
+            return
+        if self.extraction.state == "done":
+            self._tell()
+            self._soon(self._finish)
+        else:
+            self._end(State.CANCELLED)
+
+    def _finish(self) -> None:
+        if self.state is State.CANCELLING:
+            self._end(State.CANCELLED)
+            return
+        try:
+            self._bind(self.extraction)
+        except NbfeatError as error:
+            self._end(State.FAILED, error)
+        else:
+            self._end(State.DONE)
+
+    def _end(self, state: State, error: Exception | None = None) -> None:
+        with self._lock:
+            self.state, self.error = state, error
+        try:
+            self._tell()
+        finally:
+            self._ended.set()

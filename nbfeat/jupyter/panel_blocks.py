@@ -1,0 +1,168 @@
+"""The panel's feature blocks: a card for each, which says its columns and their memory before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import ipywidgets as widgets
+
+from nbfeat.backbones.catalog import CATALOG
+from nbfeat.errors import NbfeatError
+from nbfeat.features import memory
+from nbfeat.features.block import BLOCK_OPTIONS, FeatureBlock, quoted, spelled
+from nbfeat.features.columns import names, prefix_of
+from nbfeat.features.layers import expected_width, layer_names
+from nbfeat.html import escape
+from nbfeat.jupyter.panel_widgets import (
+    DEFAULT,
+    box,
+    button,
+    chosen,
+    close,
+    fold,
+    heading,
+    html,
+    offer,
+    weights_of,
+    widget_of,
+    with_default,
+)  # fmt: skip
+
+FIRST = "MobileNetV2"  # light, and usual
+SHOWN = ("layer", "pooling", "normalize", "components", "prefix")  # the others are folded away
+OPTIONS = {option.name: option for option in BLOCK_OPTIONS}
+
+
+class Card:
+    """One block: its backbone and its options. `changed` is called after each choice."""
+
+    def __init__(self, settings: Mapping[str, Any], changed: Callable[[], None]) -> None:
+        self.settings = settings
+        self.backbone = widgets.Combobox(
+            value=str(settings.get("backbone", FIRST)),
+            options=list(CATALOG),
+            ensure_option=True,
+            continuous_update=False,
+            description="Backbone (type to search)",
+            placeholder=f"one of {len(CATALOG)} networks",
+            tooltip="Clear it to see all, or type a part of a name",
+        )
+        self.options = {name: widget_of(option, settings) for name, option in OPTIONS.items()}
+        self.remove = button("Remove", "quiet", "Remove this block")
+        self.expected = html("expected")
+        more = box("fields", [self.options[name] for name in OPTIONS if name not in SHOWN])
+        shown = box("fields", [self.backbone, *(self.options[name] for name in SHOWN)])
+        self.box = box("block", [shown, box("line", [self.expected, self.remove]), fold("More options", more)])
+        self._offer()
+        self._changed, self._is_offering = changed, False
+        for widget in (self.backbone, *self.options.values()):
+            widget.observe(self._observed, "value")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that were chosen."""
+        return chosen(self.options)
+
+    @property
+    def text(self) -> str:
+        """The block's line of the cell."""
+        return " ".join([quoted(self.backbone.value), *spelled(BLOCK_OPTIONS, self.given)])
+
+    def tell(self, block: FeatureBlock, rows: int) -> int:
+        """Show which columns `block` will make of `rows` images and what memory they take; return how many."""
+        try:
+            expected = expected_width(block)
+            prefix = prefix_of(block, CATALOG[block.backbone].column)
+            self.options["prefix"].placeholder = prefix_of(replace(block, prefix=None), CATALOG[block.backbone].column)
+        except (NbfeatError, KeyError):
+            self.expected.value = ""
+            return 0
+        if expected is None:
+            self.expected.value = f"<b>width</b> is known once it runs · {escape(prefix)}_0000 …"
+            return 0
+        width, is_exact = expected
+        first, *_, last = names(prefix, max(width, 2))
+        size, free = 4 * rows * width, memory.free_bytes()
+        warning = ""
+        if free is not None and size > memory.SHARE * free:
+            warning = f" <b>⚠ more than half of the {memory.shown(free)} of free memory</b>"
+        about = "" if is_exact else "about "
+        self.expected.value = (
+            f"<b>{about}{width:,} columns</b> · {about}{memory.shown(size)}{warning} · "
+            f"<code>{escape(first)} … {escape(last.rpartition('_')[2])}</code>"
+        )
+        return width
+
+    def _observed(self, change: Mapping[str, Any]) -> None:
+        if self._is_offering:
+            return
+        if change["owner"] is self.backbone:
+            self._offer()
+        self._changed()
+
+    def _offer(self) -> None:
+        """Offer the layers, multipliers and weights that the backbone has."""
+        backbone = CATALOG.get(self.backbone.value)
+        if backbone is None:
+            return
+        self._is_offering = True
+        try:
+            channels = {layer.name: layer.channels for layer in backbone.layers}
+            layers = [
+                (f"{name} · {channels[name]:,}" if channels.get(name) else name, name) for name in layer_names(backbone)
+            ]
+            end = f"the end · {backbone.width:,}" if backbone.width else "the end"
+            offer(self.options["layer"], [(end, DEFAULT), *layers])
+            for name, choices in (("alpha", backbone.alphas), ("weights", weights_of(backbone))):
+                offer(self.options[name], with_default(OPTIONS[name], choices, self.settings))
+            self.options["alpha"].disabled = not backbone.alphas
+        finally:
+            self._is_offering = False
+
+
+class Blocks:
+    """All blocks of a panel, at least one."""
+
+    def __init__(self, settings: Mapping[str, Any], changed: Callable[[], None]) -> None:
+        self.settings, self._changed = settings, changed
+        self.cards: list[Card] = []
+        self.more = button("Add a block", "quiet", "Another network, layer or pooling, in the same pass")
+        self.more.on_click(lambda _: self.add())
+        self.total = html("expected")
+        self._cards = box("blocks", [])
+        self.box = box("part", [heading("Feature blocks"), self._cards, box("line", [self.more, self.total])])
+        self.add()
+
+    def add(self) -> Card:
+        """Add a block: of the last one's backbone, cut at the last of its customary layers that no block has yet."""
+        card = Card(self.settings, self._changed)
+        card.remove.on_click(lambda _: self.remove(card))
+        if self.cards:
+            name = card.backbone.value = self.cards[-1].backbone.value
+            taken = {one.options["layer"].value for one in self.cards if one.backbone.value == name}
+            layers = [layer.name for layer in CATALOG[name].layers] if name in CATALOG else []
+            card.options["layer"].value = next((layer for layer in reversed(layers) if layer not in taken), DEFAULT)
+        self.cards.append(card)
+        self._draw()
+        return card
+
+    def remove(self, card: Card) -> None:
+        """Take a block away, unless it is the last one."""
+        if len(self.cards) > 1 and card in self.cards:
+            self.cards.remove(card)
+            self._draw()
+            close(card.box)
+
+    def tell(self, blocks: list[FeatureBlock], rows: int, columns: int) -> None:
+        """Show what each block will give of `rows` rows and `columns` image columns, and all of them."""
+        widths = [card.tell(block, rows * columns) for card, block in zip(self.cards, blocks, strict=True)]
+        width = columns * sum(widths)
+        self.total.value = f"{width:,} new columns · {memory.shown(4 * rows * width)}" if len(widths) > 1 else ""
+
+    def _draw(self) -> None:
+        for card in self.cards:
+            card.remove.disabled = len(self.cards) == 1
+        self._cards.children = [card.box for card in self.cards]
+        self._changed()

@@ -1,0 +1,130 @@
+"""The panel's widgets: one for each option of the table, labelled, choices only; and the style of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+import ipywidgets as widgets
+
+from nbfeat.backbones.backbone import Backbone
+from nbfeat.features.block import Option
+
+Choice = tuple[str, Any]  # what is shown, and what is meant by it
+
+# What the panel offers of options that take any number; the written code takes all of them.
+NUMBERS = {
+    "components": (2, 8, 16, 32, 50, 64, 100, 128, 256, 512),
+    "size": (32, 64, 96, 112, 128, 160, 192, 224, 256, 299, 331, 384, 448, 512),
+    "batch_size": (1, 4, 8, 16, 32, 64, 128, 256),
+}
+DEVICES = ("cpu", "gpu")
+DEFAULT = ""  # chosen where an option is not written; None is what a Dropdown has where nothing is chosen
+LABELS = {
+    "normalize": "Normalization", "components": "Components (PCA)", "images": "Image column",
+    "fit_on": "Normalization learns from", "batch_size": "Batch size", "no_cache": "Compute every image again",
+    "replace": "Overwrite columns of the same names", "size": "Image size", "resize": "Fitting",
+}  # fmt: skip
+
+
+def widget_of(option: Option, settings: Mapping[str, Any]) -> Any:  # noqa: ANN401 - whichever fits the option
+    """Return a widget that chooses a value of `option`; `settings` are the defaults that were set for it."""
+    label = LABELS.get(option.name, option.name.capitalize())
+    if option.switch:
+        return widgets.Checkbox(description=label, indent=False, tooltip=option.help)
+    if option.name == "prefix":
+        return widgets.Text(description=label, tooltip=option.help, continuous_update=False)
+    choices = option.choices or NUMBERS.get(option.name) or (DEVICES if option.name == "device" else ())
+    return widgets.Dropdown(description=label, tooltip=option.help, options=with_default(option, choices, settings))
+
+
+def with_default(option: Option, choices: Iterable[Any], settings: Mapping[str, Any]) -> list[Choice]:
+    """Return what a Dropdown offers: the default first, which writes nothing, then the other choices."""
+    default = settings.get(option.name, option.default)
+    shown = f"{default} (your setting)" if option.name in settings else str(default)
+    return [(shown, DEFAULT), *((str(choice), choice) for choice in choices if str(choice) != str(default))]
+
+
+def offer(dropdown: widgets.Dropdown, options: Sequence[Choice]) -> None:
+    """Change what a Dropdown offers, and keep what is chosen where it is still offered."""
+    if list(dropdown.options) == list(options):
+        return
+    kept = dropdown.value
+    dropdown.options = options
+    values = [value for _, value in options]
+    dropdown.value = kept if kept in values else values[0] if values else None
+
+
+def chosen(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that were chosen in widgets of options, defaults left out."""
+    values = {name: widget.value for name, widget in options.items()}
+    return {name: value for name, value in values.items() if value not in {DEFAULT, False}}
+
+
+def weights_of(backbone: Backbone) -> list[str]:
+    """Return the weights that can be chosen by name."""
+    if backbone.is_own:
+        return []
+    return list(dict.fromkeys(["bundled" if backbone.bundled else "imagenet", "random"]))
+
+
+def html(kind: str, value: str = "") -> widgets.HTML:
+    """Return a piece of html of a class of its own."""
+    made = widgets.HTML(value)
+    made.add_class(f"nbfeat-{kind}")
+    return made
+
+
+def heading(text: str) -> widgets.HTML:
+    """Return the heading of a part of the panel."""
+    return html("heading", f"<h4>{text}</h4>")
+
+
+def button(text: str, kind: str, tooltip: str = "") -> widgets.Button:
+    """Return a button of a class of its own."""
+    made = widgets.Button(description=text, tooltip=tooltip)
+    made.add_class(f"nbfeat-{kind}")
+    return made
+
+
+def box(kind: str, children: Sequence[Any]) -> widgets.Box:
+    """Return a box of a class of its own; how it lays things out, the style says."""
+    made = widgets.Box(list(children))
+    made.add_class(f"nbfeat-{kind}")
+    return made
+
+
+def fold(title: str, child: Any) -> widgets.Accordion:  # noqa: ANN401 - any widget
+    """Return `child` under a title that opens and closes it; closed at first."""
+    made = widgets.Accordion([child], titles=(title,), selected_index=None)
+    made.add_class("nbfeat-fold")
+    return made
+
+
+def style() -> str:
+    """Return the style, every rule of which stays within the panel."""
+    return f"<style>{files('nbfeat.jupyter').joinpath('panel.css').read_text(encoding='utf-8')}</style>"
+
+
+def answer_at_once(root: Any) -> None:  # noqa: ANN401 - any widget
+    """Let clicks be answered while a cell runs.
+
+    ipykernel 7.4 takes clicks on a widget in the thread that last published on it, which for one that a cell has made
+    or changed is the thread of the cells; before that and after, it is the front end's choice, which is another thread.
+    """
+    for widget in (root, *descendants(root)):
+        vars(widget.comm).pop("_reply_subshell_id", None) if widget.comm is not None else None
+
+
+def close(root: Any) -> None:  # noqa: ANN401 - any widget
+    """Take a widget, and all in it, off the screen and out of memory."""
+    for widget in (*descendants(root), root):
+        widget.close()
+
+
+def descendants(widget: Any) -> Iterable[Any]:  # noqa: ANN401 - any widget
+    """Walk through all widgets within `widget`."""
+    for child in getattr(widget, "children", ()):
+        yield child
+        yield from descendants(child)
