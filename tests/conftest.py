@@ -15,8 +15,8 @@ from PIL import Image
 from traitlets.config import Config
 
 from nbfeat.features import engines
-from tests.faces import CellMagic, Face, LineMagic, python
-from tests.fake import FakeEngine, FakeOpening
+from tests.faces import CellMagic, Face, LineMagic, PanelFace, python
+from tests.fake import FakeEngine, FakeOpening, Gate
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("NBFEAT_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -113,6 +113,12 @@ def fake_network(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
     return FakeEngine
 
 
+@pytest.fixture
+def gate(fake_network: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> Gate:  # noqa: ARG001 - what it is for
+    """Return a gate in the pretended network."""
+    return Gate(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InteractiveShell]:
     """Return an IPython shell of its own, with the extension loaded."""
@@ -126,9 +132,11 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InteractiveShell
         InteractiveShell.clear_instance()
 
 
-@pytest.fixture(params=["python", "line magic", "cell magic"])
+@pytest.fixture(params=["python", "line magic", "cell magic", "panel"])
 def extract(request: pytest.FixtureRequest, shell: InteractiveShell) -> Face:
     """Return each face of extraction in turn; a line magic takes one block."""
     shell.reset(new_session=False)
-    quiet: dict[str, Face] = {"python": python, "line magic": LineMagic(shell), "cell magic": CellMagic(shell)}
-    return quiet[request.param]
+    faces: dict[str, Face] = {
+        "python": python, "line magic": LineMagic(shell), "cell magic": CellMagic(shell), "panel": PanelFace(shell),
+    }  # fmt: skip
+    return faces[request.param]

@@ -10,8 +10,9 @@ from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 
 import nbfeat
-from nbfeat import Extraction, RequestError
-from nbfeat.features.block import quoted
+from nbfeat import Extraction, Panel, RequestError
+from nbfeat.features.block import BLOCK_OPTIONS, WordParser, quoted, split_words
+from nbfeat.jupyter.panel_widgets import DEFAULT
 
 
 class Face(Protocol):
@@ -53,6 +54,59 @@ class CellMagic(LineMagic):
 
     def __call__(self, frame: Any, *blocks: str, **options: Any) -> Extraction:
         return self.run("cell", frame, words(options), "\n".join([*blocks, "", "# that is all"]))
+
+
+class PanelFace:
+    """The panel, driven by the traits of its widgets, as clicks do.
+
+    What it offers no choice for, the test offers first: what becomes of it is the same as of any other choice.
+    """
+
+    def __init__(self, shell: InteractiveShell) -> None:
+        self.shell = shell
+
+    def __call__(self, frame: Any, *blocks: str, **options: Any) -> Extraction:
+        self.shell.user_ns["photos"] = frame
+        magics = self.shell.magics_manager.registry["ExtractMagics"]
+        magics.root = str(options.pop("root", ""))
+        panel = Panel("photos")
+        try:
+            self.choose(panel, blocks, options)
+            if panel.problem:
+                raise RequestError(panel.problem)
+            panel.extract()
+            assert panel.wait(60)
+            assert panel.job is not None
+            if panel.job.error is not None:
+                raise panel.job.error
+            assert panel.result is not None
+            same(self.shell.user_ns["photos"], panel.result.frame)
+            return panel.result
+        finally:
+            panel.close()
+            magics.root = ""
+
+    def choose(self, panel: Panel, blocks: Sequence[str], options: dict[str, Any]) -> None:
+        images = options.pop("images", None)
+        labels = images if isinstance(images, list) else [images]
+        pick(panel.source.images, None if images is None else tuple(labels))
+        pick(panel.source.rows, options.pop("fit_on", DEFAULT))
+        panel.options.options["no_cache"].value = not options.pop("cache", True)
+        for name in set(options) & set(panel.options.options):
+            pick(panel.options.options[name], options.pop(name))
+        for number, block in enumerate(blocks):
+            card = panel.blocks.add() if number else panel.blocks.cards[0]
+            given, words = WordParser(BLOCK_OPTIONS).read(split_words(block))
+            card.backbone.value = words[0]
+            for name, widget in card.options.items():
+                pick(widget, {**options, **given}.get(name, DEFAULT))
+
+
+def pick(widget: Any, value: Any) -> None:
+    """Choose `value`, offering it first where it is none of the choices."""
+    if hasattr(widget, "options") and value is not None and value not in [known for _, known in widget.options]:
+        widget.options = [*widget.options, (str(value), value)]
+    widget.value = value
 
 
 def words(options: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from nbfeat.backbones.weights import Loaded
@@ -105,3 +106,25 @@ class FakeOpening:
     def start(self, only: str | None = None) -> FakeEngine:
         cuts = tuple(cut for cut in self.spec.cuts if only in {None, cut.key})
         return FakeEngine(replace(self.spec, cuts=cuts), self.batch_size)
+
+
+class Gate:
+    """Hold every batch of the pretended network until it is let through."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._passes = threading.Semaphore(0)
+        collect = FakeEngine.collect
+
+        def held(engine: FakeEngine) -> Vectors:
+            assert self._passes.acquire(timeout=30), "nobody opened the gate"
+            return collect(engine)
+
+        monkeypatch.setattr(FakeEngine, "collect", held)
+
+    def let(self, batches: int) -> None:
+        """Let so many batches through."""
+        self._passes.release(batches)
+
+    def open(self) -> None:
+        """Let all through from now on."""
+        self.let(100_000)

@@ -76,7 +76,7 @@ class Job:
         threading.Thread(target=context.run, args=(self._work,), name="nbfeat-job", daemon=True).start()
 
     def cancel(self) -> None:
-        """Ask for no further step; what is in flight is finished and kept, nothing is bound."""
+        """Ask for no further step: what is done is kept, nothing is bound."""
         with self._lock:
             if self.state is not State.RUNNING:
                 return

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from nbfeat.errors import NbfeatError, RequestError
 from nbfeat.features.extraction import Extraction
+from nbfeat.features.request import check_frame
+from nbfeat.features.sources import likely_columns
 from nbfeat.html import escape
 from nbfeat.jupyter import grammar, panel_look
 from nbfeat.jupyter.binding import Held, between_cells
@@ -77,7 +79,7 @@ class Panel:
         self.options = RunOptions(settings, self._changed)
         self.results = Result()
         self.extract_button = button("Extract", "go", "Extract the features, beside the notebook")
-        self.cancel_button = button("Cancel", "quiet", "Stop after the batches in flight; what is done is kept")
+        self.cancel_button = button("Cancel", "quiet", "Stop after the batch in hand; what is done is kept")
         self.extract_button.on_click(lambda _: self.extract())
         self.cancel_button.on_click(lambda _: self.cancel())
         self._progress, self._problem, self._code = html("progress"), html("problem"), html("code")
@@ -128,7 +130,7 @@ class Panel:
             self.cancel_button.focus()
 
     def cancel(self) -> None:
-        """Stop after the batches in flight. Nothing is bound; what is done is kept."""
+        """Stop after the batch in hand. Nothing is bound; what is done is kept."""
         if self.job is not None:
             self.job.cancel()
 
@@ -203,9 +205,7 @@ class Panel:
         self.code = "\n".join(map(literal, lines.split("\n")))
         self._code.value = panel_look.code_of(self.code, loaded=_magics(self._shell) is not None)
         frame, columns = self.source.chosen, len(self.source.images.value or ())
-        self.blocks.tell(
-            list(self._request.blocks) if self._request else [], 0 if frame is None else len(frame), columns
-        )
+        self.blocks.tell(0 if frame is None else len(frame), columns)
         self._draw()
 
     def _read(self, lines: str) -> grammar.Request:
@@ -240,18 +240,16 @@ class Panel:
             return None
         names = self._names()
         if isinstance(frame, str):
-            grammar.check_name(frame, names)
-            name: str | None = frame
-        else:
-            name = next((name for name, known in frames_in(names).items() if known is frame), None)
-        if name not in frames_in(names):
+            check_frame(grammar.check_name(frame, names))
+            return frame
+        check_frame(frame)
+        name = next((name for name, known in frames_in(names).items() if known is frame), None)
+        if name is None:
             message = "The panel binds features to the name of a dataframe. Give it one first: photos = …"
             raise RequestError(message)
         return name
 
     def _first_with_images(self) -> str | None:
-        from nbfeat.features.sources import likely_columns  # noqa: PLC0415
-
         frames = frames_in(self._names())
         return next((name for name, frame in frames.items() if likely_columns(frame)), next(iter(frames), None))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from nbfeat.backbones.catalog import CATALOG
+from nbfeat.backbones.catalog import CATALOG, find
 from nbfeat.errors import NbfeatError
 from nbfeat.features import memory
 from nbfeat.features.block import BLOCK_OPTIONS, FeatureBlock, quoted, spelled
@@ -70,25 +70,27 @@ class Card:
         """The block's line of the cell."""
         return " ".join([quoted(self.backbone.value), *spelled(BLOCK_OPTIONS, self.given)])
 
-    def tell(self, block: FeatureBlock, rows: int) -> int:
-        """Show which columns `block` will make of `rows` images and what memory they take; return how many."""
+    def tell(self, rows: int) -> int:
+        """Show which columns the block will make of `rows` images and what memory they take; return how many."""
+        defaults = {name: value for name, value in self.settings.items() if name in OPTIONS}
         try:
-            expected = expected_width(block)
-            prefix = prefix_of(block, CATALOG[block.backbone].column)
-            self.options["prefix"].placeholder = prefix_of(replace(block, prefix=None), CATALOG[block.backbone].column)
-        except (NbfeatError, KeyError):
+            block = FeatureBlock.parse(self.text, defaults)[0]
+            column, expected = find(block.backbone).column, expected_width(block)
+        except NbfeatError:  # which is told elsewhere
             self.expected.value = ""
             return 0
+        prefix = prefix_of(block, column)
+        self.options["prefix"].placeholder = prefix_of(replace(block, prefix=None), column)
         if expected is None:
-            self.expected.value = f"<b>width</b> is known once it runs · {escape(prefix)}_0000 …"
+            self.expected.value = f"<b>width</b> is known once it runs · <code>{escape(prefix)}_0000 …</code>"
             return 0
         width, is_exact = expected
         first, *_, last = names(prefix, max(width, 2))
         size, free = 4 * rows * width, memory.free_bytes()
+        about = "" if is_exact else "about "
         warning = ""
         if free is not None and size > memory.SHARE * free:
             warning = f" <b>⚠ more than half of the {memory.shown(free)} of free memory</b>"
-        about = "" if is_exact else "about "
         self.expected.value = (
             f"<b>{about}{width:,} columns</b> · {about}{memory.shown(size)}{warning} · "
             f"<code>{escape(first)} … {escape(last.rpartition('_')[2])}</code>"
@@ -155,11 +157,10 @@ class Blocks:
             self._draw()
             close(card.box)
 
-    def tell(self, blocks: list[FeatureBlock], rows: int, columns: int) -> None:
+    def tell(self, rows: int, columns: int) -> None:
         """Show what each block will give of `rows` rows and `columns` image columns, and all of them."""
-        widths = [card.tell(block, rows * columns) for card, block in zip(self.cards, blocks, strict=True)]
-        width = columns * sum(widths)
-        self.total.value = f"{width:,} new columns · {memory.shown(4 * rows * width)}" if len(widths) > 1 else ""
+        width = columns * sum([card.tell(rows * columns) for card in self.cards])
+        self.total.value = f"{width:,} new columns · {memory.shown(4 * rows * width)}" if len(self.cards) > 1 else ""
 
     def _draw(self) -> None:
         for card in self.cards:

@@ -26,7 +26,7 @@ class Look:
 LOOKS: dict[State, Look] = {
     State.IDLE: Look("○", "Ready", ""),
     State.RUNNING: Look("▶", "Running", "{progress}", can_extract=False, can_cancel=True, has_bar=True),
-    State.CANCELLING: Look("…", "Cancelling", "{counts} · what is in flight is finished first", can_extract=False,
+    State.CANCELLING: Look("…", "Cancelling", "{counts} · stopping after the batch in hand", can_extract=False,
                            has_bar=True),
     State.CANCELLED: Look("■", "Cancelled", "{counts} · nothing was bound · Extract goes on{kept}", has_bar=True),
     State.FAILED: Look("✕", "Failed", "{error}"),

@@ -2,17 +2,137 @@
 
 from __future__ import annotations
 
+import contextvars
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import ipywidgets as widgets
+
+from nbfeat.errors import NbfeatError
 from nbfeat.features.extraction import Extraction
-from nbfeat.jupyter.panel_widgets import box, html
+from nbfeat.html import Html, escape, paragraph
+from nbfeat.jupyter.panel_widgets import Choice, answer_at_once, box, heading, html, offer
+
+REPORT, FAILURES, SCATTER, COMPARISON = "Report", "Failures", "Scatter", "Comparison"
+FAILURES_SHOWN = 24
+MOST_COLUMNS = 60  # offered to color by
 
 
 class Result:
-    """What came of a run; empty before the first."""
+    """What came of a run; nothing before the first."""
 
     def __init__(self) -> None:
-        self.report = html("report")
-        self.box = box("part", [self.report])
+        self.pages = widgets.ToggleButtons(options=[REPORT], tooltips=["What was extracted, and how"])
+        self.pages.add_class("nbfeat-pages")
+        self.column = widgets.Dropdown(description="Column", tooltip="To color by, or to predict from each block")
+        self.page = html("page")
+        self._choice = box("fields", [self.column])
+        self.box = box("part", [])
+        self._of: Extraction | None = None
+        self._made: dict[tuple[str, object], Html] = {}  # pages, by what they show
+        self._making = 0  # a number for each page that was asked for; an older one is not shown any more
+        self._thread: threading.Thread | None = None
+        self._is_showing = False
+        self.pages.observe(lambda _: self._turn(), "value")
+        self.column.observe(lambda _: self._turn(), "value")
 
     def show(self, extraction: Extraction) -> None:
-        """Show what `extraction` gave."""
-        self.report.value = extraction._repr_html_()
+        """Show what `extraction` gave, its report first."""
+        self._of, self._made = extraction, {}
+        self._is_showing = True
+        try:
+            failed = len(extraction.failures)
+            pages = [(f"{FAILURES} ({failed:,})", FAILURES)] if failed else []
+            self.pages.options = [(REPORT, REPORT), *pages, (SCATTER, SCATTER), (COMPARISON, COMPARISON)]
+            self.pages.value = REPORT
+            offer(self.column, columns_of(extraction))
+        finally:
+            self._is_showing = False
+        self.box.children = (heading("Result"), self.pages, self._choice, self.page)
+        self._turn()
+
+    def wait(self) -> None:
+        """Wait until the page that was chosen is shown."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _turn(self) -> None:
+        """Show the page that is chosen; what takes a while is made in a thread."""
+        if self._is_showing or self._of is None:
+            return
+        self._making += 1
+        page, column = self.pages.value, self.column.value
+        has_column = page in {SCATTER, COMPARISON}
+        self._choice.layout.display = None if has_column and self.column.options else "none"
+        key = (page, column if has_column else None)
+        if page == REPORT:
+            self.page.value = self._of._repr_html_()
+        elif key in self._made:
+            self.page.value = self._made[key]
+        else:
+            self.page.value = paragraph(f"Making the {page.lower()} …")
+            context, of = contextvars.copy_context(), self._of
+            self._thread = threading.Thread(
+                target=context.run, args=(self._make, key, of, self._making), name="nbfeat-page", daemon=True
+            )
+            self._thread.start()
+        answer_at_once(self.pages)
+
+    def _make(self, key: tuple[str, object], of: Extraction, number: int) -> None:
+        page, column = key
+        try:
+            made = MAKERS[page](of, column)
+        except NbfeatError as error:
+            made = paragraph(f"⚠ {error}")
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is shown: nobody sees what a thread raises
+            made = paragraph(f"⚠ {type(error).__name__}: {error}")
+        else:
+            self._made[key] = made
+        if number == self._making:
+            self.page.value = made
+
+
+def columns_of(extraction: Extraction) -> list[Choice]:
+    """Return the columns to color by, ``label`` first where there is one; features and images are none."""
+    frame = extraction.frame
+    others = {*extraction.columns, *(part.column for part in extraction.parts)}
+    found = [column for column in frame.columns if column not in others][:MOST_COLUMNS]
+    return [(str(column), column) for column in sorted(found, key=lambda column: column != "label")]
+
+
+def failures(extraction: Extraction, _: object) -> Html:
+    """Draw the images that failed, each with its reason."""
+    from nbfeat.explore import gallery  # noqa: PLC0415 - only when it is asked for
+    from nbfeat.explore.tile import Tile  # noqa: PLC0415
+
+    found = extraction.failures
+    shown = found.head(FAILURES_SHOWN)
+    tiles = [
+        Tile(None, (f"row {position:,}", Path(image).name), image, reason)
+        for position, image, reason in zip(shown["position"], shown["image"], shown["reason"], strict=True)
+    ]
+    more = f"… and {len(found) - len(shown):,} more: see result.failures" if len(found) > len(shown) else ""
+    return Html(gallery.html(tiles, Path()) + (paragraph(more) if more else ""))
+
+
+def scatter(extraction: Extraction, column: object) -> Html:
+    """Draw the features in two dimensions."""
+    from nbfeat.explore.scatter import scatter  # noqa: PLC0415 - as above
+
+    return Html(scatter(extraction, color=column)._repr_html_())  # type: ignore[arg-type]  # a label of the frame
+
+
+def comparison(extraction: Extraction, column: object) -> Html:
+    """Score every block by how well it predicts a column."""
+    from nbfeat.explore.compare import compare  # noqa: PLC0415 - as above
+
+    if column is None:
+        return paragraph("The frame has no column to predict. Add one, such as a label, and extract again.")
+    found = compare(extraction, column)
+    return Html(found._repr_html_() + f'<div style="opacity:.65">{escape("Cross-validated; best first.")}</div>')
+
+
+MAKERS: dict[str, Callable[[Extraction, object], Html]] = {
+    FAILURES: failures, SCATTER: scatter, COMPARISON: comparison,
+}  # fmt: skip

@@ -103,8 +103,10 @@ class Source:
     def _observed(self, change: Mapping[str, Any]) -> None:
         if self._is_refreshing:
             return
-        if change["owner"] is not self.rows:
+        if change["owner"] is self.frame:
             self.refresh()
+        elif change["owner"] is self.images:
+            self._look(self.chosen)
         self._changed()
 
     def _look(self, frame: pd.DataFrame | None) -> None:
@@ -136,8 +138,9 @@ class Source:
 
     def _read(self, values: Sequence[object], missing: int, root: Path, number: int) -> None:
         """Draw some of the images, then count the files that are not there."""
-        step = max(1, len(values) // THUMBNAILS)
-        shown = "".join(thumbnail(value, root) for value in values[::step][:THUMBNAILS])
+        count = min(len(values), THUMBNAILS)
+        spread = [round(number * (len(values) - 1) / max(1, count - 1)) for number in range(count)]
+        shown = "".join(thumbnail(values[place], root) for place in spread)
         if number == self._looking:
             self.strip.value = shown
         lost = 0

@@ -59,7 +59,7 @@ def offer(dropdown: widgets.Dropdown, options: Sequence[Choice]) -> None:
 def chosen(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that were chosen in widgets of options, defaults left out."""
     values = {name: widget.value for name, widget in options.items()}
-    return {name: value for name, value in values.items() if value not in {DEFAULT, False}}
+    return {name: value for name, value in values.items() if value is not False and value != DEFAULT}
 
 
 def weights_of(backbone: Backbone) -> list[str]:
