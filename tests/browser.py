@@ -1,7 +1,7 @@
 """A notebook server of its own and a headless Chromium: what a person sees of a notebook, and clicks in it.
 
-Nothing of the user's is read or changed, and nothing outside this machine is asked: every folder is a temporary one, and
-the browser resolves no name.
+Nothing of the user's is read or changed, and nothing outside this machine is asked: every folder is a temporary one,
+and the browser resolves no name.
 """
 
 from __future__ import annotations
@@ -165,14 +165,14 @@ def run_cell(page: Any, number: int, *, wait: bool = True) -> None:
 
 def wait_for_cells(page: Any) -> None:
     """Wait until no cell runs, or waits to."""
-    page.wait_for_function(
-        "() => ![...document.querySelectorAll('.jp-Notebook .jp-InputPrompt')].some(one => one.textContent.includes('*'))"
-    )
+    prompts = "[...document.querySelectorAll('.jp-Notebook .jp-InputPrompt')]"
+    page.wait_for_function(f"() => {prompts}.every(prompt => !prompt.textContent.includes('*'))")
 
 
 def output(page: Any, number: int) -> str:
     """Return the text that a cell put out."""
-    return str(page.locator(".jp-Notebook .jp-Cell").nth(number).locator(".jp-OutputArea").inner_text()).strip()
+    outputs = page.locator(".jp-Notebook .jp-Cell").nth(number).locator(".jp-OutputArea-output")
+    return "\n".join(outputs.all_inner_texts()).strip()
 
 
 def done_of(page: Any) -> int:

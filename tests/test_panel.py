@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import pytest

@@ -175,7 +175,8 @@ class Panel:
     def _told(self) -> None:
         """Show a step or a change of state; called by the thread that works."""
         is_new = self.state is not self._drawn_state
-        if is_new or time.monotonic() - self._drawn_at >= SECONDS_BETWEEN:
+        is_binding = self.job is not None and self.job.is_binding
+        if is_new or is_binding or time.monotonic() - self._drawn_at >= SECONDS_BETWEEN:
             self._draw()
         if self.job is not None and is_new and not self.state.is_busy:
             self._ended(self.job)
