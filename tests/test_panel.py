@@ -474,9 +474,9 @@ def test_thumbnails_and_what_is_missing_are_shown(
     photos.iloc[1, 0] = "gone.png"
     one = opened()
     one.source.wait()
-    assert one.source.strip.value.count('<img src="data:image/jpeg') == 11
+    assert one.source.strip.value.count('<img src="data:image/webp') == 11
     assert one.source.strip.value.count("nbfeat-lost") == 1
-    assert one.source.missing.value == "20 images · ⚠ 1 without a value · ⚠ 1 files are not there"
+    assert one.source.missing.value == "20 images · ⚠ 1 without a value · ⚠ 1 file is not there"
     notebook.user_ns["photos"] = photos.iloc[2:]
     one._after_a_cell()
     one.source.wait()
@@ -519,6 +519,48 @@ def test_frames_that_cannot_be_are_refused_in_one_line(
     assert "MultiIndex columns" in one._problem.value
     one.source.frame.value = "photos"
     assert not one.problem
+
+
+# The result
+
+
+def test_failures_scatter_and_comparison_are_one_click_away(
+    opened: Callable[..., Panel], notebook: InteractiveShell
+) -> None:
+    photos = notebook.user_ns["photos"] = pd.concat([notebook.user_ns["photos"]] * 2)
+    photos.iloc[3, 0] = "gone.png"
+    one = finished(opened())
+    results = one.results
+    assert [label for label, _ in results.pages.options] == ["Report", "Failures (1)", "Scatter", "Comparison"]
+    assert [value for _, value in results.column.options] == ["label", "split"]
+    assert "48 new columns" in results.page.value
+    seen = {}
+    for page in ("Failures", "Scatter", "Comparison"):
+        results.pages.value = page
+        results.wait()
+        seen[page] = results.page.value
+    assert "no such file" in seen["Failures"]
+    assert "row 3" in seen["Failures"]
+    assert "data:image/png" in seen["Scatter"]
+    assert "accuracy" in seen["Comparison"]
+    results.column.value = "split"
+    results.wait()
+    assert "split: accuracy" in results.page.value
+    results.column.value = "label"  # made before: shown at once
+    assert results.page.value == seen["Comparison"]
+
+
+def test_a_page_that_cannot_be_made_says_why(opened: Callable[..., Panel], notebook: InteractiveShell) -> None:
+    notebook.user_ns["photos"] = notebook.user_ns["photos"][["path"]].assign(only="one")
+    results = finished(opened()).results
+    results.pages.value = "Comparison"
+    results.wait()
+    assert results.page.value.count("⚠") == 1
+    notebook.user_ns["photos"] = notebook.user_ns["photos"][["path"]]
+    results = finished(opened()).results
+    results.pages.value = "Comparison"
+    results.wait()
+    assert "no column to predict" in results.page.value
 
 
 # What is left of it

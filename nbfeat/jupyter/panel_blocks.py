@@ -138,13 +138,13 @@ class Blocks:
         self.add()
 
     def add(self) -> Card:
-        """Add a block: of the last one's backbone, cut at the last of its customary layers that no block has yet."""
+        """Add a block: of the last one's backbone, cut at the next customary layer before the end."""
         card = Card(self.settings, self._changed)
         card.remove.on_click(lambda _: self.remove(card))
         if self.cards:
             name = card.backbone.value = self.cards[-1].backbone.value
             taken = {one.options["layer"].value for one in self.cards if one.backbone.value == name}
-            layers = [layer.name for layer in CATALOG[name].layers] if name in CATALOG else []
+            layers = [layer.name for layer in CATALOG[name].layers[:-1]] if name in CATALOG else []
             card.options["layer"].value = next((layer for layer in reversed(layers) if layer not in taken), DEFAULT)
         self.cards.append(card)
         self._draw()

@@ -11,7 +11,7 @@ import ipywidgets as widgets
 
 from nbfeat.errors import NbfeatError
 from nbfeat.features.extraction import Extraction
-from nbfeat.html import Html, escape, paragraph
+from nbfeat.html import Html, paragraph
 from nbfeat.jupyter.panel_widgets import Choice, answer_at_once, box, heading, html, offer
 
 REPORT, FAILURES, SCATTER, COMPARISON = "Report", "Failures", "Scatter", "Comparison"
@@ -25,7 +25,7 @@ class Result:
     def __init__(self) -> None:
         self.pages = widgets.ToggleButtons(options=[REPORT], tooltips=["What was extracted, and how"])
         self.pages.add_class("nbfeat-pages")
-        self.column = widgets.Dropdown(description="Column", tooltip="To color by, or to predict from each block")
+        self.column = widgets.Dropdown(description="Color by", tooltip="A column of the dataframe")
         self.page = html("page")
         self._choice = box("fields", [self.column])
         self.box = box("part", [])
@@ -64,6 +64,7 @@ class Result:
         self._making += 1
         page, column = self.pages.value, self.column.value
         has_column = page in {SCATTER, COMPARISON}
+        self.column.description = "Predict" if page == COMPARISON else "Color by"
         self._choice.layout.display = None if has_column and self.column.options else "none"
         key = (page, column if has_column else None)
         if page == REPORT:
@@ -120,7 +121,7 @@ def scatter(extraction: Extraction, column: object) -> Html:
     """Draw the features in two dimensions."""
     from nbfeat.explore.scatter import scatter  # noqa: PLC0415 - as above
 
-    return Html(scatter(extraction, color=column)._repr_html_())  # type: ignore[arg-type]  # a label of the frame
+    return Html(scatter(extraction, color=column)._repr_html_())
 
 
 def comparison(extraction: Extraction, column: object) -> Html:
@@ -129,8 +130,7 @@ def comparison(extraction: Extraction, column: object) -> Html:
 
     if column is None:
         return paragraph("The frame has no column to predict. Add one, such as a label, and extract again.")
-    found = compare(extraction, column)
-    return Html(found._repr_html_() + f'<div style="opacity:.65">{escape("Cross-validated; best first.")}</div>')
+    return Html(compare(extraction, column)._repr_html_())
 
 
 MAKERS: dict[str, Callable[[Extraction, object], Html]] = {

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 THUMBNAILS = 12
-SIDE = 96  # pixels of a thumbnail, drawn at two thirds: sharp on dense screens, 3 kB each
+SIDE = 96  # pixels of a thumbnail, drawn at two thirds: sharp on dense screens, 2 kB each
 MOST_COLUMNS = 60  # offered: more than that nobody looks through
 SHORT = 30  # characters of a name that is offered
 FEW = 6  # values of a column that rows can be chosen by
@@ -208,9 +208,9 @@ def thumbnail(value: object, root: Path) -> Html:
             f'<span class="nbfeat-lost" role="img" title="{name}: {escape(error)}" aria-label="{name}">✕</span>'
         )
     data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "JPEG", quality=80)
+    Image.fromarray(pixels).save(data, "WEBP", quality=75)
     return Html(
-        f'<img src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}" alt="{name}" title="{name}">'
+        f'<img src="data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}" alt="{name}" title="{name}">'
     )
 
 
@@ -227,7 +227,10 @@ def _counted(images: int, missing: int, lost: int | None) -> str:
     """Say how many images there are, and how many of them are missing; `lost` is None while files are looked for."""
     parts = [f"{images:,} image{'s' if images != 1 else ''}"]
     parts += [f"⚠ {missing:,} without a value"] if missing else []
-    parts += ["looking for the files …"] if lost is None else [f"⚠ {lost:,} files are not there"] if lost else []
+    if lost is None:
+        parts.append("looking for the files …")
+    elif lost:
+        parts.append("⚠ 1 file is not there" if lost == 1 else f"⚠ {lost:,} files are not there")
     return " · ".join(parts if len(parts) > 1 else [*parts, "none missing"])
 
 
