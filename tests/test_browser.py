@@ -14,6 +14,7 @@ from tests.browser import Site, done_of, output, run_all, run_cell, wait_for_cel
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.browser,
     pytest.mark.skipif(not browser.CHROMIUM, reason="no chromium on this machine: apt-get install chromium"),
 ]
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here: pip install '.[browser]'")

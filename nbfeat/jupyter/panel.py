@@ -73,7 +73,7 @@ class Panel:
         self._still: Any = None  # the handle of the static report
         self._is_ready = False
 
-        settings = self._settings()
+        settings = self._known_settings = self._settings()
         self.source = Source(self._names, lambda: str(self._settings().get("root", "")), self._changed)
         self.blocks = Blocks(settings, self._changed)
         self.options = RunOptions(settings, self._changed)
@@ -174,12 +174,12 @@ class Panel:
 
     def _told(self) -> None:
         """Show a step or a change of state; called by the thread that works."""
-        is_new = self.state is not self._drawn_state
-        is_binding = self.job is not None and self.job.is_binding
-        if is_new or is_binding or time.monotonic() - self._drawn_at >= SECONDS_BETWEEN:
+        is_new, job = self.state is not self._drawn_state, self.job
+        is_told = job is not None and (job.is_binding or (job.step is not None and bool(job.step.note)))  # both are few
+        if is_new or is_told or time.monotonic() - self._drawn_at >= SECONDS_BETWEEN:
             self._draw()
-        if self.job is not None and is_new and not self.state.is_busy:
-            self._ended(self.job)
+        if job is not None and is_new and not self.state.is_busy:
+            self._ended(job)
 
     def _ended(self, job: Job) -> None:
         if job.state is State.DONE:
@@ -221,10 +221,12 @@ class Panel:
         Extraction(frame, request.blocks, **request.for_extraction)
 
     def _after_a_cell(self, *_: object) -> None:
-        """Look at the notebook again: a cell may have made, changed or deleted a frame."""
-        self.source.refresh()
-        self._changed()
-        answer_at_once(self.box)
+        """Look at the notebook again: a cell may have made, changed or deleted a frame, or set a default."""
+        settings, self._known_settings = self._known_settings, self._settings()
+        if self.source.has_news() or settings != self._known_settings:
+            self.source.refresh()
+            self._changed()
+            answer_at_once(self.box)
 
     # The notebook
 

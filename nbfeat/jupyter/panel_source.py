@@ -6,6 +6,7 @@ import base64
 import io
 import os
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ SIDE = 96  # pixels of a thumbnail, drawn at two thirds: sharp on dense screens,
 MOST_COLUMNS = 60  # offered: more than that nobody looks through
 SHORT = 30  # characters of a name that is offered
 FEW = 6  # values of a column that rows can be chosen by
+PAUSE = 0.1  # seconds, in which the panel is drawn, or another column is chosen
 LOOKED_AT = 1000  # rows, to find such columns
 
 
@@ -55,6 +57,7 @@ class Source:
         self.box = box("part", [heading("Images"), fields, self.strip, self.missing])
         self._frame: Callable[[], pd.DataFrame | None] = lambda: None  # whose images are shown, held weakly
         self._seen: tuple[object, ...] = ()
+        self._known: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {}
         self._looking = 0  # a number for each look at the images; an older one is not shown any more
         self._thread: threading.Thread | None = None
         self._is_refreshing = False
@@ -94,6 +97,14 @@ class Source:
         finally:
             self._is_refreshing = False
         self._look(frame)
+
+    def has_news(self) -> bool:
+        """Tell whether a frame was made, bound, resized or deleted since this was asked last."""
+        frames = frames_in(self._names())
+        before, self._known = self._known, {name: (weakref.ref(frame), frame.shape) for name, frame in frames.items()}
+        return list(before) != list(frames) or any(
+            before[name][0]() is not frame or before[name][1] != frame.shape for name, frame in frames.items()
+        )
 
     def wait(self) -> None:
         """Wait until the images that are shown are those of what is chosen."""
@@ -138,6 +149,9 @@ class Source:
 
     def _read(self, values: Sequence[object], missing: int, root: Path, number: int) -> None:
         """Draw some of the images, then count the files that are not there."""
+        time.sleep(PAUSE)
+        if number != self._looking:
+            return
         count = min(len(values), THUMBNAILS)
         spread = [round(number * (len(values) - 1) / max(1, count - 1)) for number in range(count)]
         shown = "".join(thumbnail(values[place], root) for place in spread)
