@@ -25,7 +25,7 @@ from nbfeat.jupyter.panel_blocks import Blocks
 from nbfeat.jupyter.panel_result import Result
 from nbfeat.jupyter.panel_run import RunOptions
 from nbfeat.jupyter.panel_source import Source, frames_in
-from nbfeat.jupyter.panel_widgets import answer_at_once, box, button, close, html, style
+from nbfeat.jupyter.panel_widgets import Kit, answer_at_once, close, style
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
@@ -74,31 +74,32 @@ class Panel:
         self._is_ready = False
 
         settings = self._known_settings = self._settings()
-        self.source = Source(self._names, lambda: str(self._settings().get("root", "")), self._changed)
-        self.blocks = Blocks(settings, self._changed)
-        self.options = RunOptions(settings, self._changed)
-        self.results = Result()
-        self.extract_button = button("Extract", "go", "Extract the features, beside the notebook")
-        self.cancel_button = button("Cancel", "quiet", "Stop after the batch in hand; what is done is kept")
+        kit = self._kit = Kit()
+        self.source = Source(kit, self._names, lambda: str(self._settings().get("root", "")), self._changed)
+        self.blocks = Blocks(kit, settings, self._changed)
+        self.options = RunOptions(kit, settings, self._changed)
+        self.results = Result(kit)
+        self.extract_button = kit.button("Extract", "go", "Extract the features, beside the notebook")
+        self.cancel_button = kit.button("Cancel", "quiet", "Stop after the batch in hand; what is done is kept")
         self.extract_button.on_click(lambda _: self.extract())
         self.cancel_button.on_click(lambda _: self.cancel())
-        self._progress, self._problem, self._code = html("progress"), html("problem"), html("code")
-        self._spoken = html("spoken")  # for screen readers, which are told of states and not of every step
-        self._buttons = box("buttons", [self.extract_button, self.cancel_button])
-        self.box = box(
+        self._progress, self._problem, self._code = map(kit.html, ("progress", "problem", "code"))
+        self._spoken = kit.html("spoken")  # for screen readers, which are told of states and not of every step
+        self._buttons = kit.box("buttons", [self.extract_button, self.cancel_button])
+        self.box = kit.box(
             "panel",
             [
-                html("head", "<h3>Image features</h3><span>as new columns of a dataframe</span>"),
+                kit.html("head", "<h3>Image features</h3><span>as new columns of a dataframe</span>"),
                 self.source.box,
                 self.blocks.box,
                 self.options.box,
-                box("line", [self._buttons, self._progress, self._spoken]),
+                kit.box("line", [self._buttons, self._progress, self._spoken]),
                 self._problem,
                 self._code,
                 self.results.box,
             ],
         )
-        self._hide = html("style", f"{style()}<style>.nbfeat-still-{self.box.model_id}{{display:none}}</style>")
+        self._hide = kit.html("style", f"{style()}<style>.nbfeat-still-{self.box.model_id}{{display:none}}</style>")
         self.box.children = (self._hide, *self.box.children)
         self.source.refresh(chosen or self._first_with_images())
         self._is_ready = True
@@ -148,6 +149,7 @@ class Panel:
         if self._after_a_cell in self._shell.events.callbacks["post_run_cell"]:
             self._shell.events.unregister("post_run_cell", self._after_a_cell)
         close(self.box)
+        self._kit.close()
 
     def _begin(self, request: grammar.Request) -> None:
         """Make a job of what is asked for."""

@@ -15,20 +15,7 @@ from nbfeat.features.block import BLOCK_OPTIONS, FeatureBlock, quoted, spelled
 from nbfeat.features.columns import names, prefix_of
 from nbfeat.features.layers import expected_width, layer_names
 from nbfeat.html import escape
-from nbfeat.jupyter.panel_widgets import (
-    DEFAULT,
-    box,
-    button,
-    chosen,
-    close,
-    fold,
-    heading,
-    html,
-    offer,
-    weights_of,
-    widget_of,
-    with_default,
-)  # fmt: skip
+from nbfeat.jupyter.panel_widgets import DEFAULT, Kit, chosen, close, offer, weights_of, with_default
 
 FIRST = "MobileNetV2"  # light, and usual
 SHOWN = ("layer", "pooling", "normalize", "components", "prefix")  # the others are folded away
@@ -38,9 +25,10 @@ OPTIONS = {option.name: option for option in BLOCK_OPTIONS}
 class Card:
     """One block: its backbone and its options. `changed` is called after each choice."""
 
-    def __init__(self, settings: Mapping[str, Any], changed: Callable[[], None]) -> None:
+    def __init__(self, kit: Kit, settings: Mapping[str, Any], changed: Callable[[], None]) -> None:
         self.settings = settings
-        self.backbone = widgets.Combobox(
+        self.backbone = kit.make(
+            widgets.Combobox,
             value=str(settings.get("backbone", FIRST)),
             options=list(CATALOG),
             ensure_option=True,
@@ -49,12 +37,13 @@ class Card:
             placeholder=f"one of {len(CATALOG)} networks",
             tooltip="Clear it to see all, or type a part of a name",
         )
-        self.options = {name: widget_of(option, settings) for name, option in OPTIONS.items()}
-        self.remove = button("Remove", "quiet", "Remove this block")
-        self.expected = html("expected")
-        more = box("fields", [self.options[name] for name in OPTIONS if name not in SHOWN])
-        shown = box("fields", [self.backbone, *(self.options[name] for name in SHOWN)])
-        self.box = box("block", [shown, box("line", [self.expected, self.remove]), fold("More options", more)])
+        self.options = {name: kit.option(option, settings) for name, option in OPTIONS.items()}
+        self.remove = kit.button("Remove", "quiet", "Remove this block")
+        self.expected = kit.html("expected")
+        more = kit.box("fields", [self.options[name] for name in OPTIONS if name not in SHOWN])
+        shown = kit.box("fields", [self.backbone, *(self.options[name] for name in SHOWN)])
+        line = kit.box("line", [self.expected, self.remove])
+        self.box = kit.box("block", [shown, line, kit.fold("More options", more)])
         self._offer()
         self._changed, self._is_offering = changed, False
         for widget in (self.backbone, *self.options.values()):
@@ -127,19 +116,20 @@ class Card:
 class Blocks:
     """All blocks of a panel, at least one."""
 
-    def __init__(self, settings: Mapping[str, Any], changed: Callable[[], None]) -> None:
-        self.settings, self._changed = settings, changed
+    def __init__(self, kit: Kit, settings: Mapping[str, Any], changed: Callable[[], None]) -> None:
+        self.settings, self._kit, self._changed = settings, kit, changed
         self.cards: list[Card] = []
-        self.more = button("Add a block", "quiet", "Another network, layer or pooling, in the same pass")
+        self.more = kit.button("Add a block", "quiet", "Another network, layer or pooling, in the same pass")
         self.more.on_click(lambda _: self.add())
-        self.total = html("expected")
-        self._cards = box("blocks", [])
-        self.box = box("part", [heading("Feature blocks"), self._cards, box("line", [self.more, self.total])])
+        self.total = kit.html("expected")
+        self._cards = kit.box("blocks", [])
+        line = kit.box("line", [self.more, self.total])
+        self.box = kit.box("part", [kit.heading("Feature blocks"), self._cards, line])
         self.add()
 
     def add(self) -> Card:
         """Add a block: of the last one's backbone, cut at the next customary layer before the end."""
-        card = Card(self.settings, self._changed)
+        card = Card(self._kit, self.settings, self._changed)
         card.remove.on_click(lambda _: self.remove(card))
         if self.cards:
             name = card.backbone.value = self.cards[-1].backbone.value

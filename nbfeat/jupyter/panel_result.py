@@ -12,7 +12,7 @@ import ipywidgets as widgets
 from nbfeat.errors import NbfeatError
 from nbfeat.features.extraction import Extraction
 from nbfeat.html import Html, paragraph
-from nbfeat.jupyter.panel_widgets import Choice, answer_at_once, box, heading, html, offer
+from nbfeat.jupyter.panel_widgets import Choice, Kit, answer_at_once, offer
 
 REPORT, FAILURES, SCATTER, COMPARISON = "Report", "Failures", "Scatter", "Comparison"
 FAILURES_SHOWN = 24
@@ -22,13 +22,12 @@ MOST_COLUMNS = 60  # offered to color by
 class Result:
     """What came of a run; nothing before the first."""
 
-    def __init__(self) -> None:
-        self.pages = widgets.ToggleButtons(options=[REPORT], tooltips=["What was extracted, and how"])
-        self.pages.add_class("nbfeat-pages")
-        self.column = widgets.Dropdown(description="Color by", tooltip="A column of the dataframe")
-        self.page = html("page")
-        self._choice = box("fields", [self.column])
-        self.box = box("part", [])
+    def __init__(self, kit: Kit) -> None:
+        self.pages = kit.make(widgets.ToggleButtons, "pages", options=[REPORT])
+        self.column = kit.dropdown(description="Color by", tooltip="A column of the dataframe")
+        self._heading, self.page = kit.heading("Result"), kit.html("page")
+        self._choice = kit.box("fields", [self.column])
+        self.box = kit.box("part", [])
         self._of: Extraction | None = None
         self._made: dict[tuple[str, object], Html] = {}  # pages, by what they show
         self._making = 0  # a number for each page that was asked for; an older one is not shown any more
@@ -49,7 +48,6 @@ class Result:
             offer(self.column, columns_of(extraction))
         finally:
             self._is_showing = False
-        self.box.children = (heading("Result"), self.pages, self._choice, self.page)
         self._turn()
 
     def wait(self) -> None:
@@ -65,7 +63,8 @@ class Result:
         page, column = self.pages.value, self.column.value
         has_column = page in {SCATTER, COMPARISON}
         self.column.description = "Predict" if page == COMPARISON else "Color by"
-        self._choice.layout.display = None if has_column and self.column.options else "none"
+        choice = [self._choice] if has_column and self.column.options else []
+        self.box.children = (self._heading, self.pages, *choice, self.page)
         key = (page, column if has_column else None)
         if page == REPORT:
             self.page.value = self._of._repr_html_()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nbfeat.jupyter.grammar import RUN_OPTIONS
-from nbfeat.jupyter.panel_widgets import box, chosen, heading, widget_of
+from nbfeat.jupyter.panel_widgets import Kit, chosen
 
 # The others are chosen elsewhere in the panel, or need free text, which is what the grammar is for.
 OFFERED = [
@@ -17,11 +17,11 @@ OFFERED = [
 class RunOptions:
     """A widget for each option of the run that is chosen here; `changed` is called after each choice."""
 
-    def __init__(self, settings: Mapping[str, Any], changed: Callable[[], None]) -> None:
-        self.options = {option.name: widget_of(option, settings) for option in OFFERED}
+    def __init__(self, kit: Kit, settings: Mapping[str, Any], changed: Callable[[], None]) -> None:
+        self.options = {option.name: kit.option(option, settings) for option in OFFERED}
         fields = [self.options[option.name] for option in OFFERED if not option.switch]
         switches = [self.options[option.name] for option in OFFERED if option.switch]
-        self.box = box("part", [heading("Run"), box("fields", fields), box("line", switches)])
+        self.box = kit.box("part", [kit.heading("Run"), kit.box("fields", fields), kit.box("line", switches)])
         for widget in self.options.values():
             widget.observe(lambda _: changed(), "value")
 

@@ -14,7 +14,6 @@ from keyword import iskeyword
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ipywidgets as widgets
 from PIL import Image
 
 from nbfeat.errors import ImageError, NbfeatError
@@ -23,7 +22,7 @@ from nbfeat.features.images import read_pixels
 from nbfeat.features.request import check_frame
 from nbfeat.features.sources import is_missing, likely_columns, name_of, path_of
 from nbfeat.html import Html, escape
-from nbfeat.jupyter.panel_widgets import DEFAULT, LABELS, Choice, box, heading, html, offer
+from nbfeat.jupyter.panel_widgets import DEFAULT, LABELS, Choice, Kit, offer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,20 +40,20 @@ class Source:
     """Which frame of `names` and which of its columns; `changed` is called after each choice."""
 
     def __init__(
-        self, names: Callable[[], Mapping[str, Any]], root: Callable[[], str], changed: Callable[[], None]
+        self, kit: Kit, names: Callable[[], Mapping[str, Any]], root: Callable[[], str], changed: Callable[[], None]
     ) -> None:
         self._names, self._root, self._changed = names, root, changed
-        self.frame = widgets.Dropdown(description="Dataframe", options=[], tooltip="A dataframe of this notebook")
-        self.images = widgets.Dropdown(
+        self.frame = kit.dropdown(description="Dataframe", options=[], tooltip="A dataframe of this notebook")
+        self.images = kit.dropdown(
             description=LABELS["images"], options=[], tooltip="The column that holds paths, bytes or arrays of images"
         )
-        self.rows = widgets.Dropdown(
+        self.rows = kit.dropdown(
             description=LABELS["fit_on"], options=[("all rows", DEFAULT)],
             tooltip="Rows that standard, minmax, whiten and components learn from: name those you train on",
         )  # fmt: skip
-        self.strip, self.missing = html("strip"), html("missing")
-        fields = box("fields", [self.frame, self.images, self.rows])
-        self.box = box("part", [heading("Images"), fields, self.strip, self.missing])
+        self.strip, self.missing = kit.html("strip"), kit.html("missing")
+        fields = kit.box("fields", [self.frame, self.images, self.rows])
+        self.box = kit.box("part", [kit.heading("Images"), fields, self.strip, self.missing])
         self._frame: Callable[[], pd.DataFrame | None] = lambda: None  # whose images are shown, held weakly
         self._seen: tuple[object, ...] = ()
         self._known: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {}
@@ -83,6 +82,7 @@ class Source:
         self._is_refreshing = True
         try:
             frames = frames_in(self._names())
+            self._known = {name: (weakref.ref(frame), frame.shape) for name, frame in frames.items()}
             offer(
                 self.frame, [(f"{name} · {len(frame):,} × {frame.shape[1]:,}", name) for name, frame in frames.items()]
             )
@@ -99,11 +99,10 @@ class Source:
         self._look(frame)
 
     def has_news(self) -> bool:
-        """Tell whether a frame was made, bound, resized or deleted since this was asked last."""
-        frames = frames_in(self._names())
-        before, self._known = self._known, {name: (weakref.ref(frame), frame.shape) for name, frame in frames.items()}
-        return list(before) != list(frames) or any(
-            before[name][0]() is not frame or before[name][1] != frame.shape for name, frame in frames.items()
+        """Tell whether a frame was made, bound, resized or deleted since the last refresh."""
+        frames, known = frames_in(self._names()), self._known
+        return list(known) != list(frames) or any(
+            known[name][0]() is not frame or known[name][1] != frame.shape for name, frame in frames.items()
         )
 
     def wait(self) -> None:

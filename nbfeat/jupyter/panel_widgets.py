@@ -28,15 +28,63 @@ LABELS = {
 }  # fmt: skip
 
 
-def widget_of(option: Option, settings: Mapping[str, Any]) -> Any:  # noqa: ANN401 - whichever fits the option
-    """Return a widget that chooses a value of `option`; `settings` are the defaults that were set for it."""
-    label = LABELS.get(option.name, option.name.capitalize())
-    if option.switch:
-        return widgets.Checkbox(description=label, indent=False, tooltip=option.help)
-    if option.name == "prefix":
-        return widgets.Text(description=label, tooltip=option.help, continuous_update=False)
-    choices = option.choices or NUMBERS.get(option.name) or (DEVICES if option.name == "device" else ())
-    return widgets.Dropdown(description=label, tooltip=option.help, options=with_default(option, choices, settings))
+class Kit:
+    """Makes the widgets of one panel, labelled, and of classes that the style knows.
+
+    They share one layout and a style for each kind: that is a third of the models and messages.
+    """
+
+    def __init__(self) -> None:
+        self._layout = widgets.Layout()
+        self._styles: dict[type, Any] = {}
+
+    def make(self, kind: type, name: str = "", **traits: Any) -> Any:  # noqa: ANN401 - a widget of that kind
+        """Return a widget whose class in the style is `name`."""
+        if kind in self._styles:
+            traits["style"] = self._styles[kind]
+        made = kind(layout=self._layout, _dom_classes=(f"nbfeat-{name}",) if name else (), **traits)
+        if made.has_trait("style"):
+            self._styles[kind] = made.style
+        return made
+
+    def option(self, option: Option, settings: Mapping[str, Any]) -> Any:  # noqa: ANN401 - whichever fits the option
+        """Return a widget that chooses a value of `option`; `settings` are the defaults that were set for it."""
+        told = {"description": LABELS.get(option.name, option.name.capitalize()), "tooltip": option.help}
+        if option.switch:
+            return self.make(widgets.Checkbox, indent=False, **told)
+        if option.name == "prefix":
+            return self.make(widgets.Text, continuous_update=False, **told)
+        choices = option.choices or NUMBERS.get(option.name) or (DEVICES if option.name == "device" else ())
+        return self.dropdown(options=with_default(option, choices, settings), **told)
+
+    def dropdown(self, **traits: Any) -> widgets.Dropdown:  # noqa: ANN401 - its own
+        """Return a Dropdown."""
+        return self.make(widgets.Dropdown, **traits)
+
+    def html(self, name: str, value: str = "") -> widgets.HTML:
+        """Return a piece of html."""
+        return self.make(widgets.HTML, name, value=value)
+
+    def heading(self, text: str) -> widgets.HTML:
+        """Return the heading of a part of the panel."""
+        return self.html("heading", f"<h4>{text}</h4>")
+
+    def button(self, text: str, name: str, tooltip: str) -> widgets.Button:
+        """Return a button."""
+        return self.make(widgets.Button, name, description=text, tooltip=tooltip)
+
+    def box(self, name: str, children: Sequence[Any]) -> widgets.Box:
+        """Return a box; how it lays things out, the style says."""
+        return self.make(widgets.Box, name, children=tuple(children))
+
+    def fold(self, title: str, child: Any) -> widgets.Accordion:  # noqa: ANN401 - any widget
+        """Return `child` under a title that opens and closes it; closed at first."""
+        return self.make(widgets.Accordion, "fold", children=(child,), titles=(title,), selected_index=None)
+
+    def close(self) -> None:
+        """Let go of what the widgets shared."""
+        for shared in (self._layout, *self._styles.values()):
+            shared.close()
 
 
 def with_default(option: Option, choices: Iterable[Any], settings: Mapping[str, Any]) -> list[Choice]:
@@ -67,39 +115,6 @@ def weights_of(backbone: Backbone) -> list[str]:
     if backbone.is_own:
         return []
     return list(dict.fromkeys(["bundled" if backbone.bundled else "imagenet", "random"]))
-
-
-def html(kind: str, value: str = "") -> widgets.HTML:
-    """Return a piece of html of a class of its own."""
-    made = widgets.HTML(value)
-    made.add_class(f"nbfeat-{kind}")
-    return made
-
-
-def heading(text: str) -> widgets.HTML:
-    """Return the heading of a part of the panel."""
-    return html("heading", f"<h4>{text}</h4>")
-
-
-def button(text: str, kind: str, tooltip: str = "") -> widgets.Button:
-    """Return a button of a class of its own."""
-    made = widgets.Button(description=text, tooltip=tooltip)
-    made.add_class(f"nbfeat-{kind}")
-    return made
-
-
-def box(kind: str, children: Sequence[Any]) -> widgets.Box:
-    """Return a box of a class of its own; how it lays things out, the style says."""
-    made = widgets.Box(list(children))
-    made.add_class(f"nbfeat-{kind}")
-    return made
-
-
-def fold(title: str, child: Any) -> widgets.Accordion:  # noqa: ANN401 - any widget
-    """Return `child` under a title that opens and closes it; closed at first."""
-    made = widgets.Accordion([child], titles=(title,), selected_index=None)
-    made.add_class("nbfeat-fold")
-    return made
 
 
 def style() -> str:
