@@ -163,6 +163,8 @@ def test_the_backbones_magic_lists_what_matches(notebook: InteractiveShell) -> N
     [
         ("%extract ", {"photos"}),
         ("%extract pho", {"photos"}),
+        ("%extract_panel pho", {"photos"}),
+        ("%extract_panel --c", {"--code"}),
         ("%extract photos ResNet5", {"ResNet50", "ResNet50V2"}),
         ("%extract photos VGG16 --lay", {"--layer"}),
         ("%extract photos VGG16 --layer block5_", {"block5_pool"}),

@@ -80,6 +80,7 @@ def check_look(one: Panel, state: State) -> None:
     assert f"{look.sign} {look.word}" in one._progress.value
     assert look.word in one._spoken.value
     assert ("height:6px" in one._progress.value) is look.has_bar
+    assert bool(one.results.box.children) is look.has_result
     assert state.value in repr(one)
 
 
@@ -124,6 +125,8 @@ def test_a_run_that_fails_says_why_and_the_next_may_not(
     assert notebook.user_ns["photos"].shape == (20, 3)
     notebook.user_ns["photos"] = photos
     check_look(finished(one), State.DONE)
+    notebook.user_ns["photos"] = photos.assign(path="gone.png")
+    check_look(finished(one), State.FAILED)  # and no result of another run beside it
 
 
 def test_an_error_of_another_kind_is_shown_with_its_name(

@@ -13,14 +13,14 @@ from nbfeat.backbones.catalog import CATALOG, find
 from nbfeat.errors import NbfeatError
 from nbfeat.features.block import BLOCK_OPTIONS, Option, quoted
 from nbfeat.features.layers import layer_names
-from nbfeat.jupyter.grammar import OPTIONS, PARQUET, results_among
+from nbfeat.jupyter.grammar import CODE, OPTIONS, PARQUET, results_among
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
 _NAME = "nbfeat"
 # Alone on a line, or on the right of an assignment.
-_MAGIC = re.compile(r"^(?:\s*[\w.]+\s*=)?\s*(%{1,2})(extract_cache|extract|backbones)\b")
+_MAGIC = re.compile(r"^(?:\s*[\w.]+\s*=)?\s*(%{1,2})(extract_cache|extract_panel|extract|backbones)\b")
 _VALUES = {
     "weights": ("imagenet", "bundled", "random"),
     "device": ("auto", "cpu", "gpu"),
@@ -38,10 +38,8 @@ def candidates(cell: str, line: int, before: str, names: Mapping[str, Any]) -> l
     match = _MAGIC.match(head if in_body else before)
     if match is None:
         return None
-    if match[2] == "backbones":
-        return list(CATALOG)
-    if match[2] == "extract_cache":
-        return ["features", "networks", "weights", "all"] if "clear" in before else ["clear"]
+    if match[2] != "extract":
+        return _words_of(match[2], before, names)
     first = (head if in_body else before)[match.end() :].split()
     words = before.split() if in_body else first
     known = BLOCK_OPTIONS if in_body else OPTIONS
@@ -50,8 +48,18 @@ def candidates(cell: str, line: int, before: str, names: Mapping[str, Any]) -> l
         return _values_of(option, words if in_body else words[1:], first, names)
     flags, plain = [one.flag for one in known], len(_plain(words, known))
     if not in_body and not plain:
-        return [name for name, value in names.items() if type(value).__name__ == "DataFrame" and name[:1] != "_"]
+        return _frames(names)
     return flags if plain > (not in_body) else [*CATALOG, *flags]
+
+
+def _words_of(magic: str, before: str, names: Mapping[str, Any]) -> list[str]:
+    if magic == "extract_cache":
+        return ["features", "networks", "weights", "all"] if "clear" in before else ["clear"]
+    return list(CATALOG) if magic == "backbones" else [*_frames(names), CODE]
+
+
+def _frames(names: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in names.items() if type(value).__name__ == "DataFrame" and name[:1] != "_"]
 
 
 def _values_of(option: Option, words: list[str], first: list[str], names: Mapping[str, Any]) -> list[str]:

@@ -268,6 +268,8 @@ class Panel:
             self._progress.value = panel_look.progress_of(self.job, self._ran[1].name if self._ran else "")
             self.extract_button.disabled = not look.can_extract or bool(self.problem)
             self.cancel_button.disabled = not look.can_cancel
+            if not look.has_result:
+                self.results.hide()  # it is another run's
             self._problem.value = f"⚠ {escape(self.problem)}" if self.problem else ""
             if state is not self._drawn_state or not self._spoken.value:
                 self._spoken.value = f'<span role="status">{look.word}</span>'

@@ -50,6 +50,10 @@ class Result:
             self._is_showing = False
         self._turn()
 
+    def hide(self) -> None:
+        """Show nothing."""
+        self._of, self.box.children = None, ()
+
     def wait(self) -> None:
         """Wait until the page that was chosen is shown."""
         if self._thread is not None:
