@@ -94,10 +94,11 @@ class PanelFace:
         panel.options.options["no_cache"].value = not options.pop("cache", True)
         for name in set(options) & set(panel.options.options):
             pick(panel.options.options[name], options.pop(name))
-        for number, block in enumerate(blocks):
+        panel.blocks.cards[0].backbone.value = ""
+        for number, block in enumerate(blocks or [""]):
             card = panel.blocks.add() if number else panel.blocks.cards[0]
             given, words = WordParser(BLOCK_OPTIONS).read(split_words(block))
-            card.backbone.value = words[0]
+            card.backbone.value = words[0] if words else ""
             for name, widget in card.options.items():
                 pick(widget, {**options, **given}.get(name, DEFAULT))
 

@@ -262,6 +262,9 @@ def test_the_frame_may_be_given_itself_by_name_or_not_at_all(
         Panel(notebook.user_ns["photos"].copy())
     with pytest.raises(RequestError, match=r"no 'foto'.*photos"):
         Panel("foto")
+    notebook.user_ns["_hidden"] = notebook.user_ns["photos"].copy()
+    with pytest.raises(RequestError, match="Give it one first"):
+        Panel("_hidden")
 
 
 def test_without_a_notebook_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,6 +373,15 @@ def test_settings_are_obeyed_and_shown(notebook: InteractiveShell, opened: Calla
         assert one.result is not None
         assert one.result.precision == "bfloat16"
         assert one.result.blocks[0].pooling == "max"
+        magics.pooling = "gem"
+        notebook.run_cell("1")
+        assert card.options["pooling"].options[0] == ("gem (your setting)", DEFAULT)
+        assert one._request is not None
+        assert one._request.blocks[0].pooling == "gem"
+        card.options["pooling"].value = "max"
+        magics.pooling = "avg"
+        notebook.run_cell("1")
+        assert card.options["pooling"].value == "max"
         card.options["pooling"].value = "gem"
         assert request_of(one.code, magics.defaults()).blocks[0].pooling == "gem"
     finally:

@@ -493,6 +493,10 @@ class Extraction:
 
         return report.html(report.summarize(self))
 
+    def images_in(self, column: Hashable) -> list[object]:
+        """Return the cells of an image column as they were when this was made."""
+        return self._images[self._images_of(column)]
+
     def _images_of(self, column: Hashable) -> slice:
         """Return which of all images are those of `column`."""
         start = self._columns.index(column) * len(self._frame)

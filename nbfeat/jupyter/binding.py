@@ -84,7 +84,8 @@ class Held:
             return f"{self.name} is not a dataframe any more but {type(now).__name__}, so nothing was bound."
         columns = list(dict.fromkeys(part.column for part in extraction.parts))
         if not now.index.equals(self.frame.index) or not all(
-            column in now.columns and _are_same(now[column].tolist(), self.frame[column].tolist()) for column in columns
+            column in now.columns and _are_same(now[column].tolist(), extraction.images_in(column))
+            for column in columns
         ):
             return f"The images of {self.name} are not those that were read, so nothing was bound. {again}"
         return ""

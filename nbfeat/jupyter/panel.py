@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from nbfeat.errors import NbfeatError, RequestError
 from nbfeat.features.extraction import Extraction
-from nbfeat.features.request import check_frame
-from nbfeat.features.sources import likely_columns
 from nbfeat.html import escape
 from nbfeat.jupyter import grammar, panel_look
 from nbfeat.jupyter.binding import Held, between_cells
@@ -24,7 +22,7 @@ from nbfeat.jupyter.job import Job, State
 from nbfeat.jupyter.panel_blocks import Blocks
 from nbfeat.jupyter.panel_result import Result
 from nbfeat.jupyter.panel_run import RunOptions
-from nbfeat.jupyter.panel_source import Source, frames_in
+from nbfeat.jupyter.panel_source import Source, frame_to_open
 from nbfeat.jupyter.panel_widgets import Kit, answer_at_once, close, style
 
 if TYPE_CHECKING:
@@ -63,7 +61,7 @@ class Panel:
 
     def __init__(self, frame: Any = None) -> None:  # noqa: ANN401 - a frame, its name, or None
         self._shell = _shell()
-        chosen = self._name_of(frame)
+        chosen = frame_to_open(frame, self._names())
         self.job: Job | None = None
         self.result: Extraction | None = None
         self.code, self.problem = "", ""
@@ -81,7 +79,7 @@ class Panel:
         self.results = Result(kit)
         self.extract_button = kit.button("Extract", "go", "Extract the features, beside the notebook")
         self.cancel_button = kit.button("Cancel", "quiet", "Stop after the batch in hand; what is done is kept")
-        self.extract_button.on_click(lambda _: self.extract())
+        self.extract_button.on_click(lambda _: self._clicked())
         self.cancel_button.on_click(lambda _: self.cancel())
         self._progress, self._problem, self._code = map(kit.html, ("progress", "problem", "code"))
         self._spoken = kit.html("spoken")  # for screen readers, which are told of states and not of every step
@@ -101,7 +99,7 @@ class Panel:
         )
         self._hide = kit.html("style", f"{style()}<style>.nbfeat-still-{self.box.model_id}{{display:none}}</style>")
         self.box.children = (self._hide, *self.box.children)
-        self.source.refresh(chosen or self._first_with_images())
+        self.source.refresh(chosen)
         self._is_ready = True
         self._changed()
         self._draw()
@@ -128,7 +126,6 @@ class Panel:
             return
         if self.job is not None:
             self.job.start()
-            self.cancel_button.focus()
 
     def cancel(self) -> None:
         """Stop after the batch in hand. Nothing is bound; what is done is kept."""
@@ -150,6 +147,11 @@ class Panel:
             self._shell.events.unregister("post_run_cell", self._after_a_cell)
         close(self.box)
         self._kit.close()
+
+    def _clicked(self) -> None:
+        self.extract()
+        if self.state is State.RUNNING:
+            self.cancel_button.focus()  # the button that was clicked can be pressed no more
 
     def _begin(self, request: grammar.Request) -> None:
         """Make a job of what is asked for."""
@@ -227,6 +229,8 @@ class Panel:
         settings, self._known_settings = self._known_settings, self._settings()
         if self.source.has_news() or settings != self._known_settings:
             self.source.refresh()
+            self.blocks.obey(self._known_settings)
+            self.options.obey(self._known_settings)
             self._changed()
             answer_at_once(self.box)
 
@@ -238,25 +242,6 @@ class Panel:
     def _settings(self) -> dict[str, Any]:
         magics = _magics(self._shell)
         return {} if magics is None else magics.defaults()
-
-    def _name_of(self, frame: Any) -> str | None:  # noqa: ANN401 - as above
-        """Return the name that `frame` has in the notebook."""
-        if frame is None:
-            return None
-        names = self._names()
-        if isinstance(frame, str):
-            check_frame(grammar.check_name(frame, names))
-            return frame
-        check_frame(frame)
-        name = next((name for name, known in frames_in(names).items() if known is frame), None)
-        if name is None:
-            message = "The panel binds features to the name of a dataframe. Give it one first: photos = …"
-            raise RequestError(message)
-        return name
-
-    def _first_with_images(self) -> str | None:
-        frames = frames_in(self._names())
-        return next((name for name, frame in frames.items() if likely_columns(frame)), next(iter(frames), None))
 
     # Showing
 

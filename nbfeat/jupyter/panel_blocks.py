@@ -15,7 +15,7 @@ from nbfeat.features.block import BLOCK_OPTIONS, FeatureBlock, quoted, spelled
 from nbfeat.features.columns import names, prefix_of
 from nbfeat.features.layers import expected_width, layer_names
 from nbfeat.html import escape
-from nbfeat.jupyter.panel_widgets import DEFAULT, Kit, chosen, close, offer, weights_of, with_default
+from nbfeat.jupyter.panel_widgets import DEFAULT, Kit, chosen, close, obey, offer, weights_of, with_default
 
 FIRST = "MobileNetV2"  # light, and usual
 SHOWN = ("layer", "pooling", "normalize", "components", "prefix")  # the others are folded away
@@ -86,6 +86,12 @@ class Card:
         )
         return width
 
+    def obey(self, settings: Mapping[str, Any]) -> None:
+        """Take other defaults."""
+        self.settings = settings
+        self._offer()
+        obey(self.options, BLOCK_OPTIONS, settings)
+
     def _observed(self, change: Mapping[str, Any]) -> None:
         if self._is_offering:
             return
@@ -107,7 +113,7 @@ class Card:
             end = f"the end · {backbone.width:,}" if backbone.width else "the end"
             offer(self.options["layer"], [(end, DEFAULT), *layers])
             for name, choices in (("alpha", backbone.alphas), ("weights", weights_of(backbone))):
-                offer(self.options[name], with_default(OPTIONS[name], choices, self.settings))
+                offer(self.options[name], with_default(OPTIONS[name], self.settings, choices))
             self.options["alpha"].disabled = not backbone.alphas
         finally:
             self._is_offering = False
@@ -146,6 +152,12 @@ class Blocks:
             self.cards.remove(card)
             self._draw()
             close(card.box)
+
+    def obey(self, settings: Mapping[str, Any]) -> None:
+        """Take other defaults."""
+        self.settings = settings
+        for card in self.cards:
+            card.obey(settings)
 
     def tell(self, rows: int, columns: int) -> None:
         """Show what each block will give of `rows` rows and `columns` image columns, and all of them."""

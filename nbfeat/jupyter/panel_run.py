@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nbfeat.jupyter.grammar import RUN_OPTIONS
-from nbfeat.jupyter.panel_widgets import Kit, chosen
+from nbfeat.jupyter.panel_widgets import Kit, chosen, obey
 
 # The others are chosen elsewhere in the panel, or need free text, which is what the grammar is for.
 OFFERED = [
@@ -24,6 +24,10 @@ class RunOptions:
         self.box = kit.box("part", [kit.heading("Run"), kit.box("fields", fields), kit.box("line", switches)])
         for widget in self.options.values():
             widget.observe(lambda _: changed(), "value")
+
+    def obey(self, settings: Mapping[str, Any]) -> None:
+        """Take other defaults."""
+        obey(self.options, OFFERED, settings)
 
     @property
     def given(self) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from nbfeat.errors import ImageError, NbfeatError
+from nbfeat.errors import ImageError, NbfeatError, RequestError
 from nbfeat.features.fit import PixelSpec
 from nbfeat.features.images import read_pixels
 from nbfeat.features.request import check_frame
 from nbfeat.features.sources import is_missing, likely_columns, name_of, path_of
 from nbfeat.html import Html, escape
+from nbfeat.jupyter import grammar
 from nbfeat.jupyter.panel_widgets import DEFAULT, LABELS, Choice, Kit, offer
 
 if TYPE_CHECKING:
@@ -163,6 +164,20 @@ class Source:
             lost += not is_missing(value) and is_lost(value, root)
         if number == self._looking:
             self.missing.value = _counted(len(values), missing, lost)
+
+
+def frame_to_open(asked: Any, names: Mapping[str, Any]) -> str | None:  # noqa: ANN401 - a frame, its name, or None
+    """Return the name of the frame that is asked for; of the first one with images where none is."""
+    frames = frames_in(names)
+    if asked is None:
+        return next((name for name, frame in frames.items() if likely_columns(frame)), next(iter(frames), None))
+    known = grammar.check_name(asked, names) if isinstance(asked, str) else asked
+    check_frame(known)
+    named = [name for name, frame in frames.items() if frame is known]
+    if not named:
+        message = "The panel binds features to the name of a dataframe. Give it one first: photos = …"
+        raise RequestError(message)
+    return asked if isinstance(asked, str) and asked in named else named[0]
 
 
 def frames_in(names: Mapping[str, Any]) -> dict[str, pd.DataFrame]:

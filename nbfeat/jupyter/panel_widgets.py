@@ -54,8 +54,7 @@ class Kit:
             return self.make(widgets.Checkbox, indent=False, **told)
         if option.name == "prefix":
             return self.make(widgets.Text, continuous_update=False, **told)
-        choices = option.choices or NUMBERS.get(option.name) or (DEVICES if option.name == "device" else ())
-        return self.dropdown(options=with_default(option, choices, settings), **told)
+        return self.dropdown(options=with_default(option, settings), **told)
 
     def dropdown(self, **traits: Any) -> widgets.Dropdown:  # noqa: ANN401 - its own
         """Return a Dropdown."""
@@ -87,8 +86,10 @@ class Kit:
             shared.close()
 
 
-def with_default(option: Option, choices: Iterable[Any], settings: Mapping[str, Any]) -> list[Choice]:
+def with_default(option: Option, settings: Mapping[str, Any], choices: Iterable[Any] | None = None) -> list[Choice]:
     """Return what a Dropdown offers: the default first, which writes nothing, then the other choices."""
+    if choices is None:
+        choices = option.choices or NUMBERS.get(option.name) or (DEVICES if option.name == "device" else ())
     default = settings.get(option.name, option.default)
     shown = f"{default} (your setting)" if option.name in settings else str(default)
     return [(shown, DEFAULT), *((str(choice), choice) for choice in choices if str(choice) != str(default))]
@@ -104,10 +105,17 @@ def offer(dropdown: widgets.Dropdown, options: Sequence[Choice]) -> None:
     dropdown.value = kept if kept in values else values[0] if values else None
 
 
+def obey(options: Mapping[str, Any], table: Iterable[Option], settings: Mapping[str, Any]) -> None:
+    """Show other defaults in the widgets of options that have choices of their own."""
+    for option in table:
+        if option.choices or option.name in {*NUMBERS, "device"}:
+            offer(options[option.name], with_default(option, settings))
+
+
 def chosen(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that were chosen in widgets of options, defaults left out."""
     values = {name: widget.value for name, widget in options.items()}
-    return {name: value for name, value in values.items() if value is not False and value != DEFAULT}
+    return {name: value for name, value in values.items() if value not in (DEFAULT, None) and value is not False}
 
 
 def weights_of(backbone: Backbone) -> list[str]:
