@@ -5,7 +5,6 @@ The kernel stays free meanwhile. What the result is for is done by `bind`, on th
 
 from __future__ import annotations
 
-import contextvars
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -13,6 +12,7 @@ from enum import Enum
 
 from nbfeat.errors import NbfeatError
 from nbfeat.features.extraction import Extraction, Step
+from nbfeat.jupyter.background import in_background
 
 
 class State(Enum):
@@ -71,9 +71,7 @@ class Job:
             self.state, self.error = State.RUNNING, None
             self._ended.clear()
         self._tell()
-        # ipykernel keeps in the context which cell or click a message belongs to; 7.0 fails where there is none.
-        context = contextvars.copy_context()
-        threading.Thread(target=context.run, args=(self._work,), name="nbfeat-job", daemon=True).start()
+        in_background("job", self._work)
 
     def cancel(self) -> None:
         """Ask for no further step: what is done is kept, nothing is bound."""

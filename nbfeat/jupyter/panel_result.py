@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import ipywidgets as widgets
 from nbfeat.errors import NbfeatError
 from nbfeat.features.extraction import Extraction
 from nbfeat.html import Html, paragraph
+from nbfeat.jupyter.background import in_background
 from nbfeat.jupyter.panel_widgets import Choice, Kit, answer_at_once, offer
 
 REPORT, FAILURES, SCATTER, COMPARISON = "Report", "Failures", "Scatter", "Comparison"
@@ -76,11 +76,7 @@ class Result:
             self.page.value = self._made[key]
         else:
             self.page.value = paragraph(f"Making the {page.lower()} …")
-            context, of = contextvars.copy_context(), self._of
-            self._thread = threading.Thread(
-                target=context.run, args=(self._make, key, of, self._making), name="nbfeat-page", daemon=True
-            )
-            self._thread.start()
+            self._thread = in_background("page", self._make, key, self._of, self._making)
         answer_at_once(self.pages)
 
     def _make(self, key: tuple[str, object], of: Extraction, number: int) -> None:

@@ -23,6 +23,7 @@ from nbfeat.features.request import check_frame
 from nbfeat.features.sources import is_missing, likely_columns, name_of, path_of
 from nbfeat.html import Html, escape
 from nbfeat.jupyter import grammar
+from nbfeat.jupyter.background import in_background
 from nbfeat.jupyter.panel_widgets import DEFAULT, LABELS, Choice, Kit, offer
 
 if TYPE_CHECKING:
@@ -142,10 +143,7 @@ class Source:
         self.missing.value = _counted(len(values), missing, None)
         root = Path(self._root() or "").expanduser().absolute()
         # Files may be on a slow disk: the panel does not wait for them.
-        self._thread = threading.Thread(
-            target=self._read, args=(values, missing, root, self._looking), name="nbfeat-look", daemon=True
-        )
-        self._thread.start()
+        self._thread = in_background("look", self._read, values, missing, root, self._looking)
 
     def _read(self, values: Sequence[object], missing: int, root: Path, number: int) -> None:
         """Draw some of the images, then count the files that are not there."""
