@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from IPython.utils.capture import capture_output
 import nbfeat
 from nbfeat import Panel, RequestError
 from nbfeat.features.block import BLOCK_OPTIONS
-from nbfeat.jupyter import grammar, panel
+from nbfeat.jupyter import grammar, panel, panel_source
 from nbfeat.jupyter.expansion import expand, literal
 from nbfeat.jupyter.job import State
 from nbfeat.jupyter.panel_look import LOOKS
@@ -225,6 +226,31 @@ def test_a_frame_that_is_deleted_meanwhile_is_not_brought_back(
     notebook.run_cell("1")
     check_look(finished(one), State.DONE)
     assert FakeEngine.computed == 20, "what was kept was computed again"
+
+
+def test_a_choice_made_while_another_thread_fills_the_widgets_counts(
+    opened: Callable[..., Panel], notebook: InteractiveShell, photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook.user_ns["others"] = photos.iloc[:5].copy()
+    one = opened()
+    is_filling, go_on = threading.Event(), threading.Event()
+
+    def queries(_: pd.DataFrame) -> list[str]:
+        is_filling.set()
+        assert go_on.wait(30)
+        return []
+
+    monkeypatch.setattr(panel_source, "queries", queries)
+    filling = threading.Thread(target=one.source.refresh)
+    choosing = threading.Thread(target=lambda: setattr(one.source.frame, "value", "others"))
+    filling.start()
+    assert is_filling.wait(30)
+    choosing.start()
+    choosing.join(0.2)  # it may wait for its turn, but must not be forgotten
+    go_on.set()
+    filling.join(30)
+    choosing.join(30)
+    assert "%%extract others" in one.code
 
 
 def test_frames_that_cells_make_are_offered(opened: Callable[..., Panel], notebook: InteractiveShell) -> None:

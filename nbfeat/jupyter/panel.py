@@ -7,7 +7,6 @@ between cells.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
@@ -67,7 +66,7 @@ class Panel:
         self.code, self.problem = "", ""
         self._request: grammar.Request | None = None
         self._ran: tuple[str, Held] | None = None  # what the job works at
-        self._drawing, self._drawn_at, self._drawn_state = threading.RLock(), 0.0, State.IDLE
+        self._drawn_at, self._drawn_state = 0.0, State.IDLE
         self._still: Any = None  # the handle of the static report
         self._is_ready = False
 
@@ -77,10 +76,10 @@ class Panel:
         self.blocks = Blocks(kit, settings, self._changed)
         self.options = RunOptions(kit, settings, self._changed)
         self.results = Result(kit)
-        self.extract_button = kit.button("Extract", "go", "Extract the features, beside the notebook")
-        self.cancel_button = kit.button("Cancel", "quiet", "Stop after the batch in hand; what is done is kept")
-        self.extract_button.on_click(lambda _: self._clicked())
-        self.cancel_button.on_click(lambda _: self.cancel())
+        self.extract_button = kit.button("Extract", "go", "Extract the features, beside the notebook", self._pressed)
+        self.cancel_button = kit.button(
+            "Cancel", "quiet", "Stop after the batch in hand; what is done is kept", self.cancel
+        )
         self._progress, self._problem, self._code = map(kit.html, ("progress", "problem", "code"))
         self._spoken = kit.html("spoken")  # for screen readers, which are told of states and not of every step
         self._buttons = kit.box("buttons", [self.extract_button, self.cancel_button])
@@ -115,17 +114,21 @@ class Panel:
 
     def extract(self) -> None:
         """Start, or go on with what was cancelled, where nothing was chosen otherwise meanwhile."""
-        if self.state.is_busy or self._request is None:
-            return
-        try:
-            if not self._can_go_on():
-                self._begin(self._request)
-        except NbfeatError as error:
-            self.problem = str(error)
-            self._draw()
-            return
-        if self.job is not None:
-            self.job.start()
+        with self._kit.turn:
+            if self.state.is_busy:
+                return
+            self._changed()  # a choice made just before may be on its way in another thread
+            if self._request is None:
+                return
+            try:
+                if not self._can_go_on():
+                    self._begin(self._request)
+            except NbfeatError as error:
+                self.problem = str(error)
+                self._draw()
+                return
+            if self.job is not None:
+                self.job.start()
 
     def cancel(self) -> None:
         """Stop after the batch in hand. Nothing is bound; what is done is kept."""
@@ -148,7 +151,7 @@ class Panel:
         close(self.box)
         self._kit.close()
 
-    def _clicked(self) -> None:
+    def _pressed(self) -> None:
         self.extract()
         if self.state is State.RUNNING:
             self.cancel_button.focus()  # the button that was clicked can be pressed no more
@@ -178,18 +181,20 @@ class Panel:
 
     def _told(self) -> None:
         """Show a step or a change of state; called by the thread that works."""
-        is_new, job = self.state is not self._drawn_state, self.job
-        is_told = job is not None and (job.is_binding or (job.step is not None and bool(job.step.note)))  # both are few
-        if is_new or is_told or time.monotonic() - self._drawn_at >= SECONDS_BETWEEN:
-            self._draw()
-        if job is not None and is_new and not self.state.is_busy:
-            self._ended(job)
+        with self._kit.turn:
+            is_new, job = self.state is not self._drawn_state, self.job
+            is_told = job is not None and (job.is_binding or (job.step is not None and bool(job.step.note)))  # few
+            if is_new or is_told or time.monotonic() - self._drawn_at >= SECONDS_BETWEEN:
+                self._draw()
+            if job is not None and is_new and not self.state.is_busy:
+                self._ended(job)
 
     def _ended(self, job: Job) -> None:
         if job.state is State.DONE:
             self.result = job.extraction
             self.results.show(job.extraction)
             self.source.refresh()
+            answer_at_once(self.box)
         if self._still is not None:
             self._still.update(panel_look.still(self.job, self.code, self.box.model_id), raw=True)
 
@@ -226,13 +231,14 @@ class Panel:
 
     def _after_a_cell(self, *_: object) -> None:
         """Look at the notebook again: a cell may have made, changed or deleted a frame, or set a default."""
-        settings, self._known_settings = self._known_settings, self._settings()
-        if self.source.has_news() or settings != self._known_settings:
-            self.source.refresh()
-            self.blocks.obey(self._known_settings)
-            self.options.obey(self._known_settings)
-            self._changed()
-            answer_at_once(self.box)
+        with self._kit.turn:
+            settings, self._known_settings = self._known_settings, self._settings()
+            if self.source.has_news() or settings != self._known_settings:
+                self.source.refresh()
+                self.blocks.obey(self._known_settings)
+                self.options.obey(self._known_settings)
+                self._changed()
+                answer_at_once(self.box)
 
     # The notebook
 
@@ -247,7 +253,7 @@ class Panel:
 
     def _draw(self) -> None:
         """Show how it stands: while it runs one widget changes, the others with the state."""
-        with self._drawing:
+        with self._kit.turn:
             state = self.state
             look = panel_look.LOOKS[state]
             self._progress.value = panel_look.progress_of(self.job, self._ran[1].name if self._ran else "")

@@ -25,8 +25,10 @@ OPTIONS = {option.name: option for option in BLOCK_OPTIONS}
 class Card:
     """One block: its backbone and its options. `changed` is called after each choice."""
 
-    def __init__(self, kit: Kit, settings: Mapping[str, Any], changed: Callable[[], None]) -> None:
-        self.settings = settings
+    def __init__(
+        self, kit: Kit, settings: Mapping[str, Any], changed: Callable[[], None], removed: Callable[[Card], None]
+    ) -> None:
+        self.settings, self._kit, self._changed = settings, kit, changed
         self.backbone = kit.make(
             widgets.Combobox,
             value=str(settings.get("backbone", FIRST)),
@@ -38,16 +40,15 @@ class Card:
             tooltip="Clear it to see all, or type a part of a name",
         )
         self.options = {name: kit.option(option, settings) for name, option in OPTIONS.items()}
-        self.remove = kit.button("Remove", "quiet", "Remove this block")
+        self.remove = kit.button("Remove", "quiet", "Remove this block", lambda: removed(self))
         self.expected = kit.html("expected")
         more = kit.box("fields", [self.options[name] for name in OPTIONS if name not in SHOWN])
         shown = kit.box("fields", [self.backbone, *(self.options[name] for name in SHOWN)])
         line = kit.box("line", [self.expected, self.remove])
         self.box = kit.box("block", [shown, line, kit.fold("More options", more)])
         self._offer()
-        self._changed, self._is_offering = changed, False
         for widget in (self.backbone, *self.options.values()):
-            widget.observe(self._observed, "value")
+            kit.on_choice(widget, self._chose)
 
     @property
     def given(self) -> dict[str, Any]:
@@ -92,10 +93,8 @@ class Card:
         self._offer()
         obey(self.options, BLOCK_OPTIONS, settings)
 
-    def _observed(self, change: Mapping[str, Any]) -> None:
-        if self._is_offering:
-            return
-        if change["owner"] is self.backbone:
+    def _chose(self, widget: Any) -> None:  # noqa: ANN401 - one of several kinds
+        if widget is self.backbone:
             self._offer()
         self._changed()
 
@@ -104,8 +103,7 @@ class Card:
         backbone = CATALOG.get(self.backbone.value)
         if backbone is None:
             return
-        self._is_offering = True
-        try:
+        with self._kit.filling():
             channels = {layer.name: layer.channels for layer in backbone.layers}
             layers = [
                 (f"{name} · {channels[name]:,}" if channels.get(name) else name, name) for name in layer_names(backbone)
@@ -115,8 +113,6 @@ class Card:
             for name, choices in (("alpha", backbone.alphas), ("weights", weights_of(backbone))):
                 offer(self.options[name], with_default(OPTIONS[name], self.settings, choices))
             self.options["alpha"].disabled = not backbone.alphas
-        finally:
-            self._is_offering = False
 
 
 class Blocks:
@@ -125,8 +121,7 @@ class Blocks:
     def __init__(self, kit: Kit, settings: Mapping[str, Any], changed: Callable[[], None]) -> None:
         self.settings, self._kit, self._changed = settings, kit, changed
         self.cards: list[Card] = []
-        self.more = kit.button("Add a block", "quiet", "Another network, layer or pooling, in the same pass")
-        self.more.on_click(lambda _: self.add())
+        self.more = kit.button("Add a block", "quiet", "Another network, layer or pooling, in the same pass", self.add)
         self.total = kit.html("expected")
         self._cards = kit.box("blocks", [])
         line = kit.box("line", [self.more, self.total])
@@ -135,8 +130,7 @@ class Blocks:
 
     def add(self) -> Card:
         """Add a block: of the last one's backbone, cut at the next customary layer before the end."""
-        card = Card(self._kit, self.settings, self._changed)
-        card.remove.on_click(lambda _: self.remove(card))
+        card = Card(self._kit, self.settings, self._changed, self.remove)
         if self.cards:
             name = card.backbone.value = self.cards[-1].backbone.value
             taken = {one.options["layer"].value for one in self.cards if one.backbone.value == name}

@@ -32,22 +32,19 @@ class Result:
         self._made: dict[tuple[str, object], Html] = {}  # pages, by what they show
         self._making = 0  # a number for each page that was asked for; an older one is not shown any more
         self._thread: threading.Thread | None = None
-        self._is_showing = False
-        self.pages.observe(lambda _: self._turn(), "value")
-        self.column.observe(lambda _: self._turn(), "value")
+        self._kit = kit
+        for widget in (self.pages, self.column):
+            kit.on_choice(widget, lambda _: self._turn())
 
     def show(self, extraction: Extraction) -> None:
         """Show what `extraction` gave, its report first."""
         self._of, self._made = extraction, {}
-        self._is_showing = True
-        try:
+        with self._kit.filling():
             failed = len(extraction.failures)
             pages = [(f"{FAILURES} ({failed:,})", FAILURES)] if failed else []
             self.pages.options = [(REPORT, REPORT), *pages, (SCATTER, SCATTER), (COMPARISON, COMPARISON)]
             self.pages.value = REPORT
             offer(self.column, columns_of(extraction))
-        finally:
-            self._is_showing = False
         self._turn()
 
     def hide(self) -> None:
@@ -61,7 +58,7 @@ class Result:
 
     def _turn(self) -> None:
         """Show the page that is chosen; what takes a while is made in a thread."""
-        if self._is_showing or self._of is None:
+        if self._of is None:
             return
         self._making += 1
         page, column = self.pages.value, self.column.value

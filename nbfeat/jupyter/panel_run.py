@@ -23,7 +23,7 @@ class RunOptions:
         switches = [self.options[option.name] for option in OFFERED if option.switch]
         self.box = kit.box("part", [kit.heading("Run"), kit.box("fields", fields), kit.box("line", switches)])
         for widget in self.options.values():
-            widget.observe(lambda _: changed(), "value")
+            kit.on_choice(widget, lambda _: changed())
 
     def obey(self, settings: Mapping[str, Any]) -> None:
         """Take other defaults."""

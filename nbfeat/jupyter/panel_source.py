@@ -20,7 +20,7 @@ from nbfeat.errors import ImageError, NbfeatError, RequestError
 from nbfeat.features.fit import PixelSpec
 from nbfeat.features.images import read_pixels
 from nbfeat.features.request import check_frame
-from nbfeat.features.sources import is_missing, likely_columns, name_of, path_of
+from nbfeat.features.sources import is_missing, likely_columns, name_of, path_of, spread
 from nbfeat.html import Html, escape
 from nbfeat.jupyter import grammar
 from nbfeat.jupyter.background import in_background
@@ -44,7 +44,7 @@ class Source:
     def __init__(
         self, kit: Kit, names: Callable[[], Mapping[str, Any]], root: Callable[[], str], changed: Callable[[], None]
     ) -> None:
-        self._names, self._root, self._changed = names, root, changed
+        self._kit, self._names, self._root, self._changed = kit, names, root, changed
         self.frame = kit.dropdown(description="Dataframe", options=[], tooltip="A dataframe of this notebook")
         self.images = kit.dropdown(
             description=LABELS["images"], options=[], tooltip="The column that holds paths, bytes or arrays of images"
@@ -61,10 +61,8 @@ class Source:
         self._known: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {}
         self._looking = 0  # a number for each look at the images; an older one is not shown any more
         self._thread: threading.Thread | None = None
-        self._is_refreshing = False
-        self.frame.observe(self._observed, "value")
-        self.images.observe(self._observed, "value")
-        self.rows.observe(self._observed, "value")
+        for widget in (self.frame, self.images, self.rows):
+            kit.on_choice(widget, self._chose)
 
     @property
     def chosen(self) -> pd.DataFrame | None:
@@ -79,10 +77,7 @@ class Source:
 
     def refresh(self, chosen: str | None = None) -> None:
         """Look at the notebook again: which frames there are, and what is in the one that is chosen."""
-        if self._is_refreshing:
-            return
-        self._is_refreshing = True
-        try:
+        with self._kit.filling():
             frames = frames_in(self._names())
             self._known = {name: (weakref.ref(frame), frame.shape) for name, frame in frames.items()}
             offer(
@@ -96,8 +91,6 @@ class Source:
                 offer(self.rows, [("all rows", DEFAULT), *((query, query) for query in queries(frame))])
             else:
                 offer(self.images, [])
-        finally:
-            self._is_refreshing = False
         self._look(frame)
 
     def has_news(self) -> bool:
@@ -112,12 +105,10 @@ class Source:
         if self._thread is not None:
             self._thread.join()
 
-    def _observed(self, change: Mapping[str, Any]) -> None:
-        if self._is_refreshing:
-            return
-        if change["owner"] is self.frame:
+    def _chose(self, widget: Any) -> None:  # noqa: ANN401 - one of the three
+        if widget is self.frame:
             self.refresh()
-        elif change["owner"] is self.images:
+        elif widget is self.images:
             self._look(self.chosen)
         self._changed()
 
@@ -150,9 +141,7 @@ class Source:
         time.sleep(PAUSE)
         if number != self._looking:
             return
-        count = min(len(values), THUMBNAILS)
-        spread = [round(number * (len(values) - 1) / max(1, count - 1)) for number in range(count)]
-        shown = "".join(thumbnail(values[place], root) for place in spread)
+        shown = "".join(thumbnail(values[place], root) for place in spread(len(values), THUMBNAILS))
         if number == self._looking:
             self.strip.value = shown
         lost = 0

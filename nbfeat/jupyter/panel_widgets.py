@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any
 
@@ -31,10 +33,13 @@ LABELS = {
 class Kit:
     """Makes the widgets of one panel, labelled, and of classes that the style knows.
 
-    They share one layout and a style for each kind: that is a third of the models and messages.
+    They share one layout and a style for each kind: that is a third of the models and messages. Clicks come from the
+    thread of the cells and from one of the front end's, steps from the one that works: whoever has `turn` goes on.
     """
 
     def __init__(self) -> None:
+        self.turn = threading.RLock()
+        self._is_filling = False
         self._layout = widgets.Layout()
         self._styles: dict[type, Any] = {}
 
@@ -68,9 +73,29 @@ class Kit:
         """Return the heading of a part of the panel."""
         return self.html("heading", f"<h4>{text}</h4>")
 
-    def button(self, text: str, name: str, tooltip: str) -> widgets.Button:
-        """Return a button."""
-        return self.make(widgets.Button, name, description=text, tooltip=tooltip)
+    def button(self, text: str, name: str, tooltip: str, pressed: Callable[[], object]) -> widgets.Button:
+        """Return a button that calls `pressed`."""
+        made = self.make(widgets.Button, name, description=text, tooltip=tooltip)
+        made.on_click(lambda _: self._in_turn(pressed))
+        return made
+
+    def on_choice(self, widget: Any, chosen: Callable[[Any], object]) -> None:  # noqa: ANN401 - any with a value
+        """Call `chosen` with a widget of which somebody chose another value."""
+        widget.observe(lambda _: self._in_turn(lambda: self._is_filling or chosen(widget)), "value")
+
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Change widgets, which nobody chose."""
+        with self.turn:
+            before, self._is_filling = self._is_filling, True
+            try:
+                yield
+            finally:
+                self._is_filling = before
+
+    def _in_turn(self, work: Callable[[], object]) -> None:
+        with self.turn:
+            work()
 
     def box(self, name: str, children: Sequence[Any]) -> widgets.Box:
         """Return a box; how it lays things out, the style says."""
