@@ -124,6 +124,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InteractiveShell
     """Return an IPython shell of its own, with the extension loaded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IPYTHONDIR", str(tmp_path_factory.mktemp("ipython")))
+        patch.delenv("VIRTUAL_ENV", raising=False)  # IPython warns where another environment is active
         config = Config()
         config.HistoryManager.enabled = False
         shell = InteractiveShell.instance(config=config)
