@@ -205,8 +205,12 @@ def image_column(frame: pd.DataFrame, asked: Hashable | None) -> Hashable:
 
 def likely_columns(frame: pd.DataFrame) -> list[int]:
     """Return the positions of the columns that look like images."""
-    places = [place for place, dtype in enumerate(frame.dtypes) if getattr(dtype, "kind", "O") not in "biufcmM"]
-    return [place for place in places if _look_like_images(_sample(frame, place))]
+    return [place for place in possible_columns(frame) if _look_like_images(_sample(frame, place))]
+
+
+def possible_columns(frame: pd.DataFrame) -> list[int]:
+    """Return the positions of the columns that can hold images: those that are no numbers, truths or times."""
+    return [place for place, dtype in enumerate(frame.dtypes) if getattr(dtype, "kind", "O") not in "biufcmM"]
 
 
 def _asked(frame: pd.DataFrame, asked: Hashable) -> Hashable:

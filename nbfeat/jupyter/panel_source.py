@@ -20,7 +20,7 @@ from nbfeat.errors import ImageError, NbfeatError, RequestError
 from nbfeat.features.fit import PixelSpec
 from nbfeat.features.images import read_pixels
 from nbfeat.features.request import check_frame
-from nbfeat.features.sources import is_missing, likely_columns, name_of, path_of, spread
+from nbfeat.features.sources import is_missing, likely_columns, name_of, path_of, possible_columns, spread
 from nbfeat.html import Html, escape
 from nbfeat.jupyter import grammar
 from nbfeat.jupyter.background import in_background
@@ -180,9 +180,8 @@ def image_choices(frame: pd.DataFrame) -> list[Choice]:
     labels = [str(label) for label in frame.columns]
     usable = [
         place
-        for place, dtype in enumerate(frame.dtypes)
-        if getattr(dtype, "kind", "O") not in "biufcmM"
-        and labels.count(labels[place]) == 1
+        for place in possible_columns(frame)
+        if labels.count(labels[place]) == 1
         and len(labels[place].splitlines()) == 1  # the cell has to name it on one line
     ]
     likely = [place for place in likely_columns(frame) if place in usable]
