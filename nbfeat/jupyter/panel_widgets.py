@@ -76,12 +76,23 @@ class Kit:
     def button(self, text: str, name: str, tooltip: str, pressed: Callable[[], object]) -> widgets.Button:
         """Return a button that calls `pressed`."""
         made = self.make(widgets.Button, name, description=text, tooltip=tooltip)
-        made.on_click(lambda _: self._in_turn(pressed))
+
+        def click(_: widgets.Button) -> None:
+            with self.turn:
+                pressed()
+
+        made.on_click(click)
         return made
 
     def on_choice(self, widget: Any, chosen: Callable[[Any], object]) -> None:  # noqa: ANN401 - any with a value
         """Call `chosen` with a widget of which somebody chose another value."""
-        widget.observe(lambda _: self._in_turn(lambda: self._is_filling or chosen(widget)), "value")
+
+        def change(_: Mapping[str, Any]) -> None:
+            with self.turn:
+                if not self._is_filling:
+                    chosen(widget)
+
+        widget.observe(change, "value")
 
     @contextmanager
     def filling(self) -> Iterator[None]:
@@ -92,10 +103,6 @@ class Kit:
                 yield
             finally:
                 self._is_filling = before
-
-    def _in_turn(self, work: Callable[[], object]) -> None:
-        with self.turn:
-            work()
 
     def box(self, name: str, children: Sequence[Any]) -> widgets.Box:
         """Return a box; how it lays things out, the style says."""
