@@ -33,7 +33,7 @@ class FakeEngine:
         self.batches = []
         self.gate = threading.Event()
         self.gate.set()
-        self.closed = 0
+        self.closed, self.seconds = 0, 0.0
         self._busy: deque[tuple[Pixels, int]] = deque()
         self._lent = 0
 
@@ -92,10 +92,10 @@ class FakeOpening:
     """Stand in for `engines.Opening`."""
 
     note = ""
+    faster: tuple[Precision, ...] = ()
 
-    def __init__(self, spec: NetworkSpec, *, device: str, precision: Precision, batch_size: int | None) -> None:
+    def __init__(self, spec: NetworkSpec, *, device: str, batch_size: int | None) -> None:
         assert device == "cpu"
-        assert precision in {"float32", "bfloat16", "float16"}
         self.spec, self.batch_size = spec, batch_size or 8
         self.name, self.weights, self.outputs = "Fake engine", Loaded("random", "0" * 64), outputs(spec)
         self.numbers: dict[str, object] = {"engine": "fake"}
@@ -103,7 +103,11 @@ class FakeOpening:
     def __iter__(self) -> Iterator[str]:
         yield f"opening a pretended {self.spec.backbone}"
 
-    def start(self, only: str | None = None) -> FakeEngine:
+    def decides(self, precision: Precision) -> dict[str, object]:
+        return {**self.numbers, "precision": precision}
+
+    def start(self, precision: Precision, only: str | None = None) -> FakeEngine:
+        assert precision in {"float32", "bfloat16", "float16"}
         cuts = tuple(cut for cut in self.spec.cuts if only in {None, cut.key})
         return FakeEngine(replace(self.spec, cuts=cuts), self.batch_size)
 

@@ -483,9 +483,9 @@ def test_one_output_of_a_real_network_alone_gives_the_same(photos: pd.DataFrame)
     result = nbfeat.extract(photos, f"{SMALL} --layer conv_pw_3_relu,conv_pw_6_relu", images="path")
     part = result.parts[0]
     assert part.lane is not None
-    engine = part.lane.opening.start(part.key)
+    engine = part.lane.opening.start("float32", part.key)
     assert list(engine.outputs) == [part.key]
-    whole = part.lane.opening.start()
+    whole = part.lane.opening.start("float32")
     given = np.random.default_rng(0).integers(0, 255, (engine.batch_size, 64, 64, 3)).astype(np.uint8)
     vectors = []
     for one in (engine, whole):

@@ -111,7 +111,9 @@ def test_two_that_build_the_same_network_at_once_both_have_it(stored: Stored) ->
 
 
 def test_precision_and_device_are_words_that_exist() -> None:
-    assert engines.precision_of("auto") == "float32"
+    assert engines.check_precision("auto") == "auto"
+    with pytest.raises(RequestError, match="auto, float32, bfloat16, float16"):
+        engines.check_precision("int8")
     for asked in ("cpu:1", "tpu", "gpu:x", ""):
         with pytest.raises(RequestError):
             engines.check_device(asked)

@@ -325,8 +325,7 @@ def test_the_recipe_names_what_decides_the_numbers(photos: pd.DataFrame) -> None
     assert result.recipe["weights"] == ["0" * 64]
     assert set(result.recipe["versions"]) >= {"keras", "openvino", "pillow", "simplejpeg"}
     assert set(result.profile) == {
-        "preparing", "recalling", "decoding", "waiting_for_images", "waiting_for_network", "keeping", "attaching",
-        "bottleneck",
+        "preparing", "reading", "decoding", "network", "cache", "attaching", "total", "bottleneck",
     }  # fmt: skip
 
 

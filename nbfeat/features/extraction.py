@@ -27,7 +27,7 @@ from nbfeat.features.columns import attach, block_called
 from nbfeat.features.fit import PixelSpec
 from nbfeat.features.like import Like, to_repeat
 from nbfeat.features.part import plan, plan_again
-from nbfeat.features.pipeline import Timings
+from nbfeat.features.profile import Bottleneck, Profile, Timings
 from nbfeat.features.recipe import Recipe
 from nbfeat.features.request import Blocks, check_frame, read_blocks, rows_selected
 from nbfeat.features.run import Run
@@ -55,7 +55,7 @@ class Step:
     seconds: float  # of work so far
     images_per_second: float
     seconds_left: float | None
-    bottleneck: Literal["decoding", "network"] | None
+    bottleneck: Bottleneck | None
     note: str = ""  # what is being prepared, before the first batch
 
 
@@ -112,7 +112,7 @@ class Extraction:
         check_frame(frame)
         self._frame, self._replace = frame, replace
         self._root = Path(root or "").expanduser().absolute()
-        self.precision = engines.precision_of(precision)
+        self._precision = engines.check_precision(precision)
         self.repeats = to_repeat(like, blocks=blocks, fit_on=fit_on, precision=precision, defaults=defaults)
         asked = images if isinstance(images, list | tuple) else [images]
         if self.repeats is None:
@@ -120,7 +120,7 @@ class Extraction:
             self._columns = [image_column(frame, column) for column in asked]
             self.parts = plan(self.blocks, self._columns)
         else:
-            self.blocks, self.precision = self.repeats.blocks, self.repeats.precision
+            self.blocks = self.repeats.blocks
             asked = self.repeats.columns if images is None else asked
             self._columns = [image_column(frame, column) for column in asked]
             self.parts = plan_again(self.repeats, self._columns)
@@ -140,10 +140,13 @@ class Extraction:
             self._root,
             networks,
             device=engines.check_device(device),
-            precision=self.precision,
+            precision=self._precision,
             batch_size=None if batch_size == "auto" else whole("--batch-size", LARGEST_BATCH)(batch_size),
             cache=cache,
         )
+        if self.repeats is not None:
+            earlier = {part.network: part.repeats.precision for part in self.parts if part.repeats}
+            self._run.repeat([earlier[number] for number in range(len(networks))])
         self._result: pd.DataFrame | None = None
 
     # Working
@@ -320,6 +323,12 @@ class Extraction:
         return list(dict.fromkeys(lane.name for lane in self._run.lanes))
 
     @property
+    def precision(self) -> str:
+        """What the networks compute in; before they are ready, what is asked for."""
+        settled = listing(dict.fromkeys(lane.precision for lane in self._run.lanes))
+        return settled or (self.repeats.precision if self.repeats else self._precision)
+
+    @property
     def fit_rows(self) -> int | None:
         """How many rows `fit_on` selects, or None where all are learned from."""
         return None if self._fit_on is None else int(self._fit_on.sum())
@@ -407,7 +416,7 @@ class Extraction:
         asked = dict.fromkeys(part.block for part in self.parts if part.network in networks)
         blocks = [replace(block, normalize="none", components=None) for block in asked]
         images = {column: self._images[self._images_of(column)] for column in self._columns}
-        return Extraction(
+        raw = Extraction(
             pd.DataFrame(images, dtype=object),
             blocks,
             images=self._columns,
@@ -415,9 +424,11 @@ class Extraction:
             replace=True,
             batch_size=self._run.batch_size or "auto",
             device=self._run.device,
-            precision=self.precision,
             cache=self._run.uses_cache,
         )
+        in_order = dict.fromkeys(part.network for part in self.parts if part.network in networks)
+        raw._run.repeat([self._run.lanes[number].precision for number in in_order])
+        return raw
 
     def speed_of(self, part: Part) -> float:
         """Measure how many images per second go from file to features of `part` alone, without the cache."""
@@ -428,12 +439,12 @@ class Extraction:
         return images_per_second(part.lane, part.key, [self._images[at] for at in good], self._root)
 
     @property
-    def profile(self) -> dict[str, Any]:
-        """Seconds by kind of work, and which of them bounds the speed."""
-        return {**self.timings.seconds(), "bottleneck": self.bottleneck}
+    def profile(self) -> Profile:
+        """Seconds by kind of work, and which of them bounds the speed; print it, or show it in a notebook."""
+        return Profile(self.timings, seconds=self.seconds, computed=bool(self.computed))
 
     @property
-    def bottleneck(self) -> Literal["decoding", "network"] | None:
+    def bottleneck(self) -> Bottleneck | None:
         """What bounds the speed; None where nothing had to be computed."""
         return self.timings.bottleneck if self.computed else None
 

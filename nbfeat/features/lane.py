@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, cast
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """A network, opened by iterating `open` and started when the first image needs it."""
+    """A network, ready once its `opening` was iterated, and started when the first image needs it."""
 
     spec: NetworkSpec
     pixels: fit.PixelSpec
@@ -32,16 +32,17 @@ class Lane:
     kept: dict[str, Kept] = field(default_factory=dict)  # where the cache has them
     engine: Engine | None = None
     cached: int = 0  # how many images had their features from the cache
+    precision: Precision = "float32"  # that it computes in
 
-    def open(self, precision: Precision) -> Iterator[str]:
-        """Make the network ready, yielding sentences to show meanwhile."""
-        yield from self.opening
-        self.kept = {cut.key: self._kept(cut, precision) for cut in self.spec.cuts}
+    def settle(self, precision: Precision, engine: Engine | None = None) -> None:
+        """Compute in `precision` from now on, by an `engine` that was started before, or by one that will be."""
+        self.precision, self.engine = precision, engine
+        self.kept = {cut.key: self._kept(cut) for cut in self.spec.cuts}
 
     def start(self) -> Engine:
         """Return the engine, started if it was not."""
         if self.engine is None:
-            self.engine = self.opening.start()
+            self.engine = self.opening.start(self.precision)
         return self.engine
 
     def take(self, rows: Sequence[int], vectors: Vectors, *, cached: bool) -> None:
@@ -87,7 +88,7 @@ class Lane:
         """The weights that were loaded."""
         return self.opening.weights
 
-    def _kept(self, cut: Cut, precision: Precision) -> Kept:
+    def _kept(self, cut: Cut) -> Kept:
         """Name everything that changes the numbers that `cut` gives for an image."""
         output = self.outputs[cut.key]
         decides = {
@@ -102,9 +103,8 @@ class Lane:
             "interpolation": self.pixels.interpolation,
             "least_reduced": fit.LEAST_REDUCED,
             "decoders": decoders(),
-            "precision": precision,
             "keras": version("keras"),
-            **self.opening.numbers,
+            **self.opening.decides(self.precision),
             "numerics": NUMERICS,
         }
         return Kept(decides, {"weights_name": self.weights.name}, output.width)

@@ -50,7 +50,6 @@ def pack(recipe: Recipe, failures: Iterable[Failure]) -> str:
     whole = {
         "format": FORMAT,
         "recipe": dict(recipe.told),
-        "precision": recipe.precision,
         "parts": parts,
         "failures": lost,
     }
@@ -81,7 +80,6 @@ def unpack(text: bytes, source: str) -> tuple[Recipe, list[Failure]]:
         _check_format(whole["format"])
         parts = tuple(map(_unpacked, whole["parts"]))
         _expect(bool(parts) and len({part.prefix for part in parts}) == len(parts), "the prefixes of its blocks")
-        _expect(whole["precision"] in PRECISIONS, "its precision")
         told = whole["recipe"]
         _expect(isinstance(told, dict) and _are(told["engines"], str), "its engines")
         failures = [_failure(*row) for row in whole["failures"]]
@@ -90,7 +88,7 @@ def unpack(text: bytes, source: str) -> tuple[Recipe, list[Failure]]:
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         message = f"what it says of its features cannot be read ({type(error).__name__})"
         raise UnreadableError(message) from error
-    return Recipe(parts, whole["precision"], told, source), failures
+    return Recipe(parts, told, source), failures
 
 
 def _check_format(number: object) -> None:
@@ -122,6 +120,7 @@ def _unpacked(values: dict[str, Any]) -> PartRecipe:
     _expect(type(width) is int and width > 0, "the width of a block")
     weights = Loaded(**values["weights"])
     _expect(_are([weights.name, weights.sha256], str) and isinstance(decides, dict), "the weights of a block")
+    _expect(decides["precision"] in PRECISIONS, "the precision of a block")
     normalizer = _normalizer(blocks[0], width, values["unit_length"], values["arrays"])
     return PartRecipe(blocks[0], column, prefix, width, weights, decides, normalizer)
 

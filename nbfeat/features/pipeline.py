@@ -11,10 +11,9 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -27,32 +26,11 @@ from nbfeat.features.fit import PixelSpec
 from nbfeat.features.formats import OUT_OF_MEMORY
 from nbfeat.features.images import load_image, pixels_of
 from nbfeat.features.lane import Lane
+from nbfeat.features.profile import Timings
 from nbfeat.features.sources import Source
 
 BATCHES_AHEAD = 3  # decoded and waiting; more only costs memory
 SETTLED_AT_ONCE = 64  # rows that need no network, told of together
-
-
-@dataclass(slots=True)
-class Timings:
-    """Where the time of a run went, in seconds."""
-
-    preparing: float = 0.0  # building or loading networks
-    recalling: float = 0.0  # taking features from the cache before anything is read
-    decoding: float = 0.0  # reading, decoding and resizing: of processor time, summed over threads
-    waiting_for_images: float = 0.0  # the network had nothing to do
-    waiting_for_network: float = 0.0  # decoded images had to wait
-    keeping: float = 0.0  # writing to the cache
-    attaching: float = 0.0  # normalizing, and attaching the columns
-
-    def seconds(self) -> dict[str, float]:
-        """Return the times by name."""
-        return asdict(self)
-
-    @property
-    def bottleneck(self) -> Literal["decoding", "network"]:
-        """What more of would make the run faster."""
-        return "decoding" if self.waiting_for_images > self.waiting_for_network else "network"
 
 
 @dataclass(slots=True)
@@ -67,7 +45,8 @@ class Item:
     equal_to: int | None = None  # a row of the same content
     cached: dict[int, Vectors] = field(default_factory=dict)  # features that a lane, by its place, need not compute
     pixels: dict[PixelSpec, Pixels] = field(default_factory=dict)
-    seconds: float = 0.0
+    reading: float = 0.0  # seconds
+    decoding: float = 0.0  # of processor time: a thread that waits for its turn decodes nothing
 
 
 class Line:
@@ -114,9 +93,10 @@ class Line:
     def collect(self) -> Batch:
         """Wait for the oldest batch."""
         assert self.engine is not None  # noqa: S101 - something is in flight
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), self.engine.seconds
         batch = self.flight.popleft()
         batch.vectors = self.engine.collect()
+        self.timings.network += self.engine.seconds - worked
         self.timings.waiting_for_network += time.perf_counter() - start
         return batch
 
@@ -189,20 +169,21 @@ class Pipeline:
             start = time.perf_counter()
             item = waiting.popleft().result()
             self.timings.waiting_for_images += time.perf_counter() - start
-            self.timings.decoding += item.seconds
+            self.timings.reading += item.reading
+            self.timings.decoding += item.decoding
             waiting.extend(executor.submit(self._look, row) for row in islice(coming, 1))
             yield item
 
     def _look(self, row: int) -> Item:
         """Read a row, and decode it if need be; in a thread."""
-        start, item = time.thread_time(), Item(row)
+        start, item = time.perf_counter(), Item(row)
         try:
             source, item.state = load_image(self.images[row], self.root)
             item.image = content.digest(source)
+            item.reading = time.perf_counter() - start
             self._decode(item, source)
         except ImageError as error:
             item.reason = str(error)  # the exception would keep the file's bytes alive
-        item.seconds = time.thread_time() - start
         return item
 
     def _decode(self, item: Item, source: Source) -> None:
@@ -214,11 +195,15 @@ class Pipeline:
         if item.reason:
             return
         specs = self._lacking(item)
+        if not specs:
+            return
+        start = time.thread_time()
         try:
-            item.pixels = dict(zip(specs, pixels_of(source, specs), strict=True)) if specs else {}
+            item.pixels = dict(zip(specs, pixels_of(source, specs), strict=True))
         except ImageError as error:
             item.reason = str(error)
             item.is_lasting = isinstance(source, bytes) and item.reason != OUT_OF_MEMORY
+        item.decoding = time.thread_time() - start
 
     def _lacking(self, item: Item) -> list[PixelSpec]:
         """Return the pixels that are needed, after taking what the cache has."""

@@ -39,6 +39,12 @@ class PartRecipe:
     normalizer: Normalizer
 
     @property
+    def precision(self) -> Precision:
+        """What the network computed in."""
+        computed_in: Precision = self.decides["precision"]
+        return computed_in
+
+    @property
     def names(self) -> list[str]:
         """The names of the columns."""
         return names(self.prefix, self.block.components or self.width)
@@ -80,7 +86,6 @@ class Recipe:
     """What an Extraction takes as `like`: parts with what they learned, and what is told to people."""
 
     parts: tuple[PartRecipe, ...]
-    precision: Precision
     told: Mapping[str, Any]  # `Extraction.recipe`, plain values
     source: str = "the earlier result"  # what it is called in messages and reports
 
@@ -105,7 +110,12 @@ class Recipe:
                 "Extract features of some images first."
             )
             raise RequestError(message)
-        return cls(tuple(map(_of_part, extraction.parts)), extraction.precision, extraction.recipe, source)
+        return cls(tuple(map(_of_part, extraction.parts)), extraction.recipe, source)
+
+    @property
+    def precision(self) -> str:
+        """What was computed in, in words where networks differ."""
+        return listing(dict.fromkeys(part.precision for part in self.parts))
 
     @property
     def blocks(self) -> list[FeatureBlock]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _POOLED = {"avg": "average", "max": "maximum", "gem": "generalized mean", "flatten": "flattened"}
 HEAD = ("columns", "width", "from")
 FAILURES = ("row", "image", "reason")
-BOUNDS = {"decoding": "decoding", "network": "the network"}
+BOUNDS = {"reading": "reading", "decoding": "decoding", "network": "the network"}
 FAILURES_SHOWN = 10
 REASON_SHOWN = 90
 
@@ -124,7 +124,7 @@ def headline(report: dict[str, Any]) -> str:
     if cached:
         took += f": {cached:,} from the cache, {computed:,} computed"
     if report["preparing"] > 1:
-        speed += f", {report['preparing']:,.1f} s of them to build the network"
+        speed += f", {report['preparing']:,.1f} s of them to prepare the network"
     return f"{took} {speed}"
 
 

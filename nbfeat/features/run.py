@@ -18,7 +18,9 @@ from nbfeat.features.cache import Cache
 from nbfeat.features.fit import PixelSpec
 from nbfeat.features.lane import Lane, decoders
 from nbfeat.features.network import NetworkSpec
-from nbfeat.features.pipeline import Pipeline, Timings
+from nbfeat.features.pipeline import Pipeline
+from nbfeat.features.precision import settle
+from nbfeat.features.profile import Timings
 from nbfeat.features.progress import Progress
 from nbfeat.features.recall import recall
 
@@ -33,7 +35,7 @@ class Run:
         networks: Sequence[tuple[NetworkSpec, PixelSpec]],
         *,
         device: str,
-        precision: engines.Precision,
+        precision: engines.Asked,
         batch_size: int | None,
         cache: bool,
     ) -> None:
@@ -47,6 +49,7 @@ class Run:
         self.uses_cache = cache and bool(images)
         self._cache = Cache(None)
         self._seen: dict[bytes, int] = {}
+        self._settled: Sequence[engines.Precision] = ()
 
     @contextmanager
     def caching(self) -> Iterator[None]:
@@ -66,13 +69,21 @@ class Run:
         """Make the networks ready, yielding sentences to show meanwhile."""
         start = time.perf_counter()
         device, lanes = engines.choose_device(self.device), []
-        for spec, pixels in self.networks:
-            opening = engines.Opening(spec, device=device, precision=self.precision, batch_size=self.batch_size)
+        for number, (spec, pixels) in enumerate(self.networks):
+            opening = engines.Opening(spec, device=device, batch_size=self.batch_size)
             lanes.append(Lane(spec, pixels, opening, np.zeros(len(self.images), bool)))
-            yield from lanes[-1].open(self.precision)
+            yield from opening
             self.note(opening.note)
+            if self._settled:
+                lanes[-1].settle(self._settled[number])
+            else:
+                self.note((yield from settle(lanes[-1], self.precision, self.images, self.root)))
         self.lanes = lanes
         self.timings.preparing += time.perf_counter() - start
+
+    def repeat(self, precisions: Sequence[engines.Precision]) -> None:
+        """Compute in what an earlier run computed in, one for each network; nothing is compared."""
+        self._settled = precisions
 
     def batches(self) -> Generator[Batch, None, None]:
         """Yield what is in the cache already, then what has to be read; each batch was taken in before."""

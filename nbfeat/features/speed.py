@@ -14,7 +14,8 @@ from nbfeat.errors import ImageError
 from nbfeat.features.cache import Cache
 from nbfeat.features.images import load_image
 from nbfeat.features.lane import Lane
-from nbfeat.features.pipeline import Pipeline, Timings
+from nbfeat.features.pipeline import Pipeline
+from nbfeat.features.profile import Timings
 from nbfeat.features.sources import spread
 
 MOST_IMAGES = 64
@@ -32,7 +33,7 @@ def images_per_second(lane: Lane, key: str, images: Sequence[object], root: Path
     some = _readable([images[at] for at in spread(len(images), MOST_IMAGES)], root)
     if not some:
         return float("nan")
-    engine = lane.opening.start(key)
+    engine = lane.opening.start(lane.precision, key)
 
     def rate(chosen: Sequence[object]) -> float:
         alone = Lane(lane.spec, lane.pixels, lane.opening, np.zeros(len(chosen), bool), engine=engine)

@@ -19,7 +19,7 @@ from nbfeat.html import Html, paragraph, table, text_table
 if TYPE_CHECKING:
     import pandas as pd
 
-KINDS = ("features", "networks", "weights", "all")
+KINDS = ("features", "networks", "weights", "precisions", "all")
 _HEADS = {
     "features": ("features", "images", "bytes", "last used"),
     "networks": ("networks", "bytes"),
@@ -63,9 +63,16 @@ class Storage:
         return _size(self.folder)
 
     def clear(self, what: str = "features") -> None:
-        """Forget ``"features"``, ``"networks"``, ``"weights"`` that were downloaded, or ``"all"``; give the disk back.
+        """Forget one kind of what is kept, and give the disk back: by default the features that were computed.
 
-        Notebooks that run meanwhile go on. What is forgotten is computed, or built, again when it is asked for.
+        Notebooks that run meanwhile go on. What is forgotten is computed, built, loaded or measured again when it is
+        asked for.
+
+        Parameters
+        ----------
+        what
+            ``"features"``, ``"networks"`` that were built, ``"weights"`` that were downloaded, ``"precisions"``: in
+            what each network was found to compute best; or ``"all"``.
         """
         if what not in KINDS:
             message = f"clear takes {', '.join(KINDS)}, not {what!r}."
@@ -81,6 +88,8 @@ class Storage:
                 shutil.rmtree(self.folder / folder, ignore_errors=True)
         if what in {"weights", "all"}:
             shutil.rmtree(self.folder / "weights", ignore_errors=True)
+        if what in {"precisions", "all"}:
+            shutil.rmtree(self.folder / "precisions", ignore_errors=True)
 
     def _networks(self) -> list[dict[str, Any]]:
         rows = []

@@ -13,6 +13,7 @@ from nbfeat.backbones.catalog import CATALOG, find
 from nbfeat.errors import NbfeatError
 from nbfeat.features.block import BLOCK_OPTIONS, Option, quoted
 from nbfeat.features.layers import layer_names
+from nbfeat.features.storage import KINDS
 from nbfeat.jupyter.grammar import CODE, OPTIONS, PARQUET, results_among
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def candidates(cell: str, line: int, before: str, names: Mapping[str, Any]) -> l
 
 def _words_of(magic: str, before: str, names: Mapping[str, Any]) -> list[str]:
     if magic == "extract_cache":
-        return ["features", "networks", "weights", "all"] if "clear" in before else ["clear"]
+        return [*KINDS] if "clear" in before else ["clear"]
     return list(CATALOG) if magic == "backbones" else [*_frames(names), CODE]
 
 

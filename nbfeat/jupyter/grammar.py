@@ -6,7 +6,7 @@
     %extract   FRAME --like RESULT
     %%extract  FRAME [BACKBONE] [options]     and one feature block per line of the body
     %extract_panel [FRAME | --code]
-    %extract_cache [clear [features|networks|weights|all]]
+    %extract_cache [clear [features|networks|weights|precisions|all]]
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from nbfeat.features.engines import PRECISIONS
 from nbfeat.features.extraction import Extraction
 from nbfeat.features.like import is_result, recipe_of
 from nbfeat.features.recipe import Recipe
+from nbfeat.features.storage import KINDS
 
 RUN_OPTIONS: tuple[Option, ...] = (
     Option(name="images", short="-i", metavar="COLUMN", repeat=True, default="the one that looks like images",
@@ -36,7 +37,7 @@ RUN_OPTIONS: tuple[Option, ...] = (
     Option(name="batch_size", short="-b", metavar="N", default="auto", help="images per batch"),
     Option(name="device", short="-d", metavar="DEVICE", default="auto", help="auto, cpu, gpu or gpu:1"),
     Option(name="precision", metavar="HOW", choices=("auto", *PRECISIONS), default="auto",
-           help="number format that the network computes in; auto is float32"),
+           help="number format that the network computes in; auto is the fastest that agrees with float32"),
     Option(name="no_cache", switch=True, help="compute every image again, and keep nothing"),
     Option(name="replace", switch=True, help="overwrite columns of the same names that no block made"),
     Option(name="quiet", short="-q", switch=True, help="show no progress"),
@@ -168,7 +169,7 @@ def cache_words(line: str) -> str | None:
             return "features"
         case ["clear", what]:
             return what
-    message = f"%extract_cache takes nothing, or clear [features|networks|weights|all], not {line.strip()!r}."
+    message = f"%extract_cache takes nothing, or clear [{'|'.join(KINDS)}], not {line.strip()!r}."
     raise RequestError(message)
 
 

@@ -10,6 +10,7 @@ from nbfeat.features.extraction import Step
 from nbfeat.html import Html, bar, escape
 
 SECONDS_BETWEEN = 0.2
+WAITED_FOR = {"reading": "files to be read", "decoding": "images to be decoded", "network": "the network"}
 
 
 class Live:
@@ -86,7 +87,7 @@ def progress(step: Step) -> str:
     if step.seconds_left is not None:
         parts.append(f"{clock(step.seconds_left)} left")
     if step.bottleneck:
-        parts.append(f"waiting for {'images to be decoded' if step.bottleneck == 'decoding' else 'the network'}")
+        parts.append(f"waiting for {WAITED_FOR[step.bottleneck]}")
     return " · ".join(parts)
 
 

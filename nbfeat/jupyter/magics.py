@@ -88,7 +88,7 @@ class ExtractMagics(Magics):
     @no_var_expand
     @line_magic
     def extract_cache(self, line: str) -> Any:  # noqa: ANN401 - shows itself
-        """Show what nbfeat keeps here; ``%extract_cache clear [features|networks|weights|all]`` clears it."""
+        """Show what nbfeat keeps here, or clear it: ``clear [features|networks|weights|precisions|all]``."""
         return self._answer(lambda: self._extract_cache(grammar.cache_words(line)))
 
     def _extract_cache(self, cleared: str | None) -> Any:  # noqa: ANN401 - as above

@@ -32,6 +32,7 @@ from nbfeat.features.network import Base, Cut, NetworkSpec, Output
 
 Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
+Asked = Literal["auto", "float32", "bfloat16", "float16"]
 Pixels = NDArray[np.uint8]
 Vectors = dict[str, NDArray[np.float32]]
 
@@ -42,6 +43,7 @@ class Engine(Protocol):
     name: str  # what the report shows: library, version, device
     outputs: dict[str, Output]
     batch_size: int
+    seconds: float  # in which it was at work
 
     @property
     def is_full(self) -> bool:
@@ -74,11 +76,13 @@ class Opening:
     batch_size: int
     outputs: dict[str, Output]
     weights: Loaded
-    numbers: dict[str, object]  # all of the engine that decides the numbers
+    numbers: dict[str, object]  # all of the engine that decides the numbers, whatever it computes in
+    faster: tuple[Precision, ...] = ()  # what it may be faster in than in float32, the most exact one first
     note = ""
+    _keeps_apart: frozenset[Precision] = frozenset()  # in what a cut gives the same to the bit beside any others
 
-    def __init__(self, spec: NetworkSpec, *, device: str, precision: Precision, batch_size: int | None) -> None:
-        self.spec, self.device, self.precision, self._asked_size = spec, device, precision, batch_size
+    def __init__(self, spec: NetworkSpec, *, device: str, batch_size: int | None) -> None:
+        self.spec, self.device, self._asked_size = spec, device, batch_size
 
     def __iter__(self) -> Iterator[str]:
         """Work, yielding what is being done."""
@@ -108,7 +112,7 @@ class Opening:
                 return
         yield from self._for_keras(made.base)
         if made.file is None:
-            self.numbers["gives"] = own.what_it_gives(self.start())
+            self.numbers["gives"] = own.what_it_gives(self.start("float32"))
         else:
             self.weights = Loaded(name, digest(Path(made.file.weights)))
         if why_not and self.device == "cpu":
@@ -123,12 +127,10 @@ class Opening:
         stored = preparing.result
         self.name, self.outputs, self.weights = openvino.name(), stored.outputs, stored.weights
         self.batch_size, self.note = self._asked_size or openvino.BATCH, preparing.note
-        self.numbers = {"engine": openvino.name(threads=False), "cpu": cpu()}
-        if self.precision != "float32":
-            # In float32 a cut gives the same to the bit beside any others; in fewer bits fusing shows.
-            self.numbers["beside"] = [cut.key for cut in self.spec.cuts]
-        self._start: Callable[[str | None], Engine] = lambda only: openvino.OpenVINOEngine(
-            stored, precision=self.precision, batch_size=self.batch_size, only=only
+        self.numbers, self.faster = {"engine": openvino.name(threads=False), "cpu": cpu()}, openvino.FASTER
+        self._keeps_apart = frozenset({"float32"})  # in fewer bits fusing shows
+        self._start: Callable[[Precision, str | None], Engine] = lambda precision, only: openvino.OpenVINOEngine(
+            stored, precision=precision, batch_size=self.batch_size, only=only
         )
 
     def _for_keras(self, base: Base | None = None) -> Iterator[str]:
@@ -141,22 +143,36 @@ class Opening:
         if base is None:
             yield f"building {spec.title} in Keras"
 
-        def made(cuts: tuple[Cut, ...]) -> KerasEngine:
+        def made(cuts: tuple[Cut, ...], precision: Precision) -> KerasEngine:
             return KerasEngine(
-                replace(spec, cuts=cuts), device=self.device, precision=self.precision, batch_size=self._asked_size,
+                replace(spec, cuts=cuts), device=self.device, precision=precision, batch_size=self._asked_size,
                 base=base,
             )  # fmt: skip
 
-        engine = made(spec.cuts)
+        engine = made(spec.cuts, "float32")
         self.name, self.outputs, self.weights = engine.name, engine.outputs, engine.weights
         self.batch_size = engine.batch_size
-        beside = [cut.key for cut in self.spec.cuts]  # its compilers are not known to keep cuts apart
-        self.numbers = {"engine": engine.name, "backend": engine.backend, "cpu": cpu(), "beside": beside}
-        self._start = lambda only: engine if only is None else made(tuple(cut for cut in spec.cuts if cut.key == only))
+        self.numbers = {"engine": engine.name, "backend": engine.backend, "cpu": cpu()}
 
-    def start(self, only: str | None = None) -> Engine:
-        """Return the engine, ready to run; one that gives `only` one output runs no more than it takes."""
-        return self._start(only)
+        def start(precision: Precision, only: str | None) -> Engine:
+            if only is None and precision == "float32":
+                return engine
+            return made(tuple(cut for cut in spec.cuts if only in {None, cut.key}), precision)
+
+        self._start = start
+
+    def decides(self, precision: Precision) -> dict[str, object]:
+        """Return all of the engine that decides the numbers that it gives in `precision`."""
+        # Where a cut is not known to give the same to the bit beside any others, those decide, too.
+        beside = {} if precision in self._keeps_apart else {"beside": [cut.key for cut in self.spec.cuts]}
+        return {**self.numbers, "precision": precision, **beside}
+
+    def start(self, precision: Precision, only: str | None = None) -> Engine:
+        """Return the engine, ready to run; one that gives `only` one output runs no more than it takes.
+
+        Raises NetworkError where the hardware does not compute in `precision`.
+        """
+        return self._start(precision, only)
 
 
 def cpu() -> str:
@@ -252,10 +268,10 @@ def _share_of_worker() -> int | None:
     return int(told) if told.isdigit() and int(told) else None
 
 
-def precision_of(asked: str) -> Precision:
-    """Turn ``auto`` into the precision that is always right."""
-    chosen: Any = "float32" if asked == "auto" else asked
-    if chosen not in PRECISIONS:
-        message = f"--precision takes auto, {', '.join(PRECISIONS)}, not {asked!r}."
+def check_precision(asked: str) -> Asked:
+    """Return `asked` if it is ``auto`` or a precision."""
+    words: Any = ("auto", *PRECISIONS)
+    if asked not in words:
+        message = f"--precision takes {', '.join(words)}, not {asked!r}."
         raise RequestError(message)
-    return chosen  # type: ignore[no-any-return]
+    return words[words.index(asked)]  # type: ignore[no-any-return]

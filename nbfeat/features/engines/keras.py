@@ -41,6 +41,7 @@ class KerasEngine:
             raise RequestError(message)
         keras: Any = importlib.import_module("keras")
         self.batch_size, self._device = batch_size or BATCH, device
+        self.seconds = self._until = 0.0
         backend = keras.backend.backend()
         self.name = f"Keras {keras.__version__} on {_SHOWN.get(backend, backend)}, {device.upper()}"
         self.backend = f"{backend} {importlib.import_module(backend).__version__}"

@@ -8,6 +8,7 @@ the bit for any batch size, order and company.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from importlib.metadata import version
 from typing import Any
@@ -20,6 +21,7 @@ from nbfeat.features.engines import Pixels, Precision, Vectors, available_cores
 from nbfeat.features.store import Stored
 
 BATCH = 4  # 8 is no faster and takes 50 MB more; 16 and 32 are slower, and answer an interrupt later
+FASTER: tuple[Precision, ...] = ("bfloat16",)  # than float32, on some CPUs; float16 is on none
 _TYPES: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _WAIT_MS = 100
 
@@ -39,6 +41,7 @@ class OpenVINOEngine:
     ) -> None:
         openvino = quiet.import_openvino()
         self.name, self.outputs, self.batch_size = name(), stored.outputs, batch_size or BATCH
+        self.seconds = self._until = 0.0
         cores = available_cores()
         self._tensor, self._stored = openvino.Tensor, stored
         core = openvino.Core()
@@ -66,7 +69,7 @@ class OpenVINOEngine:
             raise NetworkError(message)
         count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") + 1
         self._idle: list[Any] = [compiled.create_infer_request() for _ in range(count)]
-        self._busy: deque[tuple[Any, Pixels, int]] = deque()
+        self._busy: deque[tuple[Any, Pixels, int, float]] = deque()  # with the time that each was started
         shape = tuple(graph.input().get_shape())
         # A request does not keep its buffer alive; these live as long as the engine. One more than can be in flight.
         self._buffers: list[Pixels] = [np.zeros(shape, np.uint8) for _ in range(count + 1)]
@@ -90,14 +93,18 @@ class OpenVINOEngine:
         """Start the oldest idle request on `buffer`, in place."""
         request = self._idle.pop()
         request.set_input_tensor(self._tensor(buffer, shared_memory=True))
+        started = time.perf_counter()
         request.start_async()
-        self._busy.append((request, buffer, count))
+        self._busy.append((request, buffer, count, started))
 
     def collect(self) -> Vectors:
         """Wait for the oldest batch, in slices, so that an interrupt is answered at once."""
-        request, buffer, count = self._busy[0]
+        request, buffer, count, started = self._busy[0]
         while not request.wait_for(_WAIT_MS):
             pass
+        ended = started + request.latency / 1000
+        self.seconds += max(0.0, ended - max(started, self._until))  # what ran beside others counts once
+        self._until = max(ended, self._until)
         vectors = {key: np.array(request.get_tensor(key).data[:count], np.float32) for key in self.outputs}
         self._busy.popleft()
         self._idle.append(request)
@@ -106,10 +113,10 @@ class OpenVINOEngine:
 
     def close(self) -> None:
         """Cancel what is in flight, wait for it, and take back every buffer; the engine can be used again."""
-        for request, _, _ in self._busy:
+        for request, *_ in self._busy:
             request.cancel()
         while self._busy:
-            request, _, _ = self._busy.popleft()
+            request, *_ = self._busy.popleft()
             with contextlib.suppress(RuntimeError):  # "canceled", as asked
                 request.wait()
             self._idle.append(request)
