@@ -11,6 +11,7 @@ from unittest import mock
 
 from nbfeat import Extraction, ImageFeatures
 from nbfeat.features import engines, images, pipeline, sources
+from nbfeat.features.engines import cores
 from tests.fake import FakeOpening
 
 
@@ -37,7 +38,7 @@ def decoded() -> Counter[tuple[str, ...]]:
 
 def cores_and_engine(transformer: ImageFeatures, paths: list[str]) -> tuple[int, str]:
     """Return how many cores a process takes for its own, and what it says that its network runs on."""
-    return engines.available_cores(), transformer.fit(paths).recipe_.told["engines"][0]
+    return cores.available_cores(), transformer.fit(paths).recipe_.told["engines"][0]
 
 
 def _log() -> Path:

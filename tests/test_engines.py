@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -15,10 +16,11 @@ import pandas as pd
 import pytest
 
 import nbfeat
-from nbfeat import NetworkError, RequestError
+from nbfeat import NetworkError, RequestError, quiet
+from nbfeat.backbones.weights import Loaded
 from nbfeat.features import engines
 from nbfeat.features.engines.openvino import OpenVINOEngine
-from nbfeat.features.network import Cut, NetworkSpec
+from nbfeat.features.network import Cut, NetworkSpec, Output
 from nbfeat.features.store import Preparing, Stored
 from tests.faces import same
 
@@ -206,3 +208,20 @@ def test_a_precision_is_obeyed_or_refused_and_never_swapped(stored: Stored, prec
         rows.append(one.collect()[Cut().key])
     assert not np.array_equal(rows[0], rows[1])
     np.testing.assert_allclose(rows[0], rows[1], atol=0.1 * np.abs(rows[1]).max())
+
+
+def test_numbers_that_slow_some_cpus_down_are_zero(tmp_path: Path) -> None:
+    openvino = quiet.import_openvino()
+    ops = importlib.import_module("openvino.opset13")
+    pixels = ops.parameter([-1, 8, 8, 3], openvino.Type.u8)
+    small = ops.multiply(ops.convert(pixels, "f32"), ops.constant(np.float32(1e-25)))
+    kernel = ops.constant(np.full((4, 8, 1, 1), 1e-16, np.float32))  # 1e-25 × 1e-16 is below 1e-38
+    features = ops.reduce_mean(ops.convolution(small, kernel, [1, 1], [0, 0], [0, 0], [1, 1]), np.array([2, 3]))
+    features.output(0).set_names({"end:default"})
+    openvino.save_model(openvino.Model([features], [pixels]), tmp_path / "network.xml", compress_to_fp16=False)
+    stored = Stored(tmp_path, {"end:default": Output(4, "avg", (8, 3, 4), negative=False)}, Loaded("random", ""))
+    engine = OpenVINOEngine(stored, precision="float32", batch_size=1)
+    buffer = engine.buffer()
+    buffer[:] = 255
+    engine.submit(buffer, 1)
+    np.testing.assert_array_equal(engine.collect()["end:default"], 0)

@@ -37,6 +37,7 @@ import nbfeat
 from nbfeat import Extraction, ExtractionError, FeatureBlock, ImageFeatures, RequestError
 from nbfeat.backbones.weights import Loaded
 from nbfeat.features import engines, lane, network
+from nbfeat.features.engines import cores as engine_cores
 from tests import in_workers
 from tests.conftest import ROOT
 from tests.fake import FakeEngine, FakeOpening
@@ -407,7 +408,7 @@ def test_workers_share_the_cache_and_the_cores(photos: pd.DataFrame) -> None:
     seen = in_workers.decoded()
     assert len({image for _, image in seen}) == 20
     assert set(seen.values()) == {1}, "a worker decoded an image twice"
-    mine = max(1, engines.available_cores() // 2)
+    mine = max(1, engine_cores.available_cores() // 2)
     told = Parallel(n_jobs=2)(
         delayed(in_workers.cores_and_engine)(ImageFeatures("Pocket"), list(photos["path"][:2])) for _ in range(2)
     )
@@ -416,11 +417,11 @@ def test_workers_share_the_cache_and_the_cores(photos: pd.DataFrame) -> None:
 
 
 def test_variables_for_other_libraries_are_not_taken_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    cores = engines.available_cores()
+    cores = engine_cores.available_cores()
     monkeypatch.setenv("OMP_NUM_THREADS", str(cores + 1))
-    assert engines.available_cores() == cores
+    assert engine_cores.available_cores() == cores
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert engines.available_cores() == cores
+    assert engine_cores.available_cores() == cores
 
 
 # Pickling

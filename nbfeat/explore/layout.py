@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.errors import RequestError
-from nbfeat.features.engines import available_cores
+from nbfeat.features.engines.cores import available_cores
 
 Method = Literal["pca", "tsne", "umap"]
 METHODS: tuple[Method, ...] = get_args(Method)

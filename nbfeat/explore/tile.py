@@ -16,7 +16,7 @@ from nbfeat import quiet
 from nbfeat.errors import ImageError
 from nbfeat.explore.target import column_of
 from nbfeat.explore.vectors import Images
-from nbfeat.features.engines import available_cores
+from nbfeat.features.engines.cores import available_cores
 from nbfeat.features.formats import short
 from nbfeat.features.images import read_thumbnail
 from nbfeat.features.sources import is_missing, name_of

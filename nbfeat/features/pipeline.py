@@ -21,7 +21,8 @@ from nbfeat.errors import ImageError
 from nbfeat.features import content
 from nbfeat.features.batch import Batch
 from nbfeat.features.cache import Cache
-from nbfeat.features.engines import Engine, Pixels, Vectors, available_cores
+from nbfeat.features.engines import Engine, Pixels, Vectors
+from nbfeat.features.engines.cores import available_cores
 from nbfeat.features.fit import PixelSpec
 from nbfeat.features.formats import OUT_OF_MEMORY
 from nbfeat.features.images import load_image, pixels_of

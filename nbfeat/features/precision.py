@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.errors import ImageError, NetworkError
-from nbfeat.features.engines import Asked, Engine, Pixels, Precision, Vectors, available_cores
+from nbfeat.features.engines import Asked, Engine, Pixels, Precision, Vectors
+from nbfeat.features.engines.cores import available_cores
 from nbfeat.features.images import read_pixels
 from nbfeat.features.lane import Lane
 from nbfeat.features.network import NUMERICS

@@ -29,7 +29,8 @@ from PIL import Image
 
 import nbfeat
 from nbfeat import Extraction, FeatureBlock, NetworkError
-from nbfeat.features.engines import Precision, available_cores
+from nbfeat.features.engines import Precision
+from nbfeat.features.engines.cores import available_cores
 from nbfeat.features.engines.openvino import OpenVINOEngine
 from nbfeat.features.fit import PixelSpec
 from nbfeat.features.images import read_pixels

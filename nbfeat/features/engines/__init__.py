@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import multiprocessing
 import os
 import platform
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -243,29 +241,6 @@ def count_gpus() -> int:
     except (ImportError, RuntimeError):
         return 0
     return 0
-
-
-def available_cores() -> int:
-    """Count the cores that this process may use: its affinity, its control group's quota, its share among workers."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass  # no control group, or "max": no quota
-    return min(cores, _share_of_worker() or cores)
-
-
-def _share_of_worker() -> int | None:
-    """Return how many threads joblib wants in this process, if it is one of its workers: cores ÷ workers.
-
-    Joblib says so by the variables that thread pools read: "Avoiding over-subscription of CPU resources" in its
-    documentation. Elsewhere those speak of other libraries.
-    """
-    if type(multiprocessing.current_process()).__name__ != "LokyProcess":
-        return None
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    return int(told) if told.isdigit() and int(told) else None
 
 
 def check_precision(asked: str) -> Asked:

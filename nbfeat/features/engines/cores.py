@@ -1,0 +1,63 @@
+"""How many cores this process may use: those it is bound to, the quota of its control groups, its share as a worker.
+
+The number of cores of the machine is none of these: a container of two cores has as many decoders and streams as two.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+
+def available_cores() -> int:
+    """Count the cores that this process may use, one at least; a part of a core counts as one."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        cores = os.cpu_count() or 1
+    return max(1, min([cores, *map(math.ceil, quotas()), *_share_of_worker()]))
+
+
+def quotas(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
+    """Yield the cores that the control groups of this process allow: its own and all around it, of either version.
+
+    In a container `root` is usually its own group, whatever path `groups` says.
+    """
+    try:
+        lines = [line.split(":", 2) for line in groups.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        lines = []
+    own = next((path for _, kind, path in lines if not kind), "/")
+    own_1 = next((path for _, kind, path in lines if "cpu" in kind.split(",")), "/")
+    for folder in _upwards(root, own):
+        with suppress(OSError, ValueError):  # no such group here, or "max": no quota
+            quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+            yield int(quota) / int(period)
+    for folder in _upwards(root / "cpu", own_1):
+        with suppress(OSError, ValueError):
+            quota_1, period_1 = (
+                int((folder / f"cpu.cfs_{name}_us").read_text(encoding="ascii")) for name in ("quota", "period")
+            )
+            if quota_1 > 0:  # -1: none
+                yield quota_1 / period_1
+
+
+def _upwards(root: Path, path: str) -> list[Path]:
+    inner = root / path.lstrip("/")
+    return [folder for folder in (inner, *inner.parents) if folder.is_relative_to(root)]
+
+
+def _share_of_worker() -> list[int]:
+    """Return how many threads joblib wants in this process, if it is one of its workers: cores ÷ workers.
+
+    Joblib says so by the variables that thread pools read: "Avoiding over-subscription of CPU resources" in its
+    documentation. Elsewhere those speak of other libraries.
+    """
+    if type(multiprocessing.current_process()).__name__ != "LokyProcess":
+        return []
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return [int(told)] if told.isdigit() and int(told) else []
