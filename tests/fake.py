@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from nbfeat.backbones.weights import Loaded
-from nbfeat.features.engines import Pixels, Precision, Vectors
+from nbfeat.features.engines import Pixels, Precision, Vectors, Work
 from nbfeat.features.network import Cut, NetworkSpec, Output
 
 GRID = 4
@@ -33,7 +33,7 @@ class FakeEngine:
         self.batches = []
         self.gate = threading.Event()
         self.gate.set()
-        self.closed, self.seconds = 0, 0.0
+        self.closed, self.work = 0, Work()
         self._busy: deque[tuple[Pixels, int]] = deque()
         self._lent = 0
 
@@ -94,8 +94,8 @@ class FakeOpening:
     note = ""
     faster: tuple[Precision, ...] = ()
 
-    def __init__(self, spec: NetworkSpec, *, device: str, batch_size: int | None) -> None:
-        assert device == "cpu"
+    def __init__(self, spec: NetworkSpec, *, devices: tuple[str, ...], batch_size: int | None) -> None:
+        assert devices == ("cpu",)
         self.spec, self.batch_size = spec, batch_size or 8
         self.name, self.weights, self.outputs = "Fake engine", Loaded("random", "0" * 64), outputs(spec)
         self.numbers: dict[str, object] = {"engine": "fake"}

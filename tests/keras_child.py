@@ -29,7 +29,7 @@ from nbfeat import quiet
 from nbfeat.backbones import applications, keras_weights
 from nbfeat.backbones.catalog import CATALOG
 from nbfeat.features import engines
-from nbfeat.features.network import Cut, NetworkSpec, build
+from nbfeat.features.network import Cut, NetworkSpec, build, load_base
 from nbfeat.features.signs import maps_with_negative_values
 
 SMALLEST = 64  # pixels; below it some maps are a single cell
@@ -245,6 +245,22 @@ def from_torch(name: str, folder: str, *sizes: str) -> dict[str, Any]:
     return {"weights": built.weights.name}
 
 
+def normalizing(folder: str) -> dict[str, Any]:
+    """Save an EfficientNet that normalizes pixels by numbers of its own; tell whether OpenVINO computes with them."""
+    keras: Any = importlib.import_module("keras")
+    network: Any = load_base(spec_of("EfficientNetB0", Cut()), lambda _: None)[0]
+    layer = network.get_layer("normalization")
+    layer.set_weights([np.array([120.0, 60.0, 180.0]) / 255, np.array([0.02, 0.3, 0.1]), *layer.get_weights()[2:]])
+    layer.finalize_state()
+    network.save_weights(Path(folder, "own.weights.h5"))
+    images, early = pictures(SMALLEST), "block1a_activation"  # deeper, random weights make much of the last digits
+    begun = keras.Model(network.input, network.get_layer(early).output)
+    theirs = keras.ops.convert_to_numpy(begun(images.astype("float32"), training=False)).mean(axis=(1, 2))
+    block = f"EfficientNetB0 --size {SMALLEST} --weights {Path(folder, 'own.weights.h5')} --layer {early}"
+    result = nbfeat.extract(pd.DataFrame({"image": list(images)}), block, images="image", cache=False)
+    return {"engine": result.engines[0], "cosine": cosine(result.features.to_numpy(), theirs)}
+
+
 def torch_spec(name: str, weights: Path, size: str | int) -> NetworkSpec:
     """Describe the network with these weights, cut at the end and at every customary layer, whole."""
     cuts = [Cut("", "flatten"), *(Cut(layer.name, "flatten" if layer.stride else "") for layer in CATALOG[name].layers)]
@@ -265,6 +281,7 @@ PROGRAMS: dict[str, Callable[..., dict[str, Any]]] = {
         files_of_weights,
         structures,
         from_torch,
+        normalizing,
     )
 }
 

@@ -119,20 +119,36 @@ def test_precision_and_device_are_words_that_exist() -> None:
     for asked in ("cpu:1", "tpu", "gpu:x", ""):
         with pytest.raises(RequestError):
             engines.check_device(asked)
-    assert engines.choose_device("cpu") == "cpu"
+    assert engines.choose_devices("cpu") == ("cpu",)
 
 
 def test_a_gpu_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "count_gpus", lambda: 0)
     with pytest.raises(RequestError, match=r"sees no GPU.*--device cpu"):
-        engines.choose_device("gpu")
+        engines.choose_devices("gpu")
     monkeypatch.setattr(engines, "sign_of_gpu", lambda: True)
-    assert engines.choose_device("auto") == "cpu"
+    assert engines.choose_devices("auto") == ("cpu",)
     monkeypatch.setattr(engines, "count_gpus", lambda: 2)
-    assert engines.choose_device("auto") == "gpu:0"
-    assert engines.choose_device("gpu:1") == "gpu:1"
+    assert engines.choose_devices("auto") == ("gpu:0", "gpu:1")
+    assert engines.choose_devices("gpu") == ("gpu:0",)
+    assert engines.choose_devices("gpu:1") == ("gpu:1",)
     with pytest.raises(RequestError, match="sees 2 GPUs"):
-        engines.choose_device("gpu:2")
+        engines.choose_devices("gpu:2")
+
+
+@pytest.mark.parametrize(("files", "hidden", "expected"), [
+    (["nvidiactl", "null"], None, False), (["nvidia3"], None, True), (["kfd"], None, True), (["nvidia0"], "", False),
+])  # fmt: skip
+def test_a_driver_s_files_are_the_sign_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: list[str], hidden: str | None, expected: object
+) -> None:
+    monkeypatch.setattr(engines, "_DRIVERS", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    for name in files:
+        (tmp_path / name).touch()
+    assert engines.sign_of_gpu() is expected
 
 
 @pytest.mark.slow

@@ -47,6 +47,12 @@ def test_a_network_gives_what_keras_own_gives(name: str, compared: dict[str, Any
     assert 1e-3 < found["norm"] < 1e8
 
 
+def test_pixels_are_normalized_by_the_networks_own_numbers(tmp_path: Path) -> None:
+    found = keras("normalizing", str(tmp_path))
+    assert found["engine"].startswith("OpenVINO")
+    assert found["cosine"] > 0.99999
+
+
 @pytest.mark.parametrize("name", BIGGEST)
 def test_the_biggest_have_the_configuration_of_their_smaller_kin(name: str) -> None:
     kin = CATALOG["ConvNeXtBase"]

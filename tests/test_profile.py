@@ -64,7 +64,7 @@ def test_a_slow_network_is_found_to_be_the_bottleneck(photos: pd.DataFrame, monk
 
     def slow(engine: FakeEngine) -> Any:
         time.sleep(0.1)
-        engine.seconds += 0.1
+        engine.work.seconds += 0.1
         return collect(engine)
 
     monkeypatch.setattr(FakeEngine, "collect", slow)

@@ -1,4 +1,4 @@
-"""Weights in a file of Keras' (``.weights.h5``, ``.h5``, ``.keras``), given to a network that they fit.
+"""Weights in a file of Keras' (``.weights.h5``, ``.h5``, ``.keras``), or of a network, given to one that they fit.
 
 Files of a network with its classifier serve the network without it. What is in a file is looked at before Keras reads
 it, and what does not fit is told by the first layer that differs.
@@ -6,7 +6,9 @@ it, and what does not fit is told by the first layer that differs.
 
 from __future__ import annotations
 
+import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,25 @@ def load(network: Any, path: Path) -> None:  # noqa: ANN401 - Keras has no types
         network.load_weights(path, **by_name)
     except (ValueError, OSError, KeyError) as error:
         raise _do_not_fit(network, path, _told_by_keras(str(error))) from error
+
+
+def copy(network: Any, twin: Any) -> None:  # noqa: ANN401 - Keras has no types
+    """Give `twin`, a clone of `network`, the weights of the latter."""
+    normalization: Any = importlib.import_module("keras").layers.Normalization
+    twin.set_weights(network.get_weights())
+    for layer in leaves(twin):
+        if isinstance(layer, normalization):
+            layer.finalize_state()  # it computes with what it made of its weights when it was built
+
+
+def leaves(layer: Any) -> Iterator[Any]:  # noqa: ANN401 - a Keras model or layer
+    """Walk the layers that hold no others; those inside a layer of the user's own are found like any other."""
+    keras: Any = importlib.import_module("keras")
+    inner = [part for part in layer._layers if isinstance(part, keras.layers.Layer)]  # noqa: SLF001 - no public way
+    for part in inner:
+        yield from leaves(part)
+    if not inner and isinstance(layer, keras.layers.Layer) and not isinstance(layer, keras.layers.InputLayer):
+        yield layer
 
 
 def _by_name(network: Any, path: Path) -> dict[str, bool]:  # noqa: ANN401 - as above

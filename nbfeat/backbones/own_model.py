@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbfeat.backbones import model_file
+from nbfeat.backbones import keras_weights, model_file
 from nbfeat.backbones.backbone import Backbone, Scaling
 from nbfeat.errors import RequestError, WeightsError, near, sentences
 
@@ -79,7 +79,7 @@ def fitted(network: Any, size: int, title: str) -> keras.Model:  # noqa: ANN401 
     if tuple(inputs[0].shape) != (None, *wanted):
         # A size or a batch that was left open, or fixed, would be so in every layer.
         twin = keras.models.clone_model(network, input_tensors=keras.Input(wanted, dtype=inputs[0].dtype))
-        twin.set_weights(network.get_weights())
+        keras_weights.copy(network, twin)
         network = twin
     outputs = network.outputs if len(network.outputs) > 1 else network.outputs[0]
     return keras.Model(network.inputs[0], outputs, name=network.name)

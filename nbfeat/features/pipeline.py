@@ -94,10 +94,10 @@ class Line:
     def collect(self) -> Batch:
         """Wait for the oldest batch."""
         assert self.engine is not None  # noqa: S101 - something is in flight
-        start, worked = time.perf_counter(), self.engine.seconds
+        start, worked = time.perf_counter(), self.engine.work.seconds
         batch = self.flight.popleft()
         batch.vectors = self.engine.collect()
-        self.timings.network += self.engine.seconds - worked
+        self.timings.network += self.engine.work.seconds - worked
         self.timings.waiting_for_network += time.perf_counter() - start
         return batch
 

@@ -68,9 +68,9 @@ class Run:
     def open(self) -> Iterator[str]:
         """Make the networks ready, yielding sentences to show meanwhile."""
         start = time.perf_counter()
-        device, lanes = engines.choose_device(self.device), []
+        devices, lanes = engines.choose_devices(self.device), []
         for number, (spec, pixels) in enumerate(self.networks):
-            opening = engines.Opening(spec, device=device, batch_size=self.batch_size)
+            opening = engines.Opening(spec, devices=devices, batch_size=self.batch_size)
             lanes.append(Lane(spec, pixels, opening, np.zeros(len(self.images), bool)))
             yield from opening
             self.note(opening.note)
@@ -109,6 +109,7 @@ class Run:
         """Put the features of a batch where they belong, and into the cache what is new."""
         if batch.lane is not None:
             batch.lane.take(batch.rows, batch.vectors, cached=batch.cached)
+            self.note(batch.lane.opening.note)
         for row in batch.failures:
             for lane in self.lanes:  # which may have had its features from the cache
                 lane.forget(row)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nbfeat.backbones import keras_weights
 from nbfeat.errors import NetworkError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def turn_channels_first(base: keras.Model) -> keras.Model | None:
 
     rows, columns, channels = base.input_shape[1:]
     turned = keras.models.clone_model(base, input_tensors=keras.Input((channels, rows, columns)), clone_function=turn)
-    turned.set_weights(base.get_weights())
+    keras_weights.copy(base, turned)
     if turned.output_shape[1] != base.output_shape[-1]:
         message = f"{base.name} could not be turned channels-first: {turned.output_shape} from {base.output_shape}."
         raise NetworkError(message)

@@ -16,7 +16,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,13 +26,27 @@ from numpy.typing import NDArray
 from nbfeat import quiet
 from nbfeat.backbones.weights import Loaded, digest
 from nbfeat.errors import NetworkError, RequestError, WeightsError
-from nbfeat.features.network import Base, Cut, NetworkSpec, Output
+from nbfeat.features.network import Base, NetworkSpec, Output
 
 Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
 Asked = Literal["auto", "float32", "bfloat16", "float16"]
+_DRIVERS = Path("/dev")
 Pixels = NDArray[np.uint8]
 Vectors = dict[str, NDArray[np.float32]]
+
+
+@dataclass(slots=True)
+class Work:
+    """How long an engine was at work."""
+
+    seconds: float = 0.0
+    _until: float = 0.0
+
+    def add(self, started: float, ended: float) -> None:
+        """Count a batch; what ran beside others counts once. Batches come in the order of their start."""
+        self.seconds += max(0.0, ended - max(started, self._until))
+        self._until = max(ended, self._until)
 
 
 class Engine(Protocol):
@@ -41,7 +55,7 @@ class Engine(Protocol):
     name: str  # what the report shows: library, version, device
     outputs: dict[str, Output]
     batch_size: int
-    seconds: float  # in which it was at work
+    work: Work
 
     @property
     def is_full(self) -> bool:
@@ -75,12 +89,13 @@ class Opening:
     outputs: dict[str, Output]
     weights: Loaded
     numbers: dict[str, object]  # all of the engine that decides the numbers, whatever it computes in
-    faster: tuple[Precision, ...] = ()  # what it may be faster in than in float32, the most exact one first
-    note = ""
+    faster: tuple[Precision, ...] = ()  # what it may be faster in than in float32, in the order of trying
+    note = ""  # what the report should say; a run may bring up more
     _keeps_apart: frozenset[Precision] = frozenset()  # in what a cut gives the same to the bit beside any others
 
-    def __init__(self, spec: NetworkSpec, *, device: str, batch_size: int | None) -> None:
-        self.spec, self.device, self._asked_size = spec, device, batch_size
+    def __init__(self, spec: NetworkSpec, *, devices: tuple[str, ...], batch_size: int | None) -> None:
+        self.spec, self.devices, self._asked_size = spec, devices, batch_size
+        self.device = devices[0]
 
     def __iter__(self) -> Iterator[str]:
         """Work, yielding what is being done."""
@@ -132,7 +147,7 @@ class Opening:
         )
 
     def _for_keras(self, base: Base | None = None) -> Iterator[str]:
-        from nbfeat.features.engines.keras import KerasEngine  # noqa: PLC0415 - only the engine in use
+        from nbfeat.features.engines.keras import FASTER_ON_GPUS, KerasEngine  # noqa: PLC0415 - only the engine in use
         from nbfeat.features.store import located  # noqa: PLC0415
 
         if self.device == "cpu":
@@ -141,21 +156,24 @@ class Opening:
         if base is None:
             yield f"building {spec.title} in Keras"
 
-        def made(cuts: tuple[Cut, ...], precision: Precision) -> KerasEngine:
+        def tell(sentence: str) -> None:
+            self.note = sentence
+
+        def made(precision: Precision, only: str | None = None) -> KerasEngine:
             return KerasEngine(
-                replace(spec, cuts=cuts), device=self.device, precision=precision, batch_size=self._asked_size,
-                base=base,
+                replace(spec, cuts=tuple(cut for cut in spec.cuts if only in {None, cut.key})), devices=self.devices,
+                precision=precision, batch_size=self._asked_size, base=base, tell=tell,
             )  # fmt: skip
 
-        engine = made(spec.cuts, "float32")
+        engine = made("float32")
         self.name, self.outputs, self.weights = engine.name, engine.outputs, engine.weights
         self.batch_size = engine.batch_size
-        self.numbers = {"engine": engine.name, "backend": engine.backend, "cpu": cpu()}
+        self.numbers = {"engine": engine.kind, "backend": engine.backend, "cpu": cpu()}
+        self.faster = FASTER_ON_GPUS if self.device != "cpu" else ()
+        ready = [engine]  # once: it takes memory, which is another precision's if that is better
 
         def start(precision: Precision, only: str | None) -> Engine:
-            if only is None and precision == "float32":
-                return engine
-            return made(tuple(cut for cut in spec.cuts if only in {None, cut.key}), precision)
+            return ready.pop() if ready and (precision, only) == ("float32", None) else made(precision, only)
 
         self._start = start
 
@@ -200,19 +218,19 @@ def check_device(asked: str) -> str:
     return asked
 
 
-def choose_device(asked: str) -> str:
-    """Turn ``auto``, ``cpu``, ``gpu`` or ``gpu:1`` into ``cpu`` or ``gpu:N``.
+def choose_devices(asked: str) -> tuple[str, ...]:
+    """Turn ``auto``, ``cpu``, ``gpu`` or ``gpu:1`` into ``cpu``, one ``gpu:N``, or for ``auto`` every GPU there is.
 
     ``auto`` asks Keras' backend, which takes seconds to import, only where there is a sign of a GPU.
     """
     kind, _, number = asked.partition(":")
     if kind == "cpu" or (kind == "auto" and not sign_of_gpu()):
-        return "cpu"
+        return ("cpu",)
     found = count_gpus()
-    if int(number or 0) < found:
-        return f"gpu:{number or 0}"
     if kind == "auto":
-        return "cpu"
+        return tuple(f"gpu:{one}" for one in range(found)) or ("cpu",)
+    if int(number or 0) < found:
+        return (f"gpu:{number or 0}",)
     seen = f"{found} GPU{'s' if found > 1 else ''}" if found else "no GPU"
     message = (
         f"Keras' backend sees {seen}, so --device {asked} cannot be had. Use --device cpu, or install the extra "
@@ -222,10 +240,11 @@ def choose_device(asked: str) -> str:
 
 
 def sign_of_gpu() -> bool:
-    """Look for a GPU without importing anything: a driver's files, or Apple's chips."""
+    """Look for a GPU without importing anything: a driver's files."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
         return False
-    return any(Path(place).exists() for place in ("/dev/nvidia0", "/dev/kfd", "/dev/dxg"))
+    # A container may have been given the second GPU alone.
+    return any(any(_DRIVERS.glob(name)) for name in ("nvidia[0-9]*", "kfd", "dxg"))
 
 
 def count_gpus() -> int:
@@ -233,9 +252,9 @@ def count_gpus() -> int:
     try:
         backend = importlib.import_module("keras").backend.backend()
         if backend == "tensorflow":
-            return len(importlib.import_module("tensorflow").config.list_physical_devices("GPU"))
+            return len(importlib.import_module("tensorflow").config.get_visible_devices("GPU"))
         if backend == "jax":
-            return sum(device.platform == "gpu" for device in importlib.import_module("jax").devices())
+            return sum(device.platform == "gpu" for device in importlib.import_module("jax").local_devices())
         if backend == "torch":
             return int(importlib.import_module("torch").cuda.device_count())
     except (ImportError, RuntimeError):

@@ -1,66 +1,130 @@
 """The engine for GPUs, and for a CPU without OpenVINO: the same model on whatever backend Keras has here.
 
-The model is compiled once for one batch shape; the last, partial batch is padded. The next batch is dispatched before
-the oldest one is fetched.
+Each device has a replica of the network, and batches go to them in turn; the next ones are dispatched before the oldest
+is fetched. Pixels go to the device as they are, vectors come back. The last, partial batch is padded. Where memory does
+not do, a batch is run in smaller parts, and no image is lost.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import threading
+import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from nbfeat import quiet
-from nbfeat.errors import NetworkError, RequestError
-from nbfeat.features.engines import Pixels, Precision, Vectors
-from nbfeat.features.network import Base, Built, NetworkSpec, build
+from nbfeat.errors import NetworkError, listing
+from nbfeat.features import mixed
+from nbfeat.features.engines import Pixels, Precision, Vectors, Work, backends, exact, gpus, sizing
+from nbfeat.features.engines.session import in_a_fresh_session
+from nbfeat.features.network import Base, Built, NetworkSpec, build, load_base
 
 BATCH = 32
-WINDOW = 2
+FASTER_ON_GPUS: tuple[Precision, ...] = ("bfloat16", "float16")  # than float32; numbers in the first cannot overflow
+WINDOW = 2  # batches in flight on each device
 _SHOWN = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch", "openvino": "OpenVINO backend"}
 
 
+@dataclass(slots=True)
+class Flight:
+    """A batch on its way: the images in it, and what became of its parts."""
+
+    buffer: Pixels
+    count: int
+    replica: backends.Replica
+    started: float = field(default_factory=time.perf_counter)
+    size: int = 0  # images in each part
+    parts: list[Any] = field(default_factory=list)
+
+    def start(self, size: int) -> None:
+        """Dispatch the batch in parts of `size` images."""
+        self.size = size
+        self.parts = [self.replica.run(part) for part in _parts(self.buffer, self.count, size)]
+
+    def fetch(self, keys: list[str]) -> Vectors:
+        """Wait for every part, and put them together."""
+        left = range(self.count, 0, -self.size)
+        rows = [backends.fetch(part, keys, min(rest, self.size)) for part, rest in zip(self.parts, left, strict=True)]
+        return {key: np.concatenate([part[key] for part in rows]) for key in keys}
+
+
+def _parts(buffer: Pixels, count: int, size: int) -> Iterator[Pixels]:
+    """Cut `count` images into parts of one size; what is missing at the end of the buffer is black."""
+    for start in range(0, count, size):
+        part = buffer[start : start + size]
+        yield part if len(part) == size else np.pad(part, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
+
+
 class KerasEngine:
-    """Run the network of `spec` on `device` (``cpu`` or ``gpu:N``)."""
+    """Run the network of `spec` on `devices` (``cpu`` or ``gpu:N``); what comes up is given to `tell` as sentences."""
 
     def __init__(
         self,
         spec: NetworkSpec,
         *,
-        device: str,
+        devices: tuple[str, ...],
         precision: Precision,
         batch_size: int | None,
         base: Base | None = None,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
-        if precision != "float32":
-            message = f"The Keras engine computes in float32; --precision {precision} is for the CPU engine."
-            raise RequestError(message)
         keras: Any = importlib.import_module("keras")
-        self.batch_size, self._device = batch_size or BATCH, device
-        self.seconds = self._until = 0.0
-        backend = keras.backend.backend()
-        self.name = f"Keras {keras.__version__} on {_SHOWN.get(backend, backend)}, {device.upper()}"
+        backend, where = keras.backend.backend(), listing(device.upper() for device in devices)
+        self.library = f"Keras {keras.__version__} on {_SHOWN.get(backend, backend)}"
+        self.name = f"{self.library}, {where}"
+        self.kind = f"{self.library}, {gpus.kinds(devices)}"  # all of the name that decides numbers
         self.backend = f"{backend} {importlib.import_module(backend).__version__}"
+        self._precision, self.work = precision, Work()
 
-        def work() -> tuple[Built, Run]:
-            built = build(spec, lambda _: None, base=base)
-            return built, _compiled(built, self.batch_size)
+        def work() -> tuple[Built, list[backends.Replica]]:
+            with exact.float32():
+                whole = mixed.in_precision(spec, base or load_base(spec, lambda _: None), precision)
+                built = build(spec, lambda _: None, base=whole)
+                return built, backends.replicate(built.model, devices)
 
-        built, self._run = in_a_fresh_session(work, device)
+        built, self._replicas = in_a_fresh_session(work, devices[0])
         self.outputs, self.weights = built.outputs, built.weights
-        shape = (self.batch_size, spec.size, spec.size, 3)
-        self._buffers: list[Pixels] = [np.zeros(shape, np.uint8) for _ in range(WINDOW + 1)]
+        self._room = sizing.Room(batch_size or BATCH, tell)
+        shape = (spec.size, spec.size, 3)
+        if batch_size is None and devices[0].startswith("gpu"):
+            self._find_size(shape)
+        for replica in self._replicas:
+            self._prepare(replica)
+        self.batch_size = batch_size or self._room.size
+        self._buffers: list[Pixels] = [
+            np.zeros((self.batch_size, *shape), np.uint8) for _ in range(WINDOW * len(devices) + 1)
+        ]
         self._free = list(self._buffers)
-        self._busy: deque[tuple[Any, Pixels, int]] = deque()
+        self._busy: deque[Flight] = deque()
+        self._next = 0  # the replica whose turn it is
+
+    def _find_size(self, shape: tuple[int, ...]) -> None:
+        """Measure how many images should run at once; all devices are taken for equal."""
+
+        def run(pixels: Pixels) -> None:
+            with exact.float32():
+                backends.fetch(self._replicas[0].run(pixels), list(self.outputs), len(pixels))
+
+        device, seconds = self._replicas[0].device, sizing.stopwatch(run, shape)
+        sizing.find(self._room, device, seconds, sizing.largest_for(shape))
+
+    def _prepare(self, replica: backends.Replica) -> None:
+        """Compile for the size that is used, which takes memory, too."""
+        while True:
+            size = self._room.size
+            try:
+                return replica.prepare(size)
+            except Exception as error:  # noqa: BLE001 - raised again unless it is about memory
+                self._room.shrink(size, replica.device, error)
 
     @property
     def is_full(self) -> bool:
         """Whether the window of batches in flight is full."""
-        return len(self._busy) >= WINDOW
+        return len(self._busy) >= WINDOW * len(self._replicas)
 
     @property
     def in_flight(self) -> int:
@@ -72,77 +136,44 @@ class KerasEngine:
         return self._free.pop()
 
     def submit(self, buffer: Pixels, count: int) -> None:
-        """Dispatch the whole buffer."""
-        with importlib.import_module("keras").device(self._device):
-            self._busy.append((self._run(buffer), buffer, count))
+        """Dispatch the batch to the device whose turn it is."""
+        flight = Flight(buffer, count, self._replicas[self._next])
+        self._next = (self._next + 1) % len(self._replicas)
+        self._fitting(flight, lambda: None)
+        self._busy.append(flight)
 
     def collect(self) -> Vectors:
         """Fetch the oldest batch's vectors."""
-        result, buffer, count = self._busy.popleft()
+        flight = self._busy.popleft()
         try:
-            to_numpy = importlib.import_module("keras").ops.convert_to_numpy
-            return {key: np.array(to_numpy(result[key])[:count], np.float32) for key in self.outputs}
+            vectors: Vectors = self._fitting(flight, lambda: flight.fetch(list(self.outputs)))
         finally:
-            self._free.append(buffer)
+            self._free.append(flight.buffer)
+            self.work.add(flight.started, time.perf_counter())
+        if self._precision == "float16" and not all(np.isfinite(rows).all() for rows in vectors.values()):
+            message = (
+                "In float16 the network's numbers grow too large for some images. "
+                "Use --precision bfloat16, or --precision float32."
+            )
+            raise NetworkError(message)
+        return vectors
+
+    def _fitting(self, flight: Flight, then: Callable[[], Any]) -> Any:  # noqa: ANN401 - what `then` gives
+        """Start a batch unless that was done, and do `then`; whenever memory does not do, again in smaller parts."""
+        while True:
+            try:
+                with exact.float32():
+                    if not flight.parts:
+                        flight.start(self._room.size)
+                    return then()
+            except Exception as error:  # noqa: BLE001 - raised again unless it is about memory
+                flight.parts = []
+                self._room.shrink(flight.size, flight.replica.device, error)
 
     def close(self) -> None:
         """Wait for what is in flight, drop it, and take back every buffer; the engine can be used again."""
         while self._busy:
-            self.collect()
+            flight = self._busy.popleft()
+            with contextlib.suppress(Exception), exact.float32():  # what is dropped may have failed
+                flight.fetch(list(self.outputs))
         self._free = list(self._buffers)
-
-
-Run = Callable[[Pixels], Any]
-Result = TypeVar("Result")
-
-
-def in_a_fresh_session(work: Callable[[], Result], device: str) -> Result:
-    """Do `work` in a thread of its own: Keras counts by thread, so neither side sees the other's names."""
-    result: list[Any] = []
-
-    def do() -> None:
-        try:
-            with quiet.keras_defaults(), importlib.import_module("keras").device(device):
-                result.append(work())
-        except BaseException as error:  # noqa: BLE001 - raised again below, in the calling thread
-            result.append(error)
-
-    thread = threading.Thread(target=do, name="nbfeat-build", daemon=True)
-    thread.start()
-    thread.join()
-    if isinstance(result[0], BaseException):
-        raise result[0]
-    return result[0]  # type: ignore[no-any-return]
-
-
-def _compiled(built: Built, batch_size: int) -> Run:
-    """Compile the model in the way of its backend; `predict_on_batch` would block until the batch is done."""
-    keras: Any = importlib.import_module("keras")
-    model = built.model
-    match keras.backend.backend():
-        case "tensorflow":
-            tensorflow: Any = importlib.import_module("tensorflow")
-            traced = tensorflow.function(lambda x: model(x, training=False), autograph=False)
-            # Traced now: at the first batch it would count operations in the user's session, and warn of retracing.
-            shape = (batch_size, *model.input_shape[1:])
-            concrete = traced.get_concrete_function(tensorflow.TensorSpec(shape, "uint8"))
-            return lambda pixels: concrete(tensorflow.constant(pixels))
-        case "jax":
-            jax: Any = importlib.import_module("jax")
-            fixed = [variable.value for variable in model.trainable_variables]
-            moving = [variable.value for variable in model.non_trainable_variables]
-            call = jax.jit(lambda t, n, x: model.stateless_call(t, n, x, training=False)[0])
-            return lambda pixels: call(fixed, moving, jax.device_put(pixels))
-        case "torch":
-            torch: Any = importlib.import_module("torch")
-
-            def run(pixels: Pixels) -> Any:  # noqa: ANN401 - tensors
-                with torch.inference_mode():
-                    return model(keras.ops.convert_to_tensor(pixels), training=False)
-
-            return run
-        case "openvino":
-            return model.predict_on_batch  # type: ignore[no-any-return]
-        case other:
-            message = f"Keras' backend {other!r} is not one that nbfeat can run: use tensorflow, jax or torch."
-            raise NetworkError(message)

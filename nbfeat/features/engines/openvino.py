@@ -17,7 +17,7 @@ import numpy as np
 
 from nbfeat import quiet
 from nbfeat.errors import NetworkError
-from nbfeat.features.engines import Pixels, Precision, Vectors
+from nbfeat.features.engines import Pixels, Precision, Vectors, Work
 from nbfeat.features.engines.cores import available_cores
 from nbfeat.features.store import Stored
 
@@ -42,7 +42,7 @@ class OpenVINOEngine:
     ) -> None:
         openvino = quiet.import_openvino()
         self.name, self.outputs, self.batch_size = name(), stored.outputs, batch_size or BATCH
-        self.seconds = self._until = 0.0
+        self.work = Work()
         cores = available_cores()
         self._tensor, self._stored = openvino.Tensor, stored
         core = openvino.Core()
@@ -105,9 +105,7 @@ class OpenVINOEngine:
         request, buffer, count, started = self._busy[0]
         while not request.wait_for(_WAIT_MS):
             pass
-        ended = started + request.latency / 1000
-        self.seconds += max(0.0, ended - max(started, self._until))  # what ran beside others counts once
-        self._until = max(ended, self._until)
+        self.work.add(started, started + request.latency / 1000)
         vectors = {key: np.array(request.get_tensor(key).data[:count], np.float32) for key in self.outputs}
         self._busy.popleft()
         self._idle.append(request)
