@@ -146,7 +146,7 @@ def test_the_table_of_options_is_what_every_face_has() -> None:
 
 def test_the_transformer_has_the_same_options_or_a_block_says_them() -> None:
     parameters = inspect.signature(nbfeat.ImageFeatures).parameters
-    run = {"images", "precision", "device", "batch_size", "cache"}
+    run = {"images", "precision", "device", "batch_size", "allow_remote", "cache"}
     block = {"layer", "pooling", "normalize", "components", "weights"}
     assert set(parameters) == {"blocks", "on_failure", *run, *block}
     assert block <= {option.name for option in BLOCK_OPTIONS}

@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 
 from nbfeat.errors import ImageError, RequestError
 from nbfeat.features import fit, images
+from nbfeat.features.addresses import NOT_ALLOWED
 from nbfeat.features.fit import INTERPOLATIONS, RESIZES, PixelSpec, reduction
 from nbfeat.features.images import read_pixels
 from nbfeat.features.sources import image_column, name_of
@@ -151,12 +152,16 @@ def test_missing(value: object) -> None:
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("http://example.org/a.jpg", "remote addresses are not read: download the file first"),
-        ("HTTPS://example.org/a.jpg?x=1", "remote addresses are not read: download the file first"),
-        ("s3://bucket/a.jpg", "remote addresses are not read: download the file first"),
-        ("gs://bucket/a.jpg", "remote addresses are not read: download the file first"),
-        (RemotePath(), "remote addresses are not read: download the file first"),
-        ("hdfs://node/a.jpg", "remote addresses are not read: download the file first"),
+        ("http://example.org/a.jpg", NOT_ALLOWED),
+        ("HTTPS://example.org/a.jpg?x=1", NOT_ALLOWED),
+        ("s3://bucket/a.jpg", NOT_ALLOWED),
+        ("gs://bucket/a.jpg", NOT_ALLOWED),
+        ("zip://a.jpg::b.zip", NOT_ALLOWED),
+        (RemotePath(), NOT_ALLOWED),
+        (
+            "hdfs://node/a.jpg",
+            "hdfs: addresses are not read, only http, https, s3, gs and zip: download the file first",
+        ),
         ("file://server/share/a.jpg", "remote addresses are not read: download the file first"),
         ("data:image/png;base64,iVBORw0KGgo=", "data: addresses are not read: decode them to bytes first"),
         (b"", "the value holds no bytes"),

@@ -12,6 +12,7 @@ from nbfeat import quiet
 from nbfeat.errors import ImageError, RequestError, listing, near, sentences
 from nbfeat.explore.tile import Tile, file_name, tile
 from nbfeat.explore.vectors import Made, Rows, Vectors, parts_of
+from nbfeat.features.addresses import shown
 from nbfeat.features.formats import short
 from nbfeat.features.images import read_thumbnail
 from nbfeat.features.sources import is_missing, name_of, path_of
@@ -120,8 +121,9 @@ def _neither(vectors: Vectors, to: object, reason: str) -> str:
     labels = [str(label) for label in index[:1000]]
     hint = near(to, labels) if isinstance(to, str) else ""
     first = listing([repr(label) for label in index[:SHOWN].tolist()])
+    asked = repr(shown(to)) if isinstance(to, str) else str(to) if isinstance(to, (int, float)) else name_of(to)
     return sentences(
-        f"{short(repr(to) if isinstance(to, (str, int, float)) else name_of(to), 80)} is no label of the index "
+        f"{short(asked, 80)} is no label of the index "
         f"(which begins with {first}), and no image that can be read: {reason}.",
         hint or "frame.index[n] is the label of the row at position n.",
     )

@@ -22,6 +22,7 @@ from nbfeat import quiet
 from nbfeat.backbones.catalog import find
 from nbfeat.errors import ExtractionError, listing, sentences
 from nbfeat.features import engines, memory, network
+from nbfeat.features.addresses import NOT_ALLOWED
 from nbfeat.features.block import FeatureBlock, whole
 from nbfeat.features.columns import attach, block_called
 from nbfeat.features.fit import PixelSpec
@@ -31,7 +32,7 @@ from nbfeat.features.profile import Bottleneck, Profile, Timings
 from nbfeat.features.recipe import Recipe
 from nbfeat.features.request import Blocks, check_frame, read_blocks, rows_selected
 from nbfeat.features.run import Run
-from nbfeat.features.sources import image_column, name_of
+from nbfeat.features.sources import hosts, image_column, name_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,6 +84,9 @@ class Extraction:
     batch_size, device, precision
         ``"auto"``, or a number of images; ``"cpu"``, ``"gpu"``, ``"gpu:1"``; ``"float32"``, ``"bfloat16"``,
         ``"float16"``.
+    allow_remote
+        Fetch images by address: ``https://…``, ``s3://…``, ``gs://…``, and ``zip://image::archive`` of a local
+        archive. Private machines are only connected to where the environment has ``NBFEAT_REMOTE_PRIVATE=1``.
     cache
         Take features from the cache, and keep new ones there; False for neither.
     **defaults
@@ -106,6 +110,7 @@ class Extraction:
         batch_size: int | str = "auto",
         device: str = "auto",
         precision: str = "auto",
+        allow_remote: bool = False,
         cache: bool = True,
         **defaults: Any,  # noqa: ANN401 - the block options by name
     ) -> None:
@@ -135,6 +140,7 @@ class Extraction:
         self.state: State = "new"
         self.seconds = 0.0
         self._images = [value for column in self._columns for value in frame[column].tolist()]
+        self.allow_remote = allow_remote
         self._run = Run(
             self._images,
             self._root,
@@ -143,6 +149,7 @@ class Extraction:
             precision=self._precision,
             batch_size=None if batch_size == "auto" else whole("--batch-size", LARGEST_BATCH)(batch_size),
             cache=cache,
+            remote=allow_remote,
         )
         if self.repeats is not None:
             earlier = {part.network: part.repeats.precision for part in self.parts if part.repeats}
@@ -259,13 +266,12 @@ class Extraction:
             return
         first = list(reasons.items())[:FIRST_REASONS]
         shown = "; ".join(f"{name_of(self._images[row])}: {reason}" for row, reason in first)
-        missing = all(reason.startswith("no such file") for reason in reasons.values())
-        message = sentences(
-            f"None of the {len(self._images):,} images could be read. {shown}.",
-            f"Relative paths start at {self._root}: set another folder with --root."
-            if missing
-            else f"Check the values of column {listing(map(repr, self._columns))}.",
-        )
+        way = f"Check the values of column {listing(map(repr, self._columns))}."
+        if all(reason.startswith("no such file") for reason in reasons.values()):
+            way = f"Relative paths start at {self._root}: set another folder with --root."
+        if set(reasons.values()) == {NOT_ALLOWED}:
+            way = "Say so where they are addresses that you trust."
+        message = sentences(f"None of the {len(self._images):,} images could be read. {shown}.", way)
         raise ExtractionError(message)
 
     # How far it is
@@ -344,7 +350,9 @@ class Extraction:
         size = memory.shown(4 * len(self._frame) * sum(part.raw_width for part in self.parts))
         weights = listing(dict.fromkeys(lane.weights.name for lane in self._run.lanes))
         matrix = f"{len(self._frame):,} rows × {width:,} columns ({size} of memory)"
-        return f"{matrix} · {weights} weights · {listing(self.engines)} · {self.precision}"
+        count = len(hosts(self._images)) if self.allow_remote else 0
+        fetched = f" · images are fetched from {count:,} host{'s' if count > 1 else ''}" if count else ""
+        return f"{matrix} · {weights} weights · {listing(self.engines)} · {self.precision}{fetched}"
 
     # The result
 
@@ -424,6 +432,7 @@ class Extraction:
             replace=True,
             batch_size=self._run.batch_size or "auto",
             device=self._run.device,
+            allow_remote=self.allow_remote,
             cache=self._run.uses_cache,
         )
         in_order = dict.fromkeys(part.network for part in self.parts if part.network in networks)
@@ -436,7 +445,9 @@ class Extraction:
 
         good = np.flatnonzero(self._ok_in(part.column)) + self._images_of(part.column).start
         assert part.lane is not None  # noqa: S101 - it is finished
-        return images_per_second(part.lane, part.key, [self._images[at] for at in good], self._root)
+        return images_per_second(
+            part.lane, part.key, [self._images[at] for at in good], self._root, remote=self._run.remote
+        )
 
     @property
     def profile(self) -> Profile:

@@ -17,7 +17,7 @@ from nbfeat.errors import ImageError
 from nbfeat.features import fit
 from nbfeat.features.fit import Pixels, PixelSpec
 from nbfeat.features.formats import opened, reason
-from nbfeat.features.sources import Source, load
+from nbfeat.features.sources import Fetch, Source, load
 
 MOST_PIXELS = 178_956_970
 # Older Pillows widen a thin image before they shorten it: 90 megabytes at this length and 224 pixels.
@@ -40,11 +40,12 @@ _large = threading.RLock()
 _lent = tuple(threading.Lock() for _ in range(61))
 
 
-def read_pixels(value: object, specs: Sequence[PixelSpec], root: Path) -> list[Pixels]:
+def read_pixels(value: object, specs: Sequence[PixelSpec], root: Path, fetch: Fetch | None = None) -> list[Pixels]:
     """Return the pixels of one image, an array (size, size, 3) of uint8 for each of `specs`.
 
     The file is read once, decoded once for each reduction that the specs call for, upright by its EXIF orientation,
-    and transparent parts are laid over white. Threads may call this at once. Relative paths start at `root`.
+    and transparent parts are laid over white. Threads may call this at once. Relative paths start at `root`; `fetch`
+    gets what is at an address.
 
     Raises
     ------
@@ -57,17 +58,17 @@ def read_pixels(value: object, specs: Sequence[PixelSpec], root: Path) -> list[P
     >>> [pixels.shape for pixels in read_pixels(grey, [PixelSpec(32), PixelSpec(48, "crop")], Path())]
     [(32, 32, 3), (48, 48, 3)]
     """
-    source, _ = load_image(value, root)
+    source, _ = load_image(value, root, fetch)
     return pixels_of(source, specs)
 
 
-def load_image(value: object, root: Path) -> tuple[Source, bytes | None]:
+def load_image(value: object, root: Path, fetch: Fetch | None = None) -> tuple[Source, bytes | None]:
     """Return what the cell `value` stands for (bytes, an array, or an upright RGB image), and the state of its file.
 
     Raises ImageError where there is nothing to decode; that may be otherwise at the next try.
     """
     with _explained():
-        source, state = load(value, root)
+        source, state = load(value, root, fetch)
         return _own(source) if isinstance(source, Image.Image) else source, state
 
 

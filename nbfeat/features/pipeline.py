@@ -3,10 +3,13 @@
 A pool of threads reads and decodes a little ahead of the networks. What is equal to an image before, or has its
 features in the cache, is not decoded; what cannot be read is dropped before batching, so that batches stay full; and
 each network gets only the images whose features it lacks. Everything else happens in the calling thread, in order.
+
+Images by address are waited for in more threads, which take turns to decode: no more do at once than there are cores.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -28,6 +31,7 @@ from nbfeat.features.formats import OUT_OF_MEMORY
 from nbfeat.features.images import load_image, pixels_of
 from nbfeat.features.lane import Lane
 from nbfeat.features.profile import Timings
+from nbfeat.features.remote import LIMITS, Fetcher
 from nbfeat.features.sources import Source
 
 BATCHES_AHEAD = 3  # decoded and waiting; more only costs memory
@@ -117,7 +121,7 @@ class Line:
 class Pipeline:
     """Run `images` through all `lanes`; each image is read once, and decoded once for all of them.
 
-    `seen` remembers from run to run which row had a content first.
+    `seen` remembers from run to run which row had a content first; `remote` images are fetched.
     """
 
     def __init__(
@@ -128,18 +132,23 @@ class Pipeline:
         timings: Timings,
         cache: Cache,
         seen: dict[bytes, int],
+        *,
+        remote: bool = False,
     ) -> None:
         self.images, self.lanes, self.root, self.timings = images, lanes, root, timings
         self.cache, self.seen = cache, seen
+        self._decoders = available_cores()
+        self._turns = threading.Semaphore(self._decoders)
+        self._fetch = Fetcher(root) if remote else None
 
     def run(self, rows: Sequence[int]) -> Generator[Batch, None, None]:
         """Yield batches until every row was in one for each lane that lacks it, or has failed, or equals another.
 
-        Close it to stop and clean up.
+        Close it to stop and clean up. It can be run once.
         """
-        decoders = available_cores()
-        ahead = decoders + BATCHES_AHEAD * max(lane.batch_size for lane in self.lanes)
-        executor = ThreadPoolExecutor(decoders, thread_name_prefix="nbfeat-decode")
+        threads = self._decoders + (LIMITS.at_once if self._fetch else 0)
+        ahead = threads + BATCHES_AHEAD * max(lane.batch_size for lane in self.lanes)
+        executor = ThreadPoolExecutor(threads, thread_name_prefix="nbfeat-decode")
         lines = [Line(lane, self.timings) for lane in self.lanes]
         settled = Batch()
         try:
@@ -157,6 +166,8 @@ class Pipeline:
             if settled:
                 yield settled
         finally:
+            if self._fetch:
+                self._fetch.close()  # no thread waits for an answer any more
             executor.shutdown(wait=True, cancel_futures=True)
             for line in lines:
                 if line.engine is not None:
@@ -179,10 +190,11 @@ class Pipeline:
         """Read a row, and decode it if need be; in a thread."""
         start, item = time.perf_counter(), Item(row)
         try:
-            source, item.state = load_image(self.images[row], self.root)
+            source, item.state = load_image(self.images[row], self.root, self._fetch)
             item.image = content.digest(source)
             item.reading = time.perf_counter() - start
-            self._decode(item, source)
+            with self._turns:
+                self._decode(item, source)
         except ImageError as error:
             item.reason = str(error)  # the exception would keep the file's bytes alive
         return item

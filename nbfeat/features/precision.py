@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -25,6 +25,7 @@ from nbfeat.features.engines.cores import available_cores
 from nbfeat.features.images import read_pixels
 from nbfeat.features.lane import Lane
 from nbfeat.features.network import NUMERICS
+from nbfeat.features.remote import LIMITS, Fetcher
 from nbfeat.features.sources import spread
 from nbfeat.home import HomeError, home, keep, write_whole
 
@@ -79,11 +80,13 @@ class Found:
         return f"float32: {self.precision} would agree {agrees} {images}, but is {times}"
 
 
-def settle(lane: Lane, asked: Asked, images: Sequence[object], root: Path) -> Generator[str, None, str]:
+def settle(
+    lane: Lane, asked: Asked, images: Sequence[object], root: Path, *, remote: bool = False
+) -> Generator[str, None, str]:
     """Settle what `lane` computes in; yield what is being done, and return the sentence that the report shows.
 
     ``auto`` compares where there are at least 128 images, unless it was done before. A precision that is asked for is
-    obeyed, and compared all the same.
+    obeyed, and compared all the same. The images that are compared on are fetched where they are `remote`.
     """
     is_open = asked == "auto"
     lane.settle("float32" if asked == "auto" else asked)
@@ -95,7 +98,7 @@ def settle(lane: Lane, asked: Asked, images: Sequence[object], root: Path) -> Ge
             if len(images) < (FROM_IMAGES if is_open else 1):
                 continue
             yield f"comparing {precision} with float32 on some of your images"
-            found = _compared(lane, precision, images, root, is_open=is_open)
+            found = _compared(lane, precision, lambda: _pixels(lane, images, root, remote=remote), is_open=is_open)
         said = found.told(asked=not is_open) or said
         if is_open and found.is_better:
             if lane.precision != precision:
@@ -104,8 +107,8 @@ def settle(lane: Lane, asked: Asked, images: Sequence[object], root: Path) -> Ge
     return f"{lane.spec.title} computes in {said}." if said else ""
 
 
-def _compared(lane: Lane, precision: Precision, images: Sequence[object], root: Path, *, is_open: bool) -> Found:
-    """Compare `precision` with float32 on some of `images`, keep what was found, and leave `lane` with what it takes.
+def _compared(lane: Lane, precision: Precision, read: Callable[[], Pixels], *, is_open: bool) -> Found:
+    """Compare `precision` with float32 on what `read` gives, keep what was found, and leave `lane` with what it takes.
 
     Raises NetworkError where the precision is not open to choice and the hardware does not compute in it.
     """
@@ -118,7 +121,7 @@ def _compared(lane: Lane, precision: Precision, images: Sequence[object], root: 
         found = Found(precision, 0, 0.0, 0.0)
         lane.settle("float32", exact)
     else:
-        pixels = _pixels(lane, images, root)
+        pixels = read()
         try:
             found = _measured(precision, exact, other, pixels, FIRST_IMAGES if is_open else len(pixels))
         except NetworkError:  # its numbers grew too large
@@ -192,17 +195,18 @@ def _least_cosine(one: NDArray[np.float64], two: NDArray[np.float64]) -> float:
     return float(np.where(lengths, alike, (one == two).all(axis=1)).min())
 
 
-def _pixels(lane: Lane, images: Sequence[object], root: Path) -> Pixels:
+def _pixels(lane: Lane, images: Sequence[object], root: Path, *, remote: bool) -> Pixels:
     """Return the pixels of up to 64 of `images`, spread over them; those that cannot be read are left out."""
 
     def read(image: object) -> list[Pixels]:
         try:
-            return read_pixels(image, [lane.pixels], root)
+            return read_pixels(image, [lane.pixels], root, fetch if remote else None)
         except ImageError:
             return []
 
     some = [images[at] for at in spread(len(images), MOST_IMAGES)]
-    with ThreadPoolExecutor(available_cores(), thread_name_prefix="nbfeat-decode") as pool:
+    threads = available_cores() + (LIMITS.at_once if remote else 0)
+    with ThreadPoolExecutor(threads, thread_name_prefix="nbfeat-decode") as pool, Fetcher(root) as fetch:
         found = [pixels for read_ones in pool.map(read, some) for pixels in read_ones]
     # In another order the first ones, which may suffice, are spread, too.
     order = np.random.default_rng(0).permutation(len(found))

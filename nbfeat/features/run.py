@@ -26,7 +26,7 @@ from nbfeat.features.recall import recall
 
 
 class Run:
-    """The features of `images` from several networks; relative paths start at `root`."""
+    """The features of `images` from several networks; relative paths start at `root`, and `remote` ones are fetched."""
 
     def __init__(
         self,
@@ -38,9 +38,11 @@ class Run:
         precision: engines.Asked,
         batch_size: int | None,
         cache: bool,
+        remote: bool,
     ) -> None:
         self.images, self.root, self.networks = images, root, networks
         self.device, self.precision, self.batch_size = device, precision, batch_size
+        self.remote = remote
         self.progress = Progress(len(images), len(networks))
         self.timings = Timings()
         self.notes: list[str] = []
@@ -77,7 +79,7 @@ class Run:
             if self._settled:
                 lanes[-1].settle(self._settled[number])
             else:
-                self.note((yield from settle(lanes[-1], self.precision, self.images, self.root)))
+                self.note((yield from settle(lanes[-1], self.precision, self.images, self.root, remote=self.remote)))
         self.lanes = lanes
         self.timings.preparing += time.perf_counter() - start
 
@@ -99,7 +101,9 @@ class Run:
             start = time.perf_counter()
         self.timings.recalling += time.perf_counter() - start
         if left := self.progress.left():
-            pipeline = Pipeline(self.images, self.lanes, self.root, self.timings, self._cache, self._seen)
+            pipeline = Pipeline(
+                self.images, self.lanes, self.root, self.timings, self._cache, self._seen, remote=self.remote
+            )
             with closing(pipeline.run(left)) as batches:
                 for batch in batches:
                     self._take(batch)

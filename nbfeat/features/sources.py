@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import stat
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import unquote
@@ -16,25 +15,28 @@ import numpy.typing as npt
 from PIL import Image
 
 from nbfeat.errors import ImageError, RequestError, listing, near, sentences
-from nbfeat.features import content
+from nbfeat.features import addresses, content
+from nbfeat.features.addresses import scheme_of, shown
 from nbfeat.features.formats import SUFFIXES, kind_of, short
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Source: TypeAlias = "bytes | npt.NDArray[np.generic] | Image.Image"
+Fetch: TypeAlias = Callable[[str], bytes]  # an address → what is there; raises ImageError
 
 # 178,956,970 pixels, the most that are decoded, are one gigabyte at 16 bits and three channels, uncompressed.
 MOST_BYTES = 2 << 30
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(?=://)|file(?=:)|data(?=:\w+/)", re.IGNORECASE)
-_REMOTE = frozenset({"http", "https", "s3", "gs"})
 
 
-def load(value: object, root: Path) -> tuple[Source, bytes | None]:
+def load(value: object, root: Path, fetch: Fetch | None = None) -> tuple[Source, bytes | None]:
     """Return what the cell `value` stands for, files read whole; raise ImageError with the reason why not.
 
     With it comes the state of the file, where that is sure to change with the file (see `content`), else None.
+    Without `fetch` nothing is read that an address names.
     """
+    if fetch is not None and (address := address_of(value)) is not None:
+        return fetch(address), None
     path = path_of(value, root)
     if path is not None:
         return _read_file(path)
@@ -53,12 +55,27 @@ def load(value: object, root: Path) -> tuple[Source, bytes | None]:
 def path_of(value: object, root: Path) -> str | None:
     """Return the absolute path that the cell `value` stands for, None where it stands for something else.
 
-    Raises ImageError for addresses that are not of this machine.
+    Raises ImageError for addresses, other than those of files.
     """
     value = _held(value)
     if isinstance(value, (str, os.PathLike)) and not is_missing(value):
         return _local_path(_text_of(value), root)
     return None
+
+
+def address_of(value: object) -> str | None:
+    """Return the address that the cell `value` is, None where it is something else: a path, data, or no text."""
+    value = _held(value)
+    if isinstance(value, (str, os.PathLike)) and ":" in (text := _text_of(value)):
+        return text.strip() if scheme_of(text) not in {"", "file", "data"} else None
+    return None
+
+
+def hosts(values: Iterable[object]) -> set[str]:
+    """Return the hosts and buckets that addresses among the cells `values` name."""
+    found = (address_of(value) for value in values)
+    fetched = (shown(address) for address in found if address and scheme_of(address) in addresses.FETCHED)
+    return {address.partition("://")[2].partition("/")[0].lower() for address in fetched} - {""}
 
 
 def _held(value: object) -> object:
@@ -85,8 +102,8 @@ def _text_of(path: str | os.PathLike[Any]) -> str:
 
 
 def _local_path(text: str, root: Path) -> str:
-    if scheme := _SCHEME.match(text):
-        text = _path_of_url(text, scheme[0].lower())
+    if ":" in text and (scheme := scheme_of(text)):
+        text = _path_of_url(text, scheme)
     # Not pathlib: a frame of cached images spends most of its time here. A "~somebody" who is no user stays as it is.
     return os.path.join(root, os.path.expanduser(text) if text[:1] == "~" else text)  # noqa: PTH111, PTH118
 
@@ -95,9 +112,12 @@ def _path_of_url(text: str, scheme: str) -> str:
     if scheme == "data":
         message = "data: addresses are not read: decode them to bytes first"
         raise ImageError(message)
+    if scheme != "file":
+        addresses.check(text)
+        raise ImageError(addresses.NOT_ALLOWED)
     rest = text.partition(":")[2]
     host, path = rest[2:].partition("/")[::2] if rest.startswith("//") else ("", rest)
-    if scheme != "file" or host.lower() not in {"", "localhost"}:
+    if host.lower() not in {"", "localhost"}:
         message = "remote addresses are not read: download the file first"
         raise ImageError(message)
     path = unquote(f"/{path}" if rest.startswith("//") else path, errors="surrogateescape")
@@ -114,14 +134,14 @@ def _read_file(name: str) -> tuple[bytes, bytes | None]:
         unchanged = state == content.state(name, before)
         return data, state if unchanged and content.is_settled(after) else None
     except (FileNotFoundError, NotADirectoryError):
-        reason = f"no such file: {path}"
+        reason = "no such file"
     except PermissionError:
-        reason = f"permission denied: {path}"
+        reason = "permission denied"
     except OSError as error:
-        reason = f"{(error.strerror or type(error).__name__).lower()}: {path}"
+        reason = (error.strerror or type(error).__name__).lower()
     except ValueError:  # raised before the system is asked: a NUL, or a character that file names cannot hold
-        reason = f"the path holds a character that no file name can: {path}"
-    raise ImageError(short(reason))
+        reason = "the path holds a character that no file name can"
+    raise ImageError(short(f"{reason}: {shown(name) if '://' in name else path}"))
 
 
 def state_of(value: object, root: Path) -> bytes | None:
@@ -163,7 +183,7 @@ def name_of(value: object) -> str:
     if isinstance(value, Mapping):
         value = value.get("path") or value.get("bytes")
     if isinstance(value, (str, os.PathLike)):
-        return short(_text_of(value))
+        return short(shown(_text_of(value)))
     if isinstance(value, (bytes, bytearray, memoryview)):
         return f"<bytes, {memoryview(value).nbytes:,}>"
     if isinstance(value, np.ndarray):
@@ -243,10 +263,10 @@ def _look_like_images(values: list[object]) -> bool:
 def _looks_like_image(value: object) -> bool:
     if isinstance(value, (str, os.PathLike)):
         text = _text_of(value)
-        scheme = (_SCHEME.match(text) or [""])[0].lower()
-        if scheme in _REMOTE:
-            text = re.split(r"[?#]", text, maxsplit=1)[0]
-        return scheme == "file" or (scheme in {"", *_REMOTE} and os.path.splitext(text)[1].lower() in SUFFIXES)  # noqa: PTH122
+        scheme = scheme_of(text)
+        return scheme == "file" or (
+            scheme in {"", *addresses.PROTOCOLS} and addresses.suffix(text, scheme).lower() in SUFFIXES
+        )
     if isinstance(value, (bytes, bytearray, memoryview)):
         return kind_of(bytes(value)) is not None
     if isinstance(value, np.ndarray):
@@ -266,4 +286,4 @@ def _first_value(frame: pd.DataFrame, place: int) -> str:
     present = values[values.notna()].iloc[:1].tolist()
     if not present:
         return "missing"
-    return short(repr(present[0]) if isinstance(present[0], str) else name_of(present[0]), 60)
+    return short(repr(shown(present[0])) if isinstance(present[0], str) else name_of(present[0]), 60)

@@ -16,7 +16,8 @@ from nbfeat.features.images import load_image
 from nbfeat.features.lane import Lane
 from nbfeat.features.pipeline import Pipeline
 from nbfeat.features.profile import Timings
-from nbfeat.features.sources import spread
+from nbfeat.features.remote import Fetcher
+from nbfeat.features.sources import Fetch, address_of, spread
 
 MOST_IMAGES = 64
 FIRST_IMAGES = 8  # that warm up, and tell how many can be afforded
@@ -24,13 +25,14 @@ ROUNDS = 3  # the fastest counts: other work on the machine disturbed it least
 SECONDS = 0.3  # of a round
 
 
-def images_per_second(lane: Lane, key: str, images: Sequence[object], root: Path) -> float:
+def images_per_second(lane: Lane, key: str, images: Sequence[object], root: Path, *, remote: bool = False) -> float:
     """Measure the output `key` of `lane` alone on up to 64 of `images`, spread over them, without the cache.
 
-    Opening the network does not count, nor does the disk: the files are read once before. Images of the same content
-    run once, as ever. Returns NaN where none can be read.
+    Opening the network does not count, nor does the disk: the files are read once before, and `remote` images fetched.
+    Images of the same content run once, as ever. Returns NaN where none can be read.
     """
-    some = _readable([images[at] for at in spread(len(images), MOST_IMAGES)], root)
+    with Fetcher(root) as fetch:
+        some = _readable([images[at] for at in spread(len(images), MOST_IMAGES)], root, fetch if remote else None)
     if not some:
         return float("nan")
     engine = lane.opening.start(lane.precision, key)
@@ -48,13 +50,13 @@ def images_per_second(lane: Lane, key: str, images: Sequence[object], root: Path
         return max(rate(affordable) for _ in range(ROUNDS))
 
 
-def _readable(images: Sequence[object], root: Path) -> list[object]:
-    """Return those of `images` that can be read, having read them."""
+def _readable(images: Sequence[object], root: Path, fetch: Fetch | None) -> list[object]:
+    """Return those of `images` that can be read, having read them; what was fetched in place of its address."""
     found = []
     for image in images:
         try:
-            load_image(image, root)
+            source, _ = load_image(image, root, fetch)
         except ImageError:
             continue
-        found.append(image)
+        found.append(image if address_of(image) is None else source)
     return found

@@ -50,6 +50,8 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
         fit of which every image fails raises in either case.
     precision, device, batch_size
         As in `nbfeat.extract`. In a worker of joblib (``n_jobs``) threads are the cores ÷ the workers.
+    allow_remote
+        Fetch images by address, as in `nbfeat.extract`; a pickle keeps that.
     cache
         Take features from the cache, and keep new ones there. Without it each `fit` and `transform` computes its
         images again.
@@ -98,6 +100,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
         precision: str = "auto",
         device: str = "auto",
         batch_size: int | str = "auto",
+        allow_remote: bool = False,
         cache: bool = True,
     ) -> None:
         self.blocks = blocks
@@ -111,6 +114,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
         self.precision = precision
         self.device = device
         self.batch_size = batch_size
+        self.allow_remote = allow_remote
         self.cache = cache
 
     def fit(self, X: Any, y: object = None) -> Self:  # noqa: ANN401, ARG002, N803 - as scikit-learn calls them
@@ -189,7 +193,8 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
     def _run(self, frame: pd.DataFrame, *blocks: Blocks, **options: Any) -> Extraction:  # noqa: ANN401 - Extraction's
         """Run over the images in all columns of `frame`; rows that fail may stay NaN, also all of a `transform`."""
         one_of(ON_FAILURE, "on_failure")(self.on_failure)
-        run = {"device": self.device, "batch_size": self.batch_size, "cache": self.cache, **options}
+        names = ("device", "batch_size", "allow_remote", "cache")
+        run = {**{name: getattr(self, name) for name in names}, **options}
         extraction = Extraction(frame, *blocks, images=list(frame.columns), **run)
         try:
             extraction.run()

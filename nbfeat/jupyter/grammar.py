@@ -38,6 +38,8 @@ RUN_OPTIONS: tuple[Option, ...] = (
     Option(name="device", short="-d", metavar="DEVICE", default="auto", help="auto, cpu, gpu or gpu:1"),
     Option(name="precision", metavar="HOW", choices=("auto", *PRECISIONS), default="auto",
            help="number format that the network computes in; auto is the fastest that agrees with float32"),
+    Option(name="allow_remote", switch=True,
+           help="fetch images by address (http, https, s3, gs, zip); private machines: set NBFEAT_REMOTE_PRIVATE=1"),
     Option(name="no_cache", switch=True, help="compute every image again, and keep nothing"),
     Option(name="replace", switch=True, help="overwrite columns of the same names that no block made"),
     Option(name="quiet", short="-q", switch=True, help="show no progress"),
@@ -49,7 +51,7 @@ CODE = "--code"  # of %extract_panel
 OPTIONS = (*BLOCK_OPTIONS, *RUN_OPTIONS)
 _BLOCK_NAMES = {option.name for option in BLOCK_OPTIONS}
 _BESIDE_LIKE = ("root", "batch_size", "device")  # settings that say nothing of what is repeated
-_FOR_EXTRACTION = ("images", "root", "fit_on", "like", "batch_size", "device", "precision", "replace")
+_FOR_EXTRACTION = ("images", "root", "fit_on", "like", "batch_size", "device", "precision", "allow_remote", "replace")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,9 @@ from nbfeat.jupyter.panel_widgets import Kit, chosen, obey
 
 # The others are chosen elsewhere in the panel, or need free text, which is what the grammar is for.
 OFFERED = [
-    option for option in RUN_OPTIONS if option.name in {"batch_size", "device", "precision", "no_cache", "replace"}
+    option
+    for option in RUN_OPTIONS
+    if option.name in {"batch_size", "device", "precision", "allow_remote", "no_cache", "replace"}
 ]
 
 

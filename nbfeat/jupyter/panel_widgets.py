@@ -26,6 +26,7 @@ DEFAULT = ""  # chosen where an option is not written; None is what a Dropdown h
 LABELS = {
     "normalize": "Normalization", "components": "Components (PCA)", "images": "Image column",
     "fit_on": "Normalization learns from", "batch_size": "Batch size", "no_cache": "Compute every image again",
+    "allow_remote": "Fetch images by address",
     "replace": "Overwrite columns of the same names", "size": "Image size", "resize": "Fitting",
 }  # fmt: skip
 
