@@ -18,7 +18,7 @@ from nbfeat.features.store import Preparing
 from tests import keras_child
 from tests.keras_child import run as keras
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # all of Keras, beside whatever else runs
 BIGGEST = ("ConvNeXtXLarge", "ConvNeXtLarge")  # seconds and gigabytes that show nothing the smaller ones do not
 NAMES = [name for name, one in CATALOG.items() if one.package == "keras.applications" and name not in BIGGEST]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Collection, Generator, Hashable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from nbfeat import quiet
 from nbfeat.backbones.catalog import find
 from nbfeat.errors import ExtractionError, listing, sentences
-from nbfeat.features import engines, memory, network
+from nbfeat.features import dataset, engines, memory, network
 from nbfeat.features.addresses import NOT_ALLOWED
 from nbfeat.features.block import FeatureBlock, whole
 from nbfeat.features.columns import attach, block_called
 from nbfeat.features.fit import PixelSpec
 from nbfeat.features.like import Like, to_repeat
-from nbfeat.features.part import plan, plan_again
+from nbfeat.features.part import normalized, plan, plan_again
 from nbfeat.features.profile import Bottleneck, Profile, Timings
 from nbfeat.features.recipe import Recipe
 from nbfeat.features.request import Blocks, check_frame, read_blocks, rows_selected
@@ -52,12 +52,13 @@ class Step:
     done: int  # images finished, failed ones and those from the cache too
     total: int
     failed: int
-    cached: int  # images whose features came from the cache
+    cached: int  # images whose features came from the cache, or were in files already
     seconds: float  # of work so far
     images_per_second: float
     seconds_left: float | None
     bottleneck: Bottleneck | None
     note: str = ""  # what is being prepared, before the first batch
+    kept: str = "from the cache"  # where the cached ones were
 
 
 class Extraction:
@@ -74,21 +75,25 @@ class Extraction:
     fit_on
         Rows that learned normalizations learn from: a query for ``frame.eval``, or a mask; by default all rows.
     like
-        An earlier Extraction that is done, or a Parquet file that nbfeat wrote: its blocks, image columns, precision
-        and normalizations are repeated, and nothing is learned. `images` may name other columns; the columns that
-        are made keep their names.
+        An earlier Extraction that is done, or a Parquet file or folder that nbfeat wrote: its blocks, image columns,
+        precision and normalizations are repeated, and nothing is learned. `images` may name other columns; the columns
+        that are made keep their names.
     root
         Where relative paths start; by default the working folder.
     replace
-        Overwrite columns of the same names that no block made.
+        Overwrite columns of the same names that no block made; with `parquet`, files of another request, too.
     batch_size, device, precision
         ``"auto"``, or a number of images; ``"cpu"``, ``"gpu"``, ``"gpu:1"``; ``"float32"``, ``"bfloat16"``,
         ``"float16"``.
     allow_remote
         Fetch images by address: ``https://…``, ``s3://…``, ``gs://…``, and ``zip://image::archive`` of a local
         archive. Private machines are only connected to where the environment has ``NBFEAT_REMOTE_PRIVATE=1``.
+    parquet
+        Write to Parquet files in this folder, or at an address such as ``"s3://bucket/features"``, as features are
+        computed, and hold none of them: for results larger than memory. `nbfeat.read` reads them.
     cache
-        Take features from the cache, and keep new ones there; False for neither.
+        Take features from the cache, and keep new ones there; False for neither. By default True, and with `parquet`
+        False: the same call goes on where its files end.
     **defaults
         Block options for blocks that do not say otherwise, e.g. ``pooling="max"``.
 
@@ -111,7 +116,8 @@ class Extraction:
         device: str = "auto",
         precision: str = "auto",
         allow_remote: bool = False,
-        cache: bool = True,
+        parquet: str | Path | None = None,
+        cache: bool | None = None,
         **defaults: Any,  # noqa: ANN401 - the block options by name
     ) -> None:
         check_frame(frame)
@@ -148,13 +154,16 @@ class Extraction:
             device=engines.check_device(device),
             precision=self._precision,
             batch_size=None if batch_size == "auto" else whole("--batch-size", LARGEST_BATCH)(batch_size),
-            cache=cache,
+            cache=parquet is None if cache is None else cache,
             remote=allow_remote,
         )
         if self.repeats is not None:
             earlier = {part.network: part.repeats.precision for part in self.parts if part.repeats}
             self._run.repeat([earlier[number] for number in range(len(networks))])
         self._result: pd.DataFrame | None = None
+        self.written = None
+        if parquet is not None:
+            self.written = dataset.begun(self, parquet, frame, self._run, self._fit_on, replace=replace)
 
     # Working
 
@@ -167,11 +176,11 @@ class Extraction:
             return
         self.state, started = "running", time.perf_counter() - self.seconds
         try:
-            with quiet.pillow_defaults(), self._run.caching():
+            with quiet.pillow_defaults(), self._run.caching(), self.written.held() if self.written else nullcontext():
                 for note in self._prepare():
                     self.seconds = time.perf_counter() - started
                     yield self._step(note)
-                with closing(self._run.batches()) as batches:
+                with closing((self.written or self._run).batches()) as batches:
                     for _ in batches:
                         self.seconds = time.perf_counter() - started
                         yield self._step()
@@ -221,7 +230,7 @@ class Extraction:
 
     def _prepare(self) -> Iterator[str]:
         """Make the networks ready, and room for what they give; now that widths are known, clashes are told."""
-        if not self._images and all(part.is_sized for part in self.parts):
+        if not self._images and all(part.is_sized for part in self.parts) and not self.written:
             return
         if not self._run.lanes:
             yield from self._run.open()
@@ -231,13 +240,16 @@ class Extraction:
             for part in self.parts:
                 part.lane = self._run.lanes[part.network]
                 part.place_in(self._frame, replace=self._replace)
-                part.make_room(len(self._images))
+                if self.written is None:
+                    part.make_room(len(self._images))
             yield self._coming()
 
     def _finish(self) -> None:
         """Normalize, and attach the columns."""
         start = time.perf_counter()
         self._check_some_succeeded()
+        if self.written:
+            return
         raw = [part.raw(self._images_of(part.column)) for part in self.parts]
         for part, rows in zip(self.parts, raw, strict=True):
             good = self._ok_in(part.column)
@@ -250,9 +262,8 @@ class Extraction:
         self._run.timings.attaching += time.perf_counter() - start
 
     def _attach(self, raw: Sequence[NDArray[np.float32]]) -> None:
-        sources = [part.source for part in self.parts]
-        for number, (part, rows) in enumerate(zip(self.parts, raw, strict=True)):
-            part.rows = part.normalized(rows.copy() if part.source in sources[number + 1 :] else rows)
+        for part, rows in zip(self.parts, normalized(self.parts, raw), strict=True):
+            part.rows = rows
         places = [part.place_in(self._frame, replace=self._replace) for part in self.parts]
         for part, there in zip(self.parts, places, strict=True):
             part.replaced = bool(there.replaced)
@@ -303,8 +314,20 @@ class Extraction:
 
     @property
     def keeps(self) -> bool:
-        """Whether what is finished is in the cache, so that another run goes on from there."""
-        return self._run.keeps
+        """Whether what is finished is in the cache or in files, so that another run goes on from there."""
+        return self._run.keeps or bool(self.kept)
+
+    @property
+    def where_kept(self) -> str:
+        """Where those are that need not be computed, in words."""
+        return "in files already" if self.written else "from the cache"
+
+    @property
+    def kept(self) -> int:
+        """How many images another run need not compute."""
+        if self._run.keeps:
+            return self.done - len(self._run.progress.reasons)
+        return self.written.kept if self.written else 0
 
     @property
     def notes(self) -> list[str]:
@@ -342,14 +365,16 @@ class Extraction:
     def _step(self, note: str = "") -> Step:
         left = (self.total - self.done) / self.rate if self.rate else None
         failed = len(self._run.progress.reasons)
-        return Step(self.done, self.total, failed, self.cached, self.seconds, self.rate, left, self.bottleneck, note)
+        counts = self.done, self.total, failed, self.cached
+        return Step(*counts, self.seconds, self.rate, left, self.bottleneck, note, self.where_kept)
 
     def _coming(self) -> str:
         """Say what is coming, before it comes."""
         width = sum(len(part.names) for part in self.parts)
         size = memory.shown(4 * len(self._frame) * sum(part.raw_width for part in self.parts))
         weights = listing(dict.fromkeys(lane.weights.name for lane in self._run.lanes))
-        matrix = f"{len(self._frame):,} rows × {width:,} columns ({size} of memory)"
+        where = f"in {self.written.shelf.shown}" if self.written else "of memory"
+        matrix = f"{len(self._frame):,} rows × {width:,} columns ({size} {where})"
         count = len(hosts(self._images)) if self.allow_remote else 0
         fetched = f" · images are fetched from {count:,} host{'s' if count > 1 else ''}" if count else ""
         return f"{matrix} · {weights} weights · {listing(self.engines)} · {self.precision}{fetched}"
@@ -359,12 +384,20 @@ class Extraction:
     @property
     def frame(self) -> pd.DataFrame:
         """The given columns, then the features: same index, same order, same rows."""
-        if self._result is None:
+        self._check_finished()
+        if self.written:
+            shown = self.written.shelf.shown
+            message = f"The features are in {shown}, none in memory: nbfeat.read({shown!r}) reads them."
+            raise ExtractionError(message)
+        assert self._result is not None  # noqa: S101 - it is finished
+        return self._result
+
+    def _check_finished(self) -> None:
+        if self.state != "done":
             message = (
                 f"This extraction is not finished: {self.done:,} of {self.total:,} images. Ask `steps()` for more."
             )
             raise ExtractionError(message)
-        return self._result
 
     @property
     def root(self) -> Path:
@@ -379,7 +412,7 @@ class Extraction:
     @property
     def columns(self) -> list[str]:
         """The names of all new columns."""
-        _ = self.frame
+        self._check_finished()
         return [name for part in self.parts for name in part.names]
 
     def __getitem__(self, prefix: str) -> pd.DataFrame:

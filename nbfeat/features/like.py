@@ -57,7 +57,7 @@ def recipe_of(like: object) -> Recipe:
     if isinstance(like, str | os.PathLike):
         from nbfeat.features.parquet import read_recipe  # noqa: PLC0415 - only where a file is given
 
-        return read_recipe(Path(like))
+        return read_recipe(os.fspath(like))
     if is_result(like):
         return like.fitted
     message = (

@@ -17,6 +17,7 @@ from nbfeat.features.block import FeatureBlock
 
 Rows = NDArray[np.floating[Any]]
 CHUNK = 4096  # rows normalized at a time, so that no second matrix of full height is needed
+LEARNED_AT_ONCE = 1024  # rows in float64, of which scikit-learn takes several copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +82,41 @@ def learn(block: FeatureBlock, rows: Rows, chosen: NDArray[np.bool_]) -> Normali
     return Normalizer(base.unit_length, base.shift, base.stretch, _f32(pca.mean_), _f32(axes))
 
 
+class Learner:
+    """Learn the normalization of a `block` without components from rows that come in turn, never all at once."""
+
+    def __init__(self, block: FeatureBlock, width: int) -> None:
+        self._block, self._width, self._count = block, width, 0
+        self._scaler = _scaler(block)
+
+    def see(self, rows: Rows) -> None:
+        """Learn from some more rows."""
+        for start in range(0, len(rows), LEARNED_AT_ONCE):
+            self._scaler.partial_fit(rows[start : start + LEARNED_AT_ONCE].astype(np.float64))
+        self._count += len(rows)
+
+    def learned(self) -> Normalizer:
+        """Return what was learned; raise RequestError where there were no rows."""
+        _check(self._block, self._width, self._count)
+        return _of_scaler(self._block, self._scaler)
+
+
 def _affine(block: FeatureBlock, rows: Rows) -> Normalizer:
+    if block.normalize in {"standard", "minmax"}:
+        return _of_scaler(block, _scaler(block).fit(rows))
+    return Normalizer(unit_length=block.normalize == "l2")
+
+
+def _scaler(block: FeatureBlock) -> Any:  # noqa: ANN401 - scikit-learn's
     from sklearn.preprocessing import MinMaxScaler, StandardScaler  # noqa: PLC0415 - as above
 
+    return StandardScaler() if block.normalize == "standard" else MinMaxScaler()
+
+
+def _of_scaler(block: FeatureBlock, scaler: Any) -> Normalizer:  # noqa: ANN401 - as above
     if block.normalize == "standard":
-        standard = StandardScaler().fit(rows)
-        return Normalizer(shift=_f32(standard.mean_), stretch=_f32(1 / standard.scale_))
-    if block.normalize == "minmax":
-        minmax = MinMaxScaler().fit(rows)
-        return Normalizer(shift=_f32(minmax.data_min_), stretch=_f32(minmax.scale_))
-    return Normalizer(unit_length=block.normalize == "l2")
+        return Normalizer(shift=_f32(scaler.mean_), stretch=_f32(1 / scaler.scale_))
+    return Normalizer(shift=_f32(scaler.data_min_), stretch=_f32(scaler.scale_))
 
 
 def _check(block: FeatureBlock, width: int, count: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,13 +56,16 @@ def write(
         writer.add_key_value_metadata({KEY: text, SUM: hashlib.sha256(text).hexdigest()})
 
 
-def read(path: str | Path) -> Result:
-    """Read a result that nbfeat wrote to a Parquet file.
+def read(path: str | Path, frame: pd.DataFrame | None = None) -> Result:
+    """Read a result that nbfeat wrote to a Parquet file, or to a folder of them.
 
     Parameters
     ----------
     path
-        The file that ``result.to_parquet(path)`` wrote. Nothing in it is run.
+        The file that ``result.to_parquet(path)`` wrote, or the folder or address that ``parquet=`` named. Nothing in
+        it is run.
+    frame
+        The frame that it was made of, to attach the features to; by default the columns that are in the file.
 
     Returns
     -------
@@ -73,17 +76,26 @@ def read(path: str | Path) -> Result:
     Raises
     ------
     RequestError
-        Where the file is not there, is damaged, was not written by nbfeat, or by a newer one.
+        Where the file is not there, is damaged, was not written by nbfeat, or by a newer one; where `frame` has other
+        rows, or memory would not do.
 
     Examples
     --------
     >>> result = nbfeat.read("train.parquet")  # doctest: +SKIP
     >>> test = result.like(photos)  # doctest: +SKIP
     """
-    import pandas as pd  # noqa: PLC0415 - `import nbfeat` stays light
+    from nbfeat.features import dataset  # noqa: PLC0415 - which reads footers as this does
+
+    if dataset.is_dataset(path):
+        return dataset.read(path, frame)
+    result = _read_file(_file(path))
+    return result if frame is None else dataset.attached(result, frame)
+
+
+def _read_file(file: Path) -> Result:
+    import pandas as pd  # noqa: PLC0415 - as above
     import pyarrow as pa  # noqa: PLC0415 - as above
 
-    file = _file(path)
     recipe, failures = _footer(file)
     try:
         frame = pd.read_parquet(file)
@@ -102,7 +114,11 @@ def read(path: str | Path) -> Result:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """Read what it takes to repeat the result in a Parquet file, none of its rows."""
+    """Read what it takes to repeat the result in a Parquet file, or in a folder of them, none of its rows."""
+    from nbfeat.features import dataset  # noqa: PLC0415 - as above
+
+    if dataset.is_dataset(path):
+        return dataset.read_recipe(path)
     return _footer(_file(path))[0]
 
 
@@ -126,22 +142,28 @@ def _footer(file: Path) -> tuple[Recipe, list[Failure]]:
     except (pa.ArrowException, OSError, ValueError) as error:
         message = f"{file.name} is not a Parquet file, or is damaged: {_first_line(error)}."
         raise RequestError(message) from error
+    recipe, failures = believed(entries, file.name)
+    _check_columns(file, recipe, columns)
+    return recipe, failures
+
+
+def believed(entries: Mapping[bytes, bytes], name: str) -> tuple[Recipe, list[Failure]]:
+    """Return the recipe and the failures in the footer of the file `name`, checked; or raise RequestError."""
     if KEY not in entries:
         message = (
-            f"{file.name} was not written by nbfeat, or was written anew by something else since. Write a result with "
+            f"{name} was not written by nbfeat, or was written anew by something else since. Write a result with "
             "result.to_parquet(path)."
         )
         raise RequestError(message)
     if entries.get(SUM) != hashlib.sha256(entries[KEY]).hexdigest().encode():
-        message = f"{file.name} is damaged: what it says of its features does not agree with its checksum."
+        message = f"{name} is damaged: what it says of its features does not agree with its checksum."
         raise RequestError(message)
     try:
-        recipe, failures = unpack(entries[KEY], file.name)
+        recipe, failures = unpack(entries[KEY], name)
     except UnreadableError as error:
         way = "Install that version to read it." if "newer" in str(error) else "Extract the features anew."
-        message = f"{file.name} cannot be read as a result of nbfeat: {error}. {way}"
+        message = f"{name} cannot be read as a result of nbfeat: {error}. {way}"
         raise RequestError(message) from error
-    _check_columns(file, recipe, columns)
     return recipe, failures
 
 

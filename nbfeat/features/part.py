@@ -100,6 +100,15 @@ class Part:
         return pd.DataFrame(self.rows, index=index, columns=self.names, copy=False)
 
 
+def normalized(parts: Sequence[Part], raw: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+    """Return the `raw` rows of all parts normalized, in their own memory where no later part needs them."""
+    sources = [part.source for part in parts]
+    return [
+        part.normalized(rows.copy() if part.source in sources[number + 1 :] else rows)
+        for number, (part, rows) in enumerate(zip(parts, raw, strict=True))
+    ]
+
+
 def plan(blocks: Sequence[FeatureBlock], image_columns: Sequence[Hashable]) -> list[Part]:
     """Return the parts that `blocks` make of `image_columns`; two with one prefix are an error."""
     several = len(image_columns) > 1

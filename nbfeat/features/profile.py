@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +22,7 @@ _WORK = {
     "decoding": "and resizing, summed over threads",
     "network": "at work, beside the threads",
     "cache": "taking features from it, and keeping new ones",
-    "attaching": "normalizing, and attaching the columns",
+    "attaching": "normalizing, and attaching the columns or writing them",
 }
 
 
@@ -37,6 +39,13 @@ class Timings:
     waiting_for_network: float = 0.0  # decoded images had to wait
     keeping: float = 0.0  # writing to the cache
     attaching: float = 0.0
+
+    @contextmanager
+    def while_attaching(self) -> Iterator[None]:
+        """Count the block as `attaching`."""
+        start = time.perf_counter()
+        yield
+        self.attaching += time.perf_counter() - start
 
     @property
     def bottleneck(self) -> Bottleneck:

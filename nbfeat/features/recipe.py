@@ -56,6 +56,14 @@ class PartRecipe:
 
     def check(self, lane: Lane, source: str) -> None:
         """Raise RequestError, naming the difference, where `lane` would give other features than those of `source`."""
+        if difference := self.difference(lane):
+            message = (
+                f"{source} cannot be repeated: {difference}. Bring back what there was, or extract both frames anew."
+            )
+            raise RequestError(message)
+
+    def difference(self, lane: Lane) -> str:
+        """Say why `lane` would give other features; an empty string where it would not."""
         here = {**lane.kept[self.key].decides, "width": lane.outputs[self.key].width}
         there = {**self.decides, "width": self.width}
         for name in sorted({*here, *there} - SLIGHT):
@@ -64,11 +72,8 @@ class PartRecipe:
             was, now = _shown(there.get(name)), _shown(here.get(name))
             if name == "weights":
                 was, now = f"{self.weights.name} ({was})", f"{lane.weights.name} ({now})"
-            message = (
-                f"{source} cannot be repeated: {self.prefix} was made with {name.replace('_', ' ')} {was}, and here it "
-                f"would be {now}. Bring back what there was, or extract both frames anew."
-            )
-            raise RequestError(message)
+            return f"{self.prefix} was made with {name.replace('_', ' ')} {was}, and here it would be {now}"
+        return ""
 
     def slight_differences(self, lane: Lane) -> list[str]:
         """Say what is another here in ways that change the numbers slightly."""
@@ -110,7 +115,7 @@ class Recipe:
                 "Extract features of some images first."
             )
             raise RequestError(message)
-        return cls(tuple(map(_of_part, extraction.parts)), extraction.recipe, source)
+        return cls(tuple(map(of_part, extraction.parts)), extraction.recipe, source)
 
     @property
     def precision(self) -> str:
@@ -145,13 +150,13 @@ class Recipe:
         return f"{self.source} was made with {made}: the same image may give slightly other numbers here."
 
 
-def _of_part(part: Part) -> PartRecipe:
+def of_part(part: Part) -> PartRecipe:
+    """Take the recipe of a part whose network is open; what it learns need not be known yet."""
     if part.repeats is not None:  # whatever it ran on, it repeated this
         return replace(part.repeats, column=part.column)
-    assert part.lane is not None  # noqa: S101 - it is done
-    assert part.normalizer is not None  # noqa: S101 - as above
-    decides = part.lane.kept[part.key].decides
-    return PartRecipe(part.block, part.column, part.prefix, part.raw_width, part.lane.weights, decides, part.normalizer)
+    assert part.lane is not None  # noqa: S101 - it is open
+    decides, learned = part.lane.kept[part.key].decides, part.normalizer or Normalizer()
+    return PartRecipe(part.block, part.column, part.prefix, part.raw_width, part.lane.weights, decides, learned)
 
 
 def _shown(value: object) -> str:

@@ -38,6 +38,7 @@ def summarize(extraction: Extraction) -> dict[str, Any]:
         "total": extraction.total,
         "failed": len(failures),
         "cached": extraction.cached,
+        "kept": extraction.where_kept,
         "computed": extraction.computed,
         "failures": failures.head(FAILURES_SHOWN)[["position", "image", "reason"]].to_numpy().tolist(),
         "seconds": extraction.seconds,
@@ -92,6 +93,8 @@ def _weights(part: Part) -> str:
 def _notes(extraction: Extraction) -> list[str]:
     """Say which images are equal, what learned normalizations learned from, and what GeM lost."""
     notes = []
+    if extraction.written and extraction.state == "done":
+        notes.append(extraction.written.sentence)
     if equal := extraction.equal:
         notes.append(f"{equal:,} images are equal to others and share their features.")
     learned = [part.prefix for part in extraction.parts if part.block.is_learned]
@@ -119,10 +122,10 @@ def headline(report: dict[str, Any]) -> str:
     took = f"{subject} {total:,} images in {report['seconds']:,.1f} s"
     computed = report["computed"]
     if cached and not computed:
-        return f"{took}, {'all' if cached == total else f'{cached:,}'} from the cache"
+        return f"{took}, {'all' if cached == total else f'{cached:,}'} {report['kept']}"
     speed = f"({report['rate']:,.0f} images/s)"
     if cached:
-        took += f": {cached:,} from the cache, {computed:,} computed"
+        took += f": {cached:,} {report['kept']}, {computed:,} computed"
     if report["preparing"] > 1:
         speed += f", {report['preparing']:,.1f} s of them to prepare the network"
     return f"{took} {speed}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,25 @@ class Run:
     def repeat(self, precisions: Sequence[engines.Precision]) -> None:
         """Compute in what an earlier run computed in, one for each network; nothing is compared."""
         self._settled = precisions
+
+    def over(self, images: Sequence[object]) -> Run:
+        """Return the work on some of the images, to be counted apart; `join` it before each of its `batches`."""
+        return Run(
+            images,
+            self.root,
+            self.networks,
+            device=self.device,
+            precision=self.precision,
+            batch_size=self.batch_size,
+            cache=self.uses_cache,
+            remote=self.remote,
+        )
+
+    def join(self, whole: Run) -> None:
+        """Run the networks of `whole`, of whose images these are some; its features, cache and notes are theirs."""
+        self.timings, self.notes, self._cache = whole.timings, whole.notes, whole._cache
+        if not self.lanes:
+            self.lanes = [replace(lane, done=np.zeros(len(self.images), bool), cached=0) for lane in whole.lanes]
 
     def batches(self) -> Generator[Batch, None, None]:
         """Yield what is in the cache already, then what has to be read; each batch was taken in before."""

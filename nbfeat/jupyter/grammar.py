@@ -18,6 +18,7 @@ from typing import Any
 from nbfeat.backbones.model_file import SUFFIXES
 from nbfeat.errors import RequestError, listing, near, sentences
 from nbfeat.features.block import BLOCK_OPTIONS, FeatureBlock, Option, WordParser, spelled, split_words
+from nbfeat.features.dataset import is_dataset
 from nbfeat.features.engines import PRECISIONS
 from nbfeat.features.extraction import Extraction
 from nbfeat.features.like import is_result, recipe_of
@@ -40,8 +41,12 @@ RUN_OPTIONS: tuple[Option, ...] = (
            help="number format that the network computes in; auto is the fastest that agrees with float32"),
     Option(name="allow_remote", switch=True,
            help="fetch images by address (http, https, s3, gs, zip); private machines: set NBFEAT_REMOTE_PRIVATE=1"),
+    Option(name="parquet", metavar="PATH",
+           help="write to Parquet files in this folder or at this address, as results larger than memory need; nothing "
+                "is bound, the cache is not used, and the same cell goes on where it was stopped"),
     Option(name="no_cache", switch=True, help="compute every image again, and keep nothing"),
-    Option(name="replace", switch=True, help="overwrite columns of the same names that no block made"),
+    Option(name="replace", switch=True,
+           help="overwrite columns of the same names that no block made, or files of another request"),
     Option(name="quiet", short="-q", switch=True, help="show no progress"),
     Option(name="help", short="-h", switch=True, help="show this"),
 )  # fmt: skip
@@ -51,7 +56,9 @@ CODE = "--code"  # of %extract_panel
 OPTIONS = (*BLOCK_OPTIONS, *RUN_OPTIONS)
 _BLOCK_NAMES = {option.name for option in BLOCK_OPTIONS}
 _BESIDE_LIKE = ("root", "batch_size", "device")  # settings that say nothing of what is repeated
-_FOR_EXTRACTION = ("images", "root", "fit_on", "like", "batch_size", "device", "precision", "allow_remote", "replace")
+_FOR_EXTRACTION = (
+    "images", "root", "fit_on", "like", "batch_size", "device", "precision", "allow_remote", "replace", "parquet",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +117,9 @@ def read(line: str, body: str | None, defaults: Mapping[str, Any]) -> Request | 
     run = {name: value for name, value in known.items() if name not in _BLOCK_NAMES and name != "backbone"}
     if not run.get("into", frame).isidentifier():
         message = f"--into takes a name, not {run['into']!r}."
+        raise RequestError(message)
+    if "parquet" in run and "into" in run:
+        message = f"--parquet binds nothing, so that there is nothing for --into {run['into']}: leave it away."
         raise RequestError(message)
     block = {name: value for name, value in known.items() if name not in run}
     lines = [text for text in _unsilenced(body or "").splitlines() if split_words(text)]  # neither blank nor comment
@@ -251,13 +261,16 @@ def result_called(name: str, known: Mapping[str, Any]) -> Recipe:
     if name in known and is_result(known[name]):
         value = known[name]
         return Recipe.of(value, name) if isinstance(value, Extraction) else replace(value.fitted, source=name)
-    if name.endswith(PARQUET):
+    if name.endswith(PARQUET) or (name not in known and is_dataset(name)):
         return recipe_of(name)
     results = results_among(known)
     hint = near(name, results) or (f"Results here: {listing(results)}." if results else "")
     what = f"{name} is a {type(known[name]).__name__}, not a result." if name in known else ""
     what = what or f"There is no {name!r} in this notebook."
-    way = "--like takes the name that `result = %extract …` gave, or a .parquet file that a result was written to."
+    way = (
+        "--like takes the name that `result = %extract …` gave, or a .parquet file or a folder that a result was "
+        "written to."
+    )
     message = sentences(what, hint, way)
     raise RequestError(message)
 

@@ -99,7 +99,7 @@ def ended(step: Step, seconds: float) -> str:
 def counts(step: Step) -> list[str]:
     """Say how many images are done, and how many of them came from the cache or failed."""
     parts = [f"{step.done:,} of {step.total:,} images"]
-    parts += [f"{step.cached:,} from the cache"] if step.cached else []
+    parts += [f"{step.cached:,} {step.kept}"] if step.cached else []
     return parts + ([f"{step.failed:,} failed"] if step.failed else [])
 
 

@@ -120,7 +120,7 @@ class ExtractMagics(Magics):
             print(grammar.usage())  # noqa: T201 - what -h does
             return None
         frame = grammar.check_name(request.frame, names)
-        options = {"cache": self.cache, **request.for_extraction}
+        options = {**({} if "parquet" in request.run else {"cache": self.cache}), **request.for_extraction}
         if "like" in options:
             options["like"] = grammar.result_called(options["like"], names)
         extraction = Extraction(frame, *request.blocks, **options)
@@ -131,7 +131,10 @@ class ExtractMagics(Magics):
                         live.show(step)
             except KeyboardInterrupt:
                 raise stopped(extraction) from None
-        namespace[request.into] = extraction.frame
+        if extraction.written:
+            extraction.notes.append(f"Nothing was bound: {request.frame} is as it was.")
+        else:
+            namespace[request.into] = extraction.frame
         return extraction
 
     def defaults(self) -> dict[str, Any]:
@@ -160,7 +163,9 @@ def stopped(extraction: Extraction) -> KeyboardInterrupt:
     """Return the interrupt that stops the notebook, saying what is there and how to go on."""
     done, total = extraction.done - len(extraction.failures), extraction.total
     if extraction.keeps:
-        return KeyboardInterrupt(f"{done:,} of {total:,} kept; run the cell again to go on. Nothing was bound.")
+        return KeyboardInterrupt(
+            f"{extraction.kept:,} of {total:,} kept; run the cell again to go on. Nothing was bound."
+        )
     return KeyboardInterrupt(f"stopped at {done:,} of {total:,}; nothing was kept or bound. Run the cell again.")
 
 

@@ -1,0 +1,182 @@
+"""A dataset: a folder of Parquet files with the features of one frame; begin to write one, and read one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbfeat.errors import RequestError
+from nbfeat.features import memory
+from nbfeat.features.carried import FAILURE, carried, digest_of_images
+from nbfeat.features.columns import attach, place
+from nbfeat.features.packed import Failure, pack
+from nbfeat.features.piece import Piece, changed, columns_of, rows_of
+from nbfeat.features.recipe import Recipe
+from nbfeat.features.result import Result
+from nbfeat.features.shelf import Shelf
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from nbfeat.features.chunks import Chunks
+    from nbfeat.features.extraction import Extraction
+    from nbfeat.features.run import Run
+
+_SAMPLE = (
+    "Extract a sample of the rows without --parquet, and repeat it on all: --like sample --parquet {shown}; or leave "
+    "--components away."
+)
+
+
+def begun(
+    extraction: Extraction,
+    path: str | Path,
+    frame: pd.DataFrame,
+    run: Run,
+    fit_on: NDArray[np.bool_] | None,
+    *,
+    replace: bool,
+) -> Chunks:
+    """Return the work of an `extraction` that writes to `path`; nothing is written yet.
+
+    Raises
+    ------
+    RequestError
+        Where it cannot be, or the folder holds something else.
+    """
+    from nbfeat.features.chunks import Chunks  # noqa: PLC0415 - only where it is asked for
+
+    shelf, parts, repeats = Shelf.at(path), extraction.parts, extraction.repeats
+    learned = [part for part in parts if part.block.is_learned and not repeats]
+    if any(part.block.components for part in learned):
+        message = "--components learns from all rows at once, which --parquet never has. "
+        raise RequestError(message + _SAMPLE.format(shown=shelf.shown))
+    if learned and not len(frame):
+        message = (
+            f"--normalize {learned[0].block.normalize} has no rows to learn from: the frame is empty. Leave it away, "
+            "or extract features of some images first."
+        )
+        raise RequestError(message)
+    columns = list(dict.fromkeys(part.column for part in parts))
+    own = carried(frame, images=columns, prefixes=[part.prefix for part in parts], replace=replace)
+    fit_on = fit_on if learned else None
+    request: dict[str, Any] = {
+        "rows": len(frame),
+        "blocks": [[str(part.block), str(part.column), part.prefix] for part in parts],
+        "images": [[str(column), digest_of_images(extraction.images_in(column), run.root)] for column in columns],
+        "columns": own.digests(),
+        "fit_on": None if fit_on is None else hashlib.sha256(np.packbits(fit_on).tobytes()).hexdigest(),
+        "like": None if repeats is None else _digest(repeats),
+    }
+    told = lambda: extraction.recipe  # noqa: E731 - versions and engines are known when the networks are open
+    return Chunks(shelf, run, parts, own, request, fit_on=fit_on, told=told, starts_anew=replace)
+
+
+def _digest(recipe: Recipe) -> str:
+    """Return what tells this recipe from any that gives other features."""
+    return hashlib.sha256(pack(Recipe(recipe.parts, {}), []).encode()).hexdigest()
+
+
+def is_dataset(path: object) -> bool:
+    """Tell whether `path` can be that of a dataset: a folder that is there, or an address."""
+    return "://" in str(path) or Path(str(path)).expanduser().is_dir()
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read what it takes to repeat the features of a dataset, none of its rows."""
+    return _pieces(Shelf.at(path))[0].recipe
+
+
+def read(path: str | Path, frame: pd.DataFrame | None) -> Result:
+    """Read a dataset whole, or its features beside the rows of `frame`."""
+    import pandas as pd  # noqa: PLC0415 - `import nbfeat` stays light
+
+    shelf = Shelf.at(path)
+    pieces = _pieces(shelf)
+    recipe = Recipe(pieces[0].recipe.parts, pieces[0].recipe.told, shelf.name)
+    matrices = _matrices(shelf, pieces, recipe)
+    own = _own(shelf, pieces, recipe, index_only=frame is not None)
+    features = [
+        pd.DataFrame(matrix, index=own.index, columns=part.names, copy=False)
+        for part, matrix in zip(recipe.parts, matrices, strict=True)
+    ]
+    starts = np.cumsum([0, *(piece.rows for piece in pieces)])
+    failures = [
+        Failure(int(start) + one.position, *one[1:])
+        for start, piece in zip(starts, pieces, strict=False)
+        for one in piece.failures
+    ]
+    table = pd.DataFrame(failures, columns=list(Failure._fields))
+    table.index = own.index.take(table["position"].to_numpy(int))
+    result = Result(pd.concat([own, *features], axis=1), table, recipe)
+    return result if frame is None else attached(result, frame)
+
+
+def attached(result: Result, frame: pd.DataFrame) -> Result:
+    """Return the features of a result beside the columns of `frame`, whose rows are the same."""
+    if not frame.index.equals(result.frame.index):
+        here, there = f"{len(frame):,} rows", f"{len(result.frame):,} rows"
+        why = f"it has {here}, and {result.fitted.source} {there}" if here != there else "its index is another"
+        message = f"The frame is not the one that {result.fitted.source} was made of: {why}. Leave frame= away."
+        raise RequestError(message)
+    places = [place(frame, part.prefix, len(part.names), replace=False) for part in result.fitted.parts]
+    blocks = [result[part.prefix].set_axis(frame.index) for part in result.fitted.parts]
+    return Result(attach(frame, blocks, places), result.failures.set_axis(_index(frame, result)), result.fitted)
+
+
+def _index(frame: pd.DataFrame, result: Result) -> pd.Index:
+    return frame.index.take(result.failures["position"].to_numpy(int))
+
+
+def _pieces(shelf: Shelf) -> list[Piece]:
+    """Return the parts of a finished dataset in their order."""
+    from nbfeat.features.survey import finished  # noqa: PLC0415 - only where one is read
+
+    return finished(shelf)
+
+
+def _matrices(shelf: Shelf, pieces: Sequence[Piece], recipe: Recipe) -> list[NDArray[np.float32]]:
+    rows, width = sum(piece.rows for piece in pieces), sum(len(part.names) for part in recipe.parts)
+    size, free = 4 * rows * width, memory.free_bytes()
+    if free is not None and size > memory.SHARE * free:
+        message = (
+            f"{shelf.shown} has {rows:,} rows × {width:,} features, {memory.shown(size)}, more than half of the "
+            f"{memory.shown(free)} of free memory. Take what you need of it with polars.scan_parquet, DuckDB or "
+            "pyarrow.dataset, or file by file with pandas.read_parquet."
+        )
+        raise RequestError(message)
+    matrices = [np.empty((rows, len(part.names)), np.float32) for part in recipe.parts]
+    start = 0
+    for piece in pieces:
+        for part, matrix in zip(recipe.parts, matrices, strict=True):
+            matrix[start : start + piece.rows] = rows_of(shelf, piece.about.name, part.prefix, len(part.names))
+        start += piece.rows
+    return matrices
+
+
+def _own(shelf: Shelf, pieces: Sequence[Piece], recipe: Recipe, *, index_only: bool) -> pd.DataFrame:
+    """Read the columns that were given; of them, perhaps those of the index alone."""
+    import pyarrow as pa  # noqa: PLC0415 - as above
+    from pyarrow import parquet  # noqa: PLC0415 - as above
+
+    with shelf.opened(pieces[0].about.name) as file, parquet.ParquetFile(file) as opened:
+        schema = opened.schema_arrow
+    made = {part.prefix for part in recipe.parts} | {FAILURE}
+    described: Mapping[str, Any] = schema.pandas_metadata or {}
+    index = [name for name in described.get("index_columns", []) if isinstance(name, str)]
+    names = [name for name in schema.names if name not in made and (name in index or not index_only)]
+    if not names:
+        rows = sum(piece.rows for piece in pieces)
+        none: pd.DataFrame = pa.table({"": pa.nulls(rows)}, metadata=schema.metadata).to_pandas().iloc[:, :0]
+        return none
+    try:
+        table = pa.concat_tables([columns_of(shelf, piece.about.name, names) for piece in pieces])
+    except pa.ArrowException as error:
+        raise changed(shelf, pieces[0].about.name) from error
+    found: pd.DataFrame = table.replace_schema_metadata(schema.metadata).to_pandas()
+    return found.iloc[:, :0] if index_only else found
