@@ -51,7 +51,7 @@ class Item:
     cached: dict[int, Vectors] = field(default_factory=dict)  # features that a lane, by its place, need not compute
     pixels: dict[PixelSpec, Pixels] = field(default_factory=dict)
     reading: float = 0.0  # seconds
-    decoding: float = 0.0  # of processor time: a thread that waits for its turn decodes nothing
+    decoding: float = 0.0  # and resizing
 
 
 class Line:
@@ -210,13 +210,13 @@ class Pipeline:
         specs = self._lacking(item)
         if not specs:
             return
-        start = time.thread_time()
+        start = time.perf_counter()
         try:
             item.pixels = dict(zip(specs, pixels_of(source, specs), strict=True))
         except ImageError as error:
             item.reason = str(error)
             item.is_lasting = isinstance(source, bytes) and item.reason != OUT_OF_MEMORY
-        item.decoding = time.thread_time() - start
+        item.decoding = time.perf_counter() - start
 
     def _lacking(self, item: Item) -> list[PixelSpec]:
         """Return the pixels that are needed, after taking what the cache has."""

@@ -33,7 +33,7 @@ class Timings:
     preparing: float = 0.0
     recalling: float = 0.0  # taking features from the cache before anything is read
     reading: float = 0.0  # summed over threads
-    decoding: float = 0.0  # and resizing: processor time, summed over threads
+    decoding: float = 0.0  # and resizing, summed over threads
     network: float = 0.0  # in which an engine was at work
     waiting_for_images: float = 0.0  # the network had nothing to do
     waiting_for_network: float = 0.0  # decoded images had to wait
