@@ -11,6 +11,7 @@ from typing import Any, Literal
 from nbfeat.html import Html, paragraph, table, text_table
 
 Bottleneck = Literal["reading", "decoding", "network"]
+CLEARLY_MORE = 2  # of small files both take little, and mostly wait for a processor
 _ADVICE: dict[Bottleneck, str] = {
     "reading": "A disk that is nearer or faster would help.",
     "decoding": "More cores would help, or smaller images.",
@@ -52,7 +53,7 @@ class Timings:
         """What more of would make the run faster."""
         if self.waiting_for_network >= self.waiting_for_images:
             return "network"
-        return "reading" if self.reading > self.decoding else "decoding"
+        return "reading" if self.reading > CLEARLY_MORE * self.decoding else "decoding"
 
 
 class Profile(Mapping[str, Any]):
