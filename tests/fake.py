@@ -96,7 +96,7 @@ class FakeOpening:
 
     def __init__(self, spec: NetworkSpec, *, devices: tuple[str, ...], batch_size: int | None) -> None:
         assert devices == ("cpu",)
-        self.spec, self.batch_size = spec, batch_size or 8
+        self.spec, self.device, self.batch_size = spec, devices[0], batch_size or 8
         self.name, self.weights, self.outputs = "Fake engine", Loaded("random", "0" * 64), outputs(spec)
         self.numbers: dict[str, object] = {"engine": "fake"}
 

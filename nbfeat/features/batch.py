@@ -18,6 +18,9 @@ class Batch:
     images: list[bytes] = field(default_factory=list)  # what each row holds, unless it comes from the cache
     vectors: Vectors = field(default_factory=dict)
     cached: bool = False  # whether the features come from the cache
+    is_foreign: bool = (
+        False  # whether something that is another here computed them, so that the cache has no use for them
+    )
     failures: dict[int, str] = field(default_factory=dict)
     equal: dict[int, int] = field(default_factory=dict)  # a row → one of the same content, whose features it shares
     files: dict[bytes, bytes] = field(default_factory=dict)  # new to the cache: the state of a file → what it holds
@@ -36,6 +39,6 @@ class Batch:
     def news(self) -> News:
         """What the cache should keep of it."""
         news = News(files=self.files, failures=self.undecodable)
-        if self.lane is not None and not self.cached:
+        if self.lane is not None and not (self.cached or self.is_foreign):
             news.vectors = [(kept, self.images, self.vectors[key]) for key, kept in self.lane.kept.items()]
         return news

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 import time
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,18 @@ def state(path: str, status: os.stat_result) -> bytes:
     """Return what tells this state of the file at `path` from any other, as its `status` was read."""
     parts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return hashlib.sha256(f"{path}\0{parts}".encode(errors="surrogateescape")).digest()[:LENGTH]
+
+
+def seen(path: str) -> bytes:
+    """Return the state of the file at `path`, then what of it all machines see alike; b"" where there is none.
+
+    A device has another number on each machine, and so a file another state.
+    """
+    try:
+        status = os.stat(path)  # noqa: PTH116 - of many files, as in `sources`
+    except (OSError, ValueError):
+        return b""
+    return state(path, status) + struct.pack("<qq", status.st_size, status.st_mtime_ns)
 
 
 def is_settled(status: os.stat_result) -> bool:

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from nbfeat import quiet
 from nbfeat.backbones.catalog import find
-from nbfeat.errors import ExtractionError, listing, sentences
+from nbfeat.errors import ExtractionError, RequestError, listing, sentences
 from nbfeat.features import dataset, engines, memory, network
 from nbfeat.features.addresses import NOT_ALLOWED
-from nbfeat.features.block import FeatureBlock, whole
+from nbfeat.features.block import FeatureBlock, one_of, whole
 from nbfeat.features.columns import attach, block_called
 from nbfeat.features.fit import PixelSpec
 from nbfeat.features.like import Like, to_repeat
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 State = Literal["new", "running", "stopped", "failed", "done"]
 LARGEST_BATCH = 4096
+PLACES = ("ray",)  # beside this process
 FIRST_REASONS = 3
 LIBRARIES = ("nbfeat", "keras", "openvino", "pillow", "simplejpeg", "numpy", "scikit-learn")
 
@@ -85,6 +86,9 @@ class Extraction:
     batch_size, device, precision
         ``"auto"``, or a number of images; ``"cpu"``, ``"gpu"``, ``"gpu:1"``; ``"float32"``, ``"bfloat16"``,
         ``"float16"``.
+    on
+        ``"ray"`` to compute on a Ray cluster: the one that is there, else one started here for the run; by default
+        in this process. Other machines must find the images at the same paths.
     allow_remote
         Fetch images by address: ``https://…``, ``s3://…``, ``gs://…``, and ``zip://image::archive`` of a local
         archive. Private machines are only connected to where the environment has ``NBFEAT_REMOTE_PRIVATE=1``.
@@ -115,6 +119,7 @@ class Extraction:
         batch_size: int | str = "auto",
         device: str = "auto",
         precision: str = "auto",
+        on: str | None = None,
         allow_remote: bool = False,
         parquet: str | Path | None = None,
         cache: bool | None = None,
@@ -156,6 +161,7 @@ class Extraction:
             batch_size=None if batch_size == "auto" else whole("--batch-size", LARGEST_BATCH)(batch_size),
             cache=parquet is None if cache is None else cache,
             remote=allow_remote,
+            on=_check_place(on, self._images, networks, parquet=parquet is not None, remote=allow_remote),
         )
         if self.repeats is not None:
             earlier = {part.network: part.repeats.precision for part in self.parts if part.repeats}
@@ -467,6 +473,7 @@ class Extraction:
             device=self._run.device,
             allow_remote=self.allow_remote,
             cache=self._run.uses_cache,
+            on=self._run.on,
         )
         in_order = dict.fromkeys(part.network for part in self.parts if part.network in networks)
         raw._run.repeat([self._run.lanes[number].precision for number in in_order])
@@ -584,6 +591,28 @@ extract.__signature__ = inspect.signature(Extraction).replace(return_annotation=
 
 def _network_and_pixels(block: FeatureBlock) -> tuple[object, ...]:
     return replace(network.NetworkSpec.of([block]), cuts=()), _pixels(block)
+
+
+def _check_place(
+    on: str | None,
+    images: Sequence[object],
+    networks: Sequence[tuple[network.NetworkSpec, PixelSpec]],
+    *,
+    parquet: bool,
+    remote: bool,
+) -> str | None:
+    """Return where to compute, or raise RequestError where that cannot be."""
+    if on is None:
+        return None
+    one_of(PLACES, "--on")(on)
+    if parquet or remote:
+        why = "features come back to this process" if parquet else "workers fetch no images by address"
+        message = f"With --on {on} {why}: leave --on away, or {'--parquet' if parquet else '--allow-remote'}."
+        raise RequestError(message)
+    from nbfeat.features import cluster  # noqa: PLC0415 - only where it is needed
+
+    cluster.check(images, networks)
+    return on
 
 
 def _pixels(block: FeatureBlock) -> PixelSpec:

@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from nbfeat.features.profile import Timings
 from nbfeat.features.progress import Progress
 from nbfeat.features.recall import recall
 
+if TYPE_CHECKING:
+    from nbfeat.features.cluster import Cluster
+
 
 class Run:
     """The features of `images` from several networks; relative paths start at `root`, and `remote` ones are fetched."""
@@ -39,11 +43,12 @@ class Run:
         precision: engines.Asked,
         batch_size: int | None,
         cache: bool,
-        remote: bool,
+        remote: bool = False,
+        on: str | None = None,
     ) -> None:
         self.images, self.root, self.networks = images, root, networks
         self.device, self.precision, self.batch_size = device, precision, batch_size
-        self.remote = remote
+        self.remote, self.on = remote, on
         self.progress = Progress(len(images), len(networks))
         self.timings = Timings()
         self.notes: list[str] = []
@@ -52,6 +57,7 @@ class Run:
         self.uses_cache = cache and bool(images)
         self._cache = Cache(None)
         self._seen: dict[bytes, int] = {}
+        self._is_foreign = False  # whether some of it has no use for the cache
         self._settled: Sequence[engines.Precision] = ()
 
     @contextmanager
@@ -64,7 +70,7 @@ class Run:
         try:
             yield
         finally:
-            self.keeps = self._cache.writes
+            self.keeps = self._cache.writes and not self._is_foreign
             self.note(self._cache.note)
             self._cache.close()
 
@@ -121,19 +127,41 @@ class Run:
             start = time.perf_counter()
         self.timings.recalling += time.perf_counter() - start
         if left := self.progress.left():
-            pipeline = Pipeline(
-                self.images, self.lanes, self.root, self.timings, self._cache, self._seen, remote=self.remote
-            )
-            with closing(pipeline.run(left)) as batches:
+            with closing(self._place().run(left)) as batches:
                 for batch in batches:
                     self._take(batch)
                     yield batch
+
+    def _place(self) -> Pipeline | Cluster:
+        """Return where the work is done: in this process, or by workers on a cluster."""
+        if self.on is None:
+            return Pipeline(
+                self.images, self.lanes, self.root, self.timings, self._cache, self._seen, remote=self.remote
+            )
+        from nbfeat.features.cluster import Cluster  # noqa: PLC0415 - whose workers have runs of their own
+
+        return Cluster(self, self._seen)
+
+    def apart(self, images: Sequence[object]) -> Run:
+        """Return a run over other images by the networks that are open here, with room for what they give; no cache."""
+        run = Run(
+            images, self.root, self.networks, device=self.device, precision=self.precision, batch_size=self.batch_size,
+            cache=False,
+        )  # fmt: skip
+        for lane in self.lanes:
+            again = Lane(lane.spec, lane.pixels, lane.opening, np.zeros(len(images), bool))
+            again.settle(lane.precision, lane.start())
+            for key, output in lane.outputs.items():
+                again.features[key] = np.full((len(images), output.width), np.nan, np.float32)
+            run.lanes.append(again)
+        return run
 
     def _take(self, batch: Batch) -> None:
         """Put the features of a batch where they belong, and into the cache what is new."""
         if batch.lane is not None:
             batch.lane.take(batch.rows, batch.vectors, cached=batch.cached)
             self.note(batch.lane.opening.note)
+        self._is_foreign |= batch.is_foreign
         for row in batch.failures:
             for lane in self.lanes:  # which may have had its features from the cache
                 lane.forget(row)

@@ -40,7 +40,7 @@ def load(value: object, root: Path, fetch: Fetch | None = None) -> tuple[Source,
     path = path_of(value, root)
     if path is not None:
         return _read_file(path)
-    value = _held(value)
+    value = held(value)
     if is_missing(value):
         message = "the value is missing"
         raise ImageError(message)
@@ -57,7 +57,7 @@ def path_of(value: object, root: Path) -> str | None:
 
     Raises ImageError for addresses, other than those of files.
     """
-    value = _held(value)
+    value = held(value)
     if isinstance(value, (str, os.PathLike)) and not is_missing(value):
         return _local_path(_text_of(value), root)
     return None
@@ -65,7 +65,7 @@ def path_of(value: object, root: Path) -> str | None:
 
 def address_of(value: object) -> str | None:
     """Return the address that the cell `value` is, None where it is something else: a path, data, or no text."""
-    value = _held(value)
+    value = held(value)
     if isinstance(value, (str, os.PathLike)) and ":" in (text := _text_of(value)):
         return text.strip() if scheme_of(text) not in {"", "file", "data"} else None
     return None
@@ -78,7 +78,7 @@ def hosts(values: Iterable[object]) -> set[str]:
     return {address.partition("://")[2].partition("/")[0].lower() for address in fetched} - {""}
 
 
-def _held(value: object) -> object:
+def held(value: object) -> object:
     """Return what a mapping of bytes and path holds; anything else as it is."""
     if isinstance(value, Mapping):
         return next((part for key in ("bytes", "path") if not is_missing(part := value.get(key))), None)

@@ -20,7 +20,7 @@ from nbfeat.errors import RequestError, listing, near, sentences
 from nbfeat.features.block import BLOCK_OPTIONS, FeatureBlock, Option, WordParser, spelled, split_words
 from nbfeat.features.dataset import is_dataset
 from nbfeat.features.engines import PRECISIONS
-from nbfeat.features.extraction import Extraction
+from nbfeat.features.extraction import PLACES, Extraction
 from nbfeat.features.like import is_result, recipe_of
 from nbfeat.features.recipe import Recipe
 from nbfeat.features.storage import KINDS
@@ -44,6 +44,8 @@ RUN_OPTIONS: tuple[Option, ...] = (
     Option(name="parquet", metavar="PATH",
            help="write to Parquet files in this folder or at this address, as results larger than memory need; nothing "
                 "is bound, the cache is not used, and the same cell goes on where it was stopped"),
+    Option(name="on", metavar="WHERE", choices=PLACES, default="this process",
+           help="compute on a Ray cluster, whose machines must see the images at the same paths"),
     Option(name="no_cache", switch=True, help="compute every image again, and keep nothing"),
     Option(name="replace", switch=True,
            help="overwrite columns of the same names that no block made, or files of another request"),
@@ -55,9 +57,9 @@ PARQUET = ".parquet"
 CODE = "--code"  # of %extract_panel
 OPTIONS = (*BLOCK_OPTIONS, *RUN_OPTIONS)
 _BLOCK_NAMES = {option.name for option in BLOCK_OPTIONS}
-_BESIDE_LIKE = ("root", "batch_size", "device")  # settings that say nothing of what is repeated
+_BESIDE_LIKE = ("root", "batch_size", "device", "on")  # settings that say nothing of what is repeated
 _FOR_EXTRACTION = (
-    "images", "root", "fit_on", "like", "batch_size", "device", "precision", "allow_remote", "replace", "parquet",
+    "images", "root", "fit_on", "like", "batch_size", "device", "precision", "on", "allow_remote", "replace", "parquet",
 )  # fmt: skip
 
 

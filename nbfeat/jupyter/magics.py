@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Options whose defaults make sense for every cell of a notebook; the others belong to one block or one run.
 TRAITS = (
     "pooling", "normalize", "weights", "scaling", "resize", "interpolation",
-    "images", "root", "batch_size", "device", "precision",
+    "images", "root", "batch_size", "device", "precision", "on",
 )  # fmt: skip
 
 

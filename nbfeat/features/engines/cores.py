@@ -19,7 +19,15 @@ def available_cores() -> int:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
         cores = os.cpu_count() or 1
-    return max(1, min([cores, *map(math.ceil, quotas()), *_share_of_worker()]))
+    return max(1, min([cores, *map(math.ceil, quotas()), *_share_of_worker(), *_taken]))
+
+
+_taken: list[int] = []
+
+
+def take(share: int) -> None:
+    """Let this process use no more than its `share` of the cores: it is a worker, and others have the rest."""
+    _taken[:] = [share]
 
 
 def quotas(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
