@@ -604,6 +604,15 @@ def test_a_cluster_of_its_own_keeps_to_itself_and_leaves_nothing(how: str, pictu
         assert told.get("interrupted", False) == (how != "close")
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt, as in a kernel, whatever runs the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_waits_and_a_second_one_does_not() -> None:
     reached = []
 
