@@ -34,7 +34,7 @@ DEPTH = len(os.sched_getaffinity(0)) + 2
 PROGRAM = """
 import sys, pandas as pd, nbfeat
 frame, out = pd.read_pickle(sys.argv[1]), sys.argv[2]
-extraction = nbfeat.Extraction(frame, sys.argv[3], images="path")
+extraction = nbfeat.Extraction(frame, sys.argv[3], images="path", precision="float32")
 for step in extraction.steps():
     print(step.done, step.cached, flush=True)
 extraction.features.to_pickle(out)
