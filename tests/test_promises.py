@@ -210,7 +210,7 @@ print(json.dumps({{"peak": peak, "matrix": result.features.to_numpy().nbytes / 2
     small = child(code.format(frame=frame, count=1000, block=SMALL))
     large = child(code.format(frame=frame, count=len(many), block=SMALL), NBFEAT_HOME=str(tmp_path / "another"))
     assert large["peak"] - large["matrix"] - small["peak"] < 200
-    assert small["peak"] < 200
+    assert small["peak"] < 240  # with two engines for a moment, while precisions are compared
     assert small["heavy"] == large["heavy"] == []
 
 
