@@ -20,17 +20,17 @@ from numpy.typing import NDArray
 
 from nbfeat import quiet
 from nbfeat.backbones.catalog import find
-from nbfeat.errors import ExtractionError, RequestError, listing, sentences
+from nbfeat.errors import ExtractionError, listing, sentences
 from nbfeat.features import dataset, engines, memory, network
 from nbfeat.features.addresses import NOT_ALLOWED
-from nbfeat.features.block import FeatureBlock, one_of, whole
+from nbfeat.features.block import FeatureBlock, whole
 from nbfeat.features.columns import attach, block_called
 from nbfeat.features.fit import PixelSpec
 from nbfeat.features.like import Like, to_repeat
 from nbfeat.features.part import normalized, plan, plan_again
 from nbfeat.features.profile import Bottleneck, Profile, Timings
 from nbfeat.features.recipe import Recipe
-from nbfeat.features.request import Blocks, check_frame, read_blocks, rows_selected
+from nbfeat.features.request import Blocks, check_frame, check_place, read_blocks, rows_selected
 from nbfeat.features.run import Run
 from nbfeat.features.sources import hosts, image_column, name_of
 
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 State = Literal["new", "running", "stopped", "failed", "done"]
 LARGEST_BATCH = 4096
-PLACES = ("ray",)  # beside this process
 FIRST_REASONS = 3
 LIBRARIES = ("nbfeat", "keras", "openvino", "pillow", "simplejpeg", "numpy", "scikit-learn")
 
@@ -161,7 +160,7 @@ class Extraction:
             batch_size=None if batch_size == "auto" else whole("--batch-size", LARGEST_BATCH)(batch_size),
             cache=parquet is None if cache is None else cache,
             remote=allow_remote,
-            on=_check_place(on, self._images, networks, parquet=parquet is not None, remote=allow_remote),
+            on=check_place(on, self._images, networks, parquet=parquet is not None, remote=allow_remote),
         )
         if self.repeats is not None:
             earlier = {part.network: part.repeats.precision for part in self.parts if part.repeats}
@@ -591,28 +590,6 @@ extract.__signature__ = inspect.signature(Extraction).replace(return_annotation=
 
 def _network_and_pixels(block: FeatureBlock) -> tuple[object, ...]:
     return replace(network.NetworkSpec.of([block]), cuts=()), _pixels(block)
-
-
-def _check_place(
-    on: str | None,
-    images: Sequence[object],
-    networks: Sequence[tuple[network.NetworkSpec, PixelSpec]],
-    *,
-    parquet: bool,
-    remote: bool,
-) -> str | None:
-    """Return where to compute, or raise RequestError where that cannot be."""
-    if on is None:
-        return None
-    one_of(PLACES, "--on")(on)
-    if parquet or remote:
-        why = "features come back to this process" if parquet else "workers fetch no images by address"
-        message = f"With --on {on} {why}: leave --on away, or {'--parquet' if parquet else '--allow-remote'}."
-        raise RequestError(message)
-    from nbfeat.features import cluster  # noqa: PLC0415 - only where it is needed
-
-    cluster.check(images, networks)
-    return on
 
 
 def _pixels(block: FeatureBlock) -> PixelSpec:

@@ -1,4 +1,4 @@
-"""Read what was asked for, and check it before anything is started: the frame, the blocks, the rows to learn from."""
+"""Read what was asked for, and check it before anything is started: frame, blocks, rows to learn from, and place."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from numpy.typing import NDArray
 
 from nbfeat.backbones.catalog import find
 from nbfeat.errors import RequestError
-from nbfeat.features.block import FeatureBlock
+from nbfeat.features.block import FeatureBlock, one_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from nbfeat.features.fit import PixelSpec
+    from nbfeat.features.network import NetworkSpec
+
 Blocks = str | FeatureBlock | Sequence[str | FeatureBlock]
+PLACES = ("ray",)  # to compute at, beside this process
 
 
 def read_blocks(blocks: Sequence[Blocks], defaults: Mapping[str, Any]) -> list[FeatureBlock]:
@@ -75,3 +79,25 @@ def rows_selected(frame: pd.DataFrame, fit_on: str | Sequence[bool]) -> NDArray[
         message = "--fit-on selects no row at all. Check the query against the frame's values."
         raise RequestError(message)
     return mask
+
+
+def check_place(
+    on: str | None,
+    images: Sequence[object],
+    networks: Sequence[tuple[NetworkSpec, PixelSpec]],
+    *,
+    parquet: bool,
+    remote: bool,
+) -> str | None:
+    """Return where to compute, or raise RequestError where that cannot be."""
+    if on is None:
+        return None
+    one_of(PLACES, "--on")(on)
+    if parquet or remote:
+        why = "features come back to this process" if parquet else "workers fetch no images by address"
+        message = f"With --on {on} {why}: leave --on away, or {'--parquet' if parquet else '--allow-remote'}."
+        raise RequestError(message)
+    from nbfeat.features import cluster  # noqa: PLC0415 - only where it is needed
+
+    cluster.check(images, networks)
+    return on

@@ -20,9 +20,10 @@ from nbfeat.errors import RequestError, listing, near, sentences
 from nbfeat.features.block import BLOCK_OPTIONS, FeatureBlock, Option, WordParser, spelled, split_words
 from nbfeat.features.dataset import is_dataset
 from nbfeat.features.engines import PRECISIONS
-from nbfeat.features.extraction import PLACES, Extraction
+from nbfeat.features.extraction import Extraction
 from nbfeat.features.like import is_result, recipe_of
 from nbfeat.features.recipe import Recipe
+from nbfeat.features.request import PLACES
 from nbfeat.features.storage import KINDS
 
 RUN_OPTIONS: tuple[Option, ...] = (
