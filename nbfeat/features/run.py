@@ -143,17 +143,14 @@ class Run:
         return Cluster(self, self._seen)
 
     def apart(self, images: Sequence[object]) -> Run:
-        """Return a run over other images by the networks that are open here, with room for what they give; no cache."""
-        run = Run(
-            images, self.root, self.networks, device=self.device, precision=self.precision, batch_size=self.batch_size,
-            cache=False,
-        )  # fmt: skip
+        """Return a run over other images by the networks that are open here, with room for what they give."""
+        run = self.over(images)
         for lane in self.lanes:
-            again = Lane(lane.spec, lane.pixels, lane.opening, np.zeros(len(images), bool))
-            again.settle(lane.precision, lane.start())
-            for key, output in lane.outputs.items():
-                again.features[key] = np.full((len(images), output.width), np.nan, np.float32)
-            run.lanes.append(again)
+            lane.start()
+            room = {
+                key: np.full((len(images), output.width), np.nan, np.float32) for key, output in lane.outputs.items()
+            }
+            run.lanes.append(replace(lane, done=np.zeros(len(images), bool), cached=0, features=room))
         return run
 
     def _take(self, batch: Batch) -> None:
