@@ -7,6 +7,7 @@ faster on this machine. What was measured is kept, by network, engine and CPU.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -90,6 +91,7 @@ def settle(
     """
     is_open = asked == "auto"
     lane.settle("float32" if asked == "auto" else asked)
+    read = functools.cache(lambda: _pixels(lane, images, root, remote=remote))  # once for all that are compared
     candidates = lane.opening.faster if asked == "auto" else () if asked == "float32" else (asked,)
     said = ""
     for precision in candidates:
@@ -98,7 +100,7 @@ def settle(
             if len(images) < (FROM_IMAGES if is_open else 1):
                 continue
             yield f"comparing {precision} with float32 on some of your images"
-            found = _compared(lane, precision, lambda: _pixels(lane, images, root, remote=remote), is_open=is_open)
+            found = _compared(lane, precision, read, is_open=is_open)
         said = found.told(asked=not is_open) or said
         if is_open and found.is_better:
             if lane.precision != precision:
@@ -112,7 +114,7 @@ def _compared(lane: Lane, precision: Precision, read: Callable[[], Pixels], *, i
 
     Raises NetworkError where the precision is not open to choice and the hardware does not compute in it.
     """
-    exact = lane.opening.start("float32")
+    exact = lane.start() if lane.precision == "float32" else lane.opening.start("float32")
     try:
         other = lane.opening.start(precision)
     except NetworkError:
