@@ -8,11 +8,20 @@ from typing import Any, Protocol
 import pandas as pd
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
 
 import nbfeat
 from nbfeat import Extraction, Panel, RequestError
 from nbfeat.features.block import BLOCK_OPTIONS, WordParser, quoted, split_words
 from nbfeat.jupyter.panel_widgets import DEFAULT
+
+
+def run_cell(shell: InteractiveShell, cell: str) -> Any:
+    """Run a cell as a notebook does and return its result, or raise what stopped it."""
+    with capture_output():
+        outcome = shell.run_cell(cell)
+    outcome.raise_error()
+    return outcome.result
 
 
 class Face(Protocol):

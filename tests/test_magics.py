@@ -17,6 +17,7 @@ from nbfeat import Extraction, ExtractionError
 from nbfeat.jupyter import grammar, live
 from nbfeat.jupyter.expansion import expand
 from nbfeat.jupyter.magics import TRAITS, ExtractMagics
+from tests.faces import run_cell
 
 pytestmark = pytest.mark.usefixtures("fake_network")
 
@@ -35,17 +36,9 @@ def magics_of(shell: InteractiveShell) -> ExtractMagics:
     return magics
 
 
-def run(shell: InteractiveShell, cell: str) -> Any:
-    """Run a cell as a notebook does and return its result, or raise what stopped it."""
-    with capture_output():
-        outcome = shell.run_cell(cell)
-    outcome.raise_error()
-    return outcome.result
-
-
 def test_the_frame_is_rebound_and_other_references_keep_the_old_one(notebook: InteractiveShell) -> None:
     old = notebook.user_ns["photos"]
-    result = run(notebook, "other = photos\n%extract photos MobileNet --size 32")
+    result = run_cell(notebook, "other = photos\n%extract photos MobileNet --size 32")
     assert isinstance(result, Extraction)
     assert notebook.user_ns["photos"] is result.frame
     assert notebook.user_ns["other"] is old
@@ -53,13 +46,13 @@ def test_the_frame_is_rebound_and_other_references_keep_the_old_one(notebook: In
 
 
 def test_into_binds_another_name_and_leaves_the_frame(notebook: InteractiveShell) -> None:
-    run(notebook, "%extract photos MobileNet --size 32 --into more")
+    run_cell(notebook, "%extract photos MobileNet --size 32 --into more")
     assert notebook.user_ns["photos"].shape == (20, 3)
     assert notebook.user_ns["more"].shape == (20, 51)
 
 
 def test_the_result_can_be_kept_and_silenced(notebook: InteractiveShell) -> None:
-    run(notebook, "result = %extract photos MobileNet --size 32")
+    run_cell(notebook, "result = %extract photos MobileNet --size 32")
     assert isinstance(notebook.user_ns["result"], Extraction)
     with capture_output() as shown:
         notebook.run_cell("%extract photos MobileNet --size 32 --quiet;")
@@ -71,10 +64,10 @@ def test_the_result_can_be_kept_and_silenced(notebook: InteractiveShell) -> None
 def test_bad_usage_is_usage_error_itself_and_binds_nothing(notebook: InteractiveShell) -> None:
     before = notebook.user_ns["photos"]
     with pytest.raises(UsageError, match=r"no 'foto'.*photos") as caught:
-        run(notebook, "%extract foto MobileNet")
+        run_cell(notebook, "%extract foto MobileNet")
     assert type(caught.value) is UsageError
     with pytest.raises(UsageError, match="no backbone"):
-        run(notebook, "%extract photos MobilNet")
+        run_cell(notebook, "%extract photos MobilNet")
     assert notebook.user_ns["photos"] is before
 
 
@@ -116,24 +109,24 @@ def test_an_interrupt_binds_nothing_says_how_far_it_came_and_stops(
 
 def test_names_and_expressions_are_expanded_and_unknown_ones_are_errors(notebook: InteractiveShell) -> None:
     notebook.user_ns |= {"name": "MobileNet", "sizes": [32, 64]}
-    result = run(notebook, "%extract photos $name --size {sizes[0]} --prefix {{x}}$$y")
+    result = run_cell(notebook, "%extract photos $name --size {sizes[0]} --prefix {{x}}$$y")
     assert result.parts[0].prefix == "{x}$y"
     assert result.blocks[0].size == 32
-    result = run(notebook, "%%extract photos\n$name --size {sizes[1]}")
+    result = run_cell(notebook, "%%extract photos\n$name --size {sizes[1]}")
     assert result.blocks[0].size == 64
     for line in ("%extract photos $nosuch", "%%extract photos\n{nosuch}"):
         with pytest.raises(UsageError, match="nosuch"):
-            run(notebook, line)
+            run_cell(notebook, line)
     assert expand("plain", {}) == "plain"
 
 
 def test_settings_are_the_defaults_of_cells_and_are_checked(notebook: InteractiveShell) -> None:
     magics = magics_of(notebook)
-    run(notebook, "%config ExtractMagics.pooling = 'max'\n%config ExtractMagics.backbone = 'MobileNet'")
+    run_cell(notebook, "%config ExtractMagics.pooling = 'max'\n%config ExtractMagics.backbone = 'MobileNet'")
     try:
-        assert run(notebook, "%extract photos --size 32").blocks[0].pooling == "max"
-        assert run(notebook, "%extract photos VGG16 --size 32 -p gem").blocks[0].pooling == "gem"
-        run(notebook, "%config ExtractMagics.pooling = 'average'")
+        assert run_cell(notebook, "%extract photos --size 32").blocks[0].pooling == "max"
+        assert run_cell(notebook, "%extract photos VGG16 --size 32 -p gem").blocks[0].pooling == "gem"
+        run_cell(notebook, "%config ExtractMagics.pooling = 'average'")
         assert magics.trait_values()["pooling"] == "max"
     finally:
         magics.set_trait("pooling", "")
@@ -153,9 +146,9 @@ def test_help_is_one_text(notebook: InteractiveShell) -> None:
 
 
 def test_the_backbones_magic_lists_what_matches(notebook: InteractiveShell) -> None:
-    assert list(run(notebook, "%backbones VGG*").index) == ["VGG16", "VGG19"]
+    assert list(run_cell(notebook, "%backbones VGG*").index) == ["VGG16", "VGG19"]
     with pytest.raises(UsageError, match="Nothing"):
-        run(notebook, "%backbones Nothing*")
+        run_cell(notebook, "%backbones Nothing*")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from nbfeat.jupyter.job import State
 from nbfeat.jupyter.panel_look import LOOKS
 from nbfeat.jupyter.panel_run import OFFERED
 from nbfeat.jupyter.panel_widgets import DEFAULT, descendants
+from tests.faces import run_cell
 from tests.fake import FakeEngine, Gate
 
 pytestmark = pytest.mark.usefixtures("fake_network")
@@ -365,10 +366,7 @@ def test_columns_of_any_name_are_written_so_that_the_magic_finds_them(
     notebook.user_ns["photos"] = frame.rename(columns={"path": column})
     one = opened()
     assert one.source.images.value == (column,)
-    with capture_output():
-        outcome = notebook.run_cell(one.code)
-    outcome.raise_error()
-    assert outcome.result.parts[0].column == column
+    assert run_cell(notebook, one.code).parts[0].column == column
 
 
 @pytest.mark.parametrize("text", ["plain", "$", "$$", "$$x", "{", "}}", "{{x}}", "'$a' $b", "a$ {$b} '", "}"])

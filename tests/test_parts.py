@@ -30,7 +30,7 @@ from nbfeat import Extraction, ExtractionError, RequestError, Result, extract
 from nbfeat.features import piece, tally
 from nbfeat.features.shelf import Shelf
 from tests.conftest import ROOT
-from tests.faces import same
+from tests.faces import run_cell, same
 from tests.fake import FakeEngine, FakeOpening
 
 pytestmark = pytest.mark.usefixtures("fake_network", "small_files")
@@ -714,18 +714,11 @@ def notebook(shell: InteractiveShell, photos: pd.DataFrame) -> InteractiveShell:
     return shell
 
 
-def run(shell: InteractiveShell, cell: str) -> Any:
-    with capture_output():
-        outcome = shell.run_cell(cell)
-    outcome.raise_error()
-    return outcome.result
-
-
 def test_the_magic_writes_and_binds_nothing_and_says_so(
     notebook: InteractiveShell, photos: pd.DataFrame, folder: Path
 ) -> None:
     before = set(notebook.user_ns)
-    result = run(notebook, f"%extract photos {BLOCK} --images path --batch-size 3 --parquet {folder}")
+    result = run_cell(notebook, f"%extract photos {BLOCK} --images path --batch-size 3 --parquet {folder}")
     assert notebook.user_ns["photos"] is photos
     assert {name for name in notebook.user_ns if not name.startswith("_")} == {
         name for name in before if not name.startswith("_")
@@ -734,14 +727,14 @@ def test_the_magic_writes_and_binds_nothing_and_says_so(
     assert f"nbfeat.read('{folder}') reads it" in result._repr_html_().replace("&#x27;", "'").replace("&#39;", "'")
     assert names(folder) == FILES
     assert nbfeat.extract(photos, BLOCK, images="path").cached == 0, "the setting of the cache is not asked for"
-    again = run(notebook, f"%extract photos --like {folder}")
+    again = run_cell(notebook, f"%extract photos --like {folder}")
     same(again.features, nbfeat.read(folder).features)
     assert "(replaced)" not in repr(again)
 
 
 def test_a_name_to_bind_is_refused_beside_files(notebook: InteractiveShell, folder: Path) -> None:
     with pytest.raises(UsageError, match=r"--parquet binds nothing.*--into more: leave it away"):
-        run(notebook, f"%extract photos {BLOCK} --images path --parquet {folder} --into more")
+        run_cell(notebook, f"%extract photos {BLOCK} --images path --parquet {folder} --into more")
     assert not folder.exists()
 
 
