@@ -17,7 +17,7 @@ import numpy as np
 
 from nbfeat.backbones import model_file
 from nbfeat.errors import NbfeatError
-from nbfeat.features.engines import Engine, Vectors
+from nbfeat.features.engines import Engine, vectors_of
 from nbfeat.features.engines.session import in_a_fresh_session
 from nbfeat.features.network import Base, NetworkSpec, load_base
 from nbfeat.features.store import TemporaryFolder
@@ -89,29 +89,17 @@ def _write_without_dates(path: Path) -> None:
 
 def what_it_gives(engine: Engine) -> str:
     """Return a digest of what a network gives for seeded pixels: of code there is no hash, of what it does there is."""
-    total, found = hashlib.sha256(), _vectors(engine)
-    for key in sorted(found[0]):
-        vectors = np.concatenate([part[key] for part in found])
+    shape = engine.buffer().shape[1:]
+    engine.close()
+    # The same images whatever the engine's size of a batch, which a GPU's is measured for.
+    pixels = np.random.default_rng(_SEED).integers(0, 256, (_IMAGES, *shape), np.uint8)
+    total = hashlib.sha256()
+    for key, vectors in sorted(vectors_of(engine, pixels).items()):
         largest = np.abs(vectors).max(initial=0)
         total.update(f"{key} {largest:.{_DIGITS}e} {vectors.shape}".encode())
         # Adding zero takes the sign from what was rounded to -0.
         total.update((np.round(vectors / (largest or 1), _DIGITS) + 0.0).astype("float32").tobytes())
     return total.hexdigest()
-
-
-def _vectors(engine: Engine) -> list[Vectors]:
-    """Return the vectors of the same images whatever the engine's size of a batch, which a GPU's is measured for."""
-    found: list[Vectors] = []
-    buffer = engine.buffer()
-    pixels = np.random.default_rng(_SEED).integers(0, 256, (_IMAGES, *buffer.shape[1:]), np.uint8)
-    for start in range(0, _IMAGES, len(buffer)):
-        part = pixels[start : start + len(buffer)]
-        buffer[: len(part)] = part
-        engine.submit(buffer, len(part))
-        found.append(engine.collect())
-        buffer = engine.buffer()
-    engine.close()
-    return found
 
 
 def rows(spec: NetworkSpec) -> list[dict[str, Any]]:

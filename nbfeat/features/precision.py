@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.errors import ImageError, NetworkError
-from nbfeat.features.engines import Asked, Engine, Pixels, Precision, Vectors
+from nbfeat.features.engines import Asked, Engine, Pixels, Precision, Vectors, vectors_of
 from nbfeat.features.engines.cores import available_cores
 from nbfeat.features.images import read_pixels
 from nbfeat.features.lane import Lane
@@ -166,19 +166,9 @@ def _speedup(exact: Engine, other: Engine, pixels: Pixels) -> float:
 
 def _run(engine: Engine, pixels: Pixels) -> tuple[Vectors, float]:
     """Return what `engine` makes of `pixels`, and in what time."""
-    found: list[Vectors] = []
     start = time.perf_counter()
-    for at in range(0, len(pixels), engine.batch_size):
-        some = pixels[at : at + engine.batch_size]
-        buffer = engine.buffer()
-        buffer[: len(some)] = some
-        engine.submit(buffer, len(some))
-        if engine.is_full:
-            found.append(engine.collect())
-    while engine.in_flight:
-        found.append(engine.collect())
-    seconds = time.perf_counter() - start
-    return {key: np.concatenate([vectors[key] for vectors in found]) for key in found[0]}, seconds
+    vectors = vectors_of(engine, pixels)
+    return vectors, time.perf_counter() - start
 
 
 def agreement_of(exact: Vectors, other: Vectors) -> float:

@@ -78,6 +78,21 @@ class Engine(Protocol):
         """Stop what is in flight, wait until nothing reads from the buffers, and take them all back."""
 
 
+def vectors_of(engine: Engine, pixels: Pixels) -> Vectors:
+    """Run all `pixels` (images, size, size, 3) through an engine of any size of batch."""
+    found: list[Vectors] = []
+    for start in range(0, len(pixels), engine.batch_size):
+        some = pixels[start : start + engine.batch_size]
+        buffer = engine.buffer()
+        buffer[: len(some)] = some
+        engine.submit(buffer, len(some))
+        if engine.is_full:
+            found.append(engine.collect())
+    while engine.in_flight:
+        found.append(engine.collect())
+    return {key: np.concatenate([vectors[key] for vectors in found]) for key in found[0]}
+
+
 class Opening:
     """Make a network ready; iterate for sentences to show meanwhile, then read what it gives, and `start` it to use it.
 
