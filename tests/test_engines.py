@@ -241,3 +241,29 @@ def test_numbers_that_slow_some_cpus_down_are_zero(tmp_path: Path) -> None:
     buffer[:] = 255
     engine.submit(buffer, 1)
     np.testing.assert_array_equal(engine.collect()["end:default"], 0)
+
+
+OVERLAPPING = """
+import gc, signal, sys
+import nbfeat, pandas as pd
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+frame, asked = pd.DataFrame({"path": sys.argv[1:]}), {"images": "path", "cache": False}
+one = nbfeat.extract(frame, "Pocket", **asked)
+another = nbfeat.extract(frame, "Pocket --size 64", **asked)
+del one
+del another
+gc.collect()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.slow
+def test_an_interrupt_after_networks_that_overlapped_ends_no_process(photos: pd.DataFrame) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OVERLAPPING, *photos["path"]], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")

@@ -8,6 +8,8 @@ the bit for any batch size, order and company.
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import time
 from collections import deque
 from importlib.metadata import version
@@ -34,6 +36,16 @@ def name(*, threads: bool = True) -> str:
     return f"{shown}, {cores} thread{'s' if cores > 1 else ''}" if threads else shown
 
 
+@functools.cache
+def _core(process: int) -> Any:  # noqa: ANN401, ARG001 - OpenVINO's; one that was forked needs its own
+    """Return OpenVINO's core, of which a process has one, and for good.
+
+    A core lays a stack for signals under the thread that makes it. Of two that overlap, the first to go takes its stack
+    along and leaves the thread on it: the next interrupt would end the process.
+    """
+    return quiet.import_openvino().Core()
+
+
 class OpenVINOEngine:
     """Run `stored` on this machine's CPU, or of its outputs `only` one."""
 
@@ -45,7 +57,7 @@ class OpenVINOEngine:
         self.work = Work()
         cores = available_cores()
         self._tensor, self._stored = openvino.Tensor, stored
-        core = openvino.Core()
+        core = _core(os.getpid())
         graph = core.read_model(stored.folder / "network.xml")
         if only is not None:  # what leads to other outputs alone is not run then
             self.outputs = {only: stored.outputs[only]}
