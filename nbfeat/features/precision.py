@@ -76,7 +76,7 @@ class Found:
         if self.is_better:
             return f"{self.precision}, which agrees with float32 {agrees} {images}, {self.speedup:.1f} times as fast"
         if self.agreement < AGREES:
-            return f"float32: {self.precision} agrees with it {agrees} only {images}, and {AGREES} is asked for"
+            return f"float32: {self.precision} agrees with it only {agrees} {images}, and {AGREES} is asked for"
         times = f"only {self.speedup:.2f} times as fast"
         return f"float32: {self.precision} would agree {agrees} {images}, but is {times}"
 
