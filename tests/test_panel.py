@@ -198,6 +198,31 @@ assert photos is before
     assert "photos · 20 × 51" in [label for label, _ in one.source.frame.options]
 
 
+def test_a_cell_that_waits_binds_the_frame_itself(
+    opened: Callable[..., Panel], notebook: InteractiveShell, gate: Gate
+) -> None:
+    """Its own end, between cells, is what it would wait for else."""
+    notebook.user_ns["one"] = one = opened()
+    assert run_cell(notebook, "one.extract(); one.wait(0)") is False
+    gate.open()
+    assert run_cell(notebook, "one.wait(30), photos.shape, one.state.value") == (True, (20, 51), "done")
+    check_look(one, State.DONE)
+    bound = notebook.user_ns["photos"]
+    notebook.run_cell("1")
+    assert notebook.user_ns["photos"] is bound, "it was bound a second time"
+
+
+def test_a_cell_that_waits_for_what_was_cancelled_binds_nothing(
+    opened: Callable[..., Panel], notebook: InteractiveShell
+) -> None:
+    notebook.user_ns["one"] = one = opened()
+    cell = "one.extract(); one.cancel(); one.wait(30), photos.shape, one.state.value"
+    assert run_cell(notebook, cell) == (True, (20, 3), "cancelled")
+    assert run_cell(notebook, "one.extract(); one.wait(30), photos.shape") == (True, (20, 51))
+    assert run_cell(notebook, "one.wait()") is True, "it waited for what has ended"
+    check_look(one, State.DONE)
+
+
 def test_a_frame_that_changes_meanwhile_keeps_its_changes(
     opened: Callable[..., Panel], notebook: InteractiveShell, gate: Gate
 ) -> None:

@@ -49,6 +49,11 @@ def is_running_a_cell(shell: InteractiveShell) -> bool:
     return getattr(shell.displayhook, "exec_result", None) is not None
 
 
+def is_in_a_cell(shell: InteractiveShell) -> bool:
+    """Tell whether the running cell is what calls this, and not a click or a thread beside it."""
+    return is_running_a_cell(shell) and threading.current_thread() is threading.main_thread()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
     """The frame of a name, as it was when work on it began: later changes do not reach `frame`."""

@@ -60,8 +60,8 @@ class Job:
         self.coming = ""  # what is being prepared, or is about to come
         self.error: Exception | None = None
         self._bind, self._soon, self._tell = bind, soon, tell
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
+        self._lock, self._finishing = threading.Lock(), threading.Lock()
+        self._worked, self._ended = threading.Event(), threading.Event()  # the thread; all that it is for
 
     def start(self) -> None:
         """Begin, or go on after `cancel`; nothing happens where it is at work already."""
@@ -69,6 +69,7 @@ class Job:
             if self.state.is_busy:
                 return
             self.state, self.error = State.RUNNING, None
+            self._worked.clear()
             self._ended.clear()
         self._tell()
         in_background("job", self._work)
@@ -81,9 +82,18 @@ class Job:
             self.state = State.CANCELLING
         self._tell()
 
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait until it is not busy, and tell whether that came about; in a cell, nothing is bound before its end."""
-        return not self.state.is_busy or self._ended.wait(seconds)
+    def wait(self, seconds: float | None = None, *, bind: bool = False) -> bool:
+        """Wait until it is not busy, and tell whether that came about.
+
+        With `bind`, the one who waits binds the result: a cell, for whose end it would wait for ever otherwise.
+        """
+        if not self.state.is_busy:
+            return True
+        if not bind:
+            return self._ended.wait(seconds)
+        if self._worked.wait(seconds):
+            self._finish()
+        return not self.state.is_busy
 
     @property
     def is_binding(self) -> bool:
@@ -91,6 +101,12 @@ class Job:
         return self.state.is_busy and self.extraction.state == "done"
 
     def _work(self) -> None:
+        try:
+            self._do_steps()
+        finally:
+            self._worked.set()
+
+    def _do_steps(self) -> None:
         try:
             with closing(self.extraction.steps()) as steps:
                 for step in steps:
@@ -108,15 +124,19 @@ class Job:
             self._end(State.CANCELLED)
 
     def _finish(self) -> None:
-        if self.state is State.CANCELLING:
-            self._end(State.CANCELLED)
-            return
-        try:
-            self._bind(self.extraction)
-        except NbfeatError as error:
-            self._end(State.FAILED, error)
-        else:
-            self._end(State.DONE)
+        """Bind the result, once, whoever comes first."""
+        with self._finishing:
+            if not self.is_binding:
+                return
+            if self.state is State.CANCELLING:
+                self._end(State.CANCELLED)
+                return
+            try:
+                self._bind(self.extraction)
+            except NbfeatError as error:
+                self._end(State.FAILED, error)
+            else:
+                self._end(State.DONE)
 
     def _end(self, state: State, error: Exception | None = None) -> None:
         with self._lock:

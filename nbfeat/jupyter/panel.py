@@ -15,7 +15,7 @@ from nbfeat.errors import NbfeatError, RequestError
 from nbfeat.features.extraction import Extraction
 from nbfeat.html import escape
 from nbfeat.jupyter import grammar, panel_look
-from nbfeat.jupyter.binding import Held, between_cells
+from nbfeat.jupyter.binding import Held, between_cells, is_in_a_cell
 from nbfeat.jupyter.expansion import literal
 from nbfeat.jupyter.job import Job, State
 from nbfeat.jupyter.panel_blocks import Blocks
@@ -136,8 +136,8 @@ class Panel:
             self.job.cancel()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait until nothing is running, and tell whether that came about."""
-        return self.job is None or self.job.wait(seconds)
+        """Wait until nothing is running, and tell whether that came about; the cell that waits binds the frame."""
+        return self.job is None or self.job.wait(seconds, bind=is_in_a_cell(self._shell))
 
     def to_cell(self) -> None:
         """Put the code into a new cell below the one that calls this."""
