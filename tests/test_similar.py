@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -185,6 +186,10 @@ def test_the_gallery_shows_the_one_asked_for_first_and_escapes_everything(photos
     assert HOSTILE not in html
     assert "&lt;img src=x" in html
     assert html.count('<img src="data:image/webp;base64,') == 20
+    first, *others = re.findall(r'<div style="([^"]*)" title=', html)
+    assert len(others) == 19
+    assert "border:2px solid #1e88e5" in first, "its frame is made of what JupyterLab's sanitizer drops a part of"
+    assert set(others) == {first.replace("#1e88e5", "transparent")}, "the frame moves its image out of the line"
     axes = found.plot()
     assert len(axes) == 20
     assert axes[0].get_xlabel().startswith("asked for")

@@ -21,10 +21,13 @@ SHOWN = 112  # pixels of a notebook's page; of SIDE that are kept
 COLUMNS, PRINTED, INCHES = 6, 320, 1.7  # of a plot: tiles beside each other, pixels and inches of each
 LETTERS = 24  # of a plot's caption, a line
 
-# Inline blocks wrap in any width. JupyterLab's sanitizer, which notebooks of others go through, lets these styles stay,
-# but for the offset; colors follow the theme.
-_TILE = f"display:inline-block;vertical-align:top;width:{SHOWN}px;margin:0 .8em .8em 0;line-height:1.3;font-size:85%"
-_MARKED = f"{_TILE};outline:2px solid #1e88e5;outline-offset:3px"
+# Inline blocks wrap in any width. JupyterLab's sanitizer, which notebooks of others go through, lets these styles stay;
+# colors follow the theme. Every tile has the border, so that all stand in line.
+_BORDERED = (
+    f"display:inline-block;vertical-align:top;box-sizing:content-box;width:{SHOWN}px;padding:4px;margin:0 2px 5px 0;"
+    "line-height:1.3;font-size:85%;border:2px solid"
+)
+_TILE, _MARKED = f"{_BORDERED} transparent", f"{_BORDERED} #1e88e5"
 _FRAME = f"height:{SHOWN}px;line-height:{SHOWN}px;font-size:0;margin-bottom:4px"
 _IMAGE = "display:inline-block;vertical-align:bottom;margin:0;max-width:none"
 _FAILED = (
@@ -32,7 +35,7 @@ _FAILED = (
     "border:1px dashed rgba(128,128,128,.8);font-size:90%;overflow-wrap:break-word"
 )
 _LINE = "overflow-wrap:break-word"
-_GALLERY = "margin:.6em 0 0;padding:4px"
+_GALLERY = "margin:.6em 0 0"
 _GROUP = (
     "display:inline-block;vertical-align:top;max-width:100%;box-sizing:border-box;margin:0 1.2em .8em 0;"
     "padding-left:.8em;border-left:3px solid rgba(128,128,128,.4)"
