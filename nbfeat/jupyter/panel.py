@@ -271,7 +271,7 @@ class Panel:
         """Show the panel, and beside it, unseen while it lives, the static report that is saved with the notebook."""
         from IPython.display import display  # noqa: PLC0415 - only in a notebook
 
-        bundle = {**self.box._repr_mimebundle_(), "text/plain": repr(self)}
+        bundle = {**self.box._repr_mimebundle_(), "text/plain": panel_look.ELSEWHERE}
         display(bundle, raw=True)  # type: ignore[no-untyped-call]
         if self._still is None:
             self._still = display(panel_look.still(self.job, self.code, self.box.model_id), raw=True, display_id=True)  # type: ignore[no-untyped-call]

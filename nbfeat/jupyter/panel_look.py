@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nbfeat.errors import NbfeatError
-from nbfeat.html import Html, bar, escape
+from nbfeat.html import Html, bar, escape, paragraph
 from nbfeat.jupyter.job import Job, State
 from nbfeat.jupyter.live import counts, progress
+
+ELSEWHERE = "A panel is here while the notebook runs. What is saved of it:"  # and then what `still` returns
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,8 @@ def still(job: Job | None, code: str, number: str) -> dict[str, str]:
     """Return what stands for the panel of that `number` where there is no kernel: the report, and the code."""
     shown = job.extraction if job and job.state is not State.IDLE else None
     report = shown._repr_html_() if shown else escape("A panel of nbfeat in which nothing has run yet.")
-    cell = f'<pre style="opacity:.8;font-size:90%">{escape(code)}</pre>'
+    cell = f'{paragraph("Same as")}<pre style="opacity:.8;font-size:90%">{escape(code)}</pre>'
     return {
         "text/html": f'<div class="nbfeat-still-{number}">{report}{cell}</div>',
-        "text/plain": f"{shown!r}\n{code}" if shown else code,
+        "text/plain": f"{shown!r}\nSame as\n{code}" if shown else code,
     }
