@@ -81,7 +81,8 @@ def test_what_is_saved_needs_no_kernel(path: Path) -> None:
     assert counts == list(range(1, len(counts) + 1)), "not saved after running from top to bottom"
     mimes = {mime for cell in code_cells(notebook) for output in cell.outputs for mime in output.get("data", {})}
     assert "text/html" in mimes
-    assert not [mime for mime in mimes if mime.startswith(("application/", "text/javascript"))]
+    living = [mime for mime in mimes if mime.startswith(("application/", "text/javascript"))]
+    assert not living, "take these out of the outputs: where no kernel runs they show nothing, or errors"
 
 
 @every_notebook
@@ -96,6 +97,16 @@ def test_it_names_no_folder_of_a_machine(path: Path) -> None:
     for cell in read(path).cells:
         for text in (cell.source, *(texts(cell) if cell.cell_type == "code" else [])):
             assert not MACHINE.search(text), text
+
+
+@every_notebook
+def test_what_it_links_to_is_there_and_is_served(path: Path) -> None:
+    """Jupyter's server gives out no file of a hidden folder: a picture in one is broken in Lab and on Binder."""
+    for cell in read(path).cells:
+        for link in re.findall(r"\]\(([^):#]+)\)", cell.source) if cell.cell_type == "markdown" else ():
+            assert (path.parent / link).is_file(), link
+            hidden = [part for part in Path(link).parts if part.startswith(".") and part != ".."]
+            assert not hidden, f"{link} is not served"
 
 
 @every_notebook
