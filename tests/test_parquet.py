@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import os
 import stat
@@ -20,7 +19,7 @@ from pyarrow import parquet
 
 import nbfeat
 from nbfeat import Extraction, RequestError, Result, extract
-from nbfeat.features import packed
+from nbfeat.features import packed, sealed
 from tests.faces import same
 
 pytestmark = pytest.mark.usefixtures("fake_network")
@@ -189,9 +188,14 @@ def changed(file: Path, change: Callable[[dict[str, Any]], object], *, text: byt
     whole = json.loads(entries[b"nbfeat"])
     change(whole)
     made = json.dumps(whole).encode() if text is None else text
-    with parquet.ParquetWriter(file, table.schema) as writer:
+    resealed(file, table, {b"nbfeat": made})
+
+
+def resealed(file: Path, table: pa.Table, entries: dict[bytes, bytes]) -> None:
+    """Write a table with other entries in the footer, all checksums right."""
+    plain = {key: value for key, value in table.schema.metadata.items() if not key.startswith(b"nbfeat")}
+    with file.open("wb") as sink, sealed.writer(sink, table.schema.with_metadata(plain), entries) as writer:
         writer.write_table(table)
-        writer.add_key_value_metadata({b"nbfeat": made, b"nbfeat.sha256": hashlib.sha256(made).hexdigest()})
 
 
 def array(*values: float, shape: list[int] | None = None) -> dict[str, Any]:
@@ -310,25 +314,43 @@ def test_files_that_nbfeat_did_not_write_are_refused(result: Extraction, photos:
         nbfeat.read("nosuch://bucket/train.parquet")
 
 
-def test_a_damaged_footer_is_told_by_its_checksum(result: Extraction, file: Path) -> None:
+def test_a_damaged_footer_is_told_by_its_checksum(result: Extraction, photos: pd.DataFrame, file: Path) -> None:
     result.to_parquet(file)
     data = file.read_bytes()
     place = data.index(b'"float32": "') + 40  # a digit of what was learned
     file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-    with pytest.raises(RequestError, match=r"damaged: what it says of its features does not agree with its checksum"):
+    for work in (lambda: nbfeat.read(file), lambda: extract(photos, like=file)):
+        with pytest.raises(RequestError, match=r"damaged.*: its footer does not agree with its checksum\."):
+            work()
+
+
+def test_damaged_columns_are_told_by_their_checksum(result: Extraction, photos: pd.DataFrame, file: Path) -> None:
+    result.to_parquet(file)
+    place = parquet.read_metadata(file).row_group(0).column(5).data_page_offset + 60
+    data = file.read_bytes()
+    file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    assert not pd.read_parquet(file).equals(result.frame), "nobody else notices"
+    with pytest.raises(RequestError, match=r"damaged: its columns do not agree with their checksum\. Extract"):
+        nbfeat.read(file)
+    assert extract(photos, like=file).total == 20, "which needs the footer alone"
+
+
+def test_a_table_that_was_written_anew_with_our_entries_is_refused(result: Extraction, file: Path) -> None:
+    result.to_parquet(file)
+    parquet.write_table(parquet.read_table(file), file)
+    with pytest.raises(RequestError, match=r"written anew by something else"):
         nbfeat.read(file)
 
 
 def test_columns_that_were_changed_since_are_told(result: Extraction, file: Path) -> None:
     result.to_parquet(file)
     entries = parquet.read_metadata(file).metadata
-    kept = {key: entries[key] for key in (b"nbfeat", b"nbfeat.sha256")}
+    kept = {b"nbfeat": entries[b"nbfeat"]}
     for frame, words in {
         "narrower": (result.frame.drop(columns="mobilenet_0001"), "has not the 3 columns mobilenet_0000"),
         "double": (result.frame.astype({"mobilenet_0001": "float64"}), "column mobilenet_0001, which is not float32"),
         "index": (result.frame.set_index("mobilenet_0001"), "has not the 3 columns mobilenet_0000"),
     }.values():
-        table = pa.Table.from_pandas(frame)
-        parquet.write_table(table.replace_schema_metadata({**table.schema.metadata, **kept}), file)
+        resealed(file, pa.Table.from_pandas(frame), kept)
         with pytest.raises(RequestError, match=words):
             nbfeat.read(file)

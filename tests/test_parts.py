@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -28,10 +27,12 @@ from pyarrow import parquet
 import nbfeat
 from nbfeat import Extraction, ExtractionError, RequestError, Result, extract
 from nbfeat.features import piece, tally
+from nbfeat.features.parquet import KEY
 from nbfeat.features.shelf import Shelf
 from tests.conftest import ROOT
 from tests.faces import run_cell, same
 from tests.fake import FakeEngine, FakeOpening
+from tests.test_parquet import resealed
 
 pytestmark = pytest.mark.usefixtures("fake_network", "small_files")
 BLOCK = "MobileNet --size 32"
@@ -418,10 +419,7 @@ def rewritten(file: Path, rows: slice = slice(None), **entries: Any) -> None:
     """Write a part anew with other entries in what it says of itself, its checksum right, or of fewer rows."""
     table, old = parquet.read_table(file)[rows], parquet.read_metadata(file).metadata
     about = json.dumps({**json.loads(old[piece.ABOUT]), **entries}).encode()
-    new = {**old, piece.ABOUT: about, piece.ABOUT_SUM: hashlib.sha256(about).hexdigest()}
-    with parquet.ParquetWriter(file, table.schema) as writer:
-        writer.write_table(table)
-        writer.add_key_value_metadata({key: value for key, value in new.items() if key.startswith(b"nbfeat")})
+    resealed(file, table, {KEY: old[KEY], piece.ABOUT: about})
 
 
 @pytest.mark.parametrize(
@@ -481,6 +479,16 @@ def test_a_changed_footer_and_damaged_pages_are_told(photos: pd.DataFrame, folde
     file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
     with pytest.raises(RequestError, match=r"part-00002\.parquet is damaged .*remove that file, and run again"):
         nbfeat.read(folder)
+
+
+def test_every_byte_of_a_file_is_compared_with_what_was_written(photos: pd.DataFrame, folder: Path) -> None:
+    written(photos.iloc[:5], BLOCK, parquet=folder)
+    file, data = folder / FILES[0], (folder / FILES[0]).read_bytes()
+    start = parquet.read_metadata(file).row_group(0).column(4).data_page_offset
+    for place in range(start, start + 30):  # the head of a page, of which pages' own checksums know nothing
+        file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(RequestError, match=r"part-00000\.parquet is damaged .*only its rows are computed anew"):
+            nbfeat.read(folder)
 
 
 def test_a_manifest_that_nbfeat_did_not_write_is_refused(photos: pd.DataFrame, folder: Path) -> None:

@@ -15,7 +15,7 @@ from nbfeat.features import memory
 from nbfeat.features.carried import FAILURE, carried, digest_of_images
 from nbfeat.features.columns import attach, place
 from nbfeat.features.packed import Failure, pack
-from nbfeat.features.piece import Piece, changed, columns_of, rows_of
+from nbfeat.features.piece import Piece, changed, columns_of, matrices_of
 from nbfeat.features.recipe import Recipe
 from nbfeat.features.result import Result
 from nbfeat.features.shelf import Shelf
@@ -153,8 +153,10 @@ def _matrices(shelf: Shelf, pieces: Sequence[Piece], recipe: Recipe) -> list[NDA
     matrices = [np.empty((rows, len(part.names)), np.float32) for part in recipe.parts]
     start = 0
     for piece in pieces:
-        for part, matrix in zip(recipe.parts, matrices, strict=True):
-            matrix[start : start + piece.rows] = rows_of(shelf, piece.about.name, part.prefix, len(part.names))
+        for matrix, some in zip(matrices, matrices_of(shelf, piece, recipe), strict=True):
+            if len(some) != piece.rows:
+                raise changed(shelf, piece.about.name)
+            matrix[start : start + piece.rows] = some
         start += piece.rows
     return matrices
 
@@ -164,19 +166,21 @@ def _own(shelf: Shelf, pieces: Sequence[Piece], recipe: Recipe, *, index_only: b
     import pyarrow as pa  # noqa: PLC0415 - as above
     from pyarrow import parquet  # noqa: PLC0415 - as above
 
-    with shelf.opened(pieces[0].about.name) as file, parquet.ParquetFile(file) as opened:
-        schema = opened.schema_arrow
     made = {part.prefix for part in recipe.parts} | {FAILURE}
-    described: Mapping[str, Any] = schema.pandas_metadata or {}
-    index = [name for name in described.get("index_columns", []) if isinstance(name, str)]
-    names = [name for name in schema.names if name not in made and (name in index or not index_only)]
-    if not names:
-        rows = sum(piece.rows for piece in pieces)
-        none: pd.DataFrame = pa.table({"": pa.nulls(rows)}, metadata=schema.metadata).to_pandas().iloc[:, :0]
-        return none
+    first = pieces[0].about.name
+    with shelf.opened(first) as file, parquet.ParquetFile(file) as opened:
+        schema = opened.schema_arrow
     try:
-        table = pa.concat_tables([columns_of(shelf, piece.about.name, names) for piece in pieces])
-    except pa.ArrowException as error:
-        raise changed(shelf, pieces[0].about.name) from error
-    found: pd.DataFrame = table.replace_schema_metadata(schema.metadata).to_pandas()
-    return found.iloc[:, :0] if index_only else found
+        described: Mapping[str, Any] = schema.pandas_metadata or {}
+        index = [name for name in described.get("index_columns", []) if isinstance(name, str)]
+        names = [name for name in schema.names if name not in made and (name in index or not index_only)]
+        if names:
+            table = pa.concat_tables([columns_of(shelf, piece.about.name, names) for piece in pieces])
+        else:
+            table = pa.table({"": pa.nulls(sum(piece.rows for piece in pieces))})
+        found: pd.DataFrame = table.replace_schema_metadata(schema.metadata).to_pandas()
+    except RequestError:
+        raise
+    except (pa.ArrowException, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise changed(shelf, first) from error
+    return found.iloc[:, :0] if index_only or not names else found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbfeat.errors import RequestError, listing, near, sentences
+from nbfeat.features import sealed
 from nbfeat.features.packed import Failure, UnreadableError, pack, unpack
 from nbfeat.features.recipe import Recipe
 from nbfeat.features.result import Result
@@ -20,8 +20,9 @@ from nbfeat.home import file_written_whole
 if TYPE_CHECKING:
     import pandas as pd
 
-KEY, SUM = b"nbfeat", b"nbfeat.sha256"  # entries of the footer; its bytes have no checksum of their own
+KEY = b"nbfeat"  # an entry of the footer
 SHOWN = 5
+_ANEW = "Extract the features anew."
 
 
 def write(
@@ -29,7 +30,6 @@ def write(
 ) -> None:
     """Write `frame`, its own columns as pandas writes them, with `recipe` and `failures`; whole or not at all."""
     import pyarrow as pa  # noqa: PLC0415 - `import nbfeat` stays light
-    from pyarrow import parquet  # noqa: PLC0415 - as above
 
     final = Path(path).expanduser().resolve()
     if not final.parent.is_dir():
@@ -50,10 +50,10 @@ def write(
     others = [name for name in table.column_names if name not in made]  # few features of a column are the same
     with (
         file_written_whole(final) as temporary,
-        parquet.ParquetWriter(temporary, table.schema, use_dictionary=others) as writer,
+        temporary.open("wb") as sink,
+        sealed.writer(sink, table.schema, {KEY: text}, use_dictionary=others) as writer,
     ):
         writer.write_table(table)
-        writer.add_key_value_metadata({KEY: text, SUM: hashlib.sha256(text).hexdigest()})
 
 
 def read(path: str | Path, frame: pd.DataFrame | None = None) -> Result:
@@ -96,17 +96,17 @@ def _read_file(file: Path) -> Result:
     import pandas as pd  # noqa: PLC0415 - as above
     import pyarrow as pa  # noqa: PLC0415 - as above
 
-    recipe, failures = _footer(file)
+    recipe, failures = _footer(file, whole=True)
     try:
         frame = pd.read_parquet(file)
-    except (pa.ArrowException, OSError, ValueError, TypeError, LookupError) as error:
-        message = f"{file.name} is damaged, and its columns cannot be read: {_first_line(error)}."
+    except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        message = f"{file.name} has columns that cannot be read: {_first_line(error)}. {_ANEW}"
         raise RequestError(message) from error
     _check_columns(file, recipe, list(frame.columns))
     odd = [name for part in recipe.parts for name in part.names if frame.dtypes[name] != np.float32]
     if odd or any(not 0 <= failure.position < len(frame) for failure in failures):
         what = f"column {odd[0]}, which is not float32" if odd else "failures of rows that it has not"
-        message = f"{file.name} has {what}: it was changed after nbfeat wrote it. Extract the features anew."
+        message = f"{file.name} has {what}: it was changed after nbfeat wrote it. {_ANEW}"
         raise RequestError(message)
     table = pd.DataFrame(failures, columns=list(Failure._fields))
     table.index = frame.index.take(table["position"].to_numpy(int))
@@ -132,16 +132,25 @@ def _file(path: str | Path) -> Path:
     return file
 
 
-def _footer(file: Path) -> tuple[Recipe, list[Failure]]:
+def _footer(file: Path, *, whole: bool = False) -> tuple[Recipe, list[Failure]]:
+    """Read the footer, once it is sure to be what was written; with `whole`, all before it, too."""
     import pyarrow as pa  # noqa: PLC0415 - as above
     from pyarrow import parquet  # noqa: PLC0415 - as above
 
     try:
-        with parquet.ParquetFile(file) as opened:
-            entries, columns = opened.metadata.metadata or {}, list(opened.schema_arrow.names)
+        with file.open("rb") as opened:
+            footer = sealed.footer(opened)
+            with parquet.ParquetFile(sealed.alone(footer)) as read:
+                entries, columns = read.metadata.metadata or {}, list(read.schema_arrow.names)
+            is_whole = not whole or sealed.Body.of(entries, footer).is_in(opened)
+    except sealed.UnsealedError as error:
+        raise _unsealed(file.name, error) from error
     except (pa.ArrowException, OSError, ValueError) as error:
-        message = f"{file.name} is not a Parquet file, or is damaged: {_first_line(error)}."
+        message = f"{file.name} cannot be read: {_first_line(error)}. {_ANEW}"
         raise RequestError(message) from error
+    if not is_whole:
+        message = f"{file.name} is damaged: its columns do not agree with their checksum. {_ANEW}"
+        raise RequestError(message)
     recipe, failures = believed(entries, file.name)
     _check_columns(file, recipe, columns)
     return recipe, failures
@@ -149,22 +158,27 @@ def _footer(file: Path) -> tuple[Recipe, list[Failure]]:
 
 def believed(entries: Mapping[bytes, bytes], name: str) -> tuple[Recipe, list[Failure]]:
     """Return the recipe and the failures in the footer of the file `name`, checked; or raise RequestError."""
-    if KEY not in entries:
-        message = (
-            f"{name} was not written by nbfeat, or was written anew by something else since. Write a result with "
-            "result.to_parquet(path)."
-        )
-        raise RequestError(message)
-    if entries.get(SUM) != hashlib.sha256(entries[KEY]).hexdigest().encode():
-        message = f"{name} is damaged: what it says of its features does not agree with its checksum."
-        raise RequestError(message)
     try:
-        recipe, failures = unpack(entries[KEY], name)
+        recipe, failures = unpack(entries.get(KEY, b""), name)
     except UnreadableError as error:
-        way = "Install that version to read it." if "newer" in str(error) else "Extract the features anew."
+        way = "Install that version to read it." if "newer" in str(error) else _ANEW
         message = f"{name} cannot be read as a result of nbfeat: {error}. {way}"
         raise RequestError(message) from error
     return recipe, failures
+
+
+def _unsealed(name: str, error: sealed.UnsealedError) -> RequestError:
+    if not error.is_parquet:
+        return RequestError(f"{name} is not a Parquet file, or is damaged: its end is another. {_ANEW}")
+    if not error.is_sealed:
+        return RequestError(
+            f"{name} was not written by nbfeat, or was written anew by something else since. Write a result with "
+            "result.to_parquet(path)."
+        )
+    return RequestError(
+        f"{name} is damaged, or was written anew by something else: its footer does not agree with its checksum. "
+        f"{_ANEW}"
+    )
 
 
 def _check_columns(file: Path, recipe: Recipe, columns: Sequence[str]) -> None:
@@ -176,7 +190,7 @@ def _check_columns(file: Path, recipe: Recipe, columns: Sequence[str]) -> None:
         if width > len(columns) or any(counts[name] != 1 for name in part.names):
             message = (
                 f"{file.name} has not the {width:,} columns {part.prefix}_0000 … that it says it has: it was changed "
-                "after nbfeat wrote it. Extract the features anew."
+                f"after nbfeat wrote it. {_ANEW}"
             )
             raise RequestError(message)
 

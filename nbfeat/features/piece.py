@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,16 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.errors import RequestError
+from nbfeat.features import sealed
 from nbfeat.features.carried import FAILURE
 from nbfeat.features.packed import Failure, pack
-from nbfeat.features.parquet import KEY, SUM, believed
+from nbfeat.features.parquet import KEY, believed
 from nbfeat.features.recipe import Recipe
 from nbfeat.features.shelf import Shelf
 
 FORMAT = 1  # raised whenever what older versions of nbfeat read would mean something else
-ABOUT, ABOUT_SUM = b"nbfeat.part", b"nbfeat.part.sha256"
-_MAGIC = b"PAR1"  # how Parquet files begin and end
-_TAIL = 8  # the length of the footer, and that
+ABOUT = b"nbfeat.part"  # an entry of the footer, beside KEY
 RAW = ".raw"  # the folder of those that are not normalized yet
 
 
@@ -54,6 +52,7 @@ class Piece:
     recipe: Recipe
     failures: Sequence[Failure]  # positions count from the first row of the file
     rows: int
+    body: sealed.Body | None = None  # what comes before the footer; None where that was just written
 
 
 def file_name(number: int, *, raw: bool = False) -> str:
@@ -71,7 +70,6 @@ def write(
 ) -> None:
     """Write a part: the `own` columns, the matrix of each part of the recipe, and reasons of failures."""
     import pyarrow as pa  # noqa: PLC0415 - `import nbfeat` stays light
-    from pyarrow import parquet  # noqa: PLC0415 - as above
 
     arrays = {name: own.column(name) for name in own.column_names}
     for part, matrix in zip(recipe.parts, matrices, strict=True):
@@ -83,10 +81,11 @@ def write(
     others = [name for name in arrays if name not in {part.prefix for part in recipe.parts}]
     with (
         shelf.writing(about.name) as sink,
-        parquet.ParquetWriter(sink, schema, use_dictionary=others, write_page_checksum=True) as writer,
+        sealed.writer(
+            sink, schema, {KEY: text, ABOUT: told}, use_dictionary=others, write_page_checksum=True
+        ) as writer,
     ):
         writer.write_table(table)
-        writer.add_key_value_metadata({KEY: text, SUM: _sum(text), ABOUT: told, ABOUT_SUM: _sum(told)})
 
 
 def look(shelf: Shelf, name: str) -> Piece | None:
@@ -102,17 +101,19 @@ def look(shelf: Shelf, name: str) -> Piece | None:
     import pyarrow as pa  # noqa: PLC0415 - as above
     from pyarrow import parquet  # noqa: PLC0415 - as above
 
-    with shelf.opened(name) as file:  # whose errors are none of the file's
-        end = _end(file)
     try:
-        with parquet.ParquetFile(pa.BufferReader(end)) as opened:
+        with shelf.opened(name) as file:
+            footer = sealed.footer(file)
+        with parquet.ParquetFile(sealed.alone(footer)) as opened:
             entries, schema, rows = opened.metadata.metadata or {}, opened.schema_arrow, opened.metadata.num_rows
-    except (pa.ArrowException, OSError, ValueError):
-        return None
+    except sealed.UnsealedError as error:
+        if not error.is_parquet:
+            return None
+        raise (changed(shelf, name) if error.is_sealed else ForeignError(name)) from error
+    except (pa.ArrowException, ValueError) as error:
+        raise changed(shelf, name) from error
     if ABOUT not in entries:
         raise ForeignError(name)
-    if entries.get(ABOUT_SUM, b"").decode() != _sum(entries[ABOUT]):
-        raise changed(shelf, name)
     about = _about(shelf, name, entries[ABOUT])
     recipe, failures = believed(entries, name)
     for part in recipe.parts:
@@ -121,24 +122,28 @@ def look(shelf: Shelf, name: str) -> Piece | None:
             raise changed(shelf, name)
     if about.name != name or any(not 0 <= failure.position < rows for failure in failures):
         raise changed(shelf, name)
-    return Piece(about, recipe, failures, rows)
+    return Piece(about, recipe, failures, rows, sealed.Body.of(entries, footer))
 
 
-def _end(file: Any) -> bytes:  # noqa: ANN401 - pyarrow's file
-    """Read the footer of a Parquet file, as a file that has nothing else; nothing where it has none."""
-    size = file.size()
-    file.seek(max(0, size - _TAIL))
-    tail: bytes = file.read()
-    length = int.from_bytes(tail[:4], "little")
-    if tail[4:] != _MAGIC or length > size - 2 * len(_MAGIC) - 4:
-        return b""
-    file.seek(size - _TAIL - length)
-    return _MAGIC + bytes(file.read())
+def matrices_of(shelf: Shelf, there: Piece, recipe: Recipe) -> list[NDArray[np.float32]]:
+    """Read the features of all blocks from a file, every byte of which is compared with what was written."""
+    import pyarrow as pa  # noqa: PLC0415 - as above
+
+    name = there.about.name
+    with shelf.opened(name) as file:
+        whole = pa.BufferReader(file.read_buffer())
+    if there.body and not there.body.is_in(whole):
+        raise _damaged(shelf, name, "its columns do not agree with their checksum")
+    table = _columns_of(whole, shelf, name, [part.prefix for part in recipe.parts])
+    return [_rows_in(table, shelf, name, part.prefix, len(part.names)) for part in recipe.parts]
 
 
 def rows_of(shelf: Shelf, name: str, prefix: str, width: int) -> NDArray[np.float32]:
     """Read the features of one block from a file."""
-    table = columns_of(shelf, name, [prefix])
+    return _rows_in(columns_of(shelf, name, [prefix]), shelf, name, prefix, width)
+
+
+def _rows_in(table: Any, shelf: Shelf, name: str, prefix: str, width: int) -> NDArray[np.float32]:  # noqa: ANN401 - as above
     lists = table.column(prefix).combine_chunks()
     numbers = lists.flatten()  # lists that are null have none
     if len(numbers) != table.num_rows * width or numbers.null_count:
@@ -149,24 +154,29 @@ def rows_of(shelf: Shelf, name: str, prefix: str, width: int) -> NDArray[np.floa
 
 def columns_of(shelf: Shelf, name: str, columns: Sequence[str]) -> Any:  # noqa: ANN401 - pyarrow's table
     """Read columns of a file as a table; pages whose checksums are wrong are an error."""
+    with shelf.opened(name) as file:
+        return _columns_of(file, shelf, name, columns)
+
+
+def _columns_of(file: Any, shelf: Shelf, name: str, columns: Sequence[str]) -> Any:  # noqa: ANN401 - as above
     import pyarrow as pa  # noqa: PLC0415 - as above
     from pyarrow import parquet  # noqa: PLC0415 - as above
 
     try:
-        with (
-            shelf.opened(name) as file,
-            parquet.ParquetFile(file, page_checksum_verification=True) as opened,
-        ):
+        with parquet.ParquetFile(file, page_checksum_verification=True) as opened:
             table = opened.read(columns=list(columns), use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
         if getattr(error, "errno", None):
             raise
-        message = (
-            f"{shelf.name}{name} is damaged ({str(error).splitlines()[0][:100]}): remove that file, and run again what "
-            "wrote it; only its rows are computed anew."
-        )
-        raise RequestError(message) from error
+        raise _damaged(shelf, name, str(error).splitlines()[0][:100]) from error
     return table.select(list(columns))  # a name with dots may have brought others along
+
+
+def _damaged(shelf: Shelf, name: str, reason: str) -> RequestError:
+    return RequestError(
+        f"{shelf.name}{name} is damaged ({reason}): remove that file, and run again what wrote it; only its rows are "
+        "computed anew."
+    )
 
 
 def changed(shelf: Shelf, name: str) -> RequestError:
@@ -215,7 +225,3 @@ def _reasons(failures: Sequence[Failure], rows: int, recipe: Recipe) -> list[str
         told = f"{failure.column}: {failure.reason}" if several else failure.reason
         found.setdefault(failure.position, []).append(told)
     return ["; ".join(found[row]) if row in found else None for row in range(rows)]
-
-
-def _sum(text: bytes) -> str:
-    return hashlib.sha256(text).hexdigest()
