@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.features import tables
-from nbfeat.features.kept import Kept, News
+from nbfeat.features.kept import Kept, News, checked, summed
 from nbfeat.home import HomeError, file_system, is_remote, keep
 
 LARGEST = 20_000_000_000  # bytes
@@ -71,12 +71,14 @@ class Cache:
     def images(self, states: Iterable[bytes]) -> dict[bytes, bytes]:
         """Return what the files in these states hold, for those that were read before."""
         query = "SELECT state, image FROM files WHERE state IN ({})"
-        return dict(self._find(query, states))
+        found = ((state, checked(kept, state)) for state, kept in self._find(query, states))
+        return {state: image for state, image in found if image is not None}
 
     def failures(self, images: Iterable[bytes]) -> dict[bytes, str]:
         """Return the reasons why images could not be decoded, for those that were tried with these decoders."""
         query = "SELECT image, reason FROM failures WHERE image IN ({}) AND decoders = ?"
-        return dict(self._find(query, images, self.decoders))
+        found = ((image, checked(kept, self._tried(image))) for image, kept in self._find(query, images, self.decoders))
+        return {image: reason.decode() for image, reason in found if reason is not None}
 
     def vectors(self, block: Kept, images: Iterable[bytes]) -> dict[bytes, Vector]:
         """Return the features that `block` has of these images; rows that are damaged are as good as none."""
@@ -90,6 +92,10 @@ class Cache:
             for image, vector, sum_ in self._find(query, images, block.key, size=size)
             if isinstance(vector, bytes) and len(vector) == size and block.sum(image, vector) == sum_
         }
+
+    def _tried(self, image: bytes) -> bytes:
+        """Return what a failure is about."""
+        return image + self.decoders.encode()
 
     def _find(self, query: str, keys: Iterable[bytes], *more: str, size: int = 1) -> Iterator[Any]:
         """Yield the rows that `query` finds for `keys`, so many at a time that rows of `size` bytes stay few."""
@@ -131,9 +137,12 @@ class Cache:
                     for image, data in zip(images, map(np.ndarray.tobytes, vectors), strict=True)
                 ]
                 db.executemany("INSERT OR REPLACE INTO features VALUES (?, ?, ?, ?)", rows)
-            files = [(state, image, now) for state, image in news.files.items()]
+            files = [(state, summed(image, state), now) for state, image in news.files.items()]
             db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", files)
-            failures = [(image, self.decoders, reason, now) for image, reason in news.failures.items()]
+            failures = [
+                (image, self.decoders, summed(reason.encode(), self._tried(image)), now)
+                for image, reason in news.failures.items()
+            ]
             db.executemany("INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?)", failures)
 
     def _id(self, db: sqlite3.Connection, block: Kept) -> int:
@@ -150,7 +159,10 @@ class Cache:
         db.executemany(
             "INSERT INTO blocks (key, recipe, width, used) VALUES (?, ?, ?, ?) "
             "ON CONFLICT (key) DO UPDATE SET used = excluded.used",
-            [(block.key, block.recipe, block.width, now) for block in blocks],
+            [
+                (block.key, summed(block.recipe.encode(), _about(block.key, block.width)), block.width, now)
+                for block in blocks
+            ],
         )
 
     # Size
@@ -169,10 +181,13 @@ class Cache:
         query = "SELECT key, recipe, width, used, (SELECT COUNT(*) FROM features WHERE block = id) FROM blocks"
         none: list[tuple[Any, ...]] = []
         found = self._try(lambda db: db.execute(f"{query} ORDER BY used DESC").fetchall(), none, "read")
+        told = (
+            (checked(recipe, _about(key, width)), key, width, used, rows) for key, recipe, width, used, rows in found
+        )
         return [
             {**json.loads(recipe), "key": key, "width": width, "rows": rows, "used": used}
-            for key, recipe, width, used, rows in found
-            if rows
+            for recipe, key, width, used, rows in told
+            if recipe and rows
         ]
 
     def clear(self) -> None:
@@ -181,10 +196,10 @@ class Cache:
 
     def _make_room(self, db: sqlite3.Connection) -> None:
         """Evict whole blocks, the one longest unused first, until the rest is within the limit."""
-        limit = self.limit()
+        limit, tried = self.limit(), set[int]()
         while tables.used_bytes(db) > limit:
             every = db.execute("SELECT id, used, key FROM blocks ORDER BY used").fetchall()
-            others = [(number, used) for number, used, key in every if key not in self._mine]
+            others = [(number, used) for number, used, key in every if key not in self._mine and number not in tried]
             if not others:
                 self.writes = False
                 self.note = (
@@ -192,6 +207,7 @@ class Cache:
                     "features are not kept. Set NBFEAT_HOME to a folder on a larger disk."
                 )
                 return
+            tried.add(others[0][0])
             tables.evict(db, *others[0])
 
     # Trouble
@@ -222,19 +238,18 @@ class Cache:
                 return nothing
             try:
                 return work(self._db)
-            except (sqlite3.Error, tables.NewerError, OSError) as error:
+            except (sqlite3.Error, tables.NewerError, OSError, ValueError, TypeError) as error:
                 self._give_up(error, verb)
             return nothing
 
     def _give_up(self, error: Exception, verb: str) -> None:
         """Stop writing, or begin anew where the file is damaged."""
         why, way = str(error), "Free some disk, or set NBFEAT_HOME to another folder."
-        if isinstance(error, sqlite3.Error):
-            if tables.is_damage(error):
-                self._begin_anew(error)
-                return
-            if tables.is_busy(error):
-                why, way = "another program has locked it", "Close it, and run the cell again."
+        if tables.is_damage(error):
+            self._begin_anew(error)
+            return
+        if tables.is_busy(error):
+            why, way = "another program has locked it", "Close it, and run the cell again."
         elif isinstance(error, tables.NewerError):
             way = "Update nbfeat, or set NBFEAT_HOME to another folder."
         self.writes = False
@@ -268,6 +283,10 @@ class Cache:
 
 def _files(path: Path) -> list[Path]:
     return [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm", "-journal")]
+
+
+def _about(key: object, width: object) -> bytes:
+    return f"{key} {width}".encode()
 
 
 def _number(path: Path) -> int:

@@ -12,6 +12,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+_SUM = 4  # bytes
+
 
 @dataclass(frozen=True, eq=False)
 class Kept:
@@ -38,6 +40,17 @@ class Kept:
     def sum(self, image: bytes, vector: bytes) -> int:
         """Return the checksum of a row: SQLite does not notice a page that was overwritten."""
         return zlib.crc32(vector, zlib.crc32(image, self._seed))
+
+
+def summed(told: bytes, about: bytes) -> bytes:
+    """Return what is told `about` something after its checksum, since that may come to stand beside something else."""
+    return zlib.crc32(told, zlib.crc32(about)).to_bytes(_SUM, "big") + told
+
+
+def checked(kept: object, about: bytes) -> bytes | None:
+    """Return what was told `about` something; None where it is not what was kept."""
+    told = kept[_SUM:] if isinstance(kept, bytes) else b""
+    return told if kept == summed(told, about) else None
 
 
 @dataclass(slots=True)

@@ -160,7 +160,10 @@ def _block(row: dict[str, Any]) -> str:
 
 
 def _when(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
+    try:
+        return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
+    except (TypeError, ValueError, OverflowError, OSError):
+        return "some time"  # damaged, and no matter
 
 
 def _size(folder: Path) -> int:

@@ -31,14 +31,16 @@ class NewerError(Exception):
     """The file was written by a newer nbfeat."""
 
 
-def is_busy(error: sqlite3.Error) -> bool:
+def is_busy(error: Exception) -> bool:
     """Tell whether another process is in the way."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in BUSY
 
 
-def is_damage(error: sqlite3.Error) -> bool:
+def is_damage(error: Exception) -> bool:
     """Tell whether the file is not what it should be."""
-    code = getattr(error, "sqlite_errorcode", 0)
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None:  # of Python, which finds text that is none, in errors that quote the file, too
+        return isinstance(error, sqlite3.OperationalError | ValueError | TypeError)
     return code & 0xFF in _DAMAGED or code == sqlite3.SQLITE_IOERR_SHORT_READ
 
 
