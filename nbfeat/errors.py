@@ -15,11 +15,18 @@ Every message is a sentence with the value in question, and ends with the next s
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_NOT_PRINTABLE = re.compile(r"[^\S ]|[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class NbfeatError(Exception):
     """Anything that nbfeat raises on purpose."""
+
+    def __str__(self) -> str:
+        """Return the message, whatever signs are in the values that it quotes, on one line."""
+        return printable(super().__str__())
 
 
 class RequestError(NbfeatError, ValueError):
@@ -40,6 +47,11 @@ class ExtractionError(NbfeatError):
 
 class ImageError(NbfeatError):
     """One image could not be read; its message is the reason shown in `failures`."""
+
+
+def printable(text: str) -> str:
+    """Return `text` on one line, printable everywhere: other signs as Python writes them."""
+    return _NOT_PRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def near(word: str, known: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from nbfeat.errors import printable
 from nbfeat.features import tables
 from nbfeat.features.kept import Kept, News, checked, summed
 from nbfeat.home import HomeError, file_system, is_remote, keep
@@ -244,7 +245,7 @@ class Cache:
 
     def _give_up(self, error: Exception, verb: str) -> None:
         """Stop writing, or begin anew where the file is damaged."""
-        why, way = str(error), "Free some disk, or set NBFEAT_HOME to another folder."
+        why, way = printable(str(error)), "Free some disk, or set NBFEAT_HOME to another folder."
         if tables.is_damage(error):
             self._begin_anew(error)
             return
@@ -270,7 +271,7 @@ class Cache:
         except (OSError, sqlite3.Error, tables.NewerError):
             self.close()
         tail = "It was begun anew" if self._db else "Features are not kept: delete that folder"
-        self.note = f"The cache in {self._folder} was damaged ({error}). {tail}."
+        self.note = f"The cache in {self._folder} was damaged ({printable(str(error))}). {tail}."
 
     def close(self) -> None:
         """Let the file go; the cache then finds and keeps nothing."""

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 
 from PIL import Image, UnidentifiedImageError
 
+from nbfeat.errors import printable
+
 # Pillow's name of the format, its module, suffixes. Never EPS or WMF, which run other programs. MPO is opened by the
 # reader of JPEG. TGA, which has no sign and which any data might be, comes last.
 _FORMATS = (
@@ -61,7 +63,6 @@ _FOREIGN: tuple[tuple[bytes, str], ...] = (
 )
 LONGEST_TEXT = 200
 OUT_OF_MEMORY = "not enough memory to decode it"  # the one reason that is not of the image
-_NOT_PRINTABLE = re.compile(r"[^\S ]|[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def opened(data: bytes) -> Image.Image:
@@ -98,6 +99,6 @@ def reason(error: Exception, data: bytes) -> str:
 
 def short(text: str, most: int = LONGEST_TEXT) -> str:
     """Return `text` on one line, printable everywhere, its middle left out where it is longer than `most`."""
-    line = _NOT_PRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+    line = printable(text)
     head = most // 3
     return line if len(line) <= most else f"{line[:head]}…{line[head + 1 - most :]}"
