@@ -22,6 +22,7 @@ Normalize = Literal["none", "l2", "standard", "minmax", "whiten"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 NORMALIZES: tuple[Normalize, ...] = get_args(Normalize)
 
+_BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001))))  # those that come along from web pages, too
 LARGEST_SIZE = 4096  # pixels; a batch of eight is then 400 MB, beyond what any backbone was trained for
 
 
@@ -143,7 +144,8 @@ class WordParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise RequestError in place of argparse's exit."""
-        raise RequestError(message[:1].upper() + message[1:] + ".")
+        told = f"{message[:1].upper()}{message[1:]}. `%extract?` lists the options and what they take."
+        raise RequestError(told)
 
     def read(self, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         """Split words into the options given and the words that belong to none."""
@@ -161,16 +163,20 @@ class WordParser(argparse.ArgumentParser):
 
 def split_words(text: str) -> list[str]:
     """Split a line as a shell does, but a backslash is plain text (Windows paths); ``#`` before a word is a comment."""
-    lexer = shlex.shlex(_without_comment(text), posix=True)
-    lexer.whitespace_split, lexer.commenters, lexer.escape = True, "", ""
+    lexer = shlex.shlex(without_comment(text), posix=True)
+    lexer.whitespace, lexer.whitespace_split, lexer.commenters, lexer.escape = _BLANKS, True, "", ""
     try:
         return list(lexer)
     except ValueError as error:
-        message = f"A quotation mark is not closed in: {text.strip()}"
+        message = (
+            f"A quotation mark is not closed in {text.strip()!r}. Close it, or put a word that has one between marks "
+            "of the other kind."
+        )
         raise RequestError(message) from error
 
 
-def _without_comment(text: str) -> str:
+def without_comment(text: str) -> str:
+    """Return a line without what follows a ``#`` that begins a word."""
     # A quoted run, a run of other characters, or a # that begins a word.
     for match in re.finditer(r"'[^']*'|\"[^\"]*\"|(?:(?<=\s)|^)#|.", text, re.DOTALL):
         if match.group() == "#" and (match.start() == 0 or text[match.start() - 1].isspace()):

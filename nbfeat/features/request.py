@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nbfeat.features.network import NetworkSpec
 
 Blocks = str | FeatureBlock | Sequence[str | FeatureBlock]
+_QUERY = "Compare a column with a value, as in \"split == 'train'\"."
 PLACES = ("ray",)  # to compute at, beside this process
 
 
@@ -66,14 +67,14 @@ def rows_selected(frame: pd.DataFrame, fit_on: str | Sequence[bool]) -> NDArray[
         try:
             values = frame.eval(fit_on, local_dict={}, global_dict={})
         except Exception as error:  # the query is the user's: whatever it raises is about it
-            message = f"--fit-on {fit_on!r} could not be evaluated on the frame: {error}."
+            message = f"--fit-on {fit_on!r} could not be evaluated on the frame: {error}. {_QUERY}"
             raise RequestError(message) from error
     else:
         values = fit_on
     mask: NDArray[Any] = np.asarray(values)
     if mask.shape != (len(frame),) or mask.dtype != bool:
         given = f"{mask.dtype} of shape {mask.shape} for {len(frame):,} rows"
-        message = f"--fit-on must give one True or False per row; it gave {given}."
+        message = f"--fit-on must give one True or False per row; it gave {given}. {_QUERY}"
         raise RequestError(message)
     if not mask.any():
         message = "--fit-on selects no row at all. Check the query against the frame's values."
