@@ -17,7 +17,7 @@ from typing import Any
 
 from nbfeat.backbones.model_file import SUFFIXES
 from nbfeat.errors import RequestError, listing, near, sentences
-from nbfeat.features.block import BLOCK_OPTIONS, FeatureBlock, Option, WordParser, spelled, split_words
+from nbfeat.features.block import BLOCK_OPTIONS, FeatureBlock, Option, WordParser, spelled, split_words, without_comment
 from nbfeat.features.dataset import is_dataset
 from nbfeat.features.engines import PRECISIONS
 from nbfeat.features.extraction import Extraction
@@ -170,9 +170,20 @@ def _words(line: str) -> list[str]:
     return split_words(_unsilenced(line))
 
 
+def is_silenced(text: str) -> bool:
+    """Tell whether a line or a body ends with a semicolon, comments aside."""
+    return _unsilenced(text) != text
+
+
 def _unsilenced(text: str) -> str:
     """Take off a semicolon at the end, which only silences the output."""
-    return text.rstrip().removesuffix(";")
+    lines = text.splitlines(keepends=True)
+    for number in reversed(range(len(lines))):
+        if words := without_comment(lines[number]).rstrip():
+            if words.endswith(";"):
+                lines[number] = words.removesuffix(";") + lines[number][len(words) :]
+            break
+    return "".join(lines)
 
 
 def cache_words(line: str) -> str | None:

@@ -10,7 +10,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
-from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand, output_can_be_silenced
+from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
 from IPython.core.magic import line_cell_magic as both
 from traitlets import Bool, TraitError, Unicode, validate
 from traitlets.config import Configurable
@@ -62,20 +62,20 @@ class ExtractMagics(Magics):
             raise TraitError(str(error)) from None
         return str(value)
 
-    @output_can_be_silenced  # by a semicolon at the end
     @no_var_expand
     @both
     def extract(self, line: str, cell: str | None = None) -> Extraction | None:
         """Attach features of images as columns; the grammar makes the text that ``%extract?`` shows."""
         result: Extraction | None = self._answer(lambda: self._extract(line, cell))
-        return result
+        # IPython's own way to silence reads the words as Python, and fails over what is none, such as a lone bracket.
+        return None if grammar.is_silenced(line if cell is None else cell) else result
 
-    @output_can_be_silenced
     @no_var_expand
     @line_magic
     def extract_panel(self, line: str) -> Any:  # noqa: ANN401 - a Panel, of a module that takes ipywidgets to import
         """Choose by clicking: ``%extract_panel [FRAME]``. ``%extract_panel --code`` puts its code into a new cell."""
-        return self._answer(lambda: self._extract_panel(line))
+        panel = self._answer(lambda: self._extract_panel(line))
+        return None if grammar.is_silenced(line) else panel
 
     @no_var_expand
     @line_magic
