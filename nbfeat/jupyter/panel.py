@@ -22,7 +22,7 @@ from nbfeat.jupyter.panel_blocks import Blocks
 from nbfeat.jupyter.panel_result import Result
 from nbfeat.jupyter.panel_run import RunOptions
 from nbfeat.jupyter.panel_source import Source, frame_to_open
-from nbfeat.jupyter.panel_widgets import Kit, answer_at_once, close, style
+from nbfeat.jupyter.panel_widgets import Kit, answer_at_once, style
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
@@ -148,7 +148,6 @@ class Panel:
         self.cancel()
         if self._after_a_cell in self._shell.events.callbacks["post_run_cell"]:
             self._shell.events.unregister("post_run_cell", self._after_a_cell)
-        close(self.box)
         self._kit.close()
 
     def _pressed(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -43,6 +44,7 @@ class Kit:
         self._is_filling = False
         self._layout = widgets.Layout()
         self._styles: dict[type, Any] = {}
+        self._made = weakref.WeakSet[Any]()
 
     def make(self, kind: type, name: str = "", **traits: Any) -> Any:  # noqa: ANN401 - a widget of that kind
         """Return a widget whose class in the style is `name`."""
@@ -51,6 +53,7 @@ class Kit:
         made = kind(layout=self._layout, _dom_classes=(f"nbfeat-{name}",) if name else (), **traits)
         if made.has_trait("style"):
             self._styles[kind] = made.style
+        self._made.add(made)
         return made
 
     def option(self, option: Option, settings: Mapping[str, Any]) -> Any:  # noqa: ANN401 - whichever fits the option
@@ -114,9 +117,9 @@ class Kit:
         return self.make(widgets.Accordion, "fold", children=(child,), titles=(title,), selected_index=None)
 
     def close(self) -> None:
-        """Let go of what the widgets shared."""
-        for shared in (self._layout, *self._styles.values()):
-            shared.close()
+        """Take all widgets out of memory, those that are shown only at times, too, and what they share."""
+        for one in (*self._made, self._layout, *self._styles.values()):
+            one.close()
 
 
 def with_default(option: Option, settings: Mapping[str, Any], choices: Iterable[Any] | None = None) -> list[Choice]:
