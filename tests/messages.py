@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 
+_VERBS = (
+    "bring check choose close compare delete extract free give install keep leave let lists make move name needs? put "
+    "remove rename run say set takes? try update use write"
+)
 _STEP = re.compile(
-    r"""
+    rf"""
     Did\ you\ mean\ .+\?$
-    | \b(?:Choose|Write|Name|Use|Give|Make|Check|Try|Install|Extract|Close|Keep|Run|Leave|Free|Set|Delete|Update|Compare|Take|Bring|Let|Rename|Relative\ paths\ start)\b
+    | ^Relative\ paths\ start
     | ^(?:Columns\ that\ look\ like\ images|Its\ columns):  # to choose from
-    | \b(?:leave|move|take[s]?|needs?|use|name|make|choose|give|write|remove|set|install|update|delete|free|run|lists?|say)\b
+    | (?i:\b(?:{_VERBS.replace(" ", "|")})\b)
     """,
     re.VERBOSE,
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
 import nbfeat
@@ -17,6 +18,7 @@ from nbfeat.backbones.backbone import SCALINGS
 from nbfeat.features.block import BLOCK_OPTIONS, NORMALIZES, POOLINGS, quoted, split_words
 from nbfeat.features.fit import INTERPOLATIONS, RESIZES
 from nbfeat.jupyter import grammar
+from tests.messages import assert_says_what_to_do
 
 WORD = some.text(some.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1)
 TEXT = some.text(
@@ -36,7 +38,7 @@ BLOCKS = some.builds(
     normalize=some.sampled_from([how for how in NORMALIZES if how != "whiten"]),
     components=maybe(some.integers(1, 10_000)),
     weights=maybe(TEXT),
-    alpha=maybe(some.sampled_from([0.25, 0.35, 1.0])),
+    alpha=maybe(some.floats(0, 4, exclude_min=True)),
     scaling=maybe(some.sampled_from(SCALINGS)),
     size=maybe(some.integers(1, 4096)),
     resize=some.sampled_from(RESIZES),
@@ -45,26 +47,38 @@ BLOCKS = some.builds(
 )
 
 
-@given(BLOCKS)
+WHITENED = some.builds(partial(replace, normalize="whiten"), BLOCKS, components=some.integers(1, 10_000))
+ANYTHING = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+
+@ANYTHING
+@given(BLOCKS | WHITENED)
 def test_a_block_reads_back_from_its_text(block: FeatureBlock) -> None:
     assert FeatureBlock.parse(str(block)) == (block,)
 
 
+@ANYTHING
 @given(some.lists(TEXT))
 def test_quoted_words_read_back(words: list[str]) -> None:
     assert split_words(" ".join(map(quoted, words))) == words
 
 
+@ANYTHING
 @given(some.text())
 def test_any_line_is_read_or_refused_with_a_sentence(line: str) -> None:
-    with contextlib.suppress(RequestError):
+    try:
         assert FeatureBlock.parse(line)
+    except RequestError as error:
+        assert_says_what_to_do(str(error))
 
 
+@ANYTHING
 @given(some.text(), some.none() | some.text())
 def test_any_cell_is_read_or_refused_with_a_sentence(line: str, body: str | None) -> None:
-    with contextlib.suppress(RequestError):
+    try:
         grammar.read(line, body, {})
+    except RequestError as error:
+        assert_says_what_to_do(str(error))
 
 
 def test_backslashes_and_signs_are_plain_and_comments_go() -> None:

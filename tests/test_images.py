@@ -752,21 +752,6 @@ def test_random_bytes(sign: bytes, data: bytes) -> None:
 
 
 @ANYTHING
-@given(
-    kind=st.sampled_from(["JPEG", "PNG"]),
-    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=12),
-    cut=st.floats(0, 1),
-)
-def test_mutated_files(kind: str, changes: list[tuple[float, int]], cut: float) -> None:
-    data = bytearray(encoded(photo(), kind, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"))
-    for place, byte in changes:
-        data[int(place * len(data))] = byte
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "MOST_PIXELS", 4_000_000)
-        gives_pixels_or_a_sentence(bytes(data[: int(len(data) * cut)] if cut < 0.3 else data))
-
-
-@ANYTHING
 @given(st.one_of(st.text(), st.none(), st.floats(), st.integers(), st.dates(), st.dictionaries(st.text(), st.text())))
 def test_any_value(value: object) -> None:
     gives_pixels_or_a_sentence(value, Path("/nowhere"))
