@@ -75,6 +75,7 @@ def test_layers_after_the_end_are_listed_and_customary() -> None:
     assert list(table.index[-5:]) == ["pool5", "avgpool", "flatten", "fc6", "fc7"]
     assert table.loc["pool5", "shape"] == "6 × 6 × 256"
     assert list(table.loc[["flatten", "fc6", "fc7"], "flatten"]) == [9216, 4096, 4096]
+    assert [str(width) for width in table.loc[["conv1", "pool5", "fc6"], "avg, max, gem"]] == ["64", "256", "<NA>"]
     assert list(table.index[table["customary"]]) == [layer.name for layer in CATALOG["AlexNet"].layers]
 
 

@@ -58,7 +58,8 @@ def layers(backbone: str, *, alpha: float | None = None, size: int | None = None
     spec = spec_of(found, alpha, size)
     customary = set() if found.package == "file" else {layer.name for layer in found.layers}
     rows = [_row(row, customary) for row in _rows(spec, found)]
-    return pd.DataFrame(rows).set_index("layer")
+    # A vector is not pooled, and one that is missing must not turn the widths of the others into fractions.
+    return pd.DataFrame(rows).set_index("layer").astype({"avg, max, gem": "Int64"})
 
 
 def _rows(spec: NetworkSpec, backbone: Backbone) -> list[dict[str, Any]]:
