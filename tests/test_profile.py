@@ -12,6 +12,7 @@ import nbfeat
 from nbfeat.features import pipeline
 from nbfeat.features.extraction import Extraction
 from nbfeat.features.profile import Profile, Timings
+from nbfeat.features.report import headline, pace
 from nbfeat.jupyter.live import progress
 from tests.fake import FakeEngine
 
@@ -105,3 +106,12 @@ def test_it_reads_as_a_table_and_a_sentence() -> None:
     assert lines[-1] == profile.sentence == f"{told} More cores would help, or smaller images."
     assert "<td" in profile._repr_html_()
     assert "no images in 2.5 of 6.0 s" in profile._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("rate", "told"), [(0.034, "0.034"), (0.5, "0.5"), (2.0, "2"), (2.04, "2"), (12.4, "12"), (1234.5, "1,234")]
+)
+def test_a_slow_run_is_not_told_as_none_a_second(rate: float, told: str) -> None:
+    assert pace(rate) == f"{told} images/s"
+    report = {"state": "done", "total": 2, "cached": 0, "width": 5, "seconds": 60, "computed": 2, "preparing": 0}
+    assert headline({**report, "rate": rate}) == f"5 new columns from 2 images in 60.0 s ({told} images/s)"

@@ -123,12 +123,17 @@ def headline(report: dict[str, Any]) -> str:
     computed = report["computed"]
     if cached and not computed:
         return f"{took}, {'all' if cached == total else f'{cached:,}'} {report['kept']}"
-    speed = f"({report['rate']:,.0f} images/s)"
+    speed = f"({pace(report['rate'])})"
     if cached:
         took += f": {cached:,} {report['kept']}, {computed:,} computed"
     if report["preparing"] > 1:
         speed += f", {report['preparing']:,.1f} s of them to prepare the network"
     return f"{took} {speed}"
+
+
+def pace(rate: float) -> str:
+    """Return images per second as people read it; a large network on few images must not be told as none a second."""
+    return f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s"  # noqa: PLR2004 - two digits
 
 
 def footer(report: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from nbfeat.features.extraction import Step
+from nbfeat.features.report import pace
 from nbfeat.html import Html, bar, escape
 
 SECONDS_BETWEEN = 0.2
@@ -83,7 +84,7 @@ def progress(step: Step) -> str:
     """Say in one line how far a run is: counts, speed, time left and what it waits for."""
     parts = counts(step)
     if step.images_per_second:
-        parts.append(f"{step.images_per_second:,.0f} images/s")
+        parts.append(pace(step.images_per_second))
     if step.seconds_left is not None:
         parts.append(f"{clock(step.seconds_left)} left")
     if step.bottleneck:
