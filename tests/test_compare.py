@@ -445,6 +445,15 @@ def test_text_and_html_say_the_same(extracted: Extraction) -> None:
     assert "without the cache, measured just now on up to 64" in text
 
 
+def test_a_file_is_shown_without_its_folders() -> None:
+    block = "'/a folder/mine.keras' --layer conv --scaling none --prefix mine"
+    found = made([block, "Pocket"])
+    for text in (repr(found), found._repr_html_()):
+        assert "mine.keras --layer conv --scaling none --prefix mine" in text
+        assert "folder" not in text
+    assert found.table["block"].tolist() == [block, "Pocket"]
+
+
 def test_nothing_global_is_changed(extracted: Extraction) -> None:
     with mpl.rc_context({"axes.facecolor": "black", "font.size": 7}):
         before, state = dict(mpl.rcParams), np.random.get_state()[1].copy()  # type: ignore[index]  # noqa: NPY002

@@ -13,7 +13,7 @@ from nbfeat.errors import listing
 from nbfeat.explore.plots import axes, colors, plain
 from nbfeat.features.block import FeatureBlock
 from nbfeat.features.memory import shown
-from nbfeat.features.report import title_of
+from nbfeat.features.report import briefly, title_of
 from nbfeat.html import Html, paragraph, table, text_table
 
 if TYPE_CHECKING:
@@ -132,8 +132,9 @@ class Comparison:
         for prefix, row in self.table.iterrows():
             spread = "" if np.isnan(row["spread"]) else f" ± {row['spread']:.3f}"
             speed = [_rate(row["images_per_second"]) or "?"] if "images_per_second" in row else []
+            (block,) = FeatureBlock.parse(row["block"])
             rows.append(
-                [prefix, f"{row['score']:.3f}{spread}", row["width"], *speed, shown(row["bytes"]), row["block"]]
+                [prefix, f"{row['score']:.3f}{spread}", row["width"], *speed, shown(row["bytes"]), briefly(block)]
             )
         return [name for name in head if name != "images/s" or "images_per_second" in self.table], rows
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nbfeat.backbones.catalog import find
 from nbfeat.backbones.model_file import NAME, SUFFIXES
 from nbfeat.errors import listing
+from nbfeat.features.block import quoted
 from nbfeat.features.columns import spanned
 from nbfeat.html import Html, details, escape, paragraph, table, text_table
 
@@ -46,7 +47,7 @@ def summarize(extraction: Extraction) -> dict[str, Any]:
         "preparing": extraction.timings.preparing,
         "width": len(extraction.columns) if finished else None,
         "blocks": [_block(part, extraction.cached) for part in extraction.parts] if finished else [],
-        "planned": [str(block) for block in extraction.blocks],
+        "planned": [briefly(block) for block in extraction.blocks],
         "engines": extraction.engines,
         "precision": extraction.precision,
         "bottleneck": extraction.bottleneck,
@@ -79,6 +80,11 @@ def _block(part: Part, cached: int) -> tuple[str, int, str]:
 def title_of(block: FeatureBlock) -> str:
     """Return what a block's backbone is called: of a file, the name without its folders."""
     return Path(block.backbone).name if block.backbone.endswith(SUFFIXES) else block.backbone
+
+
+def briefly(block: FeatureBlock) -> str:
+    """Write a block as %extract takes it, but a file without its folders."""
+    return str(block).replace(quoted(block.backbone), quoted(title_of(block)), 1)
 
 
 def _weights(part: Part) -> str:

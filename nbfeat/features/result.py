@@ -90,7 +90,10 @@ class Result:
 
     @property
     def _blocks(self) -> list[tuple[str, int, str]]:
-        return [(spanned(part.names), len(part.names), f"{part.column}: {part.block}") for part in self.fitted.parts]
+        return [
+            (spanned(part.names), len(part.names), f"{part.column}: {report.briefly(part.block)}")
+            for part in self.fitted.parts
+        ]
 
     @property
     def _failed(self) -> str:
