@@ -121,17 +121,25 @@ class Session:
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
         undo.callback(self._stop)
         self.is_own = True
-        with alone():
-            self._ray.init(
-                address="local",
-                num_cpus=available_cores(),
-                object_store_memory=STORE,
-                include_dashboard=False,
-                log_to_driver=False,
-                configure_logging=False,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=folder,
+        try:
+            with alone():
+                self._ray.init(
+                    address="local",
+                    num_cpus=available_cores(),
+                    object_store_memory=STORE,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    configure_logging=False,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=folder,
+                )
+        except Exception as error:  # of a start that takes too long Ray raises nothing narrower
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            message = (
+                f"Ray could not start a cluster on this machine: {reason}. Run it again when the machine has less to "
+                "do, or leave --on away."
             )
+            raise NetworkError(message) from error
 
     def share(self, *, gpu: bool) -> Share:
         """Share what the cluster has."""
