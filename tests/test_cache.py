@@ -24,6 +24,7 @@ import nbfeat
 from nbfeat import Extraction, RequestError, home
 from nbfeat.features import cache, content, fit, formats, images, lane, network, pipeline, progress, sources, tables
 from nbfeat.features.normalize import Normalizer
+from nbfeat.features.storage import KINDS
 from tests import fake
 from tests.faces import Face, same
 from tests.fake import FakeEngine, FakeOpening
@@ -613,6 +614,7 @@ def test_storage_shows_what_there_is_and_clears_it(photos: pd.DataFrame, own_cac
         assert "MobileNet (random weights), 32 px squash: end avg, float32" in text
         assert "32 px pad" in text
         assert "nbfeat.storage.clear(" in text
+        assert all(kind in text.rpartition("nbfeat.storage.clear(")[2] for kind in KINDS)
     assert nbfeat.storage.bytes > 20 * 48 * 4
     nbfeat.storage.clear()
     assert nbfeat.storage.features.empty

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_it_reads_as_a_table_and_a_sentence() -> None:
     }  # fmt: skip
     lines = repr(profile).splitlines()
     assert lines[0].split() == ["work", "seconds"]
-    assert lines[3].startswith("decoding   3.00     and resizing, summed over threads")
+    assert lines[3].startswith("decoding      3.00  and resizing, summed over threads")
     told = "Decoding is the bottleneck: the network had no images in 2.5 of 6.0 s."
     assert lines[-1] == profile.sentence == f"{told} More cores would help, or smaller images."
     assert "<td" in profile._repr_html_()
@@ -115,3 +116,12 @@ def test_a_slow_run_is_not_told_as_none_a_second(rate: float, told: str) -> None
     assert pace(rate) == f"{told} images/s"
     report = {"state": "done", "total": 2, "cached": 0, "width": 5, "seconds": 60, "computed": 2, "preparing": 0}
     assert headline({**report, "rate": rate}) == f"5 new columns from 2 images in 60.0 s ({told} images/s)"
+
+
+def test_seconds_are_set_with_their_points_below_each_other() -> None:
+    profile = Profile(Timings(network=12_345, reading=0.5), seconds=12_345.5, computed=True)
+    lines = [line for line in repr(profile).splitlines() if re.search(r"\d\.\d\d ", line)]
+    assert len(lines) == 7
+    assert {line.index(".") for line in lines} == {lines[0].index(".")}
+    shown = re.findall(r">([\d,.\N{FIGURE SPACE}]+\.\d\d)<", profile._repr_html_())
+    assert [len(number) for number in shown] == [9] * 7

@@ -98,12 +98,18 @@ class Profile(Mapping[str, Any]):
             f"{bottleneck.capitalize()} is the bottleneck: the network had no images in {waited}. {_ADVICE[bottleneck]}"
         )
 
-    def _rows(self) -> list[tuple[str, str, str]]:
-        rows = [(name, f"{self[name]:,.2f}", what) for name, what in _WORK.items()]
-        return [*rows, ("total", f"{self['total']:,.2f}", "from start to end")]
+    def _rows(self, space: str) -> list[tuple[str, str, str]]:
+        """Return the rows of the table; `space` before shorter numbers sets the points below each other."""
+        work = {**_WORK, "total": "from start to end"}
+        seconds = [f"{self[name]:,.2f}" for name in work]
+        width = max(len("seconds"), *map(len, seconds))
+        return [
+            (name, number.rjust(width, space), what) for (name, what), number in zip(work.items(), seconds, strict=True)
+        ]
 
     def __repr__(self) -> str:
-        return f"{text_table(self._rows(), ('work', 'seconds', ''))}\n{self.sentence}"
+        return f"{text_table(self._rows(' '), ('work', 'seconds', ''))}\n{self.sentence}"
 
     def _repr_html_(self) -> str:
-        return Html(table(self._rows(), ("work", "seconds", "")) + paragraph(self.sentence))
+        rows = self._rows("\N{FIGURE SPACE}")  # which html keeps, as wide as a digit
+        return Html(table(rows, ("work", "seconds", "")) + paragraph(self.sentence))

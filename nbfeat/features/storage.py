@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbfeat.errors import NbfeatError, RequestError
+from nbfeat.errors import NbfeatError, RequestError, listing
 from nbfeat.features.cache import Cache
 from nbfeat.features.memory import shown
 from nbfeat.home import home
@@ -122,7 +122,8 @@ class Storage:
             (_block(row), row["rows"], shown(4 * row["width"] * row["rows"]), _when(row["used"])) for row in blocks
         ]
         head = f"{self.folder}: {shown(self.bytes)}{limit}"
-        way = 'Clear with nbfeat.storage.clear("features"), "networks", "weights" or "all"; NBFEAT_HOME sets it.'
+        first, *others = [f'"{kind}"' for kind in KINDS]
+        way = f"Clear with nbfeat.storage.clear({first}), {listing(others, 'or')}; NBFEAT_HOME names another folder."
         return head, {"features": features, "networks": networks, "weights": weights}, way
 
     def __repr__(self) -> str:
