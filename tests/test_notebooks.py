@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LARGEST = 300_000  # bytes; what GitHub still draws at once
-SECONDS_A_CELL = 60
+SECONDS_A_CELL = 240  # to tell one that hangs; a machine that does much else takes minutes to start Ray
 MACHINE = re.compile(r"/(?:work|tmp|root|home|Users|private|var/folders)/|[A-Z]:\\\\")
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -68,7 +68,7 @@ def test_there_are_notebooks() -> None:
 @pytest.mark.slow
 @every_notebook
 def test_it_runs(path: Path, tmp_path: Path) -> None:
-    """Every error is raised, UsageError too, and so is a cell that takes over a minute."""
+    """Every error is raised, UsageError too, and so is a cell that hangs."""
     shutil.copy(path, tmp_path)
     saved, done = read(path), execute(read(tmp_path / path.name), tmp_path)
     for before, after in zip(code_cells(saved), code_cells(done), strict=True):
