@@ -87,7 +87,7 @@ def here(fake_network: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> typ
     """Let pretended workers with a pretended network take the place of Ray."""
     HereSession.opened = 0
     monkeypatch.setattr(HereSession, "arranged", staticmethod(lambda tables: tables))
-    monkeypatch.setattr(cluster, "Session", HereSession)
+    monkeypatch.setattr(ray_session, "Session", HereSession)
     monkeypatch.setattr(cores, "_taken", [])
     return HereSession
 
@@ -116,7 +116,7 @@ def test_the_result_is_the_one_of_this_process(photos: pd.DataFrame, here: type[
 def test_only_rows_and_cells_travel(photos: pd.DataFrame, here: type[HereSession]) -> None:
     photos["content"] = [Path(path).read_bytes() for path in photos["path"]]
     nbfeat.extract(photos, "ResNet50", images=["path", "content"], on="ray", cache=False)
-    assert {name for table in here.tables for name in table} == {"row", "image", "is_path", "file", "lacks"}
+    assert {name for table in here.tables for name in table} == {"row", "image", "is_text", "file", "lacks"}
     sent = [image for table in here.tables for image in table["image"]]
     assert sent == [*map(os.fsencode, photos["path"]), *photos["content"]]
 
@@ -342,17 +342,6 @@ def test_a_result_is_repeated_there(photos: pd.DataFrame, here: type[HereSession
 def test_other_places_are_refused(photos: pd.DataFrame) -> None:
     with pytest.raises(RequestError, match="--on cannot be 'dask'"):
         Extraction(photos, "ResNet50", images="path", on="dask")
-
-
-@pytest.mark.parametrize(("option", "value"), [("parquet", "features"), ("allow_remote", True)])
-def test_what_workers_do_not_do_is_refused(
-    photos: pd.DataFrame, here: type[HereSession], tmp_path: Path, option: str, value: object
-) -> None:
-    where = {option: tmp_path / "features" if option == "parquet" else value}
-    words = f"leave --on away, or --{option.replace('_', '-')}"
-    with pytest.raises(RequestError, match=words):
-        Extraction(photos, "ResNet50", images="path", on="ray", **where)  # type: ignore[arg-type]
-    assert not here.opened
 
 
 def test_without_ray_the_message_says_how_to_get_it(photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def picture(shade: int = 128, side: int = 40) -> bytes:
 
 
 def fetched(address: str, limits: Limits | None = None) -> bytes:
-    with remote.Fetcher(HERE, limits) as fetch:
+    with remote.Fetcher(HERE, remote.Access.here(limits)) as fetch:
         return fetch(address)
 
 
@@ -224,7 +224,7 @@ def test_no_more_are_asked_for_at_once_than_the_limit(web: Web) -> None:
         request.reply(picture())
 
     urls = [web.put(f"/{n}.png", answer) for n in range(12)]
-    with remote.Fetcher(HERE, Limits(at_once=3)) as fetch:
+    with remote.Fetcher(HERE, remote.Access.here(Limits(at_once=3))) as fetch:
         threads = [threading.Thread(target=fetch, args=(url,)) for url in urls]
         for thread in threads:
             thread.start()

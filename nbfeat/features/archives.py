@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from nbfeat.errors import ImageError
-from nbfeat.features.addresses import scheme_of
+from nbfeat.features.addresses import ARCHIVE, scheme_of
 from nbfeat.features.formats import short
 
 MOST_OPEN = 8  # archives; the directory of a large one takes longer to read than an image of it
@@ -31,11 +31,11 @@ class Archives:
 
     def __call__(self, address: str) -> bytes:
         """Return the bytes of the member that `address` names; raise ImageError with the reason why not."""
-        member, _, archive = address.partition("://")[2].partition("::")
-        if not member or not archive or "::" in archive or scheme_of(archive):
+        member, archive = _parts(address)
+        if not archive:
             message = "zip addresses are read only of an archive on this machine: zip://image.jpg::folder/archive.zip"
             raise ImageError(message)
-        path = os.path.join(self.root, os.path.expanduser(archive))  # noqa: PTH111, PTH118 - "~nobody" stays as it is
+        path = _path(archive, self.root)
         try:
             with self._turn:  # until a member is open, its archive may be closed for another one
                 file = self._member(self._archive(path), member, path)
@@ -94,3 +94,19 @@ class Archives:
         else:
             return archive.open(found)
         raise ImageError(short(reason))
+
+
+def absolute(address: str, root: Path) -> str:
+    """Return an address that names the same archive wherever paths start; all but those of archives as they are."""
+    member, archive = _parts(address) if scheme_of(address) == ARCHIVE else ("", "")
+    return f"{ARCHIVE}://{member}::{_path(archive, root)}" if archive else address
+
+
+def _parts(address: str) -> tuple[str, str]:
+    """Return the member and the archive that `address` names; nothing where it names no archive on this machine."""
+    member, _, archive = address.partition("://")[2].partition("::")
+    return ("", "") if not member or "::" in archive or scheme_of(archive) else (member, archive)
+
+
+def _path(archive: str, root: Path) -> str:
+    return os.path.join(root, os.path.expanduser(archive))  # noqa: PTH111, PTH118 - "~nobody" stays as it is

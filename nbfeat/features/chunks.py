@@ -120,10 +120,11 @@ class Chunks:
         """Work until all files are there, and yield each batch; ask no more to stop."""
         self._begin()
         if not self._found.is_finished:
-            for number in range(self._split.count):
-                if number not in self._there:
-                    yield from self._compute(number)
-                    self._keep(number)
+            with self._run.stay:  # on one cluster for all chunks
+                for number in range(self._split.count):
+                    if number not in self._there:
+                        yield from self._compute(number)
+                        self._keep(number)
             if self._rows and len(self._run.progress.reasons) == len(self._run.images):
                 self._clear()  # there is nothing to keep
                 return
@@ -197,6 +198,7 @@ class Chunks:
                     self._tell()
                     yield batch
         finally:
+            self._run.is_foreign |= run.is_foreign
             for lane, own in zip(self._run.lanes, run.lanes, strict=True):
                 lane.engine = own.engine
 

@@ -7,7 +7,6 @@ rows with their features. Each worker opens the networks once and runs its rows 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -18,18 +17,19 @@ import numpy as np
 from PIL import Image
 
 from nbfeat.errors import ExtractionError, ImageError, NetworkError, RequestError, listing
-from nbfeat.features import content, sources
+from nbfeat.features import archives, content, ray_session, sources
 from nbfeat.features.batch import Batch
 from nbfeat.features.memory import shown
-from nbfeat.features.ray_session import Session, Share
-from nbfeat.features.worker import Order, Table, Worker
+from nbfeat.features.ray_session import Share
+from nbfeat.features.worker import AS_BYTES, Order, Table, Worker
 
 if TYPE_CHECKING:
     from nbfeat.features.fit import PixelSpec
     from nbfeat.features.network import NetworkSpec
+    from nbfeat.features.remote import Access
     from nbfeat.features.run import Run
 
-Cell = tuple[bytes, bool, bytes]  # a path or what an image holds, whether it is a path, and which file that was here
+Cell = tuple[bytes, bool, bytes]  # text or what an image holds, whether it is text, and which file that was here
 ROWS_AT_ONCE = 128  # fewer, and a worker waits more often; more, and a step comes seldom
 FEWEST_AT_ONCE = 8
 ROUNDS = 4  # so many batches for each worker at least, so that the last ones are not waited for alone
@@ -39,7 +39,7 @@ MOST_BYTES = 1 << 30  # of images that travel themselves
 
 def check(images: Sequence[object], networks: Sequence[tuple[NetworkSpec, PixelSpec]]) -> None:
     """Raise RequestError where Ray is not installed, or where images or networks cannot travel to other machines."""
-    Session.check()
+    ray_session.Session.check()
     for spec, _ in networks:
         if spec.is_registered:
             message = (
@@ -76,7 +76,8 @@ class Cluster:
     def run(self, rows: Sequence[int]) -> Generator[Batch, None, None]:
         """Yield batches until every row was in one for each lane that lacks it, or has failed, or equals another.
 
-        Close it to cancel what is under way; a cluster that was started for it is stopped then.
+        Close it to cancel what is under way; a cluster that was started for it is stopped then, unless the stay of the
+        run goes on.
         """
         cells, failures = self._cells(rows)
         if failures:
@@ -84,11 +85,12 @@ class Cluster:
         if not cells:
             return
         start = time.perf_counter()
-        with Session() as session:
+        with self._run.stay as stay:
+            session = stay.session()
             self._run.timings.preparing += time.perf_counter() - start
             is_cpu = self._run.lanes[0].opening.device == "cpu"
             self._share = session.share(gpu=not is_cpu)
-            self._run.note(session.told(self._share))
+            self._run.note(stay.told(self._share))
             order = Order(
                 self._run.networks,
                 "cpu" if is_cpu else "gpu:0",  # the one that Ray lets the worker see
@@ -96,6 +98,7 @@ class Cluster:
                 self._run.batch_size,
                 [{key: dict(kept.decides) for key, kept in lane.kept.items()} for lane in self._run.lanes],
                 self._share.cores,
+                self._run.remote,
             )
             with closing(session.mapped(list(self._blocks(cells)), Worker, (order,), self._share)) as tables:
                 for table in tables:
@@ -107,11 +110,11 @@ class Cluster:
     # Out
 
     def _cells(self, rows: Sequence[int]) -> tuple[dict[int, Cell], dict[int, str]]:
-        """Return what travels of each row, and whether it is a path; and why others need not travel."""
+        """Return what travels of each row, and why others need not travel."""
         cells, failures = {}, {}
         for row in rows:
             try:
-                cells[row] = _cell(self._run.images[row], self._run.root)
+                cells[row] = _cell(self._run.images[row], self._run.root, self._run.remote)
             except ImageError as error:
                 failures[row] = str(error)
         return cells, failures
@@ -131,7 +134,7 @@ class Cluster:
                 yield {
                     "row": some,
                     "image": [cells[row][0] for row in some],
-                    "is_path": [cells[row][1] for row in some],
+                    "is_text": [cells[row][1] for row in some],
                     "file": [cells[row][2] for row in some],
                     "lacks": [bytes(lacks)] * len(some),
                 }
@@ -184,15 +187,13 @@ class Cluster:
         return bool(differs)
 
 
-def _cell(image: object, root: Path) -> Cell:
-    """Return an absolute path or what an image holds, whether it is a path, and which file; raise ImageError else."""
+def _cell(image: object, root: Path, remote: Access | None) -> Cell:
+    """Return an absolute path, an address or what an image holds; raise ImageError where it need not travel."""
+    if remote and (address := sources.address_of(image)) is not None:
+        return archives.absolute(address, root).encode(*AS_BYTES), True, b""
     path = sources.path_of(image, root)
-    if path is None:
-        data, _ = sources.load(image, root)
-        assert isinstance(data, bytes)  # noqa: S101 - see `check`
-        return data, False, b""
-    try:
-        return os.fsencode(path), True, content.seen(path)
-    except ValueError:
-        sources.load(path, root)  # which says so
-        raise
+    if path is not None:
+        return path.encode(*AS_BYTES), True, content.seen(path)
+    data, _ = sources.load(image, root)
+    assert isinstance(data, bytes)  # noqa: S101 - see `check`
+    return data, False, b""

@@ -30,7 +30,8 @@ from nbfeat.features.like import Like, to_repeat
 from nbfeat.features.part import normalized, plan, plan_again
 from nbfeat.features.profile import Bottleneck, Profile, Timings
 from nbfeat.features.recipe import Recipe
-from nbfeat.features.request import Blocks, check_frame, check_place, read_blocks, rows_selected
+from nbfeat.features.remote import Access
+from nbfeat.features.request import Blocks, Frame, check_place, read_blocks, read_frame, rows_selected
 from nbfeat.features.run import Run
 from nbfeat.features.sources import hosts, image_column, name_of
 
@@ -67,7 +68,8 @@ class Extraction:
     Parameters
     ----------
     frame
-        A pandas DataFrame with a column of images. It is never changed.
+        A pandas DataFrame with a column of images, which is never changed; or a path of a Parquet file or folder, or a
+        ``ray.data.Dataset``, which are read into one.
     *blocks
         What to extract: ``"ResNet50"``, ``"VGG16 --layer block4_pool --pooling max"``, or FeatureBlocks.
     images
@@ -108,7 +110,7 @@ class Extraction:
 
     def __init__(
         self,
-        frame: pd.DataFrame,
+        frame: Frame,
         *blocks: Blocks,
         images: Hashable | Sequence[Hashable] | None = None,
         fit_on: str | Sequence[bool] | None = None,
@@ -124,7 +126,7 @@ class Extraction:
         cache: bool | None = None,
         **defaults: Any,  # noqa: ANN401 - the block options by name
     ) -> None:
-        check_frame(frame)
+        frame = read_frame(frame)
         self._frame, self._replace = frame, replace
         self._root = Path(root or "").expanduser().absolute()
         self._precision = engines.check_precision(precision)
@@ -159,8 +161,8 @@ class Extraction:
             precision=self._precision,
             batch_size=None if batch_size == "auto" else whole("--batch-size", LARGEST_BATCH)(batch_size),
             cache=parquet is None if cache is None else cache,
-            remote=allow_remote,
-            on=check_place(on, self._images, networks, parquet=parquet is not None, remote=allow_remote),
+            remote=Access.here() if allow_remote else None,
+            on=check_place(on, self._images, networks),
         )
         if self.repeats is not None:
             earlier = {part.network: part.repeats.precision for part in self.parts if part.repeats}
@@ -205,7 +207,7 @@ class Extraction:
             pass
         return self
 
-    def like(self, frame: pd.DataFrame, **options: Any) -> Extraction:  # noqa: ANN401 - Extraction's own
+    def like(self, frame: Frame, **options: Any) -> Extraction:  # noqa: ANN401 - Extraction's own
         """Repeat this on another frame, to the end: the same blocks and precision, normalized by what was learned here.
 
         Parameters
@@ -569,7 +571,7 @@ class Extraction:
         return good[self._images_of(column)]
 
 
-def extract(frame: pd.DataFrame, *blocks: Blocks, **options: Any) -> Extraction:  # noqa: ANN401 - Extraction's own
+def extract(frame: Frame, *blocks: Blocks, **options: Any) -> Extraction:  # noqa: ANN401 - Extraction's own
     """Extract features of the images in a frame's column, to the end.
 
     Takes what Extraction takes and returns it finished: ``.frame`` is the frame with the new columns, ``.features``

@@ -31,7 +31,7 @@ from nbfeat.features.formats import OUT_OF_MEMORY
 from nbfeat.features.images import load_image, pixels_of
 from nbfeat.features.lane import Lane
 from nbfeat.features.profile import Timings
-from nbfeat.features.remote import LIMITS, Fetcher
+from nbfeat.features.remote import Access, Fetcher
 from nbfeat.features.sources import Source
 
 BATCHES_AHEAD = 3  # decoded and waiting; more only costs memory
@@ -133,20 +133,20 @@ class Pipeline:
         cache: Cache,
         seen: dict[bytes, int],
         *,
-        remote: bool = False,
+        remote: Access | None = None,
     ) -> None:
         self.images, self.lanes, self.root, self.timings = images, lanes, root, timings
         self.cache, self.seen = cache, seen
         self._decoders = available_cores()
         self._turns = threading.Semaphore(self._decoders)
-        self._fetch = Fetcher(root) if remote else None
+        self._fetch = Fetcher(root, remote) if remote else None
 
     def run(self, rows: Sequence[int]) -> Generator[Batch, None, None]:
         """Yield batches until every row was in one for each lane that lacks it, or has failed, or equals another.
 
         Close it to stop and clean up. It can be run once.
         """
-        threads = self._decoders + (LIMITS.at_once if self._fetch else 0)
+        threads = self._decoders + (self._fetch.access.limits.at_once if self._fetch else 0)
         ahead = threads + BATCHES_AHEAD * max(lane.batch_size for lane in self.lanes)
         executor = ThreadPoolExecutor(threads, thread_name_prefix="nbfeat-decode")
         lines = [Line(lane, self.timings) for lane in self.lanes]

@@ -26,7 +26,7 @@ from nbfeat.features.engines.cores import available_cores
 from nbfeat.features.images import read_pixels
 from nbfeat.features.lane import Lane
 from nbfeat.features.network import NUMERICS
-from nbfeat.features.remote import LIMITS, Fetcher
+from nbfeat.features.remote import Access, Fetcher
 from nbfeat.features.sources import spread
 from nbfeat.home import HomeError, home, keep, write_whole
 
@@ -82,7 +82,7 @@ class Found:
 
 
 def settle(
-    lane: Lane, asked: Asked, images: Sequence[object], root: Path, *, remote: bool = False
+    lane: Lane, asked: Asked, images: Sequence[object], root: Path, *, remote: Access | None = None
 ) -> Generator[str, None, str]:
     """Settle what `lane` computes in; yield what is being done, and return the sentence that the report shows.
 
@@ -187,7 +187,7 @@ def _least_cosine(one: NDArray[np.float64], two: NDArray[np.float64]) -> float:
     return float(np.where(lengths, alike, (one == two).all(axis=1)).min())
 
 
-def _pixels(lane: Lane, images: Sequence[object], root: Path, *, remote: bool) -> Pixels:
+def _pixels(lane: Lane, images: Sequence[object], root: Path, *, remote: Access | None) -> Pixels:
     """Return the pixels of up to 64 of `images`, spread over them; those that cannot be read are left out."""
 
     def read(image: object) -> list[Pixels]:
@@ -197,8 +197,8 @@ def _pixels(lane: Lane, images: Sequence[object], root: Path, *, remote: bool) -
             return []
 
     some = [images[at] for at in spread(len(images), MOST_IMAGES)]
-    threads = available_cores() + (LIMITS.at_once if remote else 0)
-    with ThreadPoolExecutor(threads, thread_name_prefix="nbfeat-decode") as pool, Fetcher(root) as fetch:
+    threads = available_cores() + (remote.limits.at_once if remote else 0)
+    with ThreadPoolExecutor(threads, thread_name_prefix="nbfeat-decode") as pool, Fetcher(root, remote) as fetch:
         found = [pixels for read_ones in pool.map(read, some) for pixels in read_ones]
     # In another order the first ones, which may suffice, are spread, too.
     order = np.random.default_rng(0).permutation(len(found))

@@ -181,6 +181,35 @@ class Session:
             raise NetworkError(message) from error
 
 
+class Stay:
+    """Ray from when it is first needed to the end of the outermost of its blocks, however many runs there are."""
+
+    def __init__(self) -> None:
+        self._session: Session | None = None
+        self._depth, self._is_told = 0, False
+
+    def __enter__(self) -> Self:
+        self._depth += 1
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._depth -= 1
+        if not self._depth and self._session is not None:
+            session, self._session = self._session, None
+            session.__exit__(*error)
+
+    def session(self) -> Session:
+        """Return the session, begun if it was not."""
+        if self._session is None:
+            self._session, self._is_told = Session().__enter__(), False
+        return self._session
+
+    def told(self, share: Share) -> str:
+        """Say where it runs, once: a cluster may grow meanwhile."""
+        told, self._is_told = "" if self._is_told else self.session().told(share), True
+        return told
+
+
 def address_of_cluster() -> str | None:
     """Return the address that RAY_ADDRESS names, or that of a cluster which this user began here with `ray start`.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -30,15 +31,28 @@ LIMITS = Limits()
 _NEEDED = {"http": [], "https": [], "s3": ["fsspec", "s3fs"], "gs": ["fsspec", "gcsfs"]}  # beside aiohttp
 
 
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What may be fetched, as it was decided where a run was asked for: wherever its images are fetched, it holds."""
+
+    limits: Limits
+    private: bool  # whether private machines may be connected to
+
+    @classmethod
+    def here(cls, limits: Limits | None = None) -> Self:
+        """Return what this process may fetch."""
+        return cls(limits or LIMITS, are_private_allowed())
+
+
 class Fetcher:
     """Gets images by address until it is closed; threads may call it at once. Paths of archives start at `root`.
 
     Closing it cancels what is under way, so that nobody waits any longer.
     """
 
-    def __init__(self, root: Path, limits: Limits | None = None) -> None:
-        self.limits = limits or LIMITS
-        self._archives = Archives(root, self.limits.size)
+    def __init__(self, root: Path, access: Access | None = None) -> None:
+        self.access = access or Access.here()
+        self._archives = Archives(root, self.access.limits.size)
         self._line: _Line | None = None
         self._turn = threading.Lock()
         self._is_closed = False
@@ -63,7 +77,7 @@ class Fetcher:
             if self._is_closed:
                 raise CancelledError
             if self._line is None:
-                self._line = _Line(self.limits)
+                self._line = _Line(self.access)
             return self._line.ask(address)
 
     def close(self) -> None:
@@ -87,8 +101,9 @@ class Fetcher:
 class _Line:
     """The thread with the event loop, and the connections that are kept in it."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits, self._private = limits, are_private_allowed()
+    def __init__(self, access: Access) -> None:
+        self.limits, self._private = access.limits, access.private
+        limits = access.limits
         self._places = asyncio.Semaphore(limits.at_once)
         self._stop = asyncio.Event()
         self._buckets = Buckets(limits, private=self._private)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,14 +14,17 @@ from numpy.typing import NDArray
 from nbfeat.backbones.catalog import find
 from nbfeat.errors import RequestError
 from nbfeat.features.block import FeatureBlock, one_of
+from nbfeat.features.formats import short
 
 if TYPE_CHECKING:
     import pandas as pd
+    from ray.data import Dataset
 
     from nbfeat.features.fit import PixelSpec
     from nbfeat.features.network import NetworkSpec
 
 Blocks = str | FeatureBlock | Sequence[str | FeatureBlock]
+Frame: TypeAlias = "pd.DataFrame | str | Path | Dataset"
 _QUERY = "Compare a column with a value, as in \"split == 'train'\"."
 PLACES = ("ray",)  # to compute at, beside this process
 
@@ -43,6 +48,46 @@ def read_blocks(blocks: Sequence[Blocks], defaults: Mapping[str, Any]) -> list[F
         found += FeatureBlock.from_options([], defaults)
     # The catalog's spelling, so that equal blocks are equal however they were written.
     return [replace(block, backbone=find(block.backbone).name) for block in found]
+
+
+def read_frame(frame: Frame) -> pd.DataFrame:
+    """Return the DataFrame that `frame` is, that a Parquet file or folder of this path holds, or a dataset of Ray's.
+
+    Raises
+    ------
+    RequestError
+        Where it is something else, or cannot be read.
+    """
+    if isinstance(frame, str | Path):
+        frame = _read_parquet(frame)
+    elif (ray := sys.modules.get("ray.data")) is not None and isinstance(frame, ray.Dataset):  # whoever has one has it
+        frame = frame.to_pandas()
+    check_frame(frame)
+    return frame
+
+
+def _read_parquet(path: str | Path) -> pd.DataFrame:
+    import pyarrow as pa  # noqa: PLC0415 - `import nbfeat` stays light
+    from pyarrow import parquet  # noqa: PLC0415 - as above
+
+    shown, way = short(str(path)), "Name one with the images in a column, or give a pandas DataFrame."
+    if "://" in str(path):
+        message = f"A frame is read from a path of this machine, not from {shown}: give pandas.read_parquet(…) of it."
+        raise RequestError(message)
+    try:
+        table = parquet.read_table(Path(path).expanduser())
+        if table.column_names:
+            frame: pd.DataFrame = table.to_pandas()
+            return frame
+        reason = "has no columns" if Path(path).expanduser().is_file() else "is a folder without Parquet files"
+    except (FileNotFoundError, NotADirectoryError):
+        message = f"There is no Parquet file or folder {shown} to read the frame from. {way}"
+        raise RequestError(message) from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        told = (str(error).splitlines() or [""])[0]
+        reason = f"cannot be read as Parquet ({short(told)})"
+    message = f"{shown} {reason}. {way}"
+    raise RequestError(message)
 
 
 def check_frame(frame: object) -> None:
@@ -83,21 +128,12 @@ def rows_selected(frame: pd.DataFrame, fit_on: str | Sequence[bool]) -> NDArray[
 
 
 def check_place(
-    on: str | None,
-    images: Sequence[object],
-    networks: Sequence[tuple[NetworkSpec, PixelSpec]],
-    *,
-    parquet: bool,
-    remote: bool,
+    on: str | None, images: Sequence[object], networks: Sequence[tuple[NetworkSpec, PixelSpec]]
 ) -> str | None:
     """Return where to compute, or raise RequestError where that cannot be."""
     if on is None:
         return None
     one_of(PLACES, "--on")(on)
-    if parquet or remote:
-        why = "features come back to this process" if parquet else "workers fetch no images by address"
-        message = f"With --on {on} {why}: leave --on away, or {'--parquet' if parquet else '--allow-remote'}."
-        raise RequestError(message)
     from nbfeat.features import cluster  # noqa: PLC0415 - only where it is needed
 
     cluster.check(images, networks)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from nbfeat.features.extraction import Extraction
+    from nbfeat.features.request import Frame
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -58,7 +59,7 @@ class Result:
         """Everything needed to repeat this result: blocks, versions, hashes of weights, precision, decoding."""
         return self.fitted.told
 
-    def like(self, frame: pd.DataFrame, **options: Any) -> Extraction:  # noqa: ANN401 - Extraction's own
+    def like(self, frame: Frame, **options: Any) -> Extraction:  # noqa: ANN401 - Extraction's own
         """Repeat this on another frame, to the end, as `Extraction.like` does."""
         from nbfeat.features.extraction import Extraction  # noqa: PLC0415 - which reads results, too
 

@@ -24,7 +24,9 @@ from nbfeat.features.pipeline import Pipeline
 from nbfeat.features.precision import settle
 from nbfeat.features.profile import Timings
 from nbfeat.features.progress import Progress
+from nbfeat.features.ray_session import Stay
 from nbfeat.features.recall import recall
+from nbfeat.features.remote import Access
 
 if TYPE_CHECKING:
     from nbfeat.features.cluster import Cluster
@@ -43,7 +45,7 @@ class Run:
         precision: engines.Asked,
         batch_size: int | None,
         cache: bool,
-        remote: bool = False,
+        remote: Access | None = None,
         on: str | None = None,
     ) -> None:
         self.images, self.root, self.networks = images, root, networks
@@ -54,10 +56,11 @@ class Run:
         self.notes: list[str] = []
         self.lanes: list[Lane] = []
         self.keeps = False  # whether what is finished is in the cache
+        self.stay = Stay()  # on a cluster, where it runs on one
         self.uses_cache = cache and bool(images)
         self._cache = Cache(None)
         self._seen: dict[bytes, int] = {}
-        self._is_foreign = False  # whether some of it has no use for the cache
+        self.is_foreign = False  # whether some of it has no use for the cache
         self._settled: Sequence[engines.Precision] = ()
 
     @contextmanager
@@ -70,7 +73,7 @@ class Run:
         try:
             yield
         finally:
-            self.keeps = self._cache.writes and not self._is_foreign
+            self.keeps = self._cache.writes and not self.is_foreign
             self.note(self._cache.note)
             self._cache.close()
 
@@ -105,11 +108,15 @@ class Run:
             batch_size=self.batch_size,
             cache=self.uses_cache,
             remote=self.remote,
+            on=self.on,
         )
 
     def join(self, whole: Run) -> None:
-        """Run the networks of `whole`, of whose images these are some; its features, cache and notes are theirs."""
-        self.timings, self.notes, self._cache = whole.timings, whole.notes, whole._cache
+        """Run the networks of `whole`, of whose images these are some; its features, cache and notes are theirs.
+
+        So is its stay on a cluster, where it runs on one.
+        """
+        self.timings, self.notes, self._cache, self.stay = whole.timings, whole.notes, whole._cache, whole.stay
         if not self.lanes:
             self.lanes = [replace(lane, done=np.zeros(len(self.images), bool), cached=0) for lane in whole.lanes]
 
@@ -143,8 +150,9 @@ class Run:
         return Cluster(self, self._seen)
 
     def apart(self, images: Sequence[object]) -> Run:
-        """Return a run over other images by the networks that are open here, with room for what they give."""
+        """Return a run here over other images, by the networks that are open here, with room for what they give."""
         run = self.over(images)
+        run.on = None
         for lane in self.lanes:
             lane.start()
             room = {
@@ -158,7 +166,7 @@ class Run:
         if batch.lane is not None:
             batch.lane.take(batch.rows, batch.vectors, cached=batch.cached)
             self.note(batch.lane.opening.note)
-        self._is_foreign |= batch.is_foreign
+        self.is_foreign |= batch.is_foreign
         for row in batch.failures:
             for lane in self.lanes:  # which may have had its features from the cache
                 lane.forget(row)

@@ -16,7 +16,7 @@ from nbfeat.features.images import load_image
 from nbfeat.features.lane import Lane
 from nbfeat.features.pipeline import Pipeline
 from nbfeat.features.profile import Timings
-from nbfeat.features.remote import Fetcher
+from nbfeat.features.remote import Access, Fetcher
 from nbfeat.features.sources import Fetch, address_of, spread
 
 MOST_IMAGES = 64
@@ -25,13 +25,15 @@ ROUNDS = 3  # the fastest counts: other work on the machine disturbed it least
 SECONDS = 0.3  # of a round
 
 
-def images_per_second(lane: Lane, key: str, images: Sequence[object], root: Path, *, remote: bool = False) -> float:
+def images_per_second(
+    lane: Lane, key: str, images: Sequence[object], root: Path, *, remote: Access | None = None
+) -> float:
     """Measure the output `key` of `lane` alone on up to 64 of `images`, spread over them, without the cache.
 
     Opening the network does not count, nor does the disk: the files are read once before, and `remote` images fetched.
     Images of the same content run once, as ever. Returns NaN where none can be read.
     """
-    with Fetcher(root) as fetch:
+    with Fetcher(root, remote) as fetch:
         some = _readable([images[at] for at in spread(len(images), MOST_IMAGES)], root, fetch if remote else None)
     if not some:
         return float("nan")

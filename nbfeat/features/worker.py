@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -23,8 +22,10 @@ from nbfeat.features.run import Run
 if TYPE_CHECKING:
     from nbfeat.features.fit import PixelSpec
     from nbfeat.features.network import NetworkSpec
+    from nbfeat.features.remote import Access
 
 Table = dict[str, Any]  # of columns, as NumPy arrays
+AS_BYTES = "utf-8", "surrogatepass"  # how any text travels
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Order:
     batch_size: int | None
     decides: Sequence[dict[str, dict[str, Any]]]  # of each network and output, as here: see `Lane.kept`
     cores: int  # of each worker
+    remote: Access | None  # what it may fetch, whatever its own environment says
 
 
 class Worker:
@@ -47,7 +49,7 @@ class Worker:
         self._order, self._problem, self._differs = order, "", list[str]()
         self._run = Run(
             [], Path("/"), order.networks, device=order.device, precision="auto", batch_size=order.batch_size,
-            cache=False,
+            cache=False, remote=order.remote,
         )  # fmt: skip
         self._run.repeat(order.precisions)
         with self._telling():
@@ -84,8 +86,8 @@ class Worker:
     def __call__(self, table: Table) -> Table:
         """Return what is found out about the rows of `table`."""
         images = [
-            os.fsdecode(image) if is_path else image
-            for image, is_path in zip(table["image"], table["is_path"], strict=True)
+            image.decode(*AS_BYTES) if is_text else image
+            for image, is_text in zip(table["image"], table["is_text"], strict=True)
         ]
         found: Table = {name: np.full(len(images), empty, object) for name, empty in (("content", b""), ("reason", ""))}
         told: dict[str, Any] = {"files": {}, "undecodable": {}, "timings": {}}
