@@ -13,19 +13,22 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
+from pyarrow import parquet
 
 import nbfeat
 from nbfeat import Extraction, ExtractionError, NetworkError, RequestError
-from nbfeat.features import cluster, content, ray_session, ray_surroundings, worker
+from nbfeat.features import addresses, archives, cluster, content, ray_session, ray_surroundings, remote, tally, worker
+from nbfeat.features.download import Limits
 from nbfeat.features.engines import cores
 from nbfeat.features.network import NetworkSpec
 from nbfeat.features.ray_session import Share
@@ -33,6 +36,7 @@ from tests.cluster_child import descendants
 from tests.conftest import ROOT
 from tests.faces import LineMagic, same
 from tests.fake import FakeEngine
+from tests.web import Web
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed: pip install 'nbfeat[ray]'")
@@ -49,6 +53,7 @@ class HereSession:
 
     share_ = Share(workers=2, cores=1)
     opened = 0
+    environment: ClassVar[dict[str, str]] = {}  # of workers
     tables: list[dict[str, Any]]
     workers: list[Any]
 
@@ -73,9 +78,12 @@ class HereSession:
     def mapped(self, tables: Sequence[dict[str, Any]], worker: type, arguments: Any, share: Share) -> Iterator[Any]:
         assert share is self.share_
         type(self).tables = list(tables)
-        made = worker(*arguments)
+        with ray_surroundings.environment(self.environment):
+            made = worker(*arguments)
         for table in self.arranged(list(tables)):
-            yield {name: np.asarray(column) for name, column in made({**table, "row": np.array(table["row"])}).items()}
+            with ray_surroundings.environment(self.environment):
+                found = made({**table, "row": np.array(table["row"])})
+            yield {name: np.asarray(column) for name, column in found.items()}
 
     @staticmethod
     def arranged(tables: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -371,6 +379,220 @@ def test_a_worker_takes_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cores, "quotas", lambda: iter([]))
     cores.take(3)
     assert cores.available_cores() == 3
+
+
+# Results larger than memory, and images by address
+
+
+@pytest.fixture
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let files have six rows: four files for twenty photos."""
+    monkeypatch.setattr(tally, "MOST_ROWS", 6)
+    monkeypatch.setattr(tally, "LARGER", 1)
+
+
+def written(frame: pd.DataFrame, folder: Path, **options: Any) -> Extraction:
+    """Return what writes to `folder`, in batches of three, not yet run."""
+    block = options.pop("block", "ResNet50 --normalize standard")
+    return Extraction(frame, block, images="path", batch_size=3, parquet=folder, **options)
+
+
+def stopped(extraction: Extraction, done: int) -> Extraction:
+    """Run until so many images are done, and stop."""
+    steps = extraction.steps()
+    while next(steps).done < done:
+        pass
+    steps.close()
+    return extraction
+
+
+def same_files(one: Path, other: Path) -> None:
+    """Assert that two datasets are equal to the bit, and so are their files."""
+    rows = [
+        {str(file.relative_to(folder)): parquet.read_metadata(file).num_rows for file in folder.rglob("*.parquet")}
+        for folder in (one, other)
+    ]
+    assert rows[0] == rows[1]
+    left, right = nbfeat.read(one), nbfeat.read(other)
+    same(left.frame, right.frame)
+    assert left.features.to_numpy().tobytes() == right.features.to_numpy().tobytes()
+    same(left.failures, right.failures)
+
+
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize("normalize", ["none", "l2", "standard", "minmax"])
+def test_files_are_those_of_this_process(
+    photos: pd.DataFrame, tmp_path: Path, here: type[HereSession], monkeypatch: pytest.MonkeyPatch, normalize: str
+) -> None:
+    photos.iloc[[2, 7, 11], 0] = [None, "nosuch.png", photos["path"].iloc[10]]
+    asked: dict[str, Any] = {"block": f"ResNet50 --normalize {normalize}", "fit_on": "split == 'train'"}
+    local = written(photos, tmp_path / "local", **asked).run()
+    shares = iter([Share(workers=workers, cores=1) for workers in (2, 3, 4, 5)])
+
+    def grown(self: HereSession, *, gpu: bool) -> Share:
+        assert not gpu
+        self.share_ = next(shares)
+        return self.share_
+
+    monkeypatch.setattr(here, "share", grown)
+    there = written(photos, tmp_path / "there", **asked, on="ray").run()
+    assert here.opened == 1, "one cluster for all files"
+    assert len(list((tmp_path / "there").iterdir())) == 4
+    same_files(tmp_path / "there", tmp_path / "local")
+    assert [note for note in there.notes if note.startswith("Ran with")] == ["Ran with 2 workers here."]
+    assert (there.done, there.cached, there.equal) == (20, 0, local.equal) == (20, 0, 1)
+    same(there.failures, local.failures)
+    FakeEngine.computed = 0
+    assert written(photos, tmp_path / "there", **asked, on="ray").run().cached == 18
+    assert (FakeEngine.computed, here.opened) == (0, 1)
+
+
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize("ways", [("ray", None), (None, "ray"), ("ray", "ray")])
+def test_what_was_stopped_goes_on_elsewhere(
+    photos: pd.DataFrame, tmp_path: Path, here: type[HereSession], ways: tuple[str | None, str | None]
+) -> None:
+    photos.iloc[4, 0] = "nosuch.png"
+    begun = stopped(written(photos, tmp_path / "there", on=ways[0]), 14)
+    assert (begun.state, begun.kept) == ("stopped", 11)
+    FakeEngine.computed = 0
+    written(photos, tmp_path / "there", on=ways[1]).run()
+    assert FakeEngine.computed == 8
+    written(photos, tmp_path / "local").run()
+    same_files(tmp_path / "there", tmp_path / "local")
+    assert here.opened == len([way for way in ways if way])
+
+
+@pytest.mark.usefixtures("small_files")
+def test_the_same_extraction_goes_on_in_the_middle_of_a_file(
+    photos: pd.DataFrame, tmp_path: Path, here: type[HereSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "FEWEST_AT_ONCE", 2)
+    there = stopped(written(photos, tmp_path / "there", on="ray"), 8)
+    assert there.done == 8
+    FakeEngine.computed = 0
+    there.run()
+    assert FakeEngine.computed == 12
+    assert here.opened == 2
+    written(photos, tmp_path / "local").run()
+    same_files(tmp_path / "there", tmp_path / "local")
+
+
+def test_files_have_more_rows_where_each_has_workers_of_its_own(
+    photos: pd.DataFrame, tmp_path: Path, here: type[HereSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tally.rows_together([1280], 8, on_cluster=True) * 4 * 1280 <= 4 * tally.BYTES
+    monkeypatch.setattr(tally, "MOST_ROWS", 3)
+    for on, files in ((None, 7), ("ray", 2)):
+        assert written(photos, tmp_path / str(files), on=on).run().written.files == files  # type: ignore[union-attr]
+    assert here.opened == 1
+
+
+@pytest.mark.usefixtures("small_files")
+def test_files_that_another_cpu_computed_are_told_and_not_in_the_cache(
+    photos: pd.DataFrame, tmp_path: Path, here: type[HereSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(monkeypatch, cpu="another")
+    there = written(photos, tmp_path / "there", on="ray", cache=True).run()
+    assert sum("another CPU" in note for note in there.notes) == 1
+    assert not there._run.keeps
+    assert here.opened == 1
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    """Serve at 127.0.0.1."""
+    with Web() as server:
+        yield server
+
+
+def addressed(photos: pd.DataFrame, web: Web, folder: Path) -> pd.DataFrame:
+    """Put half of the photos into a web server and an archive in `folder`, among them some that are not there."""
+    paths = photos["path"].tolist()
+    with zipfile.ZipFile(folder / "some.zip", "w") as archive:
+        for path in paths[:4]:
+            archive.write(path, f"in/{Path(path).name}")
+    cells = [f"zip://in/{Path(path).name}::some.zip" for path in paths[:4]]
+    cells += [web.put(f"/{Path(path).name}?a=1", Path(path).read_bytes()) for path in paths[4:8]]
+    cells += [
+        f" {web.url('/gone.png')} ",
+        "zip://in/gone.png::some.zip",
+        "zip://in/gone.png",
+        "ftp://example.org/a.png",
+    ]
+    return photos.assign(path=[*cells, *paths[12:]])
+
+
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize("parquet", [False, True])
+def test_addresses_are_fetched_by_workers(
+    photos: pd.DataFrame, tmp_path: Path, here: type[HereSession], web: Web, monkeypatch: pytest.MonkeyPatch,
+    *, parquet: bool,
+) -> None:  # fmt: skip
+    frame = addressed(photos, web, tmp_path)
+    asked: dict[str, Any] = {"root": tmp_path, "allow_remote": True, "cache": False}
+    monkeypatch.setenv(addresses.PRIVATE, "1")
+    if parquet:
+        written(frame, tmp_path / "local", **asked).run()
+    local = nbfeat.extract(frame, "ResNet50", images="path", **asked)
+    asked_before = sorted(web.asked[: len(web.asked) // (2 if parquet else 1)])
+    web.asked.clear()
+    monkeypatch.setattr(here, "environment", {addresses.PRIVATE: ""})
+    if parquet:
+        written(frame, tmp_path / "there", **asked, on="ray").run()
+        same_files(tmp_path / "there", tmp_path / "local")
+    else:
+        there = nbfeat.extract(frame, "ResNet50", images="path", **asked, on="ray")
+        same(there.frame, local.frame)
+        same(there.failures, local.failures)
+        sent = {image for table in here.tables for image in table["image"]}
+        assert f"zip://in/00.png::{tmp_path / 'some.zip'}".encode() in sent
+    assert list(local.failures["position"]) == [8, 9, 10, 11]
+    assert sorted(web.asked) == asked_before
+
+
+def test_the_environment_of_a_worker_allows_nothing(
+    photos: pd.DataFrame, here: type[HereSession], web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos.iloc[3, 0] = web.put("/a.png", Path(photos["path"].iloc[3]).read_bytes())
+    monkeypatch.delenv(addresses.PRIVATE, raising=False)
+    monkeypatch.setattr(here, "environment", {addresses.PRIVATE: "1"})
+    result = nbfeat.extract(photos, "ResNet50", images="path", allow_remote=True, on="ray")
+    assert [reason[:30] for reason in result.failures["reason"]] == ["127.0.0.1 is a private address"]
+    result = nbfeat.extract(photos, "ResNet50", images="path", on="ray", cache=False)
+    assert [reason[:15] for reason in result.failures["reason"]] == ["images by addre"]
+    assert not web.asked
+    assert here.opened == 2
+
+
+def test_workers_obey_the_limits_of_this_process(
+    photos: pd.DataFrame, here: type[HereSession], web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos.iloc[3, 0] = web.put("/a.png", Path(photos["path"].iloc[3]).read_bytes())
+    monkeypatch.setenv(addresses.PRIVATE, "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "LIMITS", Limits(size=1000, tries=1))
+        there = Extraction(photos, "ResNet50", images="path", allow_remote=True, on="ray")
+    assert "larger than 0.001 MB" in there.run().failures["reason"].iloc[0]
+    assert here.opened == 1
+
+
+def test_archives_are_named_so_that_any_process_finds_them(tmp_path: Path) -> None:
+    for text in ("zip://a/b.png", "zip://b::c::d", "zip://b::s3://c", "https://x/b::c", "/a::b"):
+        assert archives.absolute(text, tmp_path) == text
+    home = os.path.expanduser("~")  # noqa: PTH111 - as text
+    assert archives.absolute("ZIP://a b::~/c.zip", tmp_path) == f"zip://a b::{home}/c.zip"
+    assert archives.absolute("zip://a::/c.zip", tmp_path) == "zip://a::/c.zip"
+
+
+def test_any_text_arrives_as_it_is(photos: pd.DataFrame, here: type[HereSession]) -> None:
+    photos["path"] = photos["path"].astype(object)
+    photos.iloc[:3, 0] = ["a\udcff.png", "a\ud800.png", "a\0.png"]
+    local = nbfeat.extract(photos, "ResNet50", images="path", cache=False)
+    there = nbfeat.extract(photos, "ResNet50", images="path", cache=False, on="ray")
+    same(there.failures, local.failures)
+    assert len(there.failures) == 3
+    assert here.opened == 1
 
 
 # With Ray

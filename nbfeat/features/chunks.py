@@ -139,7 +139,8 @@ class Chunks:
         found = self._found
         if found.chunk is None:
             batch = max((lane.batch_size for lane in self._run.lanes), default=1)
-            found.chunk = rows_together({part.source: part.raw_width for part in self._parts}.values(), batch)
+            widths = {part.source: part.raw_width for part in self._parts}.values()
+            found.chunk = rows_together(widths, batch, on_cluster=self._run.on is not None)
         if not found.is_finished:
             with self._explained():
                 write_manifest(self.shelf, found, self._request)

@@ -150,9 +150,8 @@ class Run:
         return Cluster(self, self._seen)
 
     def apart(self, images: Sequence[object]) -> Run:
-        """Return a run here over other images, by the networks that are open here, with room for what they give."""
+        """Return a run over other images by the networks that are open here, with room for what they give."""
         run = self.over(images)
-        run.on = None
         for lane in self.lanes:
             lane.start()
             room = {

@@ -12,11 +12,13 @@ from nbfeat.features.sources import name_of
 
 BYTES = 64_000_000  # of features in one chunk
 LEAST_ROWS, MOST_ROWS = 512, 8192  # in one chunk, which is what is lost at most when a process is killed
+LARGER = 4  # times as much in one chunk on a cluster, where each has new workers, which take seconds to start
 
 
-def rows_together(widths: Iterable[int], batch: int) -> int:
+def rows_together(widths: Iterable[int], batch: int, *, on_cluster: bool = False) -> int:
     """Return how many rows make a chunk of features of these `widths`: whole batches."""
-    rows = min(max(BYTES // (4 * sum(widths)), LEAST_ROWS), MOST_ROWS)
+    times = LARGER if on_cluster else 1
+    rows = min(max(times * BYTES // (4 * sum(widths)), LEAST_ROWS), times * MOST_ROWS)
     return max(1, rows // batch) * batch
 
 
