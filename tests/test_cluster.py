@@ -716,6 +716,60 @@ def test_the_line_magic_runs_on_ray(photos: pd.DataFrame, shell: InteractiveShel
     same(result.frame, nbfeat.extract(photos, "Pocket", **FLOAT32, cache=False).frame)
 
 
+@needs_ray
+@pytest.mark.slow
+def test_on_ray_files_and_addresses_are_those_of_this_process(
+    photos: pd.DataFrame, tmp_path: Path, ray: Any, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiohttp", reason="no aiohttp here: pip install '.[remote]'")
+    monkeypatch.setattr(tally, "MOST_ROWS", 12)
+    monkeypatch.setattr(tally, "LARGER", 1)
+    monkeypatch.setenv(addresses.PRIVATE, "1")  # of this process: workers were started without
+    frame = addressed(photos, web, tmp_path)
+    frame.iloc[[13, 15], 0] = [None, frame["path"].iloc[14]]
+    asked: dict[str, Any] = {"block": "Pocket --normalize standard", "precision": "float32", "root": tmp_path}
+    local = written(frame, tmp_path / "local", allow_remote=True, **asked).run()
+    there = written(ray.data.from_pandas(frame), tmp_path / "there", allow_remote=True, **asked, on="ray").run()
+    read = nbfeat.read(tmp_path / "there", frame=frame.reset_index(drop=True))
+    assert read.features.to_numpy().tobytes() == nbfeat.read(tmp_path / "local").features.to_numpy().tobytes()
+    assert list(there.failures["position"]) == [8, 9, 10, 11, 13]
+    assert there.failures["reason"].tolist() == local.failures["reason"].tolist()
+    assert there.equal == local.equal == 1
+    assert there.written is not None
+    assert there.written.files == 2
+    assert len([note for note in there.notes if note.startswith("Ran on Ray")]) == 1
+    assert ray.is_initialized()
+
+
+WRITES = """
+import sys, nbfeat, pandas as pd
+from nbfeat.features import tally
+tally.MOST_ROWS, tally.LARGER = 8, 1
+frame = pd.DataFrame({"path": sys.argv[2:]})
+extraction = nbfeat.Extraction(frame, "Pocket", precision="float32", on="ray", parquet=sys.argv[1], batch_size=4)
+for step in extraction.steps():
+    print(step.done, flush=True)
+"""
+
+
+@needs_ray
+@pytest.mark.slow
+def test_files_of_a_process_that_was_killed_are_gone_on_from(photos: pd.DataFrame, tmp_path: Path, ray: Any) -> None:
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITES, str(tmp_path / "there"), *photos["path"]],
+        env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    ) as child:  # fmt: skip
+        assert child.stdout is not None
+        assert any(int(line) > 8 for line in child.stdout)
+        child.kill()
+    assert (tmp_path / "there" / "part-00000.parquet").exists()
+    frame = photos[["path"]].reset_index(drop=True)
+    goes_on = Extraction(frame, "Pocket", **FLOAT32, parquet=tmp_path / "there").run()
+    assert 8 <= goes_on.cached < 20
+    same(nbfeat.read(tmp_path / "there").frame, nbfeat.extract(frame, "Pocket", **FLOAT32, cache=False).frame)
+
+
 def workers() -> list[int]:
     """Return the processes that run networks on the cluster of this process."""
     return sorted(pid for pid, command in descendants().items() if "MapWorker" in command)

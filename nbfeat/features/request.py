@@ -84,7 +84,7 @@ def _read_parquet(path: str | Path) -> pd.DataFrame:
         message = f"There is no Parquet file or folder {shown} to read the frame from. {way}"
         raise RequestError(message) from None
     except (pa.ArrowException, OSError, ValueError) as error:
-        told = (str(error).splitlines() or [""])[0]
+        told = f"{error}".partition("\n")[0].partition(". ")[0].rstrip(".")
         reason = f"cannot be read as Parquet ({short(told)})"
     message = f"{shown} {reason}. {way}"
     raise RequestError(message)

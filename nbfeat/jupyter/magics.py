@@ -17,6 +17,7 @@ from traitlets.config import Configurable
 
 from nbfeat.errors import NbfeatError, RequestError
 from nbfeat.features.extraction import Extraction
+from nbfeat.features.request import check_frame
 from nbfeat.jupyter import completion, grammar
 from nbfeat.jupyter.expansion import expand
 from nbfeat.jupyter.live import Live
@@ -120,6 +121,7 @@ class ExtractMagics(Magics):
             print(grammar.usage())  # noqa: T201 - what -h does
             return None
         frame = grammar.check_name(request.frame, names)
+        check_frame(frame)
         options = {**({} if "parquet" in request.run else {"cache": self.cache}), **request.for_extraction}
         if "like" in options:
             options["like"] = grammar.result_called(options["like"], names)
