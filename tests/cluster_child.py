@@ -106,6 +106,8 @@ def main(how: str, folder: Path) -> dict[str, Any]:
                 told |= {"listening": listening({os.getpid(), *running}), "statistics": statistics(running)}
                 told["folders"] = sorted(set(re.findall(r"/\w+/nbfeat-\w+", " ".join(running.values()))))
                 told["running"] = len(running)
+                told["collecting"] = [command for command in running.values() if "UsageCollection" in command]
+                told["collecting"] += [one.name for one in threading.enumerate() if "usage" in one.name]
                 if how == "close":
                     break
                 if how == "interrupt":

@@ -730,7 +730,7 @@ def test_on_ray_files_and_addresses_are_those_of_this_process(
     asked: dict[str, Any] = {"block": "Pocket --normalize standard", "precision": "float32", "root": tmp_path}
     local = written(frame, tmp_path / "local", allow_remote=True, **asked).run()
     there = written(ray.data.from_pandas(frame), tmp_path / "there", allow_remote=True, **asked, on="ray").run()
-    read = nbfeat.read(tmp_path / "there", frame=frame.reset_index(drop=True))
+    read = nbfeat.read(tmp_path / "there")
     assert read.features.to_numpy().tobytes() == nbfeat.read(tmp_path / "local").features.to_numpy().tobytes()
     assert list(there.failures["position"]) == [8, 9, 10, 11, 13]
     assert there.failures["reason"].tolist() == local.failures["reason"].tolist()
@@ -755,7 +755,8 @@ for step in extraction.steps():
 @needs_ray
 @pytest.mark.slow
 def test_files_of_a_process_that_was_killed_are_gone_on_from(photos: pd.DataFrame, tmp_path: Path, ray: Any) -> None:
-    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    address = ray.get_runtime_context().gcs_address
+    environment = {**os.environ, "RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"}
     with subprocess.Popen(
         [sys.executable, "-c", WRITES, str(tmp_path / "there"), *photos["path"]],
         env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True,
@@ -829,6 +830,23 @@ def test_an_address_where_nobody_answers_is_told(monkeypatch: pytest.MonkeyPatch
         ray_session.address_of_cluster()
 
 
+@needs_ray
+def test_a_cluster_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray: Any = importlib.import_module("ray")
+
+    def busy(**_: object) -> None:
+        message = "The current node timed out."
+        raise Exception(message)  # noqa: TRY002 - as Ray does
+
+    monkeypatch.setattr(ray, "init", busy)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    before = dict(os.environ)
+    with pytest.raises(NetworkError, match=r"could be started here: The current node timed out\. Run it again"):
+        ray_session.Session().__enter__()
+    assert dict(os.environ) == before
+
+
 def test_only_a_cluster_that_was_started_to_be_joined_is_joined(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -874,6 +892,7 @@ def test_a_cluster_of_its_own_keeps_to_itself_and_leaves_nothing(how: str, pictu
     assert "RAY_USAGE_STATS_ENABLED=0" in told["statistics"]
     assert set(told["statistics"]) <= {"RAY_USAGE_STATS_ENABLED=0", "nothing"}
     assert told["running"] > 4
+    assert told["collecting"] == []
     assert told["folders"]
     assert any("a cluster started here: " in note for note in told["notes"])
     if how == "through":

@@ -26,6 +26,7 @@ from nbfeat.features.ray_surroundings import (
     same_signals,
     undisturbed,
     without_greeting,
+    without_statistics,
 )  # fmt: skip
 
 MOST_CORES = 4  # of a worker: with more, its one thread that is not decoding bounds it
@@ -74,8 +75,9 @@ class Session:
             raise RequestError(message)
 
     def __enter__(self) -> Self:
-        with ExitStack() as undo, environment(ENVIRONMENT):
-            with undisturbed():
+        with ExitStack() as undo:
+            undo.enter_context(without_statistics())
+            with environment(ENVIRONMENT), undisturbed():
                 self._ray = importlib.import_module("ray")
                 importlib.import_module("ray.data")
                 undo.enter_context(quietly())
@@ -133,12 +135,8 @@ class Session:
                     _node_ip_address="127.0.0.1",
                     _temp_dir=folder,
                 )
-        except Exception as error:  # of a start that takes too long Ray raises nothing narrower
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-            message = (
-                f"Ray could not start a cluster on this machine: {reason}. Run it again when the machine has less to "
-                "do, or leave --on away."
-            )
+        except Exception as error:  # Ray gives a machine that is busy half a minute, and raises nothing else then
+            message = f"No Ray cluster could be started here: {_last(error)}. Run it again, or leave --on away."
             raise NetworkError(message) from error
 
     def share(self, *, gpu: bool) -> Share:
@@ -176,8 +174,7 @@ class Session:
             with closing(batches):
                 yield from batches
         except (self._ray.exceptions.RayError, RuntimeError, OSError) as error:
-            last = (str(error).strip().splitlines() or [type(error).__name__])[-1].rstrip(".")
-            message = f"The Ray cluster gave up: {last}. Run it again to go on, or leave --on away."
+            message = f"The Ray cluster gave up: {_last(error)}. Run it again to go on, or leave --on away."
             raise NetworkError(message) from error
 
 
@@ -228,6 +225,11 @@ def address_of_cluster() -> str | None:
     except (OSError, AttributeError):  # none, or no Unix
         return None
     return written if is_own and _answers(written) else None
+
+
+def _last(error: Exception) -> str:
+    """Return the last line of what an error of Ray's says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].rstrip(".")
 
 
 def _answers(address: str) -> bool:

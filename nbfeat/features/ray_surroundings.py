@@ -50,6 +50,20 @@ def alone() -> Iterator[None]:
 
 
 @contextmanager
+def without_statistics() -> Iterator[None]:
+    """Keep Ray Data from recording how it is used, with a process and a thread that stay."""
+    name = "RAY_DATA_USAGE_DISABLED"  # it looks at the end, too
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
+
+
+@contextmanager
 def quietly() -> Iterator[None]:
     """Silence Ray's loggers for the block, and what it prints of workers that died, whose rows are tried again."""
     worker: Any = importlib.import_module("ray._private.worker")
