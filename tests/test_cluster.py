@@ -605,11 +605,19 @@ def ray(own_home: Path) -> Iterator[Any]:  # noqa: ARG001 - workers build networ
     # Not one of pytest's folders, whose names are too long for Ray's sockets.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         with ray_surroundings.environment(ray_surroundings.ENVIRONMENT), ray_surroundings.alone():
-            found.init(
-                address="local", num_cpus=2, object_store_memory=100_000_000, include_dashboard=False,
-                log_to_driver=False, configure_logging=False, _node_ip_address="127.0.0.1", _temp_dir=folder,
-            )  # fmt: skip
-        yield found
+            for left in (2, 1, 0):
+                try:
+                    found.init(
+                        address="local", num_cpus=2, object_store_memory=100_000_000, include_dashboard=False,
+                        log_to_driver=False, configure_logging=False, _node_ip_address="127.0.0.1", _temp_dir=folder,
+                    )  # fmt: skip
+                    break
+                except Exception:  # Ray gives a machine that is busy half a minute
+                    found.shutdown()
+                    if not left:
+                        raise
+        with ray_surroundings.without_statistics():
+            yield found
         found.shutdown()
 
 

@@ -103,13 +103,12 @@ class _Line:
 
     def __init__(self, access: Access) -> None:
         self.limits, self._private = access.limits, access.private
-        limits = access.limits
-        self._places = asyncio.Semaphore(limits.at_once)
+        self._places = asyncio.Semaphore(self.limits.at_once)
         self._stop = asyncio.Event()
-        self._buckets = Buckets(limits, private=self._private)
+        self._buckets = Buckets(self.limits, private=self._private)
         self._session: aiohttp.ClientSession | None = None
         self._loop = asyncio.new_event_loop()
-        self._lookups = ThreadPoolExecutor(limits.at_once, thread_name_prefix="nbfeat-lookup")  # of hosts
+        self._lookups = ThreadPoolExecutor(self.limits.at_once, thread_name_prefix="nbfeat-lookup")  # of hosts
         self._loop.set_default_executor(self._lookups)
         self._thread = threading.Thread(target=self._work, name="nbfeat-fetch", daemon=True)
         self._thread.start()

@@ -1,6 +1,7 @@
 """``python -m tests.benchmarks.cluster``: many rows on a Ray cluster of this machine, and what memory they take.
 
 Memory is what each process has at its peak; of all together it is the sum of their shares of pages (PSS), polled.
+With ``--parquet`` a pretended network gives 1,280 features of each image, which are written to files.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ import pandas as pd
 from PIL import Image
 
 import nbfeat
+from nbfeat.features import cluster, engines, memory, ray_session
+from nbfeat.features.worker import Order, Worker
 from tests.cluster_child import descendants
+from tests.parts_child import WIDTH, WideOpening
 
 
 class Memory(threading.Thread):
@@ -54,11 +58,24 @@ def _kilobytes(process: int, file: str, name: str) -> int:
     return 0
 
 
+class WideWorker(Worker):
+    """A worker with the pretended network."""
+
+    def __init__(self, order: Order) -> None:
+        engines.Opening = WideOpening  # type: ignore[misc,assignment]
+        super().__init__(order)
+
+
 def main() -> None:
     """Draw images, run, and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=50_000)
-    rows = parser.parse_args().rows
+    parser.add_argument("--parquet", metavar="NORMALIZE", help="write to files: none, l2, standard or minmax")
+    asked = parser.parse_args()
+    rows, block, width = asked.rows, "Pocket", 512
+    if asked.parquet:
+        engines.Opening, cluster.Worker = WideOpening, WideWorker  # type: ignore[misc,assignment]
+        block, width = f"MobileNet --size 32 --normalize {asked.parquet}", WIDTH
     os.environ["RAY_ADDRESS"] = "local"
     with tempfile.TemporaryDirectory() as folder:
         generator = np.random.default_rng(0)
@@ -66,21 +83,25 @@ def main() -> None:
             pixels = generator.integers(0, 255, (12, 12, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(f"{folder}/{number:06d}.png", compress_level=1)
         frame = pd.DataFrame({"path": [f"{folder}/{number:06d}.png" for number in range(rows)]})
-        memory = Memory()
-        memory.start()
+        watched = Memory()
+        watched.start()
         start, first = time.perf_counter(), 0.0
-        extraction = nbfeat.Extraction(frame, "Pocket", precision="float32", on="ray", cache=False)
+        where = f"{folder}/features" if asked.parquet else None
+        extraction = nbfeat.Extraction(frame, block, precision="float32", on="ray", parquet=where, cache=False)
         for step in extraction.steps():
             first = first or (time.perf_counter() - start if step.done else 0.0)
         seconds = time.perf_counter() - start
-        memory.ended.set()
-        memory.join()
-    matrix = 4 * rows * len(extraction.columns) / 1e6
+        watched.ended.set()
+        watched.join()
     failed = len(extraction.failures)
-    print(f"{extraction.done:,} rows in {seconds:,.0f} s, the first after {first:,.1f} s; failed: {failed}")
-    for kind, peak in sorted(memory.peaks.items()):
+    files = f", {extraction.written.files} files" if extraction.written else ""
+    print(f"{extraction.done:,} rows in {seconds:,.0f} s, the first after {first:,.1f} s; failed: {failed}{files}")
+    for kind, peak in sorted(watched.peaks.items()):
         print(f"{kind}: {peak / 1000:,.0f} MB at its peak")
-    print(f"all processes together: {memory.all / 1000:,.0f} MB, of which {matrix:,.0f} MB are the features")
+    features, store = memory.shown(4 * rows * width), memory.shown(ray_session.STORE)
+    print(
+        f"all processes together: {watched.all / 1000:,.0f} MB; the features: {features}; the cluster's store: {store}"
+    )
 
 
 if __name__ == "__main__":
