@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Cell = tuple[bytes, bool, bytes]  # text or what an image holds, whether it is text, and which file that was here
 ROWS_AT_ONCE = 128  # fewer, and a worker waits more often; more, and a step comes seldom
+FETCHED_AT_ONCE = 512  # where images are fetched, for which each table opens connections of its own
 FEWEST_AT_ONCE = 8
 ROUNDS = 4  # so many batches for each worker at least, so that the last ones are not waited for alone
 BYTES_AT_ONCE = 32 << 20  # of features
@@ -127,7 +128,8 @@ class Cluster:
             lacking.setdefault(tuple(not lane.done[row] for lane in lanes), []).append(row)
         width = sum(output.width for lane in lanes for output in lane.outputs.values())
         fair = len(cells) // (ROUNDS * self._share.workers)
-        count = max(1, min(max(FEWEST_AT_ONCE, fair), ROWS_AT_ONCE, BYTES_AT_ONCE // (4 * width)))
+        most = FETCHED_AT_ONCE if self._run.remote else ROWS_AT_ONCE
+        count = max(1, min(max(FEWEST_AT_ONCE, fair), most, BYTES_AT_ONCE // (4 * width)))
         for lacks, rows in lacking.items():
             for start in range(0, len(rows), count):
                 some = rows[start : start + count]

@@ -99,9 +99,7 @@ def main() -> None:
     for kind, peak in sorted(watched.peaks.items()):
         print(f"{kind}: {peak / 1000:,.0f} MB at its peak")
     features, store = memory.shown(4 * rows * width), memory.shown(ray_session.STORE)
-    print(
-        f"all processes together: {watched.all / 1000:,.0f} MB; the features: {features}; the cluster's store: {store}"
-    )
+    print(f"all processes together: {watched.all / 1000:,.0f} MB; features: {features}; the cluster's store: {store}")
 
 
 if __name__ == "__main__":
