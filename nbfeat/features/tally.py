@@ -12,7 +12,7 @@ from nbfeat.features.sources import name_of
 
 BYTES = 64_000_000  # of features in one chunk
 LEAST_ROWS, MOST_ROWS = 512, 8192  # in one chunk, which is what is lost at most when a process is killed
-LARGER = 4  # times as much in one chunk on a cluster, where each has new workers, which take seconds to start
+LARGER = 3  # times as much in one chunk on a cluster, where each has new workers, which take seconds to start
 
 
 def rows_together(widths: Iterable[int], batch: int, *, on_cluster: bool = False) -> int:
