@@ -29,14 +29,14 @@ def test_a_frame_may_be_a_parquet_file_or_folder(photos: pd.DataFrame, tmp_path:
     photos.to_parquet(tmp_path / "one.parquet")
     usual = nbfeat.extract(photos, BLOCK, images="path")
     for path in (folder, str(folder), tmp_path / "one.parquet", str(tmp_path / "one.parquet")):
-        same(nbfeat.extract(path, BLOCK, images="path").frame, usual.frame)  # type: ignore[arg-type]
-        same(usual.like(path).frame, usual.frame)  # type: ignore[arg-type]
+        same(nbfeat.extract(path, BLOCK, images="path").frame, usual.frame)
+        same(usual.like(path).frame, usual.frame)
     assert nbfeat.Extraction(folder, BLOCK, images="path").total == 20
 
 
 def test_images_within_a_parquet_file_are_read(photos: pd.DataFrame, tmp_path: Path) -> None:
     cells = [{"bytes": Path(path).read_bytes(), "path": None} for path in photos["path"]]
-    photos.assign(path=cells).to_parquet(tmp_path / "with.parquet")
+    photos.assign(path=pd.Series(cells, photos.index)).to_parquet(tmp_path / "with.parquet")
     usual = nbfeat.extract(photos, BLOCK, images="path")
     same(nbfeat.extract(tmp_path / "with.parquet", BLOCK).features, usual.features)
 

@@ -74,7 +74,7 @@ def main() -> None:
     asked = parser.parse_args()
     rows, block, width = asked.rows, "Pocket", 512
     if asked.parquet:
-        engines.Opening, cluster.Worker = WideOpening, WideWorker  # type: ignore[misc,assignment]
+        engines.Opening, cluster.Worker = WideOpening, WideWorker  # type: ignore[misc,assignment,attr-defined]
         block, width = f"MobileNet --size 32 --normalize {asked.parquet}", WIDTH
     os.environ["RAY_ADDRESS"] = "local"
     with tempfile.TemporaryDirectory() as folder:
