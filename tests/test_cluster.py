@@ -814,21 +814,6 @@ def test_a_cluster_that_is_there_is_joined_and_left(way: str, photos: pd.DataFra
     assert nbfeat.extract(photos, "Pocket", **FLOAT32, on="ray", cache=False).done == 20
 
 
-@needs_ray
-def test_a_cluster_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def init(**_: object) -> None:
-        message = "The current node timed out during startup.\nAnd more of it."
-        raise Exception(message)  # noqa: TRY002 - as Ray does
-
-    ray = importlib.import_module("ray")
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(ray_session, "address_of_cluster", lambda: None)
-    words = "^Ray could not start a cluster on this machine: The current node timed out during startup. Run it again"
-    with pytest.raises(NetworkError, match=words), ray_session.Session():
-        pass
-
-
 def test_an_address_where_nobody_answers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
