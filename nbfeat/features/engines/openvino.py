@@ -8,10 +8,10 @@ the bit for any batch size, order and company.
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
 import time
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
 
@@ -36,14 +36,14 @@ def name(*, threads: bool = True) -> str:
     return f"{shown}, {cores} thread{'s' if cores > 1 else ''}" if threads else shown
 
 
-@functools.cache
-def _core(process: int) -> Any:  # noqa: ANN401, ARG001 - OpenVINO's; one that was forked needs its own
-    """Return OpenVINO's core, of which a process has one, and for good.
+def _apart(compiles: Callable[[], Any]) -> Any:  # noqa: ANN401 - OpenVINO's
+    """Compile in a thread that ends then, for what OpenVINO does to the thread that compiles would stay.
 
-    A core lays a stack for signals under the thread that makes it. Of two that overlap, the first to go takes its stack
-    along and leaves the thread on it: the next interrupt would end the process.
+    It makes that thread take tiny numbers for zero, which the threads that it starts inherit, and it gives that thread
+    a stack for signals, which is gone when the network is: an interrupt after that would end the process.
     """
-    return quiet.import_openvino().Core()
+    with ThreadPoolExecutor(1, thread_name_prefix="nbfeat-compile") as one:
+        return one.submit(compiles).result()
 
 
 class OpenVINOEngine:
@@ -57,7 +57,7 @@ class OpenVINOEngine:
         self.work = Work()
         cores = available_cores()
         self._tensor, self._stored = openvino.Tensor, stored
-        core = _core(os.getpid())
+        core = openvino.Core()
         graph = core.read_model(stored.folder / "network.xml")
         if only is not None:  # what leads to other outputs alone is not run then
             self.outputs = {only: stored.outputs[only]}
@@ -74,7 +74,7 @@ class OpenVINOEngine:
         }
         try:
             with quiet.without_fast_math():
-                compiled = core.compile_model(graph, "CPU", settings)
+                compiled = _apart(lambda: core.compile_model(graph, "CPU", settings))
         except RuntimeError as error:
             message = f"This CPU cannot run the network in {precision}: {str(error).strip().splitlines()[-1]}"
             raise NetworkError(message) from error
