@@ -10,7 +10,6 @@ import faulthandler
 import io
 import json
 import random
-import resource
 import struct
 import sys
 import time
@@ -27,6 +26,7 @@ from PIL import Image
 from nbfeat import Extraction
 from nbfeat.features import engines
 from tests.fake import FakeOpening
+from tests.memory import peak
 from tests.mutations import mutated
 
 SEED = 20_261_125
@@ -129,8 +129,7 @@ def main(first: int, count: int) -> None:
                 found.setdefault(kind, Counter())["failed" if failed else "decoded"] += 1
                 if (failed and not is_a_sentence(reasons[row])) or np.isnan(rows[row]).any() != failed:
                     odd.append(f"{kind} {first + start + row}: {reasons.get(row)!r}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"found": found, "odd": odd, "slowest": slowest, "peak": peak}))
+    print(json.dumps({"found": found, "odd": odd, "slowest": slowest, "peak": peak()}))
 
 
 def _extracted(images: list[bytes]) -> Extraction:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from collections.abc import Callable
 
@@ -15,7 +14,7 @@ import nbfeat
 from nbfeat.features import engines, tally
 from nbfeat.features.engines import Pixels, Vectors
 from nbfeat.features.network import Cut, NetworkSpec, Output
-from tests import fake
+from tests import fake, memory
 
 WIDTH = 1280
 
@@ -63,16 +62,11 @@ def peak(folder: str, rows: str, block: str) -> dict[str, object]:
     images = [generator.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(int(rows))]
     frame = pd.DataFrame({"image": images, "label": [f"row {number}" for number in range(len(images))]})
     extraction = nbfeat.Extraction(frame, block, images="image", batch_size=64, parquet=folder)
-    before = resident()
+    before = memory.peak()
     extraction.run()
     written = extraction.written
     assert written is not None
-    return {"before": before, "peak": resident(), "files": written.files, "bytes": written.bytes}
-
-
-def resident() -> int:
-    """Return the most memory that this process ever had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"before": before, "peak": memory.peak(), "files": written.files, "bytes": written.bytes}
 
 
 if __name__ == "__main__":

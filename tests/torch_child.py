@@ -18,16 +18,10 @@ from nbfeat.backbones import torch_checkpoint
 from nbfeat.backbones.refusal import DAMAGE
 from nbfeat.errors import WeightsError
 from tests import hostile_checkpoints
+from tests.memory import peak
 
 SEED = 20_180_813
-STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
-
-
-def peak() -> int:
-    """Return the most bytes of memory that this process had, since it last asked to have that forgotten."""
-    line = next(line for line in STATUS.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 class Watch:
