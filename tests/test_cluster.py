@@ -502,6 +502,7 @@ def test_files_that_another_cpu_computed_are_told_and_not_in_the_cache(
 @pytest.fixture
 def web() -> Iterator[Web]:
     """Serve at 127.0.0.1."""
+    pytest.importorskip("aiohttp", reason="no aiohttp here: pip install '.[remote]'")
     with Web() as server:
         yield server
 
@@ -729,7 +730,6 @@ def test_the_line_magic_runs_on_ray(photos: pd.DataFrame, shell: InteractiveShel
 def test_on_ray_files_and_addresses_are_those_of_this_process(
     photos: pd.DataFrame, tmp_path: Path, ray: Any, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("aiohttp", reason="no aiohttp here: pip install '.[remote]'")
     monkeypatch.setattr(tally, "MOST_ROWS", 12)
     monkeypatch.setattr(tally, "LARGER", 1)
     monkeypatch.setenv(addresses.PRIVATE, "1")  # of this process: workers were started without
