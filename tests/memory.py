@@ -1,10 +1,18 @@
-"""The memory of this process, on Linux."""
+"""The memory of a process, on Linux."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
-STATUS = Path("/proc/self/status")
+
+def bytes_of(entry: str, process: int | str = "self", file: str = "status") -> int:
+    """Return an entry, such as ``VmRSS``, of a file that tells about a process; 0 where it has ended."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{process}/{file}").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith(f"{entry}:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def peak() -> int:
@@ -12,5 +20,4 @@ def peak() -> int:
 
     Not ``ru_maxrss``, which begins with what the parent had when it forked.
     """
-    line = next(line for line in STATUS.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    return bytes_of("VmHWM")

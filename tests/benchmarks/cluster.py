@@ -11,8 +11,6 @@ import os
 import tempfile
 import threading
 import time
-from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,6 +20,7 @@ import nbfeat
 from nbfeat.features import cluster, engines, memory, ray_session
 from nbfeat.features.worker import Order, Worker
 from tests.cluster_child import descendants
+from tests.memory import bytes_of
 from tests.parts_child import WIDTH, WideOpening
 
 
@@ -38,7 +37,7 @@ class Memory(threading.Thread):
         """Look every second."""
         while not self.ended.wait(1):
             processes = {os.getpid(): "driver", **descendants()}
-            self.all = max(self.all, sum(_kilobytes(pid, "smaps_rollup", "Pss:") for pid in processes))
+            self.all = max(self.all, sum(bytes_of("Pss", pid, "smaps_rollup") for pid in processes))
             for pid, command in processes.items():
                 kind = (
                     "worker"
@@ -47,15 +46,7 @@ class Memory(threading.Thread):
                     if command == "driver"
                     else "Ray itself, the largest"
                 )
-                self.peaks[kind] = max(self.peaks.get(kind, 0), _kilobytes(pid, "status", "VmHWM:"))
-
-
-def _kilobytes(process: int, file: str, name: str) -> int:
-    with suppress(OSError):
-        for line in Path(f"/proc/{process}/{file}").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith(name):
-                return int(line.split()[1])
-    return 0
+                self.peaks[kind] = max(self.peaks.get(kind, 0), bytes_of("VmHWM", pid))
 
 
 class WideWorker(Worker):
@@ -97,9 +88,9 @@ def main() -> None:
     files = f", {extraction.written.files} files" if extraction.written else ""
     print(f"{extraction.done:,} rows in {seconds:,.0f} s, the first after {first:,.1f} s; failed: {failed}{files}")
     for kind, peak in sorted(watched.peaks.items()):
-        print(f"{kind}: {peak / 1000:,.0f} MB at its peak")
+        print(f"{kind}: {peak / 1e6:,.0f} MB at its peak")
     features, store = memory.shown(4 * rows * width), memory.shown(ray_session.STORE)
-    print(f"all processes together: {watched.all / 1000:,.0f} MB; features: {features}; the cluster's store: {store}")
+    print(f"all processes together: {watched.all / 1e6:,.0f} MB; features: {features}; the cluster's store: {store}")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from tests.memory import bytes_of
 
 
 def main(start: float, imported: float) -> None:
@@ -60,5 +60,4 @@ def tutorial(request: dict[str, Any]) -> dict[str, Any]:
 
 def megabytes(what: str) -> float:
     """Return the memory that this process has, ``VmRSS``, or the most that it has had, ``VmHWM``."""
-    found = re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="ascii"))
-    return int(found[1]) / 1024 if found else 0.0
+    return bytes_of(what) / 2**20
