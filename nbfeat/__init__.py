@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
     from nbfeat.backbones.registered import register_backbone as register_backbone
+    from nbfeat.cache.storage import storage as storage
     from nbfeat.errors import ExtractionError as ExtractionError
     from nbfeat.errors import ImageError as ImageError
     from nbfeat.errors import NbfeatError as NbfeatError
@@ -23,37 +24,36 @@ if TYPE_CHECKING:
     from nbfeat.errors import WeightsError as WeightsError
     from nbfeat.explore.compare import compare as compare
     from nbfeat.explore.duplicates import duplicates as duplicates
+    from nbfeat.explore.neighbors import similar as similar
     from nbfeat.explore.scatter import scatter as scatter
-    from nbfeat.explore.similar import similar as similar
     from nbfeat.explore.thumbnails import thumbnails as thumbnails
-    from nbfeat.features.block import FeatureBlock as FeatureBlock
-    from nbfeat.features.extraction import Extraction as Extraction
-    from nbfeat.features.extraction import extract as extract
-    from nbfeat.features.folder import folder as folder
-    from nbfeat.features.layers import layers as layers
-    from nbfeat.features.parquet import read as read
-    from nbfeat.features.result import Result as Result
-    from nbfeat.features.storage import storage as storage
-    from nbfeat.features.transformer import ImageFeatures as ImageFeatures
-    from nbfeat.jupyter.panel import Panel as Panel
+    from nbfeat.extraction.extraction import Extraction as Extraction
+    from nbfeat.extraction.extraction import extract as extract
+    from nbfeat.extraction.feature_table import Result as Result
+    from nbfeat.extraction.options import FeatureBlock as FeatureBlock
+    from nbfeat.extraction.transformer import ImageFeatures as ImageFeatures
+    from nbfeat.images.folder import folder as folder
+    from nbfeat.inference.layers import layers as layers
+    from nbfeat.jupyter.panel.panel import Panel as Panel
+    from nbfeat.parquet.result_file import read as read
 
 _PUBLIC = {
-    "extract": "nbfeat.features.extraction",
-    "Extraction": "nbfeat.features.extraction",
+    "extract": "nbfeat.extraction.extraction",
+    "Extraction": "nbfeat.extraction.extraction",
     "compare": "nbfeat.explore.compare",
-    "FeatureBlock": "nbfeat.features.block",
-    "ImageFeatures": "nbfeat.features.transformer",
-    "layers": "nbfeat.features.layers",
-    "read": "nbfeat.features.parquet",
-    "Result": "nbfeat.features.result",
-    "folder": "nbfeat.features.folder",
+    "FeatureBlock": "nbfeat.extraction.options",
+    "ImageFeatures": "nbfeat.extraction.transformer",
+    "layers": "nbfeat.inference.layers",
+    "read": "nbfeat.parquet.result_file",
+    "Result": "nbfeat.extraction.feature_table",
+    "folder": "nbfeat.images.folder",
     "thumbnails": "nbfeat.explore.thumbnails",
-    "similar": "nbfeat.explore.similar",
+    "similar": "nbfeat.explore.neighbors",
     "duplicates": "nbfeat.explore.duplicates",
     "scatter": "nbfeat.explore.scatter",
     "register_backbone": "nbfeat.backbones.registered",
-    "storage": "nbfeat.features.storage",
-    "Panel": "nbfeat.jupyter.panel",
+    "storage": "nbfeat.cache.storage",
+    "Panel": "nbfeat.jupyter.panel.panel",
     "NbfeatError": "nbfeat.errors",
     "RequestError": "nbfeat.errors",
     "WeightsError": "nbfeat.errors",
@@ -65,15 +65,14 @@ __all__ = ["backbones", *_PUBLIC]  # noqa: PLE0604 - the table's keys
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - whichever of the public names
+def __getattr__(name: str) -> Any:
     """Import a public name when it is first used (PEP 562)."""
     if name == "backbones":
         return importlib.import_module("nbfeat.backbones")
     if name in _PUBLIC:
         value = globals()[name] = getattr(importlib.import_module(_PUBLIC[name]), name)
         return value
-    message = f"module 'nbfeat' has no attribute {name!r}"
-    raise AttributeError(message)
+    raise AttributeError(f"module 'nbfeat' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
@@ -83,13 +82,13 @@ def __dir__() -> list[str]:
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
     """Register the magics, their settings and what Tab offers."""
-    from nbfeat.jupyter.magics import load  # noqa: PLC0415 - only in a notebook
+    from nbfeat.jupyter.magics import load
 
     load(shell)
 
 
 def unload_ipython_extension(shell: InteractiveShell) -> None:
     """Take all of it back."""
-    from nbfeat.jupyter.magics import unload  # noqa: PLC0415 - only in a notebook
+    from nbfeat.jupyter.magics import unload
 
     unload(shell)

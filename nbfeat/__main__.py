@@ -17,7 +17,7 @@ from nbfeat.errors import NbfeatError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from nbfeat.features.extraction import Extraction
+    from nbfeat.extraction.extraction import Extraction
 
 # Digits are strokes, not things, so an earlier layer beside the end.
 BLOCKS = ("Pocket", "Pocket --layer block3_out")
@@ -50,9 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def write_digits(folder: Path, count: int) -> pd.DataFrame:
     """Write `count` of scikit-learn's digits as PNG files and return the frame of their paths and labels."""
-    import pandas as pd  # noqa: PLC0415 - what a run needs is imported when it runs
-    from PIL import Image  # noqa: PLC0415
-    from sklearn.datasets import load_digits  # noqa: PLC0415
+    import pandas as pd
+    from PIL import Image
+    from sklearn.datasets import load_digits
 
     data = load_digits()
     rows = []
@@ -66,7 +66,7 @@ def write_digits(folder: Path, count: int) -> pd.DataFrame:
 
 def features(digits: pd.DataFrame) -> Extraction:
     """Extract both blocks, printing what is being done."""
-    from nbfeat.features.extraction import Extraction  # noqa: PLC0415 - what a run needs is imported when it runs
+    from nbfeat.extraction.extraction import Extraction
 
     extraction = Extraction(digits, *BLOCKS, images="path", size=SIZE)
     for step in extraction.steps():
@@ -77,10 +77,10 @@ def features(digits: pd.DataFrame) -> Extraction:
 
 def accuracy(columns: pd.DataFrame, labels: pd.Series[int]) -> float:
     """Return the mean accuracy over five stratified folds."""
-    from sklearn.model_selection import StratifiedKFold, cross_val_score  # noqa: PLC0415
-    from sklearn.pipeline import make_pipeline  # noqa: PLC0415
-    from sklearn.preprocessing import StandardScaler  # noqa: PLC0415
-    from sklearn.svm import SVC  # noqa: PLC0415
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import SVC
 
     folds = StratifiedKFold(5, shuffle=True, random_state=SEED)
     return float(cross_val_score(make_pipeline(StandardScaler(), SVC(C=10)), columns, labels, cv=folds).mean())

@@ -70,3 +70,12 @@ def listing(names: Iterable[str], joint: str = "and") -> str:
 def sentences(*parts: str) -> str:
     """Join sentences with spaces, leaving out empty ones."""
     return " ".join(part for part in parts if part)
+
+
+def format_bytes(size: float) -> str:
+    """Write a number of bytes for people."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:,.0f} {unit}" if unit in {"bytes", "kB"} else f"{size:,.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"

@@ -14,9 +14,9 @@ from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 from traitlets.config import Config
 
-from nbfeat.features import engines
+from nbfeat.inference import engines
 from tests.faces import CellMagic, Face, LineMagic, PanelFace, python
-from tests.fake import FakeEngine, FakeOpening, Gate
+from tests.fake import FakeEngine, FakeNetwork, Gate
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("NBFEAT_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -109,12 +109,12 @@ def photos(pictures: Path) -> pd.DataFrame:
 def fake_network(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
     """Put a pretended network in place of every real one."""
     FakeEngine.opened = FakeEngine.computed = 0
-    monkeypatch.setattr(engines, "Opening", FakeOpening)
+    monkeypatch.setattr(engines, "PreparedNetwork", FakeNetwork)
     return FakeEngine
 
 
 @pytest.fixture
-def gate(fake_network: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> Gate:  # noqa: ARG001 - what it is for
+def gate(fake_network: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> Gate:  # what it is for
     """Return a gate in the pretended network."""
     return Gate(monkeypatch)
 

@@ -12,8 +12,8 @@ from IPython.utils.capture import capture_output
 
 import nbfeat
 from nbfeat import Extraction, Panel, RequestError
-from nbfeat.features.block import BLOCK_OPTIONS, WordParser, quoted, split_words
-from nbfeat.jupyter.panel_widgets import DEFAULT
+from nbfeat.extraction.options import BLOCK_OPTIONS, WordParser, quoted, split_words
+from nbfeat.jupyter.panel.widgets import DEFAULT
 
 
 def run_cell(shell: InteractiveShell, cell: str) -> Any:

@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from nbfeat.backbones.weights import Loaded
-from nbfeat.features.engines import Pixels, Precision, Vectors, Work
-from nbfeat.features.network import Cut, NetworkSpec, Output
+from nbfeat.inference.engines import Pixels, Precision, Vectors, Work
+from nbfeat.inference.model import Cut, NetworkSpec, Output
 
 GRID = 4
 
@@ -88,8 +88,8 @@ def features(pixels: Pixels, cut: Cut) -> NDArray[np.float32]:
     return np.asarray(cells.reshape(count, -1))
 
 
-class FakeOpening:
-    """Stand in for `engines.Opening`."""
+class FakeNetwork:
+    """Stand in for `engines.PreparedNetwork`."""
 
     note = ""
     faster: tuple[Precision, ...] = ()
@@ -103,7 +103,7 @@ class FakeOpening:
     def __iter__(self) -> Iterator[str]:
         yield f"opening a pretended {self.spec.backbone}"
 
-    def decides(self, precision: Precision) -> dict[str, object]:
+    def key_fields(self, precision: Precision) -> dict[str, object]:
         return {**self.numbers, "precision": precision}
 
     def start(self, precision: Precision, only: str | None = None) -> FakeEngine:

@@ -25,12 +25,12 @@ import numpy as np
 import pandas as pd
 
 import nbfeat
-from nbfeat import quiet
-from nbfeat.backbones import applications, keras_weights
+from nbfeat import isolation
+from nbfeat.backbones import keras_applications, keras_weights
 from nbfeat.backbones.catalog import CATALOG
-from nbfeat.features import engines
-from nbfeat.features.network import Cut, NetworkSpec, build, load_base
-from nbfeat.features.signs import maps_with_negative_values
+from nbfeat.inference import engines
+from nbfeat.inference.model import Cut, NetworkSpec, build, load_base
+from nbfeat.inference.signs import maps_with_negative_values
 
 SMALLEST = 64  # pixels; below it some maps are a single cell
 
@@ -102,7 +102,7 @@ def vectors(out: str, *names: str) -> dict[str, Any]:
     digests = {}
     for name in names:
         spec = spec_of(name, *cuts_of(name))
-        with quiet.keras_defaults():
+        with isolation.keras_defaults():
             built = build(spec, lambda _: None)
         result = built.model(pictures(spec.size), training=False)
         arrays: dict[str, Any] = {key: np.asarray(value) for key, value in result.items()}
@@ -222,11 +222,11 @@ def files_of_weights(folder: str) -> dict[str, Any]:
 
 def structures(*words: str) -> dict[str, Any]:
     """Build each NAME:SIZE; tell how many parameters it has, and the shape and sign of every layer."""
-    quiet.quiet_child()
+    isolation.quiet_child()
     found = {}
     for word in words:
         name, _, size = word.partition(":")
-        network: Any = applications.build(CATALOG[name], size=int(size))
+        network: Any = keras_applications.build(CATALOG[name], size=int(size))
         negative = maps_with_negative_values(network)
         shapes = {layer.name: list(layer.output.shape[1:]) for layer in network.layers}
         found[word] = {"parameters": network.count_params(), "shapes": shapes, "negative": negative}

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from nbfeat.features.columns import names
+from nbfeat.extraction.columns import names
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 

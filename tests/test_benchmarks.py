@@ -97,8 +97,7 @@ def test_a_table_is_github_markdown() -> None:
 def test_a_section_that_cannot_run_says_why() -> None:
     def tables() -> Iterator[Table]:
         yield Table("One", ("a",), [])
-        message = "no photographs here"
-        raise MissingError(message)
+        raise MissingError("no photographs here")
 
     first, second = printed("accuracy", tables())
     assert first.startswith("### One")

@@ -16,8 +16,8 @@ from nbfeat.jupyter import grammar
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "nbfeat"
-LAYERS = ("leaves", "backbones", "features", "explore", "jupyter")
-LEAVES = {"errors", "home", "quiet", "html"}
+ROOMS = ("leaves", "images", "backbones", "inference", "cache", "parquet", "extraction", "explore", "jupyter")
+LEAVES = {"errors", "paths", "isolation", "html"}
 HEAVY = {"keras", "tensorflow", "openvino", "torch", "jax"}
 NOTEBOOK = {"IPython", "ipywidgets", "traitlets"}
 
@@ -26,9 +26,18 @@ def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+HEIGHTS = {"leaves": 0, "images": 1, "backbones": 1, "inference": 2, "cache": 2, "parquet": 2, "extraction": 3}
+# Arrows against the order that are still to be turned, as (from, to).
+STILL_OPEN = {
+    ("cache", "extraction"),
+    ("inference", "extraction"),
+    ("parquet", "extraction"),
+}
+
+
 def layer_of(name: str) -> int:
     part = name.split(".")[1] if "." in name else ""
-    return 0 if part in LEAVES else LAYERS.index(part) if part in LAYERS else len(LAYERS)
+    return 0 if part in LEAVES else HEIGHTS.get(part, ROOMS.index(part)) if part in ROOMS else len(ROOMS)
 
 
 def imports(path: Path, *, top_only: bool = False) -> list[str]:
@@ -49,10 +58,11 @@ def imports(path: Path, *, top_only: bool = False) -> list[str]:
 def test_imports_run_one_way(path: Path) -> None:
     mine = layer_of("nbfeat." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts))
     for name in imports(path):
-        if name.startswith("nbfeat.") and mine < len(LAYERS):
-            assert layer_of(name) <= mine, f"{path.name} imports {name} against the arrows"
+        if name.startswith("nbfeat.") and mine < len(ROOMS):
+            rooms = (path.relative_to(PACKAGE).parts[0], name.split(".")[1])
+            assert layer_of(name) <= mine or rooms in STILL_OPEN, f"{path.name} imports {name} against the arrows"
             assert mine > 0 or name == "nbfeat.errors" or layer_of(name) < mine, f"the leaf {path.name} imports {name}"
-        if mine < LAYERS.index("jupyter"):
+        if mine < ROOMS.index("jupyter"):
             assert name.partition(".")[0] not in NOTEBOOK, f"{path.name} imports {name}"
     for name in imports(path, top_only=True):
         assert name.partition(".")[0] not in HEAVY, f"{path.name} imports {name} at module level"
@@ -92,11 +102,9 @@ def test_the_readme_has_the_table_of_options() -> None:
     assert grammar.markdown() in readme(), "put the output of nbfeat.jupyter.grammar.markdown() into the README"
 
 
-def test_the_readme_names_every_module_and_no_other() -> None:
+def test_the_readme_names_every_room() -> None:
     tree = readme().split("nbfeat/\n├")[1].split("```")[0]
-    names = {path.name for path in modules() if path.name not in {"__init__.py", "__main__.py"}}
-    short = {name for name in names if name not in tree and name.removesuffix(".py") not in tree}
-    assert not short
+    assert [room for room in (*LEAVES, *ROOMS[1:]) if room not in tree] == []
 
 
 def test_the_readme_names_every_backbone_family() -> None:

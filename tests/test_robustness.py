@@ -28,19 +28,20 @@ from PIL import Image
 from pyarrow import parquet
 
 import nbfeat
-from nbfeat import Extraction, NbfeatError, RequestError, extract, quiet
-from nbfeat.features import content, images, tally
-from nbfeat.features.fit import PixelSpec
-from nbfeat.features.formats import NAMES
-from nbfeat.features.images import read_pixels
-from nbfeat.features.packed import Failure, pack
+from nbfeat import Extraction, NbfeatError, RequestError, extract, isolation
+from nbfeat.extraction.packed import Failure, pack
+from nbfeat.images import decode, fingerprint
+from nbfeat.images.decode import read_pixels
+from nbfeat.images.formats import NAMES
+from nbfeat.images.resize import PixelSpec
 from nbfeat.jupyter import grammar
+from nbfeat.parquet import tally
 from tests.conftest import ROOT
-from tests.images_child import images as image_files
-from tests.images_child import is_a_sentence
+from tests.images.images_child import images as image_files
+from tests.images.images_child import is_a_sentence
 from tests.messages import assert_says_what_to_do
 from tests.mutations import mutated
-from tests.test_parquet import resealed
+from tests.parquet.test_parquet import resealed
 
 pytestmark = [pytest.mark.usefixtures("fake_network"), pytest.mark.slow]
 TIMES = int(os.environ.get("NBFEAT_TEST_EXAMPLES", "1"))
@@ -261,11 +262,11 @@ def shuffled(data: bytes, values: list[tuple[int, int]], chance: random.Random) 
 def test_a_damaged_cache_never_gives_wrong_features(
     photos: pd.DataFrame, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(content, "SETTLED_AFTER_NS", 0)
+    monkeypatch.setattr(fingerprint, "SETTLED_AFTER_NS", 0)
     for number in (3, 9):
         (tmp_path / f"{number}.png").write_bytes(b"no image\xff" + bytes([number]))
         photos.iloc[number, 0] = str(tmp_path / f"{number}.png")
-    run = lambda: Extraction(photos, *BLOCKS, images="path").run()  # noqa: E731 - the same each time
+    run = lambda: Extraction(photos, *BLOCKS, images="path").run()
     good = run()
     (file,) = (own_cache / "features").glob("*.sqlite")
     whole, values = file.read_bytes(), spots(file)
@@ -304,8 +305,8 @@ FILES = [(kind, data) for kind, ways in image_files().items() for data in ways]
 
 
 def gives_pixels_or_a_sentence(data: bytes) -> None:
-    with pytest.MonkeyPatch.context() as patch, quiet.pillow_defaults():
-        patch.setattr(images, "MOST_PIXELS", 4_000_000)
+    with pytest.MonkeyPatch.context() as patch, isolation.pillow_defaults():
+        patch.setattr(decode, "MOST_PIXELS", 4_000_000)
         try:
             (pixels,) = read_pixels(data, [PixelSpec(24)], Path())
             assert pixels.shape == (24, 24, 3)
@@ -352,7 +353,7 @@ def child(module: str, *words: object, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="memory is measured as Linux does")
 def test_two_thousand_damaged_images_are_features_or_failures(tmp_path: Path) -> None:
-    said = child("tests.images_child", 0, 2000 * TIMES, folder=tmp_path)
+    said = child("tests.images.images_child", 0, 2000 * TIMES, folder=tmp_path)
     assert said["odd"] == []
     assert {kind for kind, _ in FILES} == set(said["found"])
     for kind, counts in said["found"].items():

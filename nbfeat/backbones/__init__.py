@@ -18,7 +18,7 @@ class _Listing(ModuleType):
 
     def __call__(self, pattern: str = "*") -> pd.DataFrame:
         """List the backbones whose names match `pattern`: see `nbfeat.backbones.catalog.backbones`."""
-        from nbfeat.backbones.catalog import backbones  # noqa: PLC0415 - the catalog is read when it is asked for
+        from nbfeat.backbones.catalog import backbones
 
         return backbones(pattern)
 

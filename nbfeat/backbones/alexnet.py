@@ -52,7 +52,7 @@ def build(size: int) -> keras.Model:
     return keras.Model(pixels, x, name="AlexNet")
 
 
-def _on_grid(layers: Any, x: Any) -> Any:  # noqa: ANN401 - Keras has no types
+def _on_grid(layers: Any, x: Any) -> Any:
     """Average over `GRID` × `GRID` windows, as PyTorch's AdaptiveAvgPool2d; at 224 pixels every window is one cell."""
     if x.shape[1] == 1:
         # Every window is that one cell. Keras' adaptive pooling fails here on TensorFlow.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nbfeat.backbones.hdf5 import MOST_RATIO, SLACK, check_hdf5
-from nbfeat.backbones.refusal import Refused, damaged, refusing, shown
+from nbfeat.backbones.refusal import Refused, damaged, quote, refusing
 
 WEIGHTS = "model.weights.h5"
 _MEMBERS = {"metadata.json", "config.json", WEIGHTS}
@@ -45,17 +45,14 @@ def _opened(path: Path) -> zipfile.ZipFile:
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        message = f"it is no .keras file ({error})"
-        raise damaged(message) from error
+        raise damaged(f"it is no .keras file ({error})") from error
     names, size = archive.namelist(), path.stat().st_size
     if unknown := [name for name in names if name not in _MEMBERS]:
-        message = f"its part {shown(unknown[0])} is none that a model of stock layers has"
-        raise _unwanted(message)
+        raise _unwanted(f"its part {quote(unknown[0])} is none that a model of stock layers has")
     if len(set(names)) != len(names) or not {"config.json", WEIGHTS} <= set(names):
         raise damaged("it has not the parts of a model")
     if sum(part.file_size for part in archive.infolist()) > MOST_RATIO * size + SLACK:
-        message = f"its {size:,} bytes would become more than {MOST_RATIO} times as many"
-        raise _unwanted(message)
+        raise _unwanted(f"its {size:,} bytes would become more than {MOST_RATIO} times as many")
     return archive
 
 

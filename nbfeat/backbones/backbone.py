@@ -84,11 +84,11 @@ class Backbone:
         if alpha is None:
             return self.width
         if not self.alphas:
-            message = f"{self.name} has no width multiplier: leave --alpha away."
-            raise RequestError(message)
+            raise RequestError(f"{self.name} has no width multiplier: leave --alpha away.")
         if not 0 < alpha < float("inf"):
-            message = f"--alpha {alpha} is no width multiplier for {self.name}: take a number above 0, such as 0.5."
-            raise RequestError(message)
+            raise RequestError(
+                f"--alpha {alpha} is no width multiplier for {self.name}: take a number above 0, such as 0.5."
+            )
         if self.family == "MobileNetV2":
             # Its last convolution never gets narrower (Sandler et al. 2018), and wider in eights only.
             return max(self.width, int(self.width * alpha + 4) // 8 * 8)

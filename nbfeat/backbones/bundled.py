@@ -32,15 +32,13 @@ def read(backbone: Backbone) -> LayerWeights:
     try:
         content = path.read_bytes()
     except OSError as error:
-        message = f"The weights of {backbone.name} cannot be read ({error}). {_ADVICE}"
-        raise WeightsError(message) from error
+        raise WeightsError(f"The weights of {backbone.name} cannot be read ({error}). {_ADVICE}") from error
     found = hashlib.sha256(content).hexdigest()
     if found != backbone.bundled:
-        message = (
+        raise WeightsError(
             f"The weights of {backbone.name} in {path} are not those of this release: their SHA-256 begins with "
             f"{found[:8]}, not with {backbone.bundled[:8]}. {_ADVICE}"
         )
-        raise WeightsError(message)
     weights: LayerWeights = {}
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         for key in arrays:  # the kernel of each layer first

@@ -26,8 +26,7 @@ def find(name: str) -> Backbone:
     for known, backbone in CATALOG.items():
         if known.casefold() == name.casefold():
             return backbone
-    message = sentences(f"There is no backbone {name!r}.", near(name, CATALOG), "`%backbones` lists all.")
-    raise RequestError(message)
+    raise RequestError(sentences(f"There is no backbone {name!r}.", near(name, CATALOG), "`%backbones` lists all."))
 
 
 def backbones(pattern: str = "*") -> pd.DataFrame:
@@ -55,13 +54,12 @@ def backbones(pattern: str = "*") -> pd.DataFrame:
     >>> nbfeat.backbones("vgg*")["width"].to_dict()
     {'VGG16': 512, 'VGG19': 512}
     """
-    import pandas as pd  # noqa: PLC0415 - `import nbfeat` stays light
+    import pandas as pd
 
     chosen = [each for name, each in CATALOG.items() if fnmatchcase(name.casefold(), pattern.casefold())]
     if not chosen:
         hint = near(pattern.strip("*?"), CATALOG)
-        message = sentences(f"No backbone's name matches {pattern!r}.", hint, "`%backbones` lists all.")
-        raise RequestError(message)
+        raise RequestError(sentences(f"No backbone's name matches {pattern!r}.", hint, "`%backbones` lists all."))
     columns = {
         "family": [each.family for each in chosen],
         "input size": [each.size for each in chosen],

@@ -66,14 +66,14 @@ def build(size: int) -> keras.Model:
     return keras.Model(pixels, x, name="GoogLeNet")
 
 
-def _convolve(layers: Any, x: Any, convolution: Convolution, strides: int = 1, padding: str = "same") -> Any:  # noqa: ANN401 - Keras has no types
+def _convolve(layers: Any, x: Any, convolution: Convolution, strides: int = 1, padding: str = "same") -> Any:
     name, _, _, after, side = convolution
     x = layers.Conv2D(after, side, strides=strides, padding=padding, use_bias=False, name=f"{name}_conv")(x)
     x = layers.BatchNormalization(epsilon=EPSILON, name=f"{name}_bn")(x)
     return layers.Activation("relu", name=f"{name}_relu")(x)
 
 
-def _pool(layers: Any, x: Any, side: int, name: str) -> Any:  # noqa: ANN401 - Keras has no types
+def _pool(layers: Any, x: Any, side: int, name: str) -> Any:
     """Take maxima in steps of two, also of a last window that is only partly inside (PyTorch's ``ceil_mode``)."""
     # With steps of two that window lacks one row at most, so it begins inside, as PyTorch demands. PyTorch fills up
     # with minus infinity; zeros are as good, because no value is below zero after a ReLU.
@@ -82,7 +82,7 @@ def _pool(layers: Any, x: Any, side: int, name: str) -> Any:  # noqa: ANN401 - K
     return layers.MaxPooling2D(side, strides=2, name=name)(x)
 
 
-def _inception(layers: Any, x: Any, part: str) -> Any:  # noqa: ANN401 - Keras has no types
+def _inception(layers: Any, x: Any, part: str) -> Any:
     one, three_reduce, three, five_reduce, five, projection = _branches(part)
     pooled = layers.MaxPooling2D(3, strides=1, padding="same", name=f"inception_{part}_pool")(x)
     branches = [

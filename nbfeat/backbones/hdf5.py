@@ -14,7 +14,7 @@ from typing import Any
 
 import h5py
 
-from nbfeat.backbones.refusal import Refused, refusing, shown
+from nbfeat.backbones.refusal import Refused, quote, refusing
 
 MOST_LINKS = 100_000  # a network of a thousand layers has 5,000
 MOST_LEVELS = 64
@@ -36,15 +36,14 @@ def check_hdf5(path: Path) -> None:
     with refusing(path, "weights in HDF5"), h5py.File(path, "r") as file:
         size = path.stat().st_size
         if sum(map(_bytes_declared, _datasets(file.id))) > MOST_RATIO * size + SLACK:
-            message = f"its {size:,} bytes would become more than {MOST_RATIO} times as many"
-            raise _unwanted(message)
+            raise _unwanted(f"its {size:,} bytes would become more than {MOST_RATIO} times as many")
 
 
 def _unwanted(what: str) -> Refused:
     return Refused(f"{what}. Save the weights anew with model.save_weights(), or download them again.")
 
 
-def _datasets(root: Any) -> Iterator[Any]:  # noqa: ANN401 - h5py has no types
+def _datasets(root: Any) -> Iterator[Any]:
     """Give every dataset once, by hard links alone: what a soft link leads to within the file has a hard one too."""
     groups, links = [(h5py.h5g.open(root, b"/"), 0)], 0
     seen = {h5py.h5o.get_info(groups[0][0]).addr}
@@ -52,8 +51,7 @@ def _datasets(root: Any) -> Iterator[Any]:  # noqa: ANN401 - h5py has no types
         group, level = groups.pop()
         links += len(group)
         if links > MOST_LINKS or level > MOST_LEVELS:
-            message = f"it has more than {MOST_LINKS:,} links, or more than {MOST_LEVELS} levels of groups"
-            raise _unwanted(message)
+            raise _unwanted(f"it has more than {MOST_LINKS:,} links, or more than {MOST_LEVELS} levels of groups")
         for name in group:
             if not _is_hard(group, name):
                 continue
@@ -68,32 +66,27 @@ def _datasets(root: Any) -> Iterator[Any]:  # noqa: ANN401 - h5py has no types
                 yield thing
 
 
-def _is_hard(group: Any, name: bytes) -> bool:  # noqa: ANN401 - h5py has no types
+def _is_hard(group: Any, name: bytes) -> bool:
     """Tell whether a link is an object's own; refuse those that lead elsewhere."""
     # HDF5 takes such names as paths, and would follow other links on the way.
     if b"/" in name or name == b".":
-        message = f"its link {shown(name)} has a name that is a path"
-        raise _unwanted(message)
+        raise _unwanted(f"its link {quote(name)} has a name that is a path")
     kind = group.links.get_info(name).type
     if kind not in {h5py.h5l.TYPE_HARD, h5py.h5l.TYPE_SOFT}:
-        message = f"its link {shown(name)} leads to another file"
-        raise _unwanted(message)
+        raise _unwanted(f"its link {quote(name)} leads to another file")
     return bool(kind == h5py.h5l.TYPE_HARD)
 
 
-def _bytes_declared(dataset: Any) -> int:  # noqa: ANN401 - h5py has no types
+def _bytes_declared(dataset: Any) -> int:
     """Return how many bytes reading a dataset, or a chunk of it, would take; refuse one that is not plain numbers."""
     stored, kind = dataset.get_create_plist(), dataset.get_type()
-    name = shown(h5py.h5i.get_name(dataset) or b"")
+    name = quote(h5py.h5i.get_name(dataset) or b"")
     if stored.get_layout() == h5py.h5d.VIRTUAL or stored.get_external_count():
-        message = f"the numbers of its dataset {name} are in another file"
-        raise _unwanted(message)
+        raise _unwanted(f"the numbers of its dataset {name} are in another file")
     if kind.get_class() not in {h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5t.ENUM}:
-        message = f"its dataset {name} is not of numbers"
-        raise _unwanted(message)
+        raise _unwanted(f"its dataset {name} is not of numbers")
     for number in range(stored.get_nfilters()):
         if (known := stored.get_filter(number)[0]) not in _FILTERS:
-            message = f"its dataset {name} is stored with filter {known}, which is not used here"
-            raise _unwanted(message)
+            raise _unwanted(f"its dataset {name} is stored with filter {known}, which is not used here")
     lengths = [dataset.shape or (), stored.get_chunk() if stored.get_layout() == h5py.h5d.CHUNKED else ()]
     return max(map(math.prod, lengths)) * int(kind.get_size())

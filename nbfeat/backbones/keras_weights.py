@@ -20,7 +20,7 @@ from nbfeat.backbones.refusal import refusing
 from nbfeat.errors import WeightsError
 
 
-def load(network: Any, path: Path) -> None:  # noqa: ANN401 - Keras has no types
+def load(network: Any, path: Path) -> None:
     """Give `network` the weights in the file at `path`; raise WeightsError where they are not its own."""
     if path.suffix == ".keras":
         check_archive(path)
@@ -34,7 +34,7 @@ def load(network: Any, path: Path) -> None:  # noqa: ANN401 - Keras has no types
         raise _do_not_fit(network, path, _told_by_keras(str(error))) from error
 
 
-def copy(network: Any, twin: Any) -> None:  # noqa: ANN401 - Keras has no types
+def copy(network: Any, twin: Any) -> None:
     """Give `twin`, a clone of `network`, the weights of the latter."""
     normalization: Any = importlib.import_module("keras").layers.Normalization
     twin.set_weights(network.get_weights())
@@ -43,17 +43,17 @@ def copy(network: Any, twin: Any) -> None:  # noqa: ANN401 - Keras has no types
             layer.finalize_state()  # it computes with what it made of its weights when it was built
 
 
-def leaves(layer: Any) -> Iterator[Any]:  # noqa: ANN401 - a Keras model or layer
+def leaves(layer: Any) -> Iterator[Any]:
     """Walk the layers that hold no others; those inside a layer of the user's own are found like any other."""
     keras: Any = importlib.import_module("keras")
-    inner = [part for part in layer._layers if isinstance(part, keras.layers.Layer)]  # noqa: SLF001 - no public way
+    inner = [part for part in layer._layers if isinstance(part, keras.layers.Layer)]  # no public way
     for part in inner:
         yield from leaves(part)
     if not inner and isinstance(layer, keras.layers.Layer) and not isinstance(layer, keras.layers.InputLayer):
         yield layer
 
 
-def _by_name(network: Any, path: Path) -> dict[str, bool]:  # noqa: ANN401 - as above
+def _by_name(network: Any, path: Path) -> dict[str, bool]:
     """Return how a file is to be loaded; one of the older kind is compared first, since Keras passes over gaps."""
     with refusing(path, "weights in HDF5"), h5py.File(path, "r") as file:
         group = file.get("model_weights", file)
@@ -84,7 +84,7 @@ def _told_by_keras(text: str) -> str:
     return f"{name[1]}: {count[1]} arrays here, {count[2]} in the file" if count else name[1]
 
 
-def _do_not_fit(network: Any, path: Path, first: str) -> WeightsError:  # noqa: ANN401 - as above
+def _do_not_fit(network: Any, path: Path, first: str) -> WeightsError:
     return WeightsError(
         f"The weights in {path.name} do not fit {network.name}: the first layer that differs is {first}. Name the "
         "backbone they were saved from, with its --alpha."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nbfeat.backbones.backbone import Backbone, Layer
-from nbfeat.backbones.refusal import shown
+from nbfeat.backbones.refusal import quote
 from nbfeat.errors import RequestError, WeightsError, near
 
 NAME = "Keras model"  # what the network of any file is called where its path must not matter
@@ -43,20 +43,18 @@ def backbone_at(name: str) -> Backbone:
     if not path.is_file():
         siblings = [one.name for one in path.parent.glob("*.keras")] if path.parent.is_dir() else []
         way = near(path.name, siblings) or f"Relative paths start at {Path.cwd()}; check this one."
-        message = f"There is no file {name!r}. {way}"
-        raise RequestError(message)
+        raise RequestError(f"There is no file {name!r}. {way}")
     if path.suffix != ".keras":
         older = "a model in the older format, which may run code"
         what = "weights alone" if path.name.endswith(".weights.h5") else older
-        message = f"{path.name} holds {what}. Save it as .keras with model.save('model.keras')."
-        raise RequestError(message)
+        raise RequestError(f"{path.name} holds {what}. Save it as .keras with model.save('model.keras').")
     state = path.stat()
     return _read(path, state.st_size, state.st_mtime_ns, state.st_ino)
 
 
 @functools.lru_cache(maxsize=32)
 def _read(path: Path, *_state: int) -> Backbone:
-    from nbfeat.backbones.archive import description  # noqa: PLC0415 - it takes h5py, which the catalog does without
+    from nbfeat.backbones.archive import description
 
     told = description(path)
     told.pop("compile_config", None)  # how it was trained; it is not loaded
@@ -66,8 +64,9 @@ def _read(path: Path, *_state: int) -> Backbone:
         names = [layer["config"]["name"] for layer in told["config"]["layers"] if layer["class_name"] != "InputLayer"]
         size = _side(path.name, shape)
     except (LookupError, TypeError, AttributeError, StopIteration, RecursionError) as error:
-        message = f"{path.name} describes no model that could be read. Save it anew with model.save('model.keras')."
-        raise WeightsError(message) from error
+        raise WeightsError(
+            f"{path.name} describes no model that could be read. Save it anew with model.save('model.keras')."
+        ) from error
     layers = tuple(Layer(str(name), 0, 0) for name in names)
     return Backbone(
         name=str(path), family="own", module="", size=size, smallest=1, width=0, scaling="none", parameters=0,
@@ -77,25 +76,25 @@ def _read(path: Path, *_state: int) -> Backbone:
 
 def _refuse_what_is_not_keras(title: str, told: dict[str, Any]) -> None:
     if told["class_name"] not in {"Functional", "Model", "Sequential"}:
-        message = f"{title} is a {shown(str(told['class_name']))}, not a functional or Sequential model. {REGISTER}"
-        raise RequestError(message)
+        raise RequestError(
+            f"{title} is a {quote(str(told['class_name']))}, not a functional or Sequential model. {REGISTER}"
+        )
     for thing, layer in _objects(told):
         kind = str(thing["class_name"])
         if kind in _RUN_CODE:
             what = "Lambda" if "ambda" in kind else kind
-            message = (
-                f"{title} has a {what} layer, whose code would run unseen: replace the {what} layer {shown(layer)} by "
+            raise RequestError(
+                f"{title} has a {what} layer, whose code would run unseen: replace the {what} layer {quote(layer)} by "
                 "a layer of Keras."
             )
-            raise RequestError(message)
         if kind in _READ_FILES:
-            message = f"{title} has the layer {shown(layer)} ({kind}), which is none for images: save it without."
-            raise RequestError(message)
-        if foreign := _foreign(thing):
-            message = (
-                f"{title} has, in its layer {shown(layer)}, {shown(foreign)}, whose code is not in the file. {REGISTER}"
+            raise RequestError(
+                f"{title} has the layer {quote(layer)} ({kind}), which is none for images: save it without."
             )
-            raise RequestError(message)
+        if foreign := _foreign(thing):
+            raise RequestError(
+                f"{title} has, in its layer {quote(layer)}, {quote(foreign)}, whose code is not in the file. {REGISTER}"
+            )
 
 
 def _foreign(thing: dict[str, Any]) -> str:
@@ -113,7 +112,7 @@ def _foreign(thing: dict[str, Any]) -> str:
     return f"{module}.{kind}" if module else kind
 
 
-def _objects(told: Any) -> Iterator[tuple[dict[str, Any], str]]:  # noqa: ANN401 - JSON
+def _objects(told: Any) -> Iterator[tuple[dict[str, Any], str]]:
     """Give everything in a description that Keras would make an object of, with the layer it is in."""
     left: list[tuple[Any, str]] = [(told, "")]
     while left:
@@ -136,17 +135,17 @@ def _input_shape(title: str, told: dict[str, Any]) -> list[Any]:
         first = config["layers"][0]["config"]
         shape = first.get("batch_shape") or config.get("build_input_shape")
         if shape is None:
-            message = f"{title} has no input yet. Begin it with keras.Input((224, 224, 3)), and save it again."
-            raise RequestError(message)
+            raise RequestError(
+                f"{title} has no input yet. Begin it with keras.Input((224, 224, 3)), and save it again."
+            )
         return list(shape)
     inputs = list(_ends(config["input_layers"]))
     if len(inputs) != 1:
-        message = f"{title} has {len(inputs)} inputs. Save a model with one input, of images."
-        raise RequestError(message)
+        raise RequestError(f"{title} has {len(inputs)} inputs. Save a model with one input, of images.")
     return next(list(each["config"]["batch_shape"]) for each in config["layers"] if each["config"]["name"] == inputs[0])
 
 
-def _ends(told: Any) -> Iterator[str]:  # noqa: ANN401 - JSON
+def _ends(told: Any) -> Iterator[str]:
     """Give the names of the layers in what Keras writes of inputs: [name, 0, 0], in lists or a dict or alone."""
     if isinstance(told, list) and told and isinstance(told[0], str):
         yield told[0]
@@ -160,9 +159,8 @@ def _side(title: str, shape: list[Any]) -> int:
     rows, columns, channels = shape[1:] if len(shape) == _RGB + 1 else (1, 2, 0)
     if channels != _RGB or rows != columns or not (rows is None or rows in range(1, LARGEST + 1)):
         sides = " × ".join("any" if side is None else str(side) for side in shape[1:])
-        message = (
+        raise RequestError(
             f"{title} takes inputs of {sides}, not square RGB images with channels last. Save a model whose input is "
             "keras.Input((224, 224, 3)), of any size."
         )
-        raise RequestError(message)
     return int(rows or 0)

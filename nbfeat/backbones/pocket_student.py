@@ -55,7 +55,7 @@ def train(recipe: Recipe, lessons: Lessons) -> Iterator[tuple[dict[str, Any], We
         yield figures, folded(averaged.module[0])
 
 
-def _optimizer(student: Any, recipe: Recipe) -> Any:  # noqa: ANN401 - PyTorch's types are not needed to build nbfeat
+def _optimizer(student: Any, recipe: Recipe) -> Any:
     """Make AdamW, which pulls kernels towards zero but neither biases nor the batch norms."""
     torch: Any = importlib.import_module("torch")
     kernels = [each for each in student.parameters() if each.ndim > 1]
@@ -65,13 +65,13 @@ def _optimizer(student: Any, recipe: Recipe) -> Any:  # noqa: ANN401 - PyTorch's
 
 
 def _learn(
-    student: Any,  # noqa: ANN401 - as above
-    optimizer: Any,  # noqa: ANN401 - as above
+    student: Any,
+    optimizer: Any,
     lessons: Lessons,
     rows: NDArray[np.int64],
     recipe: Recipe,
     progress: float,
-    random: Any,  # noqa: ANN401 - as above
+    random: Any,
 ) -> None:
     """Take one step, on some rows of the lessons, when `progress` (0 … 1) of the training is over."""
     torch: Any = importlib.import_module("torch")
@@ -90,8 +90,8 @@ def _learn(
 
 
 def losses(
-    heads: Any,  # noqa: ANN401 - as above
-    features: Any,  # noqa: ANN401 - as above
+    heads: Any,
+    features: Any,
     lessons: Lessons,
     rows: NDArray[np.int64],
     smoothing: float,
@@ -108,7 +108,7 @@ def losses(
     return right, 1 - sum(cosines) / len(cosines)
 
 
-def make_network() -> Any:  # noqa: ANN401 - as above
+def make_network() -> Any:
     """Make Pocket with a batch norm after each convolution; (n, 3, side, side) → (n, 512, side / 16, side / 16)."""
     torch: Any = importlib.import_module("torch")
     nn = torch.nn
@@ -127,7 +127,7 @@ def make_network() -> Any:  # noqa: ANN401 - as above
                 if each.shortcut:  # at first the shortcut alone passes (Goyal et al. 2017)
                     nn.init.zeros_(norm.weight)
 
-        def forward(self, x: Any) -> Any:  # noqa: ANN401 - as above
+        def forward(self, x: Any) -> Any:
             given: dict[str, Any] = {}
             for each, step in zip(CONVOLUTIONS, self.steps, strict=True):
                 x = step(x)
@@ -138,25 +138,25 @@ def make_network() -> Any:  # noqa: ANN401 - as above
     return Pocket()
 
 
-def make_heads(lessons: Lessons) -> Any:  # noqa: ANN401 - as above
+def make_heads(lessons: Lessons) -> Any:
     """Make what is left behind after training: from features to classes, and to what each teacher gives."""
     nn: Any = importlib.import_module("torch.nn")
     classes = int(lessons.labels.max()) + 1
     return nn.ModuleList(nn.Linear(WIDTH, to) for to in (classes, *(target.shape[1] for target in lessons.targets)))
 
 
-def augmented(x: Any, side: int, smallest: float, random: Any) -> Any:  # noqa: ANN401 - as above
+def augmented(x: Any, side: int, smallest: float, random: Any) -> Any:
     """Return a random crop of each image, resized to `side`, perhaps mirrored, in somewhat other light and color."""
     torch: Any = importlib.import_module("torch")
     functional, count = torch.nn.functional, len(x)
 
-    def drawn(*shape: int) -> Any:  # noqa: ANN401 - as above
+    def drawn(*shape: int) -> Any:
         return torch.rand(*shape, generator=random)
 
     area, aspect = smallest + (1 - smallest) * drawn(count), torch.exp((drawn(count) - 0.5) * 2 * math.log(4 / 3))
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
     place = torch.zeros(count, 2, 3)
-    place[:, 0, 0] = width * (1 - 2 * (drawn(count) < 0.5).float())  # noqa: PLR2004 - every other one is mirrored
+    place[:, 0, 0] = width * (1 - 2 * (drawn(count) < 0.5).float())
     place[:, 1, 1] = height
     place[:, 0, 2] = (1 - width) * (2 * drawn(count) - 1)
     place[:, 1, 2] = (1 - height) * (2 * drawn(count) - 1)
@@ -166,14 +166,14 @@ def augmented(x: Any, side: int, smallest: float, random: Any) -> Any:  # noqa: 
     return x * (0.75 + 0.5 * contrast) + 0.4 * (color - 0.5) + 0.4 * (light - 0.5)
 
 
-def scaled(pixels: NDArray[np.uint8]) -> Any:  # noqa: ANN401 - as above
+def scaled(pixels: NDArray[np.uint8]) -> Any:
     """Scale pixels (n, rows, columns, 3) as mode `torch` does; (n, 3, rows, columns)."""
     torch: Any = importlib.import_module("torch")
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     return (x - torch.tensor(_MEANS).view(3, 1, 1)) / torch.tensor(_DEVIATIONS).view(3, 1, 1)
 
 
-def check(student: Any, lessons: Lessons) -> dict[str, float]:  # noqa: ANN401 - as above
+def check(student: Any, lessons: Lessons) -> dict[str, float]:
     """Tell of the photographs held out how many classes are right, and how near the teachers' features are."""
     torch: Any = importlib.import_module("torch")
     student.eval()
@@ -188,7 +188,7 @@ def check(student: Any, lessons: Lessons) -> dict[str, float]:  # noqa: ANN401 -
     return {"right": float(np.concatenate(right).mean()), "cosine to the teachers": 1 - float(np.mean(near))}
 
 
-def folded(network: Any) -> Weights:  # noqa: ANN401 - as above
+def folded(network: Any) -> Weights:
     """Fold each batch norm into its convolution: a kernel (rows, columns, inputs, outputs) and a bias for each."""
     found: Weights = {}
     for each, (convolution, norm) in zip(CONVOLUTIONS, network.steps, strict=True):

@@ -64,7 +64,7 @@ class Lessons:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, and write the weights and their card."""
-    from nbfeat.backbones import pocket_student  # noqa: PLC0415 - a program: what a run needs is imported when it runs
+    from nbfeat.backbones import pocket_student
 
     recipe = Recipe()
     parser = argparse.ArgumentParser(prog="python -m nbfeat.backbones.pocket_training")
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def read_lessons(path: Path, teachers: Path, kept: Path) -> Lessons:
     """Read the photographs, and let the teachers look at them unless `kept` has what they saw."""
-    from PIL import Image  # noqa: PLC0415 - as above
+    from PIL import Image
 
     with zipfile.ZipFile(path) as archive:
         names = sorted((name for name in archive.namelist() if name.endswith(".JPEG")), key=_class_and_number)
@@ -114,9 +114,9 @@ def _class_and_number(name: str) -> tuple[str, int]:
 
 def _seen(files: list[bytes], teacher: str) -> NDArray[np.float16]:
     """Return the features that a teacher gives of each file."""
-    import pandas as pd  # noqa: PLC0415 - as above
+    import pandas as pd
 
-    import nbfeat  # noqa: PLC0415 - a program above all layers, though it stands beside what it makes
+    import nbfeat
 
     frame = pd.DataFrame({"file": files})
     block = f"{teacher} --size {TEACHER_SIZE}"

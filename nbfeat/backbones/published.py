@@ -20,7 +20,7 @@ from typing import IO
 from nbfeat.backbones.backbone import Backbone
 from nbfeat.backbones.weights import digest
 from nbfeat.errors import WeightsError
-from nbfeat.home import home
+from nbfeat.paths import home
 
 HOST = "https://download.pytorch.org/models"
 PATIENCE = 30.0  # seconds without a byte
@@ -90,7 +90,7 @@ def _parts(backbone: Backbone) -> Iterator[tuple[int, int, bytes]]:
     """Give the file in parts: bytes so far, bytes in all (0: told a moment ago), the part."""
     address = f"{HOST}/{backbone.published}"
     try:
-        with urllib.request.urlopen(address, timeout=PATIENCE) as answer:  # noqa: S310 - the address is of this module
+        with urllib.request.urlopen(address, timeout=PATIENCE) as answer:  # the address is of this module
             total, done, told_at = int(answer.headers.get("Content-Length") or 0), 0, time.monotonic()
             while part := _some(answer):
                 done += len(part)

@@ -46,7 +46,7 @@ def draw(network: keras.Model, scaling: Scaling) -> None:
     _calibrate(network, scaling)
 
 
-def _leaves(network: Any) -> Iterator[Any]:  # noqa: ANN401 - Keras layers are not typed
+def _leaves(network: Any) -> Iterator[Any]:
     for layer in network.layers:
         yield from _leaves(layer) if hasattr(layer, "layers") else [layer]
 
@@ -58,16 +58,16 @@ def _calibrate(network: keras.Model, scaling: Scaling) -> None:
     if not any(isinstance(layer, kind) for layer in network.layers):
         return
 
-    def moments(x: Any) -> tuple[Any, Any]:  # noqa: ANN401 - tensors of whichever backend
+    def moments(x: Any) -> tuple[Any, Any]:
         mean = keras.ops.mean(x, axis=(0, 1, 2), keepdims=True)
         return mean, keras.ops.mean(keras.ops.square(x - mean), axis=(0, 1, 2), keepdims=True)
 
     class OfThisBatch(keras.layers.Layer):  # type: ignore[misc]
-        def call(self, x: Any, mask: Any = None) -> Any:  # noqa: ANN401, ARG002 - tensors; the graph passes a mask
+        def call(self, x: Any, mask: Any = None) -> Any:  # tensors; the graph passes a mask
             mean, variance = moments(x)
             return (x - mean) / keras.ops.sqrt(variance + 1e-3)
 
-    def swap(layer: Any) -> Any:  # noqa: ANN401 - Keras layers are not typed
+    def swap(layer: Any) -> Any:
         return OfThisBatch(name=layer.name) if isinstance(layer, kind) else type(layer).from_config(layer.get_config())
 
     twin = keras.models.clone_model(network, clone_function=swap)

@@ -21,7 +21,7 @@ def damaged(what: str) -> Refused:
     return Refused(f"{what}. Download it again.")
 
 
-def shown(text: str | bytes, most: int = 60) -> str:
+def quote(text: str | bytes, most: int = 60) -> str:
     """Return text from a file in quotes on one line, in ASCII, cut after `most` characters.
 
     >>> shown("weights" * 100, 7)
@@ -49,9 +49,8 @@ def refusing(path: Path, kind: str) -> Iterator[None]:
         cause, reason = error, f"{_line(error)}. Check the path, or download the file again."
     except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
         cause, reason = error, f"{DAMAGE} ({type(error).__name__}: {_line(error)}). Download it again."
-    message = f"{path.name} cannot be read as {kind}: {reason}"
-    raise WeightsError(message) from cause
+    raise WeightsError(f"{path.name} cannot be read as {kind}: {reason}") from cause
 
 
 def _line(error: Exception) -> str:
-    return shown(getattr(error, "strerror", None) or str(error), 200)[1:-1]
+    return quote(getattr(error, "strerror", None) or str(error), 200)[1:-1]

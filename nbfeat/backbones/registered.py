@@ -11,7 +11,7 @@ import numpy as np
 from nbfeat.backbones.backbone import SCALINGS, Backbone, Layer, Scaling
 from nbfeat.backbones.catalog import CATALOG
 from nbfeat.backbones.model_file import LARGEST
-from nbfeat.backbones.own_model import fitted
+from nbfeat.backbones.user_models import fitted
 from nbfeat.errors import NetworkError, RequestError, listing
 
 if TYPE_CHECKING:
@@ -59,24 +59,20 @@ def register_backbone(
     """
     known = next((one for one in CATALOG if one.casefold() == str(name).casefold()), None)
     if not isinstance(name, str) or not name.isidentifier():
-        message = f"A backbone's name is letters, digits and underscores, not {name!r}. Choose one such as 'MyNet'."
-        raise RequestError(message)
+        raise RequestError(
+            f"A backbone's name is letters, digits and underscores, not {name!r}. Choose one such as 'MyNet'."
+        )
     if known and CATALOG[known].package != "registered":
-        message = f"{known} is a published backbone. Choose another name, such as 'My{known}'."
-        raise RequestError(message)
+        raise RequestError(f"{known} is a published backbone. Choose another name, such as 'My{known}'.")
     if not callable(build):
-        message = f"build must be a function of the size that returns a model, not {type(build).__name__}."
-        raise RequestError(message)
+        raise RequestError(f"build must be a function of the size that returns a model, not {type(build).__name__}.")
     if scaling not in SCALINGS:
-        message = f"scaling cannot be {scaling!r}. Choose {listing(SCALINGS, 'or')}."
-        raise RequestError(message)
+        raise RequestError(f"scaling cannot be {scaling!r}. Choose {listing(SCALINGS, 'or')}.")
     if isinstance(input_size, bool) or not isinstance(input_size, int) or not 1 <= input_size <= LARGEST:
-        message = f"input_size takes a whole number of pixels from 1 to {LARGEST:,}, not {input_size!r}."
-        raise RequestError(message)
+        raise RequestError(f"input_size takes a whole number of pixels from 1 to {LARGEST:,}, not {input_size!r}.")
     names = (None,) if isinstance(layers, str) else tuple(layers)
     if not all(isinstance(layer, str) for layer in names):
-        message = f"layers takes names of layers, such as ['conv5'], not {layers!r}."
-        raise RequestError(message)
+        raise RequestError(f"layers takes names of layers, such as ['conv5'], not {layers!r}.")
     if known:
         del CATALOG[known], _builds[known]
     _builds[name] = build
@@ -91,16 +87,18 @@ def build(backbone: Backbone, size: int) -> keras.Model:
 
     Raises RequestError where it gives something else than a model for such images, NetworkError where it fails.
     """
-    state = np.random.get_state()  # noqa: NPY002 - the user's own, which is put back
+    state = np.random.get_state()
     try:
         network = _builds[backbone.name](size)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".rstrip(".")
-        message = f"The function that builds {backbone.name} failed: {reason}. Call it with {size} to see where."
-        raise NetworkError(message) from error
+        raise NetworkError(
+            f"The function that builds {backbone.name} failed: {reason}. Call it with {size} to see where."
+        ) from error
     finally:
-        np.random.set_state(state)  # noqa: NPY002 - as above
+        np.random.set_state(state)
     if not isinstance(network, importlib.import_module("keras").Model):
-        message = f"The function that builds {backbone.name} must return a Keras model, not {type(network).__name__}."
-        raise RequestError(message)
+        raise RequestError(
+            f"The function that builds {backbone.name} must return a Keras model, not {type(network).__name__}."
+        )
     return fitted(network, size, backbone.name)

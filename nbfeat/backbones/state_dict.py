@@ -36,12 +36,14 @@ class StateDict:
     def take(self, key: str, *shape: int) -> NDArray[np.float32]:
         """Return one array as float32; raise WeightsError where it is missing or of another shape than `shape`."""
         if key not in self.arrays:
-            message = f"There is no {key} among these weights, so they are not {self.backbone.name}'s. {self._advice}"
-            raise WeightsError(message)
+            raise WeightsError(
+                f"There is no {key} among these weights, so they are not {self.backbone.name}'s. {self._advice}"
+            )
         array = self.arrays[key]
         if array.shape != shape:
-            message = f"{key} is {_sides(array.shape)}; {self.backbone.name} has {_sides(shape)} there. {self._advice}"
-            raise WeightsError(message)
+            raise WeightsError(
+                f"{key} is {_sides(array.shape)}; {self.backbone.name} has {_sides(shape)} there. {self._advice}"
+            )
         return np.ascontiguousarray(array, np.float32)
 
     @property

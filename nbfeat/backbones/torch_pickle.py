@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from nbfeat.backbones.refusal import damaged, shown
+from nbfeat.backbones.refusal import damaged, quote
 from nbfeat.backbones.torch_tensor import KINDS, Storage, Tensor, naturals, unwanted
 
 T = TypeVar("T")
@@ -61,8 +61,7 @@ class Machine:
             elif do := self._DOES.get(step):
                 do(self)
             else:
-                message = f"its pickle has a step, {shown(step)}, that no state dict needs"
-                raise unwanted(message)
+                raise unwanted(f"its pickle has a step, {quote(step)}, that no state dict needs")
         value = self._pop()
         if self._stack or self._marks:
             raise damaged("its pickle ends with values left over")
@@ -71,8 +70,7 @@ class Machine:
     def _spend(self, steps: int) -> None:
         self._steps += steps
         if self._steps > MOST_STEPS:
-            message = f"its pickle has more than {MOST_STEPS:,} steps"
-            raise unwanted(message)
+            raise unwanted(f"its pickle has more than {MOST_STEPS:,} steps")
 
     def _take(self, count: int) -> bytes:
         taken = self._data[self.at : self.at + count]
@@ -116,8 +114,7 @@ class Machine:
     def _top(self, kind: type[T]) -> T:
         value = self._pop()
         if not isinstance(value, kind):
-            message = f"its pickle has {type(value).__name__} where {kind.__name__} belongs"
-            raise damaged(message)
+            raise damaged(f"its pickle has {type(value).__name__} where {kind.__name__} belongs")
         self._stack.append(value)
         return value
 
@@ -150,8 +147,7 @@ class Machine:
     def _named(self, module: str, name: str) -> Name:
         full = f"{module}.{name}"
         if full not in _NAMES:
-            message = f"it asks for {shown(full)}, which weights do not need and which was not run"
-            raise unwanted(message)
+            raise unwanted(f"it asks for {quote(full)}, which weights do not need and which was not run")
         return Name(full)
 
     def _arguments(self) -> tuple[Any, ...]:
@@ -168,8 +164,7 @@ class Machine:
             case _:
                 raise unwanted("its pickle refers to what is not the storage of a tensor")
         if self.storages.setdefault(key, storage) != storage:
-            message = f"it describes storage {key} in two ways"
-            raise damaged(message)
+            raise damaged(f"it describes storage {key} in two ways")
         return storage
 
     def _called(self) -> object:
@@ -179,7 +174,7 @@ class Machine:
                 return {}
             case "OrderedDict", (list() as pairs,):  # as Python 2 wrote it
                 self._spend(len(pairs))
-                if all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):  # noqa: PLR2004 - a pair
+                if all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
                     return _fill({}, [part for pair in pairs for part in pair])
             case "_rebuild_parameter", (Tensor() as tensor, *_):
                 return tensor
@@ -189,8 +184,7 @@ class Machine:
                 tensor = Tensor(*arguments[:4])
                 # Text has a hash that the file cannot foresee, to make all its tensors collide.
                 return self._tensors.setdefault(repr(tensor), tensor)
-        message = f"its pickle calls {named.name} with arguments that PyTorch does not write"
-        raise unwanted(message)
+        raise unwanted(f"its pickle calls {named.name} with arguments that PyTorch does not write")
 
     # Steps that put one value on the stack, and steps that do anything else. No step of protocol 0 is among them: its
     # numbers are decimal text, which takes quadratic time to read.

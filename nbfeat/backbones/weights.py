@@ -49,7 +49,7 @@ def load(
             network = make("imagenet")
         return network, Loaded("imagenet", digest(Path(files[-1])))
     # Reading files takes more imports than a notebook needs.
-    from nbfeat.backbones import bundled, keras_weights, published, random_weights  # noqa: PLC0415
+    from nbfeat.backbones import bundled, keras_weights, published, random_weights
 
     network = make(None)
     if weights == "bundled":
@@ -71,11 +71,13 @@ def weights_file(weights: str) -> Path:
     """Return the path of a weights file, or say what `weights` may be."""
     path = Path(weights).expanduser()
     if not path.is_file():
-        message = f"--weights takes imagenet, bundled, random or a file of weights; there is no file {weights!r}."
-        raise RequestError(message)
+        raise RequestError(
+            f"--weights takes imagenet, bundled, random or a file of weights; there is no file {weights!r}."
+        )
     if path.suffix not in SUFFIXES:
-        message = f"{path.name} is not a file of weights: its name should end in .weights.h5, .h5, .keras or .pth."
-        raise RequestError(message)
+        raise RequestError(
+            f"{path.name} is not a file of weights: its name should end in .weights.h5, .h5, .keras or .pth."
+        )
     return path.absolute()
 
 
@@ -93,21 +95,20 @@ def digest_of_arrays(arrays: list[NDArray[np.float32]]) -> str:
     return total.hexdigest()
 
 
-def _load_checkpoint(backbone: Backbone, network: Any, path: Path) -> None:  # noqa: ANN401 - Keras has no types
+def _load_checkpoint(backbone: Backbone, network: Any, path: Path) -> None:
     """Give a network written here the weights of torchvision's."""
     if not backbone.published:
-        message = (
+        raise WeightsError(
             f"{path.name} is a checkpoint of PyTorch's, which is read for AlexNet and GoogLeNet alone: give "
             f"{backbone.name} a file of Keras weights."
         )
-        raise WeightsError(message)
-    from nbfeat.backbones import torch_checkpoint  # noqa: PLC0415 - as above
+    from nbfeat.backbones import torch_weights
 
     module: Any = importlib.import_module(f"{backbone.package}.{backbone.module}")
-    _set(network, module.weights_from(torch_checkpoint.read(path)))
+    _set(network, module.weights_from(torch_weights.read(path)))
 
 
-def _set(network: Any, weights: LayerWeights) -> None:  # noqa: ANN401 - as above
+def _set(network: Any, weights: LayerWeights) -> None:
     for layer, arrays in weights.items():
         network.get_layer(layer).set_weights(arrays)
 
@@ -119,7 +120,7 @@ def _files_told(tell: Tell) -> Iterator[list[str]]:
     home = importlib.import_module("keras.src.backend.config").keras_home()
     original, files = file_utils.get_file, list[str]()
 
-    def get_file(fname: str, origin: str, *args: Any, **kwargs: Any) -> str:  # noqa: ANN401 - passed on as they come
+    def get_file(fname: str, origin: str, *args: Any, **kwargs: Any) -> str:
         place = Path(home, "models", fname)
         if not place.exists():
             tell(f"downloading {fname} (once; it stays in {place.parent})")
@@ -127,11 +128,10 @@ def _files_told(tell: Tell) -> Iterator[list[str]]:
             path: str = original(fname, origin, *args, **kwargs)
         except Exception as error:
             reason = str(error).rpartition(" -- ")[2] or type(error).__name__
-            message = (
+            raise WeightsError(
                 f"The weights {fname} are not on this machine and could not be downloaded ({reason}). "
                 f"Download {origin} and put it at {place}, or use --weights random to try things out."
-            )
-            raise WeightsError(message) from error
+            ) from error
         files.append(path)
         return path
 

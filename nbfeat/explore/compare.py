@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from nbfeat.errors import RequestError, listing
 from nbfeat.explore.comparison import Comparison, sorted_best_first, verdict
 from nbfeat.explore.models import estimator_of, scorer_of, wants_classes, written
-from nbfeat.explore.target import Folds, Target, column_of, drawn, folds_of, read_target
-from nbfeat.features.extraction import Extraction
-from nbfeat.features.normalize import learn
+from nbfeat.explore.scoring import Folds, Target, column_of, drawn, folds_of, read_target
+from nbfeat.extraction.extraction import Extraction
+from nbfeat.extraction.normalize import learn
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from nbfeat.features.part import Part
+    from nbfeat.extraction.part import FeatureColumns
 
 ROWS = 5000  # a support-vector machine's time grows with their square: 5,000 take minutes, 20,000 hours
 
@@ -83,8 +83,7 @@ def compare(
     >>> nbfeat.compare(result, "label").plot()  # doctest: +SKIP
     """
     if not isinstance(result, Extraction):
-        message = f"compare takes what %extract or nbfeat.extract returned, not {type(result).__name__}."
-        raise RequestError(message)
+        raise RequestError(f"compare takes what %extract or nbfeat.extract returned, not {type(result).__name__}.")
     made = set(result.columns)
     frame = result.frame.loc[:, [column not in made for column in result.frame.columns]]
     with warnings.catch_warnings(record=True) as warned:
@@ -137,8 +136,9 @@ def _matrices(result: Extraction) -> tuple[dict[str, NDArray[np.float32]], NDArr
         same = raw[replace(part.block, normalize="none", components=None), part.column]
         if part.lane and same.lane and part.lane.weights.sha256 != same.lane.weights.sha256:
             name = part.block.backbone
-            message = f"The weights of {name} are others than when {part.prefix} was extracted: extract it again."
-            raise RequestError(message)
+            raise RequestError(
+                f"The weights of {name} are others than when {part.prefix} was extracted: extract it again."
+            )
         found[part.prefix] = before[same.prefix].to_numpy()
     again = f"{before.computed:,} images, which the cache did not have."
     notes = [f"Features before normalization were computed again for {again}"] if before.computed else []
@@ -160,8 +160,7 @@ def _chosen(
         why = listing(f"{count:,} {reason}" for count, reason in reasons if count)
         told.append(f"{lost:,} of {len(ok):,} rows are left out: {why}.")
     if not len(kept):
-        message = f"No row is left to score. {told[0]}"
-        raise RequestError(message)
+        raise RequestError(f"No row is left to score. {told[0]}")
     chosen = wanted.taken(kept)
     if most is not None and len(kept) > most:
         told.append(f"{most:,} of {len(kept):,} rows were drawn, always the same; rows=None takes all.")
@@ -170,15 +169,15 @@ def _chosen(
 
 
 def _scores(
-    part: Part,
+    part: FeatureColumns,
     features: NDArray[np.float32],
     target: NDArray[Any],
     folds: Folds,
-    estimator: Any,  # noqa: ANN401 - as above
-    scorer: Any,  # noqa: ANN401
+    estimator: Any,
+    scorer: Any,
 ) -> list[float]:
     """Return a block's score of each fold; its normalization and the model learn from the training rows alone."""
-    from sklearn.base import clone  # noqa: PLC0415 - as above
+    from sklearn.base import clone
 
     scores = []
     for train, test in folds.pairs:
@@ -187,18 +186,17 @@ def _scores(
             model = clone(estimator).fit(normalizer.apply(features[train]), target[train])
             scores.append(float(scorer(model, normalizer.apply(features[test]), target[test])))
         except RequestError as error:
-            message = f"{part.prefix}, in a fold: {error}"
-            raise RequestError(message) from error
+            raise RequestError(f"{part.prefix}, in a fold: {error}") from error
         except (ValueError, TypeError) as error:
-            message = f"scikit-learn cannot score {part.prefix}: {error}"
-            raise RequestError(message) from error
+            raise RequestError(f"scikit-learn cannot score {part.prefix}: {error}") from error
     if np.isnan(scores).any():
-        message = f"The score of {part.prefix} is not defined in a fold: take fewer folds, so that each has more rows."
-        raise RequestError(message)
+        raise RequestError(
+            f"The score of {part.prefix} is not defined in a fold: take fewer folds, so that each has more rows."
+        )
     return scores
 
 
-def _rates(parts: Sequence[Part], result: Extraction) -> dict[str, float]:
+def _rates(parts: Sequence[FeatureColumns], result: Extraction) -> dict[str, float]:
     """Measure each source of features once: parts of one source differ in normalization alone."""
     measured: dict[Any, float] = {}
     for part in parts:
@@ -208,7 +206,7 @@ def _rates(parts: Sequence[Part], result: Extraction) -> dict[str, float]:
 
 
 def _table(result: Extraction, scores: pd.DataFrame, rates: Mapping[str, float]) -> pd.DataFrame:
-    import pandas as pd  # noqa: PLC0415 - `import nbfeat` stays light
+    import pandas as pd
 
     parts = {part.prefix: part for part in result.parts}
     table = pd.DataFrame(
@@ -230,7 +228,7 @@ def _counted(target: Target) -> str:
     return f"{rows} of {len(np.unique(target.answers)):,} classes" if target.is_classes else rows
 
 
-def _about_normalization(parts: Sequence[Part]) -> str:
+def _about_normalization(parts: Sequence[FeatureColumns]) -> str:
     learned = [part.prefix for part in parts if part.block.is_learned]
     return f"{listing(learned)}: normalization learned in each fold, from its training rows alone." if learned else ""
 

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nbfeat.errors import listing
+from nbfeat.errors import format_bytes, listing
 from nbfeat.explore.plots import axes, colors, plain
-from nbfeat.features.block import FeatureBlock
-from nbfeat.features.memory import shown
-from nbfeat.features.report import briefly, title_of
+from nbfeat.extraction.options import FeatureBlock
+from nbfeat.extraction.report import briefly, title_of
 from nbfeat.html import Html, paragraph, table, text_table
 
 if TYPE_CHECKING:
@@ -53,8 +52,8 @@ class Comparison:
         ax
             Where to draw; by default a new figure of pyplot's, which a notebook shows at the end of the cell.
         """
-        import matplotlib as mpl  # noqa: PLC0415 - a second to import
-        import seaborn as sns  # noqa: PLC0415 - as above
+        import matplotlib as mpl
+        import seaborn as sns
 
         longest = max(map(len, self.table.index))
         ax = axes(ax, WIDTH + LETTER * longest, HEAD_HEIGHT + ROW_HEIGHT * len(self.table))
@@ -74,8 +73,8 @@ class Comparison:
 
     def _explain(self, ax: Axes, ink: str) -> None:
         """Name axes and colors."""
-        from matplotlib.lines import Line2D  # noqa: PLC0415 - as above
-        from matplotlib.transforms import offset_copy  # noqa: PLC0415
+        from matplotlib.lines import Line2D
+        from matplotlib.transforms import offset_copy
 
         ax.set_yticks(range(len(self.table)), [plain(name) for name in self._names()])
         ax.set(xlabel=plain(f"{self.score} of each fold"), ylabel="")
@@ -134,14 +133,21 @@ class Comparison:
             speed = [_rate(row["images_per_second"]) or "?"] if "images_per_second" in row else []
             (block,) = FeatureBlock.parse(row["block"])
             rows.append(
-                [prefix, f"{row['score']:.3f}{spread}", row["width"], *speed, shown(row["bytes"]), briefly(block)]
+                [
+                    prefix,
+                    f"{row['score']:.3f}{spread}",
+                    row["width"],
+                    *speed,
+                    format_bytes(row["bytes"]),
+                    briefly(block),
+                ]
             )
         return [name for name in head if name != "images/s" or "images_per_second" in self.table], rows
 
 
 def sorted_best_first(scores: Mapping[str, Sequence[float]]) -> pd.DataFrame:
     """Return blocks × folds, the best mean first."""
-    import pandas as pd  # noqa: PLC0415 - `import nbfeat` stays light
+    import pandas as pd
 
     ordered = sorted(scores, key=lambda prefix: float(np.mean(scores[prefix])), reverse=True)
     folds = [f"fold {number + 1}" for number in range(len(scores[ordered[0]]))]
@@ -176,7 +182,7 @@ def _rate(value: float) -> float | None:
     """Round a speed to the two digits that a short measurement can tell; None where there is none."""
     if np.isnan(value):
         return None
-    return round(float(f"{value:.2g}")) if value >= 10 else float(f"{value:.2g}")  # noqa: PLR2004 - two digits
+    return round(float(f"{value:.2g}")) if value >= 10 else float(f"{value:.2g}")
 
 
 def _unbroken(cell: object) -> object:

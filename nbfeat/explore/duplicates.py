@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from nbfeat.errors import RequestError, listing
 from nbfeat.explore import gallery
-from nbfeat.explore.similar import distance_text, free_name
+from nbfeat.explore.neighbors import distance_text, free_name
 from nbfeat.explore.space import Metric, Space
 from nbfeat.explore.tile import Tile, caption_columns, tile
 from nbfeat.explore.vectors import Images, Made, vectors_of
-from nbfeat.features.report import indented
+from nbfeat.extraction.report import indented
 from nbfeat.html import Html, paragraph, table, text_table
 
 if TYPE_CHECKING:
@@ -108,8 +108,7 @@ class Duplicates:
         """Draw the images on axes of a new figure of pyplot's, and return the axes."""
         if not self.groups or self.images.column is None:
             why = "no two rows are so near" if not self.groups else "no column looks like images; name it with images="
-            message = f"There is nothing to draw: {why}."
-            raise RequestError(message)
+            raise RequestError(f"There is nothing to draw: {why}.")
         shown = self._shown()
         tiles = [
             replace(one, lines=(f"group {number + 1}: {one.lines[0]}", *one.lines[1:]))
@@ -155,7 +154,7 @@ class Duplicates:
             )
         return shown
 
-    def _rows(self, shown: Sequence[Sequence[Tile]], draw: Any) -> str:  # noqa: ANN401 - text or html
+    def _rows(self, shown: Sequence[Sequence[Tile]], draw: Any) -> str:
         rows = [(number + 1, *tile.lines, tile.name) for number, group in enumerate(shown) for tile in group]
         return str(draw(rows, ("group", "distance", *(self.captions or ("index",)), "image"))) if rows else ""
 
@@ -189,8 +188,7 @@ def _checked(threshold: float) -> float:
     is_number = isinstance(threshold, (int, float, np.number)) and not isinstance(threshold, bool)
     if is_number and np.isfinite(threshold) and threshold >= 0:
         return float(threshold)
-    message = f"threshold takes a distance of at least 0, such as 0.05, not {threshold!r}."
-    raise RequestError(message)
+    raise RequestError(f"threshold takes a distance of at least 0, such as 0.05, not {threshold!r}.")
 
 
 def _frame(frame: pd.DataFrame, groups: Sequence[Group]) -> pd.DataFrame:
@@ -202,7 +200,7 @@ def _frame(frame: pd.DataFrame, groups: Sequence[Group]) -> pd.DataFrame:
 
 
 def _rest(frame: pd.DataFrame, groups: Sequence[Group]) -> pd.Series[bool]:
-    import pandas as pd  # noqa: PLC0415 - `import nbfeat` stays light
+    import pandas as pd
 
     rest = pd.Series(data=True, index=frame.index, name="rest")
     for group in groups:

@@ -59,7 +59,7 @@ def groups(groups: Sequence[Sequence[Tile]], root: Path) -> Html:
 
 def plot(tiles: Sequence[Tile], root: Path, title: str) -> NDArray[Any]:
     """Draw tiles on axes of a new figure of pyplot's, and return the axes."""
-    from matplotlib import pyplot as plt  # noqa: PLC0415 - a second to import
+    from matplotlib import pyplot as plt
 
     columns = min(COLUMNS, len(tiles))
     rows = math.ceil(len(tiles) / columns)
@@ -94,7 +94,7 @@ def _tile(tile: Tile, picture: Picture | str) -> str:
     return f'<div style="{style}" title="{escape(tile.name)}">{above}{lines}</div>'
 
 
-def _draw(ax: Any, tile: Tile, image: Image.Image | str) -> None:  # noqa: ANN401 - matplotlib's
+def _draw(ax: Any, tile: Tile, image: Image.Image | str) -> None:
     ax.set(xticks=[], yticks=[])
     ax.grid(visible=False)
     ax.set_xlabel(plain("\n".join(_wrapped(tile))), fontsize="small", fontweight="bold" if tile.marked else None)

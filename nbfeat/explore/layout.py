@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.errors import RequestError
-from nbfeat.features.engines.cores import available_cores
+from nbfeat.inference.engines.cpu_count import available_cores
 
 Method = Literal["pca", "tsne", "umap"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -27,11 +27,9 @@ def lay_out(points: NDArray[Any], method: Method) -> tuple[Places, tuple[str, st
     """Return x and y of each point, and what the axes are called; empty where they mean nothing."""
     count, least = len(points), LEAST_ROWS[method]
     if count < least:
-        message = f"{method} takes at least {least} rows with features, and there are {count}."
-        raise RequestError(message)
+        raise RequestError(f"{method} takes at least {least} rows with features, and there are {count}.")
     if not (points != points[0]).any():
-        message = f"There is nothing to lay out: all {count:,} rows have the same features."
-        raise RequestError(message)
+        raise RequestError(f"There is nothing to lay out: all {count:,} rows have the same features.")
     if method == "pca":
         return _pca(points)
     reduced = _components(points, COMPONENTS)[0]
@@ -41,8 +39,9 @@ def lay_out(points: NDArray[Any], method: Method) -> tuple[Places, tuple[str, st
 def check_installed(method: Method) -> None:
     """Raise RequestError where what `method` takes is not installed."""
     if method == "umap" and importlib.util.find_spec("umap") is None:
-        message = "method='umap' needs a package that is not installed: pip install umap-learn. Or take method='tsne'."
-        raise RequestError(message)
+        raise RequestError(
+            "method='umap' needs a package that is not installed: pip install umap-learn. Or take method='tsne'."
+        )
 
 
 def _pca(points: NDArray[Any]) -> tuple[Places, tuple[str, str]]:
@@ -57,15 +56,15 @@ def _named(number: int, share: float) -> str:
 
 
 def _components(points: NDArray[Any], count: int) -> tuple[Places, NDArray[Any]]:
-    from sklearn.decomposition import PCA  # noqa: PLC0415 - a second to import
+    from sklearn.decomposition import PCA
 
     pca = PCA(min(count, *points.shape), random_state=SEED)
     return pca.fit_transform(points), pca.explained_variance_ratio_
 
 
 def _tsne(points: NDArray[Any]) -> Places:
-    from sklearn.manifold import TSNE  # noqa: PLC0415 - as above
-    from threadpoolctl import threadpool_limits  # noqa: PLC0415 - as above
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     perplexity = min(PERPLEXITY, (len(points) - 1) / 3)
     start = "pca" if points.shape[1] > 1 else "random"

@@ -11,31 +11,33 @@ WORDS_SHOWN = 110
 
 
 def wants_classes(model: object) -> bool | None:
-    """Tell whether `model` is a classifier; None where the target decides."""
-    from sklearn.base import is_classifier, is_regressor  # noqa: PLC0415 - a second to import
+    """Tell whether `model` is a classifier; None where the target key_fields."""
+    from sklearn.base import is_classifier, is_regressor
 
     if isinstance(model, str):
         if model not in MODELS:
-            message = sentences(
-                f"There is no model {model!r}.",
-                near(model, MODELS),
-                f"Name {listing(map(repr, MODELS), 'or')}, or give an estimator of scikit-learn.",
+            raise RequestError(
+                sentences(
+                    f"There is no model {model!r}.",
+                    near(model, MODELS),
+                    f"Name {listing(map(repr, MODELS), 'or')}, or give an estimator of scikit-learn.",
+                )
             )
-            raise RequestError(message)
         return None
     if isinstance(model, type) or not all(hasattr(model, method) for method in ("fit", "get_params")):
         shown = f"the class {model.__name__}: make one, {model.__name__}()" if isinstance(model, type) else repr(model)
-        message = f"The model must be {listing(map(repr, MODELS), 'or')}, or an estimator of scikit-learn, not {shown}."
-        raise RequestError(message)
+        raise RequestError(
+            f"The model must be {listing(map(repr, MODELS), 'or')}, or an estimator of scikit-learn, not {shown}."
+        )
     return True if is_classifier(model) else False if is_regressor(model) else None
 
 
-def estimator_of(model: object, *, is_classes: bool) -> Any:  # noqa: ANN401 - any estimator
+def estimator_of(model: object, *, is_classes: bool) -> Any:
     """Return the estimator that `model` names, or `model` itself."""
-    from sklearn import ensemble, linear_model, svm  # noqa: PLC0415 - as above
-    from sklearn.compose import TransformedTargetRegressor  # noqa: PLC0415
-    from sklearn.pipeline import make_pipeline  # noqa: PLC0415
-    from sklearn.preprocessing import StandardScaler  # noqa: PLC0415
+    from sklearn import ensemble, linear_model, svm
+    from sklearn.compose import TransformedTargetRegressor
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
     if not isinstance(model, str):
         return model
@@ -54,22 +56,24 @@ def estimator_of(model: object, *, is_classes: bool) -> Any:  # noqa: ANN401 - a
     return chosen if model == "forest" else make_pipeline(StandardScaler(), chosen)
 
 
-def scorer_of(estimator: Any, scoring: Any) -> tuple[str, Any]:  # noqa: ANN401 - scikit-learn's
+def scorer_of(estimator: Any, scoring: Any) -> tuple[str, Any]:
     """Return what the score is called, and what gives it."""
-    from sklearn.base import is_classifier, is_regressor  # noqa: PLC0415 - as above
-    from sklearn.metrics import check_scoring, get_scorer_names  # noqa: PLC0415
+    from sklearn.base import is_classifier, is_regressor
+    from sklearn.metrics import check_scoring, get_scorer_names
 
     if scoring is not None and not callable(scoring) and scoring not in get_scorer_names():
-        message = sentences(
-            f"scoring takes a name or a scorer of scikit-learn, not {scoring!r}.",
-            near(str(scoring), get_scorer_names()),
+        raise RequestError(
+            sentences(
+                f"scoring takes a name or a scorer of scikit-learn, not {scoring!r}.",
+                near(str(scoring), get_scorer_names()),
+            )
         )
-        raise RequestError(message)
     try:
         scorer = check_scoring(estimator, scoring=scoring)
     except TypeError as error:
-        message = f"{type(estimator).__name__} has no score of its own: name one with scoring=, e.g. 'accuracy'."
-        raise RequestError(message) from error
+        raise RequestError(
+            f"{type(estimator).__name__} has no score of its own: name one with scoring=, e.g. 'accuracy'."
+        ) from error
     if scoring is not None:
         return scoring if isinstance(scoring, str) else getattr(scoring, "__name__", "score"), scorer
     own = any(name.split("__")[-1] == "scoring" and value for name, value in estimator.get_params().items())
@@ -77,7 +81,7 @@ def scorer_of(estimator: Any, scoring: Any) -> tuple[str, Any]:  # noqa: ANN401 
     return name, scorer
 
 
-def written(estimator: Any) -> str:  # noqa: ANN401 - as above
+def written(estimator: Any) -> str:
     """Write an estimator in one line."""
     steps = [step for _, step in getattr(estimator, "steps", [("", estimator)])]
     text = " → ".join(" ".join(repr(step).split()).removesuffix("()") for step in steps)

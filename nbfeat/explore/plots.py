@@ -19,7 +19,7 @@ def axes(ax: Axes | None, width: float, height: float) -> Axes:
     """
     if ax is not None:
         return ax
-    from matplotlib import pyplot as plt  # noqa: PLC0415 - a second to import
+    from matplotlib import pyplot as plt
 
     _, new = plt.subplots(figsize=(width, height), layout="constrained")
     return new
@@ -27,7 +27,7 @@ def axes(ax: Axes | None, width: float, height: float) -> Axes:
 
 def colors(names: Iterable[object]) -> dict[object, Color] | None:
     """Return a color for each of `names`, in order; None where there are too many to tell apart."""
-    import seaborn as sns  # noqa: PLC0415 - as above
+    import seaborn as sns
 
     known = list(dict.fromkeys(names))
     return dict(zip(known, sns.color_palette("colorblind", len(known)), strict=True)) if len(known) <= COLORS else None

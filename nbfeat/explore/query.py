@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbfeat import quiet
+from nbfeat import isolation
 from nbfeat.errors import ImageError, RequestError, listing, near, sentences
 from nbfeat.explore.tile import Tile, file_name, tile
 from nbfeat.explore.vectors import Made, Rows, Vectors, parts_of
-from nbfeat.features.addresses import shown
-from nbfeat.features.formats import short
-from nbfeat.features.images import read_thumbnail
-from nbfeat.features.sources import is_missing, name_of, path_of
+from nbfeat.images.decode import read_thumbnail
+from nbfeat.images.formats import short
+from nbfeat.images.public_hosts import redact_url
+from nbfeat.images.sources import is_missing, name_of, path_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,11 +44,10 @@ def query_of(vectors: Vectors, to: object, captions: Sequence[Hashable]) -> Quer
         return _new(vectors, to)
     if not vectors.ok[position]:
         reason = vectors.images.reasons.get(position, "its values are missing or not finite")
-        message = f"Row {index[position]!r} has no features: {reason}. Choose another row."
-        raise RequestError(message)
-    shown = tile(vectors.images, position, captions, "asked for")
+        raise RequestError(f"Row {index[position]!r} has no features: {reason}. Choose another row.")
+    redact_url = tile(vectors.images, position, captions, "asked for")
     rows = [block[position : position + 1] for block in vectors.blocks.values()]
-    return Query(rows, replace(shown, marked=True), shown.name, position)
+    return Query(rows, replace(redact_url, marked=True), redact_url.name, position)
 
 
 def _position(index: pd.Index, to: object) -> int | None:
@@ -62,8 +61,7 @@ def _position(index: pd.Index, to: object) -> int | None:
     if isinstance(found, int):
         return found
     count = len(index[found])
-    message = f"{count:,} rows are labelled {to!r}. Make labels unique first: frame.reset_index(drop=True)."
-    raise RequestError(message)
+    raise RequestError(f"{count:,} rows are labelled {to!r}. Make labels unique first: frame.reset_index(drop=True).")
 
 
 def _position_of_image(vectors: Vectors, to: object) -> int | None:
@@ -87,27 +85,27 @@ def _new(vectors: Vectors, to: object) -> Query:
     """Extract the features of an image as the result's own were."""
     name = file_name(to)
     try:
-        with quiet.pillow_defaults():
+        with isolation.pillow_defaults():
             read_thumbnail(to, SMALL, vectors.images.root)
     except ImageError as error:
         raise RequestError(_neither(vectors, to, str(error))) from None
     if vectors.made is None:
-        message = (
+        raise RequestError(
             f"{name} is not in the frame, and a frame does not know how its features were made. "
             "Pass what %extract or nbfeat.extract returned in place of the frame."
         )
-        raise RequestError(message)
     columns = {part.column for part in parts_of(vectors.made) if part.prefix in vectors.blocks}
     if len(columns) > 1:
         blocks = listing(map(repr, vectors.blocks), "or")
-        message = f"The features are of {len(columns)} columns of images: choose one block with features={blocks}."
-        raise RequestError(message)
+        raise RequestError(
+            f"The features are of {len(columns)} columns of images: choose one block with features={blocks}."
+        )
     rows = _extracted(vectors.made, to, vectors.images.root, vectors.blocks)
     return Query(rows, Tile(to, ("asked for",), name, marked=True), name)
 
 
 def _extracted(made: Made, to: object, root: Path, prefixes: Iterable[str]) -> list[Rows]:
-    import pandas as pd  # noqa: PLC0415 - `import nbfeat` stays light
+    import pandas as pd
 
     columns = dict.fromkeys(part.column for part in parts_of(made))
     frame = pd.DataFrame({column: pd.Series([to], dtype=object) for column in columns})
@@ -121,7 +119,7 @@ def _neither(vectors: Vectors, to: object, reason: str) -> str:
     labels = [str(label) for label in index[:1000]]
     hint = near(to, labels) if isinstance(to, str) else ""
     first = listing([repr(label) for label in index[:SHOWN].tolist()])
-    asked = repr(shown(to)) if isinstance(to, str) else str(to) if isinstance(to, (int, float)) else name_of(to)
+    asked = repr(redact_url(to)) if isinstance(to, str) else str(to) if isinstance(to, (int, float)) else name_of(to)
     return sentences(
         f"{short(asked, 80)} is no label of the index "
         f"(which begins with {first}), and no image that can be read: {reason}.",

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nbfeat.explore.layout import METHODS, Method, check_installed, lay_out
+from nbfeat.explore.neighbors import free_name
 from nbfeat.explore.plots import COLORS, axes, colors, plain
-from nbfeat.explore.similar import free_name
+from nbfeat.explore.scoring import MOST_CLASSES, column_of, drawn
 from nbfeat.explore.space import Space
-from nbfeat.explore.target import MOST_CLASSES, column_of, drawn
 from nbfeat.explore.vectors import Made, vectors_of
-from nbfeat.features.block import one_of, whole
-from nbfeat.features.formats import short
+from nbfeat.extraction.options import one_of, whole
 from nbfeat.html import Html, escape, paragraph
+from nbfeat.images.formats import short
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,7 +129,7 @@ class Scatter:
 
     def png(self) -> bytes:
         """Return the picture that a notebook shows."""
-        from matplotlib.figure import Figure  # noqa: PLC0415 - a second to import
+        from matplotlib.figure import Figure
 
         # Not pyplot's, which would show it a second time.
         figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
@@ -157,7 +157,7 @@ class Scatter:
         return ax
 
     def _draw_classes(self, ax: Axes, classes: pd.Series[Any], look: dict[str, Any]) -> None:
-        import seaborn as sns  # noqa: PLC0415 - a second to import
+        import seaborn as sns
 
         named = [name for name in classes.cat.categories if name != MISSING and not name.startswith(OTHERS)]
         unnamed = [name for name in classes.cat.categories if name not in named]
@@ -191,7 +191,7 @@ class Scatter:
 
 def _frame(index: pd.Index, places: NDArray[Any], values: pd.Series[Any] | None) -> pd.DataFrame:
     """Return x and y, then the color's column, under its own name wherever that is another."""
-    import pandas as pd  # noqa: PLC0415 - `import nbfeat` stays light
+    import pandas as pd
 
     found = pd.DataFrame({"x": places[:, 0], "y": places[:, 1]}, index=index)
     if values is not None:
@@ -204,7 +204,7 @@ def _named_values(values: pd.Series[Any]) -> pd.Series[Any]:
 
 
 def _are_classes(values: pd.Series[Any]) -> bool:
-    from pandas.api import types  # noqa: PLC0415 - as above
+    from pandas.api import types
 
     if not types.is_numeric_dtype(values) or types.is_bool_dtype(values):
         return True
@@ -214,7 +214,7 @@ def _are_classes(values: pd.Series[Any]) -> bool:
 
 def _classes(values: pd.Series[Any]) -> pd.Series[Any]:
     """Return names in few categories: the most frequent, the others together, and missing ones."""
-    import pandas as pd  # noqa: PLC0415 - as above
+    import pandas as pd
 
     known = values.dropna()
     order = list(known.cat.categories) if isinstance(known.dtype, pd.CategoricalDtype) else _sorted(known.unique())

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.explore.vectors import Rows
-from nbfeat.features.block import one_of
-from nbfeat.features.sources import spread
+from nbfeat.extraction.options import one_of
+from nbfeat.images.sources import spread
 
 Metric = Literal["cosine", "euclidean"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -73,8 +73,8 @@ class Space:
 
     def groups(self, rows: Positions, limit: float) -> NDArray[np.int32]:
         """Return a number for each of `rows`, the same for those joined by steps of at most `limit`."""
-        from scipy.sparse import coo_array  # noqa: PLC0415 - half a second to import
-        from scipy.sparse.csgraph import connected_components  # noqa: PLC0415 - as above
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
 
         different, which = self._different(rows)  # a thousand equal rows would be half a million pairs
         count = len(different)

@@ -13,9 +13,9 @@ from nbfeat.errors import RequestError
 from nbfeat.explore import gallery
 from nbfeat.explore.tile import Tile, caption_columns, tile
 from nbfeat.explore.vectors import Made, images_of
-from nbfeat.features.block import whole
-from nbfeat.features.sources import image_column, spread
+from nbfeat.extraction.options import whole
 from nbfeat.html import Html, paragraph
+from nbfeat.images.sources import image_column, spread
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,8 +60,7 @@ def thumbnails(
     captions = caption_columns(found.frame, caption)
     total = len(found.frame)
     if not total:
-        message = "The frame has no rows, so that there are no images to show."
-        raise RequestError(message)
+        raise RequestError("The frame has no rows, so that there are no images to show.")
     positions = spread(total, total if limit is None else whole("limit")(limit))
     return Thumbnails(tuple(tile(found, at, captions) for at in positions), total, found.root)
 

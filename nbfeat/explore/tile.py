@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nbfeat import quiet
+from nbfeat import isolation
 from nbfeat.errors import ImageError
-from nbfeat.explore.target import column_of
+from nbfeat.explore.scoring import column_of
 from nbfeat.explore.vectors import Images
-from nbfeat.features.engines.cores import available_cores
-from nbfeat.features.formats import short
-from nbfeat.features.images import read_thumbnail
-from nbfeat.features.sources import is_missing, name_of
+from nbfeat.images.decode import read_thumbnail
+from nbfeat.images.formats import short
+from nbfeat.images.sources import is_missing, name_of
+from nbfeat.inference.engines.cpu_count import available_cores
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -86,14 +86,14 @@ def pixels(tiles: Sequence[Tile], root: Path, side: int) -> list[Image.Image | s
     return _each(lambda image: read_thumbnail(image, side, root), tiles)
 
 
-def _each(made: Any, tiles: Sequence[Tile]) -> list[Any]:  # noqa: ANN401 - of either function above
-    def one(tile: Tile) -> Any:  # noqa: ANN401 - as above
+def _each(made: Any, tiles: Sequence[Tile]) -> list[Any]:
+    def one(tile: Tile) -> Any:
         try:
             return tile.reason or made(tile.image)
         except ImageError as error:
             return str(error)
 
-    with quiet.pillow_defaults(), ThreadPoolExecutor(available_cores()) as threads:
+    with isolation.pillow_defaults(), ThreadPoolExecutor(available_cores()) as threads:
         return list(threads.map(one, tiles))
 
 

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.errors import RequestError, listing
-from nbfeat.features.columns import block_called, made_columns
-from nbfeat.features.extraction import Extraction
-from nbfeat.features.part import Part
-from nbfeat.features.recipe import PartRecipe
-from nbfeat.features.request import check_frame
-from nbfeat.features.result import Result
-from nbfeat.features.sources import image_column
+from nbfeat.extraction.columns import block_called, made_columns
+from nbfeat.extraction.extraction import Extraction
+from nbfeat.extraction.feature_table import Result
+from nbfeat.extraction.part import FeatureColumns
+from nbfeat.extraction.recipe import PartRecipe
+from nbfeat.extraction.request import check_frame
+from nbfeat.images.sources import image_column
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,7 +67,7 @@ class Vectors:
         return listing(self.blocks)
 
 
-def parts_of(made: Made) -> Sequence[Part | PartRecipe]:
+def parts_of(made: Made) -> Sequence[FeatureColumns | PartRecipe]:
     """Return what a result is made of, in the order of its columns."""
     return made.parts if isinstance(made, Extraction) else made.fitted.parts
 
@@ -121,19 +121,17 @@ def vectors_of(
             images = next(part.column for part in parts_of(data) if part.prefix in blocks)
     ok = np.logical_and.reduce([_finite(rows) for rows in blocks.values()])
     if not ok.any():
-        message = f"None of the {len(ok):,} rows has features in {listing(blocks)}."
-        raise RequestError(message)
+        raise RequestError(f"None of the {len(ok):,} rows has features in {listing(blocks)}.")
     return Vectors(images_of(data, images, root), blocks, ok, data if isinstance(data, Made) else None)
 
 
 def _blocks_of_frame(frame: pd.DataFrame, features: str | None) -> dict[str, Rows]:
     made = made_columns(frame)
     if not made:
-        message = (
+        raise RequestError(
             "The frame has no columns of features, such as resnet50_0000 … resnet50_2047 in float32. "
             "Extract some first: nbfeat.extract(frame, 'ResNet50')."
         )
-        raise RequestError(message)
     wanted = made if features is None else {features: made[block_called(features, made)]}
     return {prefix: frame.iloc[:, positions].to_numpy() for prefix, positions in wanted.items()}
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbfeat.errors import ExtractionError
-from nbfeat.features.columns import attach
-from nbfeat.features.extraction import Extraction
-from nbfeat.features.request import check_frame
-from nbfeat.features.sources import is_missing
+from nbfeat.extraction.columns import attach
+from nbfeat.extraction.extraction import Extraction
+from nbfeat.extraction.request import check_frame
+from nbfeat.images.sources import is_missing
 from nbfeat.jupyter import grammar
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Held:
         places = [part.place_in(now, replace=replace) for part in parts]
         names[self.name] = attach(now, [part.frame(now.index) for part in parts], places)
 
-    def why_not(self, extraction: Extraction, now: Any) -> str:  # noqa: ANN401 - whatever the name stands for
+    def why_not(self, extraction: Extraction, now: Any) -> str:
         """Say why the features do not belong to `now`; an empty string where they do."""
         again = "Press Extract again: what was computed is kept." if extraction.keeps else "Press Extract again."
         if now is None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
 
 from nbfeat.backbones.catalog import CATALOG, find
+from nbfeat.cache.storage import KINDS
 from nbfeat.errors import NbfeatError
-from nbfeat.features.block import BLOCK_OPTIONS, Option, quoted
-from nbfeat.features.layers import layer_names
-from nbfeat.features.storage import KINDS
+from nbfeat.extraction.options import BLOCK_OPTIONS, Option, quoted
+from nbfeat.inference.layers import layer_names
 from nbfeat.jupyter.grammar import CODE, OPTIONS, PARQUET, results_among
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _plain(words: Iterable[str], known: Iterable[Option]) -> list[str]:
     return plain
 
 
-def _matcher(shell: InteractiveShell) -> Any:  # noqa: ANN401 - a matcher of IPython's second kind
+def _matcher(shell: InteractiveShell) -> Any:
     @context_matcher(identifier=_NAME, priority=100)  # type: ignore[untyped-decorator]
     def match(context: CompletionContext) -> SimpleMatcherResult:
         text = context.text_until_cursor

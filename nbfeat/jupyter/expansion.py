@@ -21,8 +21,9 @@ def expand(text: str, names: dict[str, Any]) -> str:
         return str(DollarFormatter().vformat(text, (), names))
     except Exception as error:  # an expression of the user's: whatever it raises is about it
         reason = f"{type(error).__name__}: {error}"
-        message = f"{text.strip()!r} could not be expanded ({reason}). Write $$ or {{{{ }}}} for plain signs."
-        raise RequestError(message) from error
+        raise RequestError(
+            f"{text.strip()!r} could not be expanded ({reason}). Write $$ or {{{{ }}}} for plain signs."
+        ) from error
 
 
 def literal(text: str) -> str:

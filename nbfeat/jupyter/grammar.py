@@ -16,15 +16,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nbfeat.backbones.model_file import SUFFIXES
+from nbfeat.cache.storage import KINDS
 from nbfeat.errors import RequestError, listing, near, sentences
-from nbfeat.features.block import BLOCK_OPTIONS, FeatureBlock, Option, WordParser, spelled, split_words, without_comment
-from nbfeat.features.dataset import is_dataset
-from nbfeat.features.engines import PRECISIONS
-from nbfeat.features.extraction import Extraction
-from nbfeat.features.like import is_result, recipe_of
-from nbfeat.features.recipe import Recipe
-from nbfeat.features.request import PLACES
-from nbfeat.features.storage import KINDS
+from nbfeat.extraction.extraction import Extraction
+from nbfeat.extraction.like import is_result, recipe_of
+from nbfeat.extraction.options import (
+    BLOCK_OPTIONS,
+    FeatureBlock,
+    Option,
+    WordParser,
+    spelled,
+    split_words,
+    without_comment,
+)
+from nbfeat.extraction.recipe import Recipe
+from nbfeat.extraction.request import PLACES
+from nbfeat.inference.engines import PRECISIONS
+from nbfeat.parquet.dataset import is_dataset
 
 RUN_OPTIONS: tuple[Option, ...] = (
     Option(name="images", short="-i", metavar="COLUMN", repeat=True, default="the one that looks like images",
@@ -105,25 +113,23 @@ def read(line: str, body: str | None, defaults: Mapping[str, Any]) -> Request | 
         return None
     quiet = bool(given.pop("quiet", False))
     if not words:
-        message = (
+        raise RequestError(
             "%extract needs the name of a dataframe and a backbone: %extract photos ResNet50. `%extract?` tells more."
         )
-        raise RequestError(message)
     frame, *rest = words
     if not frame.isidentifier():
         written = line.split(maxsplit=1)[0]  # with its quotes
-        message = f"The frame must be a name, not {written}. Give it one first: train = {written}."
-        raise RequestError(message)
+        raise RequestError(f"The frame must be a name, not {written}. Give it one first: train = {written}.")
     if "like" in given:
         defaults = {name: value for name, value in defaults.items() if name in _BESIDE_LIKE}
     known = {**defaults, **given}
     run = {name: value for name, value in known.items() if name not in _BLOCK_NAMES and name != "backbone"}
     if not run.get("into", frame).isidentifier():
-        message = f"--into takes a name, not {run['into']!r}."
-        raise RequestError(message)
+        raise RequestError(f"--into takes a name, not {run['into']!r}.")
     if "parquet" in run and "into" in run:
-        message = f"--parquet binds nothing, so that there is nothing for --into {run['into']}: leave it away."
-        raise RequestError(message)
+        raise RequestError(
+            f"--parquet binds nothing, so that there is nothing for --into {run['into']}: leave it away."
+        )
     block = {name: value for name, value in known.items() if name not in run}
     lines = [text for text in _unsilenced(body or "").splitlines() if split_words(text)]  # neither blank nor comment
     if "like" in given:
@@ -139,8 +145,7 @@ def read(line: str, body: str | None, defaults: Mapping[str, Any]) -> Request | 
 def _refuse_beside_like(like: str, words: list[str], lines: list[str]) -> None:
     if words or lines:
         named = listing(words) if words else "the lines of the body"
-        message = f"--like repeats the blocks of {like}: leave {named} away."
-        raise RequestError(message)
+        raise RequestError(f"--like repeats the blocks of {like}: leave {named} away.")
 
 
 def read_line(text: str, defaults: Mapping[str, Any]) -> tuple[FeatureBlock, ...]:
@@ -150,14 +155,14 @@ def read_line(text: str, defaults: Mapping[str, Any]) -> tuple[FeatureBlock, ...
     for word in words:
         flag = word.partition("=")[0]
         if any(flag in option.flags for option in RUN_OPTIONS):
-            message = f"{flag} is an option of the whole run: move it to the first line, after %%extract."
-            raise RequestError(message)
+            raise RequestError(f"{flag} is an option of the whole run: move it to the first line, after %%extract.")
     second_is_plain = len(words) > 1 and not words[1].startswith("-")
     is_file = words[0].endswith(SUFFIXES)  # which may have any sign in its name
     if not words[0].startswith("-") and (second_is_plain or (_is_code(words[0]) and not is_file)):
         line = text.strip()
-        message = f"The body is one feature block per line, not code: {line!r}. Write e.g. `ResNet50 --pooling max`."
-        raise RequestError(message)
+        raise RequestError(
+            f"The body is one feature block per line, not code: {line!r}. Write e.g. `ResNet50 --pooling max`."
+        )
     given, rest = parser.read(words)
     return FeatureBlock.from_options(rest, {**defaults, **given})
 
@@ -195,8 +200,7 @@ def cache_words(line: str) -> str | None:
             return "features"
         case ["clear", what]:
             return what
-    message = f"%extract_cache takes nothing, or clear [{'|'.join(KINDS)}], not {line.strip()!r}."
-    raise RequestError(message)
+    raise RequestError(f"%extract_cache takes nothing, or clear [{'|'.join(KINDS)}], not {line.strip()!r}.")
 
 
 def panel_words(line: str) -> str | None:
@@ -206,11 +210,10 @@ def panel_words(line: str) -> str | None:
             return None
         case [word] if word == CODE or word.isidentifier():
             return word
-    message = f"%extract_panel takes the name of a dataframe, or {CODE}, not {line.strip()!r}."
-    raise RequestError(message)
+    raise RequestError(f"%extract_panel takes the name of a dataframe, or {CODE}, not {line.strip()!r}.")
 
 
-def default_of(name: str, value: Any) -> Any:  # noqa: ANN401 - whatever the option takes
+def default_of(name: str, value: Any) -> Any:
     """Check a setting of ``%config ExtractMagics`` as the option's own value would be."""
     option = next(option for option in OPTIONS if option.name == name)
     given, _ = WordParser([option]).read([f"{option.flag}={value}"])
@@ -256,17 +259,16 @@ def markdown() -> str:
     return "\n".join(rows)
 
 
-def check_name(name: str, known: Mapping[str, Any]) -> Any:  # noqa: ANN401 - whatever the namespace holds
+def check_name(name: str, known: Mapping[str, Any]) -> Any:
     """Return the value that `name` has in a notebook, or say that it has none."""
     if name not in known:
         frames = [
             key for key, value in known.items() if type(value).__name__ == "DataFrame" and not key.startswith("_")
         ]
         hint = near(name, frames) or (f"Dataframes here: {', '.join(sorted(frames))}." if frames else "")
-        message = sentences(
-            f"There is no {name!r} in this notebook.", hint, "Name a dataframe with a column of images."
+        raise RequestError(
+            sentences(f"There is no {name!r} in this notebook.", hint, "Name a dataframe with a column of images.")
         )
-        raise RequestError(message)
     return known[name]
 
 
@@ -285,8 +287,7 @@ def result_called(name: str, known: Mapping[str, Any]) -> Recipe:
         "--like takes the name that `result = %extract …` gave, or a .parquet file or a folder that a result was "
         "written to."
     )
-    message = sentences(what, hint, way)
-    raise RequestError(message)
+    raise RequestError(sentences(what, hint, way))
 
 
 def results_among(known: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from contextlib import closing
 from enum import Enum
 
 from nbfeat.errors import NbfeatError
-from nbfeat.features.extraction import Extraction, Step
+from nbfeat.extraction.extraction import Extraction, Step
 from nbfeat.jupyter.background import in_background
 
 
@@ -114,7 +114,7 @@ class Job:
                     if self.state is State.CANCELLING:
                         break
                     self._tell()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is shown: nobody sees what a thread raises
+        except Exception as error:  # whatever it is, it is shown: nobody sees what a thread raises
             self._end(State.FAILED, error)
             return
         if self.extraction.state == "done":

@@ -16,11 +16,11 @@ from traitlets import Bool, TraitError, Unicode, validate
 from traitlets.config import Configurable
 
 from nbfeat.errors import NbfeatError, RequestError
-from nbfeat.features.extraction import Extraction
-from nbfeat.features.request import check_frame
+from nbfeat.extraction.extraction import Extraction
+from nbfeat.extraction.request import check_frame
 from nbfeat.jupyter import completion, grammar
 from nbfeat.jupyter.expansion import expand
-from nbfeat.jupyter.live import Live
+from nbfeat.jupyter.progress import Live
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
@@ -47,14 +47,14 @@ class ExtractMagics(Magics):
     """Image features as columns of a dataframe."""
 
     backbone = Unicode("", help="the backbone of cells that name none").tag(config=True)
-    cache = Bool(True, help="take features from the cache, and keep new ones there").tag(config=True)  # noqa: FBT003 - as below
-    quiet = Bool(False, help="show no progress").tag(config=True)  # noqa: FBT003 - traitlets' way
-    short_errors = Bool(True, help="show failing work as one line; False for the whole traceback").tag(config=True)  # noqa: FBT003
+    cache = Bool(True, help="take features from the cache, and keep new ones there").tag(config=True)
+    quiet = Bool(False, help="show no progress").tag(config=True)
+    short_errors = Bool(True, help="show failing work as one line; False for the whole traceback").tag(config=True)
     locals().update(_traits())
     _panel: Any = None  # the last one that was opened here
 
     @validate(*TRAITS)
-    def _checked(self, proposal: Any) -> str:  # noqa: ANN401 - traitlets' own
+    def _checked(self, proposal: Any) -> str:
         name, value = proposal["trait"].name, proposal["value"]
         try:
             if value:
@@ -73,42 +73,41 @@ class ExtractMagics(Magics):
 
     @no_var_expand
     @line_magic
-    def extract_panel(self, line: str) -> Any:  # noqa: ANN401 - a Panel, of a module that takes ipywidgets to import
+    def extract_panel(self, line: str) -> Any:
         """Choose by clicking: ``%extract_panel [FRAME]``. ``%extract_panel --code`` puts its code into a new cell."""
         panel = self._answer(lambda: self._extract_panel(line))
         return None if grammar.is_silenced(line) else panel
 
     @no_var_expand
     @line_magic
-    def backbones(self, line: str) -> Any:  # noqa: ANN401 - a frame
+    def backbones(self, line: str) -> Any:
         """List the backbones that match a pattern: ``%backbones Res*``."""
-        from nbfeat.backbones.catalog import backbones  # noqa: PLC0415 - pandas is needed only now
+        from nbfeat.backbones.catalog import backbones
 
         return self._answer(lambda: backbones(line.strip().removesuffix(";").strip() or "*"))
 
     @no_var_expand
     @line_magic
-    def extract_cache(self, line: str) -> Any:  # noqa: ANN401 - shows itself
+    def extract_cache(self, line: str) -> Any:
         """Show what nbfeat keeps here, or clear it: ``clear [features|networks|weights|precisions|all]``."""
         return self._answer(lambda: self._extract_cache(grammar.cache_words(line)))
 
-    def _extract_cache(self, cleared: str | None) -> Any:  # noqa: ANN401 - as above
-        from nbfeat.features.storage import storage  # noqa: PLC0415 - seldom needed
+    def _extract_cache(self, cleared: str | None) -> Any:
+        from nbfeat.cache.storage import storage
 
         if cleared:
             storage.clear(cleared)
         return storage
 
-    def _extract_panel(self, line: str) -> Any:  # noqa: ANN401 - as above
-        from nbfeat.jupyter.panel import Panel  # noqa: PLC0415 - ipywidgets are needed only now
+    def _extract_panel(self, line: str) -> Any:
+        from nbfeat.jupyter.panel.panel import Panel
 
         asked = grammar.panel_words(expand(line, dict(self.shell.user_ns)))  # type: ignore[union-attr]  # as below
         if asked != grammar.CODE:
             self._panel = Panel(asked)
             return self._panel
         if self._panel is None:
-            message = "There is no panel yet whose code could be taken. `%extract_panel photos` opens one."
-            raise RequestError(message)
+            raise RequestError("There is no panel yet whose code could be taken. `%extract_panel photos` opens one.")
         self._panel.to_cell()
         return None
 
@@ -145,7 +144,7 @@ class ExtractMagics(Magics):
         checked = {name: grammar.default_of(name, value) for name, value in set_here.items()}
         return {**checked, **({"backbone": self.backbone} if self.backbone else {})}
 
-    def _answer(self, work: Any) -> Any:  # noqa: ANN401 - whatever the work gives
+    def _answer(self, work: Any) -> Any:
         """Do `work`; bad usage becomes UsageError, failing work one line unless the whole story is wanted."""
         try:
             return work()

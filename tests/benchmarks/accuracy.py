@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from nbfeat import Extraction
-from nbfeat.features import report
+from nbfeat.extraction import report
 from tests.benchmarks.rounds import MissingError, progress, why
 from tests.benchmarks.setting import Setting, weights_of
 from tests.benchmarks.table import Row, Table
@@ -26,8 +26,7 @@ def tables(setting: Setting) -> Iterator[Table]:
     folder = DATA / "photos" / "flowers5"
     files = sorted(folder.glob("*/*.jpg"))
     if not files:
-        message = f"no photographs at {folder}: set NBFEAT_TEST_DATA to a folder that has them"
-        raise MissingError(message)
+        raise MissingError(f"no photographs at {folder}: set NBFEAT_TEST_DATA to a folder that has them")
     frame = pd.DataFrame({"path": [str(file) for file in files], "label": [file.parent.name for file in files]})
     if setting.quick:
         frame = frame.iloc[::4]
@@ -60,7 +59,7 @@ def of_network(frame: pd.DataFrame, name: str, backbone: str, options: dict[str,
             result = Extraction(frame, backbone, images="path", precision=precision, cache=False, **options).run()
             features = result.features.to_numpy()
             scores = cross_validated(features, frame["label"].to_numpy())
-        except Exception as error:  # noqa: BLE001 - a CPU may not have a precision; the row says it
+        except Exception as error:  # a CPU may not have a precision; the row says it
             rows.append((name, precision, why(error)))
             continue
         shown = precision

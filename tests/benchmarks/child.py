@@ -36,8 +36,7 @@ class Child:
         """Return images per second of one way; raise MissingError where it cannot run here."""
         answer = self._ask({"way": way, "files": files, **options})
         if "missing" in answer:
-            message = f"not installed: {answer['missing']}"
-            raise MissingError(message)
+            raise MissingError(f"not installed: {answer['missing']}")
         if "failed" in answer:
             raise MissingError(f"failed: {answer['failed']}"[:160])
         self.told |= {name: value for name, value in answer.items() if name != "seconds"}

@@ -17,11 +17,13 @@ import pandas as pd
 from PIL import Image
 
 import nbfeat
-from nbfeat.features import cluster, engines, memory, ray_session
-from nbfeat.features.worker import Order, Worker
-from tests.cluster_child import descendants
+from nbfeat.errors import format_bytes
+from nbfeat.extraction import ray_session, ray_workers
+from nbfeat.extraction.worker import Order, Worker
+from nbfeat.inference import engines
+from tests.extraction.cluster_child import descendants
 from tests.memory import bytes_of
-from tests.parts_child import WIDTH, WideOpening
+from tests.parquet.parts_child import WIDTH, WideOpening
 
 
 class Memory(threading.Thread):
@@ -53,7 +55,7 @@ class WideWorker(Worker):
     """A worker with the pretended network."""
 
     def __init__(self, order: Order) -> None:
-        engines.Opening = WideOpening  # type: ignore[misc,assignment]
+        engines.PreparedNetwork = WideOpening  # type: ignore[misc,assignment]
         super().__init__(order)
 
 
@@ -65,7 +67,7 @@ def main() -> None:
     asked = parser.parse_args()
     rows, block, width = asked.rows, "Pocket", 512
     if asked.parquet:
-        engines.Opening, cluster.Worker = WideOpening, WideWorker  # type: ignore[misc,assignment,attr-defined]
+        engines.PreparedNetwork, ray_workers.Worker = WideOpening, WideWorker  # type: ignore[misc,assignment,attr-defined]
         block, width = f"MobileNet --size 32 --normalize {asked.parquet}", WIDTH
     os.environ["RAY_ADDRESS"] = "local"
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +91,7 @@ def main() -> None:
     print(f"{extraction.done:,} rows in {seconds:,.0f} s, the first after {first:,.1f} s; failed: {failed}{files}")
     for kind, peak in sorted(watched.peaks.items()):
         print(f"{kind}: {peak / 1e6:,.0f} MB at its peak")
-    features, store = memory.shown(4 * rows * width), memory.shown(ray_session.STORE)
+    features, store = format_bytes(4 * rows * width), format_bytes(ray_session.STORE)
     print(f"all processes together: {watched.all / 1e6:,.0f} MB; features: {features}; the cluster's store: {store}")
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nbfeat.features.engines.cores import available_cores
+from nbfeat.inference.engines.cpu_count import available_cores
 from tests.benchmarks.child import fresh
 from tests.benchmarks.rounds import MissingError, in_rounds, progress
 from tests.benchmarks.setting import Setting, titled, weights_of
@@ -22,12 +22,10 @@ def tables(setting: Setting) -> Iterator[Table]:
     """Measure one core and all, each in a fresh process."""
     progress("cores")
     if not hasattr(os, "sched_setaffinity"):
-        message = "this system cannot tell a process which cores to use"
-        raise MissingError(message)
+        raise MissingError("this system cannot tell a process which cores to use")
     cores = sorted(os.sched_getaffinity(0))
     if available_cores() == 1:
-        message = "there is only one core"
-        raise MissingError(message)
+        raise MissingError("there is only one core")
     note = f"In fresh processes; the network is on disk. {len(setting.files)} images, medians of rounds."
     yield Table(f"One core against all: {titled(BACKBONE)}", HEAD, rows(setting, cores), note)
 

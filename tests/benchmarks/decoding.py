@@ -12,8 +12,8 @@ import pandas as pd
 from PIL import Image
 
 import nbfeat
-from nbfeat.features.engines.cores import available_cores
-from nbfeat.features.fit import PixelSpec, reduction
+from nbfeat.images.resize import PixelSpec, reduction
+from nbfeat.inference.engines.cpu_count import available_cores
 from tests.benchmarks.child import keras_child
 from tests.benchmarks.limit import decode
 from tests.benchmarks.rounds import Found, in_rounds, progress, why
@@ -74,7 +74,7 @@ def losses(files: list[str]) -> str:
     """Say how near the features of files as nbfeat decodes them are to those of files decoded in full."""
     try:
         cosines = agreement(files)
-    except Exception as error:  # noqa: BLE001 - the speeds are there all the same
+    except Exception as error:  # the speeds are there all the same
         return f"Features were not compared: {why(error)}."
     factor = reduction(WIDTH, HEIGHT, PixelSpec(SIDE))
     return (

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
-from nbfeat.features.engines.cores import available_cores
+from nbfeat.inference.engines.cpu_count import available_cores
 from tests.benchmarks.child import fresh
 from tests.benchmarks.rounds import progress
 from tests.benchmarks.setting import Setting, numbered, weights_of

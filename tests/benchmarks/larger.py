@@ -14,7 +14,7 @@ import tempfile
 import time
 
 from tests.conftest import ROOT
-from tests.parts_child import WIDTH
+from tests.parquet.parts_child import WIDTH
 
 
 def main() -> None:
@@ -26,7 +26,8 @@ def main() -> None:
     for normalize in ("none", "l2", "standard", "minmax"):
         with tempfile.TemporaryDirectory() as folder:
             block = f"MobileNet --size 32 --normalize {normalize}"
-            command = [sys.executable, "-m", "tests.parts_child", "peak", f"{folder}/features", str(rows), block]
+            child = "tests.parquet.parts_child"
+            command = [sys.executable, "-m", child, "peak", f"{folder}/features", str(rows), block]
             start = time.perf_counter()
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
             seconds, found = time.perf_counter() - start, json.loads(done.stdout.splitlines()[-1])

@@ -15,13 +15,13 @@ from typing import Any
 import pandas as pd
 
 from nbfeat import Extraction, FeatureBlock
-from nbfeat.features.engines import Precision
-from nbfeat.features.engines.cores import available_cores
-from nbfeat.features.engines.openvino import OpenVINOEngine
-from nbfeat.features.fit import PixelSpec
-from nbfeat.features.images import read_pixels
-from nbfeat.features.network import Cut, NetworkSpec
-from nbfeat.features.store import Preparing
+from nbfeat.images.decode import read_pixels
+from nbfeat.images.resize import PixelSpec
+from nbfeat.inference.compiled_models import Preparing
+from nbfeat.inference.engines import Precision
+from nbfeat.inference.engines.cpu_count import available_cores
+from nbfeat.inference.engines.openvino import OpenVINOEngine
+from nbfeat.inference.model import Cut, NetworkSpec
 from tests.benchmarks.rounds import MissingError
 from tests.benchmarks.setting import weights_of
 
@@ -46,8 +46,7 @@ class Ours:
     def whole(self) -> float:
         """Return images per second of the last run, from start to end."""
         if self.last is None:
-            message = "not measured: the run failed"
-            raise MissingError(message)
+            raise MissingError("not measured: the run failed")
         return self._whole
 
     @property

@@ -58,7 +58,7 @@ def in_rounds(ways: Mapping[str, Callable[[], float]], rounds: int) -> Found:
             progress(f"  round {number + 1} of {rounds}: {way}")
             try:
                 found.values.setdefault(way, []).append(measured())
-            except Exception as error:  # noqa: BLE001 - whatever it is, the row says it
+            except Exception as error:  # whatever it is, the row says it
                 found.missing[way] = why(error)
                 del found.values[way]
     return found

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nbfeat.features.engines.cores import available_cores
+from nbfeat.inference.engines.cpu_count import available_cores
 from tests.benchmarks.rounds import progress
 from tests.conftest import DATA
 

@@ -28,7 +28,7 @@ def printed(section: str, tables: Iterator[Table]) -> Iterator[str]:
             yield table.markdown()
     except MissingError as error:
         yield f"### {section}\n\nNot measured: {error}."
-    except Exception as error:  # noqa: BLE001 - the other sections go on
+    except Exception as error:  # the other sections go on
         progress(traceback.format_exc())
         yield f"### {section}\n\nNot measured: {why(error)}."
 

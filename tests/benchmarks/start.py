@@ -40,7 +40,7 @@ def tables(setting: Setting) -> Iterator[Table]:
                 progress(f"start: round {number + 1} of {setting.rounds}: {way}")
                 try:
                     told[way].append(fresh({**request, **more}, NBFEAT_HOME=str(home)))
-                except Exception as error:  # noqa: BLE001 - the row says it
+                except Exception as error:  # the row says it
                     missing[way] = why(error)
         shutil.rmtree(home, ignore_errors=True)
     rows = [(way, missing[way]) if way in missing else row(way, told[way]) for way in ways]

@@ -99,8 +99,7 @@ def with_torch(torch: Child, files: list[str], backbone: str, counts: Counts) ->
 def compiled(batches: Callable[..., float]) -> float:
     """Measure what PyTorch compiles, where it can."""
     if compiler() is None:
-        message = "not installed: a C++ compiler"
-        raise MissingError(message)
+        raise MissingError("not installed: a C++ compiler")
     return batches(precision="bfloat16", compiled=True)
 
 
@@ -111,7 +110,7 @@ def with_nbfeat(files: list[str], backbone: str) -> dict[str, Way]:
     try:
         auto.steady()
         chosen = auto.precision
-    except Exception as error:  # noqa: BLE001 - its row says so, and says it again
+    except Exception as error:  # its row says so, and says it again
         progress(f"  nbfeat auto: {why(error)}")
         chosen = "float32"
     for asked, precision in (("float32", "float32"), ("bfloat16", "bfloat16"), ("auto", chosen)):

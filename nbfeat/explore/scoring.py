@@ -1,0 +1,235 @@
+"""What a model is to learn: a target for the rows of a frame, those that count, and the folds they are scored in."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbfeat.errors import RequestError, listing, near, sentences
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MOST_CLASSES = 20  # that whole numbers stand for; more of them are a quantity
+SHOWN = 3
+NAMED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Classes or numbers, one for each row that has one."""
+
+    name: str
+    answers: NDArray[Any]
+    rows: NDArray[np.int_]  # which rows of the frame they are of
+    is_classes: bool
+    note: str = ""
+
+    def taken(self, rows: NDArray[np.int_]) -> Target:
+        """Return the target of some `rows` of the frame, all of which have one."""
+        return Target(self.name, self.answers[np.searchsorted(self.rows, rows)], rows, self.is_classes, self.note)
+
+
+@dataclass(frozen=True, slots=True)
+class Folds:
+    """Pairs of rows to learn from and rows to be scored on, as positions in a target."""
+
+    pairs: list[tuple[NDArray[np.int_], NDArray[np.int_]]]
+    told: str
+
+
+def column_of(frame: pd.DataFrame, given: object, what: str) -> pd.Series:
+    """Return the column of `frame` that `given` names, or `given` itself, one value for each row.
+
+    A Series goes by its index where that has the frame's labels in another order.
+    """
+    import pandas as pd
+
+    if isinstance(given, pd.Series):
+        return _aligned(frame, given, what)
+    if isinstance(given, Hashable):
+        if sum(column == given for column in frame.columns) == 1:
+            return frame[given]
+        names = [str(name) for name in frame.columns]
+        raise RequestError(
+            sentences(
+                f"The {what} {given!r} is not one column of the frame.",
+                near(str(given), names) or f"Its columns: {listing(names[:NAMED])}.",
+            )
+        )
+    values = np.asarray(given)
+    if values.shape != (len(frame),):
+        raise RequestError(f"The {what} must be one value a row: it has shape {values.shape} for {len(frame):,} rows.")
+    return pd.Series(values, index=frame.index, name=what)
+
+
+def _aligned(frame: pd.DataFrame, given: pd.Series, what: str) -> pd.Series:
+    if given.index.equals(frame.index):
+        return given
+    if given.index.is_unique and len(given) == len(frame) and frame.index.isin(given.index).all():
+        return given.reindex(frame.index)
+    raise RequestError(
+        f"The {what} is a Series whose index is not the frame's: {len(given):,} values for {len(frame):,} rows. Take "
+        "a Series of the same index, or its .to_numpy() to go by position."
+    )
+
+
+def read_target(frame: pd.DataFrame, given: object, *, as_classes: bool | None) -> Target:
+    """Read the target of the rows that have one; `as_classes` says what it is where the model decides that."""
+    column = column_of(frame, given, "target")
+    name = str(column.name) if column.name is not None else "target"
+    rows = np.flatnonzero(column.notna().to_numpy())
+    if not len(rows):
+        raise RequestError(f"No row has a {name}: name a column with values.")
+    values, are_words = _values(name, column.iloc[rows])
+    is_quantity, note = (False, "") if are_words else _quantity(name, values)
+    if as_classes is None:
+        return Target(name, values, rows, not is_quantity, note)
+    if not as_classes and are_words:
+        raise RequestError(
+            f"{name!r} holds classes, which a regressor cannot learn: take a classifier, or another target."
+        )
+    if as_classes and is_quantity and (values % 1).any():
+        raise RequestError(
+            f"{name!r} holds fractions, which a classifier cannot learn: take a regressor, or make classes of them "
+            "with pandas.cut."
+        )
+    return Target(name, values, rows, as_classes)
+
+
+def _values(name: str, column: pd.Series) -> tuple[NDArray[Any], bool]:
+    """Return the values as scikit-learn takes them, and whether they can be nothing but classes."""
+    import pandas as pd
+
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return _values(name, column.astype(column.cat.categories.dtype))[0], True
+    column = column.infer_objects()
+    if pd.api.types.is_bool_dtype(column):
+        return column.to_numpy(bool), True
+    if pd.api.types.is_any_real_numeric_dtype(column):
+        return column.to_numpy(float if pd.api.types.is_float_dtype(column) else int), False
+    kinds = {type(value).__name__ for value in column}
+    if kinds == {"str"}:
+        return column.to_numpy(str), True
+    raise RequestError(
+        f"{name!r} holds values of type {listing(sorted(kinds))}: a target is one class or number a row. "
+        "For classes, give it as text: .astype(str)."
+    )
+
+
+def _quantity(name: str, values: NDArray[Any]) -> tuple[bool, str]:
+    """Tell whether numbers are a quantity rather than classes, and say so where that is a guess."""
+    from sklearn.utils.multiclass import type_of_target
+
+    if not np.isfinite(values).all():
+        raise RequestError(f"{name!r} holds infinite numbers: make them NaN, and their rows are left out.")
+    if type_of_target(values) == "continuous":
+        return True, ""
+    if (count := len(np.unique(values))) > MOST_CLASSES:
+        told = f"The {count:,} whole numbers of {name} are taken for a quantity; for classes, give it as .astype(str)."
+        return True, told
+    told = (
+        f"The {count:,} whole numbers of {name} are taken for classes; for a quantity, give a regressor: model=SVR()."
+    )
+    return False, told if count > 2 else ""
+
+
+def drawn(total: int, count: int, classes: NDArray[Any] | None) -> NDArray[np.intp]:
+    """Draw `count` of `total` positions, the classes of theirs in proportion, always the same."""
+    import pandas as pd
+
+    order = np.random.default_rng(0).permutation(total)
+    if classes is not None:
+        kinds = pd.Series(classes[order])
+        within = kinds.groupby(kinds.to_numpy())
+        share = (within.cumcount() + 0.5) / within.transform("size")
+        order = order[np.argsort(share.to_numpy(), kind="stable")]
+    return np.sort(order[:count])
+
+
+def folds_of(
+    cv: Any,
+    target: Target,
+    groups: pd.Series | None,
+    frame_rows: int,
+) -> Folds:
+    """Split the rows of `target` into folds: so many, seeded, classes in proportion; or by a splitter.
+
+    `groups` are those of all `frame_rows` rows of the frame; they are kept whole.
+    """
+    from sklearn import model_selection as ms
+
+    held = None if groups is None else groups.iloc[target.rows].to_numpy()
+    if isinstance(cv, int | np.integer) and not isinstance(cv, bool):
+        _check(int(cv), target, held)
+        if held is None:
+            chosen = ms.StratifiedKFold if target.is_classes else ms.KFold
+            splitter, told = chosen(cv, shuffle=True, random_state=0), f"{cv} folds"
+        else:
+            classes = target.is_classes
+            splitter = ms.StratifiedGroupKFold(cv, shuffle=True, random_state=0) if classes else ms.GroupKFold(cv)
+            told = f"{cv} folds, groups kept whole"
+        pairs = list(splitter.split(np.zeros((len(target.answers), 1)), target.answers, held))
+    elif hasattr(cv, "split") and not isinstance(cv, str):
+        if isinstance(cv, ms.PredefinedSplit):
+            cv = _of_rows(cv, target, frame_rows)
+        try:
+            pairs = list(cv.split(np.zeros((len(target.answers), 1)), target.answers, held))
+        except (ValueError, TypeError) as error:
+            raise RequestError(
+                f"{type(cv).__name__} could not split the {len(target.answers):,} rows: {error}"
+            ) from error
+        told = f"{type(cv).__name__}, {len(pairs)} fold{'s' if len(pairs) > 1 else ''}"
+    else:
+        raise RequestError(
+            f"cv takes a number of folds from 2, or a splitter such as GroupKFold() or PredefinedSplit, not {cv!r}."
+        )
+    for train, _ in pairs:
+        if target.is_classes and len(np.unique(target.answers[train])) == 1:
+            raise RequestError(
+                f"A fold has one class alone of {target.name} to learn from: take fewer folds, or other groups."
+            )
+    return Folds(pairs, told)
+
+
+def _of_rows(split: Any, target: Target, frame_rows: int) -> Any:
+    """Return `split`, which is of all rows of the frame, for those of the target."""
+    if len(split.test_fold) != frame_rows:
+        raise RequestError(
+            f"The PredefinedSplit is of {len(split.test_fold):,} rows, not of the frame's {frame_rows:,}."
+        )
+    return type(split)(np.asarray(split.test_fold)[target.rows])
+
+
+def _check(cv: int, target: Target, groups: NDArray[Any] | None) -> None:
+    """Say why the rows cannot be split into `cv` folds, where they cannot."""
+    if cv < 2:
+        raise RequestError(f"cv takes a number of folds from 2, not {cv}.")
+    if target.is_classes:
+        _check_classes(cv, target, grouped=groups is not None)
+    elif len(target.answers) < 2 * cv:
+        count = len(target.answers)
+        raise RequestError(f"{count:,} rows are too few for {cv} folds of at least two. Take cv={count // 2}.")
+    if groups is not None and (count := len(np.unique(groups))) < cv:
+        raise RequestError(f"There are {count:,} groups, fewer than {cv} folds. Take cv={count} or less.")
+
+
+def _check_classes(cv: int, target: Target, *, grouped: bool) -> None:
+    kinds, counts = np.unique(target.answers, return_counts=True)
+    if len(kinds) == 1:
+        raise RequestError(
+            f"All {len(target.answers):,} rows have the {target.name} {kinds[0].item()!r}: there is nothing to tell "
+            "apart. Name a target of two classes or more."
+        )
+    if grouped or counts.min() >= cv:
+        return
+    rare = [f"{kind.item()!r} ({count:,})" for kind, count in zip(kinds, counts, strict=True) if count < cv]
+    shown = listing(rare[:SHOWN]) + (f" and {len(rare) - SHOWN:,} more" if len(rare) > SHOWN else "")
+    way = f"Take cv={counts.min()}, or make" if counts.min() > 1 else "Make"
+    raise RequestError(
+        f"Classes of {target.name} with fewer rows than the {cv} folds: {shown}. {way} them None to leave them out."
+    )

@@ -1,0 +1,1 @@
+"""A frame and blocks to columns."""

@@ -1,0 +1,116 @@
+"""One network and the pixels it takes: what its features are kept under, and which rows have them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbfeat.backbones.weights import Loaded
+from nbfeat.cache.database import Cache
+from nbfeat.cache.keys import CacheKey
+from nbfeat.images import resize
+from nbfeat.inference import engines
+from nbfeat.inference.model import NUMERICS, Cut, NetworkSpec, Output
+
+if TYPE_CHECKING:
+    from nbfeat.inference.engines import Engine, Precision, Vectors
+
+
+@dataclass(slots=True, eq=False)
+class NetworkState:
+    """A network, ready once its `opening` was iterated, and started when the first image needs it."""
+
+    spec: NetworkSpec
+    pixels: resize.PixelSpec
+    opening: engines.PreparedNetwork
+    done: NDArray[np.bool_]  # which images have their features
+    features: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # of each output, a row for each image
+    kept: dict[str, CacheKey] = field(default_factory=dict)  # where the cache has them
+    engine: Engine | None = None
+    cached: int = 0  # how many images had their features from the cache
+    precision: Precision = "float32"  # that it computes in
+
+    def set_precision(self, precision: Precision, engine: Engine | None = None) -> None:
+        """Compute in `precision` from now on, by an `engine` that was started before, or by one that will be."""
+        self.precision, self.engine = precision, engine
+        self.kept = {cut.key: self._kept(cut) for cut in self.spec.cuts}
+
+    def start(self) -> Engine:
+        """Return the engine, started if it was not."""
+        if self.engine is None:
+            self.engine = self.opening.start(self.precision)
+        return self.engine
+
+    def take(self, rows: Sequence[int], vectors: Vectors, *, cached: bool) -> None:
+        """Put the features of some images where they belong."""
+        for key, features in vectors.items():
+            self.features[key][rows] = features
+        self.done[rows] = True
+        self.cached += len(rows) if cached else 0
+
+    def share(self, row: int, first: int) -> None:
+        """Give image `row` the features of image `first`, which has the same content."""
+        self.done[row] = True
+        for features in self.features.values():
+            features[row] = features[first]
+
+    def forget(self, row: int) -> None:
+        """Take back what is there of an image that failed."""
+        for features in self.features.values():
+            features[row] = np.nan
+
+    def recalled(self, image: bytes, cache: Cache) -> Vectors | None:
+        """Return the features that the cache has of one image; None unless it has them of every output."""
+        vectors = {key: cache.vectors(kept, [image]).get(image) for key, kept in self.kept.items()}
+        return None if any(vector is None for vector in vectors.values()) else cast("Vectors", vectors)
+
+    @property
+    def name(self) -> str:
+        """What runs it."""
+        return self.opening.name
+
+    @property
+    def batch_size(self) -> int:
+        """How many images run at once."""
+        return self.opening.batch_size
+
+    @property
+    def outputs(self) -> dict[str, Output]:
+        """What each cut gives."""
+        return self.opening.outputs
+
+    @property
+    def weights(self) -> Loaded:
+        """The weights that were loaded."""
+        return self.opening.weights
+
+    def _kept(self, cut: Cut) -> CacheKey:
+        """Name everything that changes the numbers that `cut` gives for an image."""
+        output = self.outputs[cut.key]
+        key_fields = {
+            "backbone": self.spec.backbone,
+            "alpha": self.spec.alpha,
+            "weights": self.weights.sha256,
+            "layer": cut.layer,
+            "pooling": output.pooling,
+            "scaling": self.spec.scaling,
+            "size": self.pixels.size,
+            "resize": self.pixels.resize,
+            "interpolation": self.pixels.interpolation,
+            "least_reduced": resize.LEAST_REDUCED,
+            "decoders": decoders(),
+            "keras": version("keras"),
+            **self.opening.key_fields(self.precision),
+            "numerics": NUMERICS,
+        }
+        return CacheKey(key_fields, {"weights_name": self.weights.name}, output.width)
+
+
+def decoders() -> str:
+    """Name what decodes images, with versions: others may give other pixels, or read what these cannot."""
+    return ", ".join(f"{name} {version(name)}" for name in ("pillow", "simplejpeg"))

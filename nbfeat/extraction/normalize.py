@@ -1,0 +1,136 @@
+"""Normalize features: learn on some rows, apply to all.
+
+Every normalization, L2 too, happens here on rows, so that networks and what is kept of them do not depend on it.
+What is learned is held as plain arrays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbfeat.errors import RequestError
+from nbfeat.extraction.options import FeatureBlock
+
+Rows = NDArray[np.floating[Any]]
+CHUNK = 4096  # rows normalized at a time, so that no second matrix of full height is needed
+LEARNED_AT_ONCE = 1024  # rows in float64, of which scikit-learn takes several copies
+
+
+@dataclass(frozen=True, slots=True)
+class Normalizer:
+    """L2, then an affine map per column, then a projection; each of them may be absent."""
+
+    unit_length: bool = False
+    shift: Rows | None = None
+    stretch: Rows | None = None
+    center: Rows | None = None
+    axes: Rows | None = None  # (components, width)
+
+    def apply(self, rows: Rows) -> Rows:
+        """Return normalized rows: written over `rows` where the width stays, else in a new matrix."""
+        out = rows if self.axes is None else np.empty((len(rows), len(self.axes)), np.float32)
+        for start in range(0, len(rows), CHUNK):
+            part = slice(start, start + CHUNK)
+            out[part] = self.applied_to(rows[part])
+        return out
+
+    def applied_to(self, rows: Rows) -> Rows:
+        """Return normalized rows in a new matrix."""
+        if self.unit_length:
+            length = np.linalg.norm(rows, axis=1, keepdims=True)
+            rows = rows / np.where(length > 0, length, 1)
+        if self.shift is not None and self.stretch is not None:
+            rows = (rows - self.shift) * self.stretch
+        if self.center is not None and self.axes is not None:
+            rows = _projected(rows - self.center, self.axes)
+        return rows
+
+
+def _projected(rows: Rows, axes: Rows) -> Rows:
+    """Return ``rows @ axes.T``, each row to the bit what it would be alone.
+
+    A product of two matrices gives a row other last bits by how many there are beside it, which would tell a repeated
+    result from the first. A product with one row does not.
+    """
+    out = np.empty((len(rows), len(axes)), np.float32)
+    for row, projected in zip(rows, out, strict=True):
+        np.dot(axes, row, out=projected)
+    return out
+
+
+def learn(block: FeatureBlock, rows: Rows, chosen: NDArray[np.bool_]) -> Normalizer:
+    """Learn what `block` asks for from the `chosen` rows.
+
+    Standardization, min-max and PCA are scikit-learn's. PCA is seeded.
+    """
+    if not block.is_learned:
+        return Normalizer(unit_length=block.normalize == "l2")
+    learned = rows[chosen]
+    _check(block, rows.shape[1], len(learned))
+    base = _affine(block, learned)
+    if block.components is None:
+        return base
+    from sklearn.decomposition import PCA
+
+    whiten = block.normalize == "whiten"
+    pca = PCA(block.components, whiten=whiten, random_state=0).fit(base.applied_to(learned))
+    axes = pca.components_ / np.sqrt(pca.explained_variance_)[:, None] if whiten else pca.components_
+    return Normalizer(base.unit_length, base.shift, base.stretch, _f32(pca.mean_), _f32(axes))
+
+
+class Learner:
+    """Learn the normalization of a `block` without components from rows that come in turn, never all at once."""
+
+    def __init__(self, block: FeatureBlock, width: int) -> None:
+        self._block, self._width, self._count = block, width, 0
+        self._scaler = _scaler(block)
+
+    def see(self, rows: Rows) -> None:
+        """Learn from some more rows."""
+        for start in range(0, len(rows), LEARNED_AT_ONCE):
+            self._scaler.partial_fit(rows[start : start + LEARNED_AT_ONCE].astype(np.float64))
+        self._count += len(rows)
+
+    def learned(self) -> Normalizer:
+        """Return what was learned; raise RequestError where there were no rows."""
+        _check(self._block, self._width, self._count)
+        return _of_scaler(self._block, self._scaler)
+
+
+def _affine(block: FeatureBlock, rows: Rows) -> Normalizer:
+    if block.normalize in {"standard", "minmax"}:
+        return _of_scaler(block, _scaler(block).fit(rows))
+    return Normalizer(unit_length=block.normalize == "l2")
+
+
+def _scaler(block: FeatureBlock) -> Any:
+    from sklearn.preprocessing import MinMaxScaler, StandardScaler
+
+    return StandardScaler() if block.normalize == "standard" else MinMaxScaler()
+
+
+def _of_scaler(block: FeatureBlock, scaler: Any) -> Normalizer:
+    if block.normalize == "standard":
+        return Normalizer(shift=_f32(scaler.mean_), stretch=_f32(1 / scaler.scale_))
+    return Normalizer(shift=_f32(scaler.data_min_), stretch=_f32(scaler.scale_))
+
+
+def _check(block: FeatureBlock, width: int, count: int) -> None:
+    if not count:
+        raise RequestError(
+            f"--normalize {block.normalize} has no rows to learn from: --fit-on selects none that has features."
+        )
+    wanted = block.components
+    if wanted is not None and wanted > min(count, width):
+        raise RequestError(
+            f"--components {wanted:,} is more than {block.backbone} can give: {width:,} features were learned from "
+            f"{count:,} rows. Use --components {min(count, width):,} or fewer."
+        )
+
+
+def _f32(values: Rows) -> Rows:
+    return np.ascontiguousarray(values, np.float32)

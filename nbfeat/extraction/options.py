@@ -1,0 +1,283 @@
+"""FeatureBlock: one set of features from one cut of one backbone, and BLOCK_OPTIONS, the table of its options.
+
+The table feeds everything: the words of the magics, the keywords of `extract`, the traits of `%config`, completion and
+the README. A block goes to text and back: ``FeatureBlock.parse(str(block)) == (block,)``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NoReturn, Self, get_args
+
+from nbfeat.backbones.backbone import SCALINGS, Scaling
+from nbfeat.errors import RequestError, listing, near, sentences
+from nbfeat.images.resize import INTERPOLATIONS, RESIZES, Interpolation, Resize
+
+Pooling = Literal["avg", "max", "gem", "flatten"]
+Normalize = Literal["none", "l2", "standard", "minmax", "whiten"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+NORMALIZES: tuple[Normalize, ...] = get_args(Normalize)
+
+_BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001))))  # those that come along from web pages, too
+LARGEST_SIZE = 4096  # pixels; a batch of eight is then 400 MB, beyond what any backbone was trained for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One option, as every face spells it."""
+
+    name: str
+    help: str
+    short: str | None = None
+    type: Callable[[str], Any] = str
+    choices: tuple[str, ...] = ()
+    default: str = ""  # the default in words, for help and README
+    metavar: str | None = None
+    repeat: bool = False  # given again for a second value
+    switch: bool = False  # takes no value
+
+    @property
+    def flag(self) -> str:
+        """The long spelling, e.g. ``--fit-on``."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """All spellings, the short one first."""
+        return (self.short, self.flag) if self.short else (self.flag,)
+
+    @property
+    def action(self) -> str:
+        """What argparse does with it."""
+        return "store_true" if self.switch else "append" if self.repeat else "store"
+
+    def check(self, value: Any) -> Any:
+        """Return `value` as this option's type, or raise RequestError."""
+        if self.switch:
+            return value
+        if self.repeat and isinstance(value, list):
+            return [self.check(one) for one in value]
+        return one_of(self.choices, self.flag)(value) if self.choices else self.type(value)
+
+
+def one_of(choices: Sequence[str], what: str) -> Callable[[str], str]:
+    """Return a check that a value is one of `choices`."""
+
+    def check(value: str) -> str:
+        if value in choices:
+            return value
+        hint = near(str(value), choices) or f"Choose {listing(choices, 'or')}."
+        raise RequestError(f"{what} cannot be {value!r}. {hint}")
+
+    return check
+
+
+def whole(what: str, most: int | None = None) -> Callable[[Any], int]:
+    """Return a check that a value is a whole number of at least 1."""
+
+    def check(value: Any) -> int:
+        wanted = "a whole number from 1" + (f" to {most:,}" if most else "")
+        try:
+            number = int(value)
+        except (TypeError, ValueError):
+            number = 0
+        if number < 1 or number != float(value) or (most and number > most) or isinstance(value, bool):
+            raise RequestError(f"{what} takes {wanted}, not {value!r}.")
+        return number
+
+    return check
+
+
+def alpha_of(value: Any) -> float:
+    """Read a width multiplier."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if not 0 < number <= 4:
+        raise RequestError(f"--alpha takes a width multiplier such as 0.25, 0.5 or 1.0, not {value!r}.")
+    return number
+
+
+BLOCK_OPTIONS: tuple[Option, ...] = (
+    Option(name="layer", short="-l", metavar="NAME[,NAME]", default="the end",
+           help="cut the backbone here; several names make several blocks from one forward pass"),
+    Option(name="pooling", short="-p", metavar="HOW", choices=POOLINGS, default="avg",
+           help="how a feature map becomes a vector; gem is the generalized mean with p = 3"),
+    Option(name="normalize", short="-n", metavar="HOW", choices=NORMALIZES, default="none",
+           help="normalization of the features; whiten needs --components"),
+    Option(name="components", metavar="N", type=whole("--components"), default="all",
+           help="PCA to N columns, after the normalization"),
+    Option(name="weights", short="-w", metavar="WEIGHTS", default="the backbone's own",
+           help="imagenet, bundled (Pocket's), random (seeded, for tests) or a file of Keras weights"),
+    Option(name="alpha", metavar="A", type=alpha_of, default="the backbone's own",
+           help="width multiplier of MobileNet and MobileNetV2"),
+    Option(name="scaling", metavar="MODE", choices=SCALINGS, default="the backbone's own",
+           help="how pixels are scaled before the network: Keras' modes, or none"),
+    Option(name="size", metavar="PIXELS", type=whole("--size", LARGEST_SIZE), default="the backbone's own",
+           help="side of the square that images are resized to"),
+    Option(name="resize", metavar="HOW", choices=RESIZES, default="squash",
+           help="squash as Keras' load_img does, crop the centre, or pad with black"),
+    Option(name="interpolation", metavar="HOW", choices=INTERPOLATIONS, default="bilinear",
+           help="how pixels are interpolated; load_img's own default is nearest"),
+    Option(name="prefix", short="-x", metavar="TEXT", default="from backbone, layer and pooling",
+           help="first part of the column names"),
+)  # fmt: skip
+
+
+class WordParser(argparse.ArgumentParser):
+    """argparse that raises RequestError, never exits, and never abbreviates: a saved notebook keeps its meaning."""
+
+    def __init__(self, options: Iterable[Option]) -> None:
+        super().__init__(prog="", add_help=False, allow_abbrev=False)
+        self.options = tuple(options)
+        for option in self.options:
+            # One that is not given is absent from the result, so that defaults can be layered.
+            self.add_argument(*option.flags, dest=option.name, action=option.action, default=argparse.SUPPRESS)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise RequestError in place of argparse's exit."""
+        told = f"{message[:1].upper()}{message[1:]}. `%extract?` lists the options and what they take."
+        raise RequestError(told)
+
+    def read(self, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        """Split words into the options given and the words that belong to none."""
+        found, rest = self.parse_known_intermixed_args(words)
+        for word in rest:
+            if word.startswith("-") and word != "-":
+                flag = word.partition("=")[0]
+                known = [spelling for option in self.options for spelling in option.flags]
+                raise RequestError(
+                    sentences(f"There is no option {flag}.", near(flag, known), "`%extract?` lists them.")
+                )
+        # argparse would turn the sentence of a check into one of its own.
+        given = vars(found)
+        return {option.name: option.check(given[option.name]) for option in self.options if option.name in given}, rest
+
+
+def split_words(text: str) -> list[str]:
+    """Split a line as a shell does, but a backslash is plain text (Windows paths); ``#`` before a word is a comment."""
+    lexer = shlex.shlex(without_comment(text), posix=True)
+    lexer.whitespace, lexer.whitespace_split, lexer.commenters, lexer.escape = _BLANKS, True, "", ""
+    try:
+        return list(lexer)
+    except ValueError as error:
+        raise RequestError(
+            f"A quotation mark is not closed in {text.strip()!r}. Close it, or put a word that has one between marks "
+            "of the other kind."
+        ) from error
+
+
+def without_comment(text: str) -> str:
+    """Return a line without what follows a ``#`` that begins a word."""
+    # A quoted run, a run of other characters, or a # that begins a word.
+    for match in re.finditer(r"'[^']*'|\"[^\"]*\"|(?:(?<=\s)|^)#|.", text, re.DOTALL):
+        if match.group() == "#" and (match.start() == 0 or text[match.start() - 1].isspace()):
+            return text[: match.start()]
+    return text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureBlock:
+    """One set of features: a backbone, where it is cut, how maps are pooled, how features are normalized.
+
+    Fields left at None take the backbone's own value (the end of the network, ``avg`` for feature maps, its weights,
+    scaling and input size).
+    """
+
+    backbone: str
+    layer: str | None = None
+    pooling: Pooling | None = None
+    normalize: Normalize = "none"
+    components: int | None = None
+    weights: str | None = None
+    alpha: float | None = None
+    scaling: Scaling | None = None
+    size: int | None = None
+    resize: Resize = "squash"
+    interpolation: Interpolation = "bilinear"
+    prefix: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value against the table."""
+        for option in BLOCK_OPTIONS:
+            value = getattr(self, option.name)
+            if value is None:
+                continue
+            object.__setattr__(self, option.name, option.check(value))
+        if self.normalize == "whiten" and self.components is None:
+            raise RequestError(
+                "--normalize whiten needs --components N: without a limit, new images get values in the millions."
+            )
+
+    @classmethod
+    def parse(cls, text: str, defaults: Mapping[str, Any] | None = None) -> tuple[Self, ...]:
+        """Read ``BACKBONE [options]``; several layers make several blocks.
+
+        Parameters
+        ----------
+        text
+            The words of the line magic, e.g. ``"VGG16 --layer block4_pool,block5_pool --pooling max"``.
+        defaults
+            Options for what `text` does not say; ``backbone`` among them lets the line begin with options.
+        """
+        given, words = WordParser(BLOCK_OPTIONS).read(split_words(text))
+        return cls.from_options(words, {**(defaults or {}), **given})
+
+    @classmethod
+    def from_options(cls, words: Sequence[str], options: Mapping[str, Any]) -> tuple[Self, ...]:
+        """Make blocks from the words left beside the options, and the options."""
+        if len(words) > 1:
+            raise RequestError(
+                f"One backbone a block, but {listing(words)} were given. Write one feature block per line."
+            )
+        known = {field.name for field in fields(cls)}
+        if unknown := [name for name in options if name not in known]:
+            raise RequestError(
+                sentences(f"{unknown[0]!r} is not an option of a feature block.", near(unknown[0], known))
+            )
+        values = {**options, **({"backbone": words[0]} if words else {})}
+        if not values.get("backbone"):
+            raise RequestError(
+                "No backbone was named. Try `Pocket` (at once, without a download), `MobileNetV2` (light) or "
+                "`ResNet50` (usual); `%backbones` lists all."
+            )
+        layers = values.pop("layer", None)
+        names = layers.split(",") if isinstance(layers, str) else layers or [None]
+        return tuple(cls(**values, layer=name.strip() if name else None) for name in names)
+
+    def __str__(self) -> str:
+        """Return the words that `parse` reads back to this block."""
+        defaults = type(self).__dataclass_fields__
+        values = {option.name: getattr(self, option.name) for option in BLOCK_OPTIONS}
+        given = {name: value for name, value in values.items() if value != defaults[name].default}
+        return " ".join([quoted(self.backbone), *spelled(BLOCK_OPTIONS, given)])
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the normalization learns from rows."""
+        return self.normalize not in {"none", "l2"} or self.components is not None
+
+
+def spelled(options: Iterable[Option], values: Mapping[str, Any]) -> list[str]:
+    """Write those of `options` that have values, as `split_words` and WordParser read them back."""
+    words = []
+    for option in options:
+        if option.name in values and option.switch:
+            words += [option.flag] if values[option.name] else []
+        elif option.name in values:
+            for value in map(str, values[option.name] if option.repeat else [values[option.name]]):
+                joint = "=" if value.startswith("-") else " "
+                words.append(f"{option.flag}{joint}{quoted(value)}")
+    return words
+
+
+def quoted(word: str) -> str:
+    """Quote a word so that `split_words` gives it back, at the end of a line, too, where a semicolon would silence."""
+    if word and not re.search(r"[\s'\"#;]", word):
+        return word
+    return '"' + word.replace('"', '"\'"\'"') + '"' if "'" in word else f"'{word}'"

@@ -1,1 +1,0 @@
-"""Images in, numbers out: no IPython, no widgets."""

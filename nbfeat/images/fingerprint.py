@@ -1,0 +1,58 @@
+"""What an image is, told by its bytes; and what a file holds, told by its state.
+
+Both are 16 bytes of SHA-256. Equal content is never computed twice; a file whose state is known need not be read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nbfeat.errors import ImageError
+
+if TYPE_CHECKING:
+    from nbfeat.images.sources import Source
+
+LENGTH = 16
+# File systems count time in steps of up to 2 s (FAT): a change within the step that a file was read in leaves no trace.
+SETTLED_AFTER_NS = 2_000_000_000
+
+
+def digest(source: Source) -> bytes:
+    """Return what tells this content from any other; raise ImageError where there are no bytes to tell it by."""
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).digest()[:LENGTH]
+    array = np.asarray(source)
+    if array.dtype.hasobject:
+        raise ImageError(f"an array of {array.dtype} has no pixels: convert it to uint8 or uint16")
+    told = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    told.update(np.ascontiguousarray(array).data)
+    return told.digest()[:LENGTH]
+
+
+def state(path: str, status: os.stat_result) -> bytes:
+    """Return what tells this state of the file at `path` from any other, as its `status` was read."""
+    parts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return hashlib.sha256(f"{path}\0{parts}".encode(errors="surrogateescape")).digest()[:LENGTH]
+
+
+def seen(path: str) -> bytes:
+    """Return the state of the file at `path`, then what of it all machines see alike; b"" where there is none.
+
+    A device has another number on each machine, and so a file another state.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return b""
+    return state(path, status) + struct.pack("<qq", status.st_size, status.st_mtime_ns)
+
+
+def is_settled(status: os.stat_result) -> bool:
+    """Tell whether a later change is sure to change the state: the last one is past, and not just now."""
+    return max(status.st_mtime_ns, status.st_ctime_ns) + SETTLED_AFTER_NS < time.time_ns()

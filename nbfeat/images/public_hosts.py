@@ -1,0 +1,130 @@
+"""Addresses of images: which are read, how they are shown, and which machines may be connected to."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from typing import Any, TypeAlias
+
+from nbfeat.errors import ImageError
+from nbfeat.images.formats import short
+
+Machine: TypeAlias = IPv4Address | IPv6Address
+
+WEB = frozenset({"http", "https"})
+BUCKETS = frozenset({"s3", "gs"})
+ARCHIVE = "zip"
+FETCHED = WEB | BUCKETS
+PROTOCOLS = FETCHED | {ARCHIVE}
+PRIVATE = "NBFEAT_REMOTE_PRIVATE"  # the environment variable that allows private machines
+NOT_ALLOWED = "images by address are read only with --allow-remote (allow_remote=True)"
+
+# A chain of fsspec's begins with `name::`; without slashes only what is no likely name of a file is taken for a scheme.
+_SCHEME = re.compile(
+    r"\s*(?:(?P<chain>[a-z][a-z0-9+.-]+::)|(?P<any>[a-z][a-z0-9+.-]+)://|"
+    r"(?P<known>file|https?|s3|gs|zip|ftps?|sftp|hdfs|github|gitlab|data(?=:\w+/)):)",
+    re.IGNORECASE,
+)
+# Up to the "@"; of a password with a slash in it, too.
+_USER = re.compile(r"(?<=://)(?:[^/?#]*@|(?!\[)[^/?#:@]*:(?!:|\d*(?:[/?#]|$)).*@)", re.DOTALL)
+_AFTER = re.compile(r"(?<=[?#]).+", re.DOTALL)
+
+_GLOBAL_UNICAST = ip_network("2000::/3")
+_NAT64 = ip_network("64:ff9b::/96")
+# What older Pythons take for public, and the one public address at which Azure answers its own machines.
+_NOT_PUBLIC = tuple(map(ip_network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "3fff::/20")))
+
+
+class PrivateMachineError(OSError):
+    """A machine may not be connected to; an OSError, so that a host's other addresses are tried."""
+
+
+def scheme_of(text: str) -> str:
+    """Return what `text` begins with where that makes it an address, in small letters, else "".
+
+    >>> scheme_of("HTTPS://example.org/a.jpg"), scheme_of("simplecache::s3://b/a.jpg"), scheme_of("C:/a.jpg")
+    ('https', 'simplecache::', '')
+    """
+    found = _SCHEME.match(text)
+    return (found["chain"] or found["any"] or found["known"]).lower() if found else ""
+
+
+def check(text: str) -> str:
+    """Return the scheme of an address that is read; raise ImageError for any other."""
+    text, scheme = text.strip(), scheme_of(text)
+    if scheme.endswith("::"):
+        raise ImageError("chained addresses are not read, except zip://image::archive of a local archive")
+    if scheme not in PROTOCOLS:
+        raise ImageError(f"{scheme}: addresses are not read, only http, https, s3, gs and zip: download the file first")
+    if not text[len(scheme) :].startswith("://"):
+        raise ImageError(
+            short(
+                f"an address begins with {scheme}://, but this one does not; pathlib takes a slash away: "
+                f"{redact_url(text)}"
+            )
+        )
+    return scheme
+
+
+def redact_url(text: str) -> str:
+    """Return `text` as it may be shown: of addresses, neither user and password nor what follows a "?".
+
+    >>> shown("https://me:secret@example.org/a.jpg?signature=abc")
+    'https://example.org/a.jpg?…'
+    """
+    if "://" not in text or scheme_of(text) == "file":
+        return text
+    return _AFTER.sub("…", _USER.sub("", text))
+
+
+def suffix(text: str, scheme: str) -> str:
+    """Return the suffix of the file that a path, or an address of this `scheme`, ends in: of archives, the member's."""
+    if scheme == ARCHIVE:
+        text = text.partition("::")[0]
+    elif scheme:
+        text = re.split(r"[?#]", text, maxsplit=1)[0]
+    return os.path.splitext(text)[1]
+
+
+def are_private_allowed() -> bool:
+    """Tell whether the environment allows to connect to private machines."""
+    return os.environ.get(PRIVATE, "") not in {"", "0"}
+
+
+def is_public(machine: Machine) -> bool:
+    """Tell whether `machine` is one of the internet, and not of this network or none at all.
+
+    An IPv6 address that only wraps one of IPv4 (mapped, 6to4, NAT64) is what it wraps.
+    """
+    if isinstance(machine, IPv6Address):
+        if (wrapped := _wrapped(machine)) is not None:
+            return is_public(wrapped)
+        if machine not in _GLOBAL_UNICAST:
+            return False
+    if any(machine in network for network in _NOT_PUBLIC):
+        return False
+    return machine.is_global and not machine.is_multicast and not machine.is_reserved
+
+
+def _wrapped(machine: IPv6Address) -> IPv4Address | None:
+    if machine in _NAT64:
+        return IPv4Address(machine.packed[-4:])
+    return machine.ipv4_mapped or machine.sixtofour
+
+
+def public_socket(info: tuple[Any, ...]) -> socket.socket:
+    """Return the socket to connect to the very address in `info`, as `socket.getaddrinfo` tells it.
+
+    It is made right before it is connected, whichever way the address was found, so that nothing can come between.
+
+    Raises
+    ------
+    PrivateMachineError
+        Where the machine is not public.
+    """
+    family, kind, protocol, _, address = info
+    if family not in {socket.AF_INET, socket.AF_INET6} or not is_public(ip_address(address[0])):
+        raise PrivateMachineError(str(address[0]))
+    return socket.socket(family, kind, protocol)

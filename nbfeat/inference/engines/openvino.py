@@ -1,0 +1,138 @@
+"""The CPU engine: a network on disk, run by OpenVINO.
+
+A first-in first-out window of requests over shared buffers. The batch is fixed, since a dynamic one is slower and
+changes numbers; the last, partial batch runs the whole buffer and its first rows are taken. Rows are then the same to
+the bit for any batch size, order and company.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from nbfeat import isolation
+from nbfeat.errors import NetworkError
+from nbfeat.inference.compiled_models import Stored
+from nbfeat.inference.engines import Pixels, Precision, Vectors, Work
+from nbfeat.inference.engines.cpu_count import available_cores
+
+BATCH = 4  # 8 is no faster and takes 50 MB more; 16 and 32 are slower, and answer an interrupt later
+FASTER: tuple[Precision, ...] = ("bfloat16",)  # than float32, on some CPUs; float16 is on none
+_TYPES: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+_WAIT_MS = 100
+
+
+def name(*, threads: bool = True) -> str:
+    """Name this engine, without importing it: library, version, device and, unless left away, threads."""
+    cores = available_cores()
+    shown = f"OpenVINO {version('openvino')}, CPU"
+    return f"{shown}, {cores} thread{'s' if cores > 1 else ''}" if threads else shown
+
+
+def _apart(compiles: Callable[[], Any]) -> Any:
+    """Compile in a thread that ends then, for what OpenVINO does to the thread that compiles would stay.
+
+    It makes that thread take tiny numbers for zero, which the threads that it starts inherit, and it gives that thread
+    a stack for signals, which is gone when the network is: an interrupt after that would end the process.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="nbfeat-compile") as one:
+        return one.submit(compiles).result()
+
+
+class OpenVINOEngine:
+    """Run `stored` on this machine's CPU, or of its outputs `only` one."""
+
+    def __init__(
+        self, stored: Stored, *, precision: Precision, batch_size: int | None, only: str | None = None
+    ) -> None:
+        openvino = isolation.import_openvino()
+        self.name, self.outputs, self.batch_size = name(), stored.outputs, batch_size or BATCH
+        self.work = Work()
+        cores = available_cores()
+        self._tensor, self._stored = openvino.Tensor, stored
+        core = openvino.Core()
+        graph = core.read_model(stored.folder / "network.xml")
+        if only is not None:  # what leads to other outputs alone is not run then
+            self.outputs = {only: stored.outputs[only]}
+            for other in [output for output in graph.outputs if only not in output.get_names()]:
+                graph.remove_result(other.get_node())
+        graph.reshape([self.batch_size, *(size.get_length() for size in list(graph.input().get_partial_shape())[1:])])
+        settings = {
+            # Always said: OpenVINO's own default is bfloat16 where the CPU has it.
+            "INFERENCE_PRECISION_HINT": _TYPES[precision],
+            "INFERENCE_NUM_THREADS": cores,
+            "NUM_STREAMS": cores,
+            # Numbers below 1e-38 are taken for zero: some CPUs are a hundred times slower with them.
+            "CPU_DENORMALS_OPTIMIZATION": True,
+        }
+        try:
+            with isolation.without_fast_math():
+                compiled = _apart(lambda: core.compile_model(graph, "CPU", settings))
+        except RuntimeError as error:
+            raise NetworkError(
+                f"This CPU cannot run the network in {precision}: {str(error).strip().splitlines()[-1]}"
+            ) from error
+        runs_in = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
+        if runs_in != _TYPES[precision]:  # OpenVINO takes another one without a word
+            raise NetworkError(
+                f"This CPU has no {precision}: OpenVINO would compute in {runs_in}. Use --precision float32."
+            )
+        count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") + 1
+        self._idle: list[Any] = [compiled.create_infer_request() for _ in range(count)]
+        self._busy: deque[tuple[Any, Pixels, int, float]] = deque()  # with the time that each was started
+        shape = tuple(graph.input().get_shape())
+        # A request does not keep its buffer alive; these live as long as the engine. One more than can be in flight.
+        self._buffers: list[Pixels] = [np.zeros(shape, np.uint8) for _ in range(count + 1)]
+        self._free = list(self._buffers)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every request is in flight."""
+        return not self._idle
+
+    @property
+    def in_flight(self) -> int:
+        """How many batches were submitted and not yet collected."""
+        return len(self._busy)
+
+    def buffer(self) -> Pixels:
+        """Lend a buffer of a whole batch."""
+        return self._free.pop()
+
+    def submit(self, buffer: Pixels, count: int) -> None:
+        """Start the oldest idle request on `buffer`, in place."""
+        request = self._idle.pop()
+        request.set_input_tensor(self._tensor(buffer, shared_memory=True))
+        started = time.perf_counter()
+        request.start_async()
+        self._busy.append((request, buffer, count, started))
+
+    def collect(self) -> Vectors:
+        """Wait for the oldest batch, in slices, so that an interrupt is answered at once."""
+        request, buffer, count, started = self._busy[0]
+        while not request.wait_for(_WAIT_MS):
+            pass
+        self.work.add(started, started + request.latency / 1000)
+        vectors = {key: np.array(request.get_tensor(key).data[:count], np.float32) for key in self.outputs}
+        self._busy.popleft()
+        self._idle.append(request)
+        self._free.append(buffer)
+        return vectors
+
+    def close(self) -> None:
+        """Cancel what is in flight, wait for it, and take back every buffer; the engine can be used again."""
+        for request, *_ in self._busy:
+            request.cancel()
+        while self._busy:
+            request, *_ = self._busy.popleft()
+            with contextlib.suppress(RuntimeError):  # "canceled", as asked
+                request.wait()
+            self._idle.append(request)
+        self._free = list(self._buffers)

@@ -1,0 +1,172 @@
+"""The cut points of a backbone: shape, width after each pooling, bytes per image."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbfeat.backbones import keras_applications, user_models
+from nbfeat.backbones.backbone import Backbone
+from nbfeat.backbones.catalog import find
+from nbfeat.backbones.model_file import NAME
+from nbfeat.errors import NbfeatError, NetworkError
+from nbfeat.extraction.options import FeatureBlock, alpha_of, whole
+from nbfeat.inference.channels_first import MAP_RANK
+from nbfeat.inference.compiled_models import run_child
+from nbfeat.inference.export import versions
+from nbfeat.inference.model import NetworkSpec
+from nbfeat.paths import HomeError, keep, write_whole
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def layers(backbone: str, *, alpha: float | None = None, size: int | None = None) -> pd.DataFrame:
+    """Show where a backbone can be cut.
+
+    The first call for a network builds it in a child process (seconds, no weights needed); the answer is kept.
+
+    Parameters
+    ----------
+    backbone
+        A name that `nbfeat.backbones()` lists, e.g. ``"VGG16"``, or the path of a ``.keras`` file. What was
+        registered is built in this process, each time.
+    alpha
+        Width multiplier, for the backbones that have one.
+    size
+        Side of the input in pixels; by default the backbone's own.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row for each layer, in order; index ``layer``. Columns: ``kind``; ``shape`` (rows × columns × channels);
+        ``avg, max, gem`` and ``flatten``, the width after that pooling (a vector is not pooled: its width stands under
+        ``flatten``); ``bytes``, of one image's features after average pooling; ``negative``, whether values below zero
+        can occur, which GeM would lose; ``customary``, whether the catalog recommends it.
+
+    Examples
+    --------
+    >>> nbfeat.layers("VGG16").query("customary")  # doctest: +SKIP
+    """
+    import pandas as pd
+
+    found = find(backbone)
+    spec = spec_of(found, alpha, size)
+    customary = set() if found.package == "file" else {layer.name for layer in found.layers}
+    rows = [_row(row, customary) for row in _rows(spec, found)]
+    # A vector is not pooled, and one that is missing must not turn the widths of the others into fractions.
+    return pd.DataFrame(rows).set_index("layer").astype({"avg, max, gem": "Int64"})
+
+
+def _rows(spec: NetworkSpec, backbone: Backbone) -> list[dict[str, Any]]:
+    if backbone.package == "registered":
+        from nbfeat.inference import own
+
+        return own.rows(spec)
+    return known_layers(spec) or _look(spec)
+
+
+def known_layers(spec: NetworkSpec) -> list[dict[str, Any]] | None:
+    """Return what was found before, without building anything; None where it was not."""
+    try:
+        rows: list[dict[str, Any]] = json.loads(_place(spec).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return rows
+
+
+def layer_names(backbone: Backbone) -> list[str]:
+    """Return where a backbone can be cut, without building it: customary layers first, then those known from before."""
+    return list(dict.fromkeys([*(layer.name for layer in backbone.layers), *_seen(backbone)]))
+
+
+def expected_width(block: FeatureBlock) -> tuple[int, bool] | None:
+    """Return how many features of an image `block` will give, without building anything, and whether that is exact.
+
+    None where it is not known: in networks of the user's own, and at layers that nobody looked at yet.
+    """
+    backbone = find(block.backbone)
+    if block.components:
+        return block.components, True
+    if backbone.is_own:
+        return None
+    rows = _seen(backbone, block.alpha, block.size)
+    name = block.layer or backbone.end or next(reversed(rows), "")
+    if name in rows:
+        shape = [size for size in rows[name]["shape"] if size is not None]
+        is_pooled = len(shape) == MAP_RANK - 1 and block.pooling != "flatten"
+        return (shape[-1] if is_pooled else math.prod(shape)), True
+    stride, channels = 32, backbone.width_at(block.alpha)
+    if block.layer:
+        layer = next((layer for layer in backbone.layers if layer.name == block.layer), None)
+        if layer is None:
+            return None
+        stride, channels = layer.stride, round(layer.channels * (block.alpha or 1))
+    if block.pooling != "flatten" or not stride:
+        return channels, not (block.layer and block.alpha)
+    return channels * math.ceil((block.size or backbone.size) / stride) ** 2, False
+
+
+def _seen(backbone: Backbone, alpha: float | None = None, size: int | None = None) -> dict[str, dict[str, Any]]:
+    """Return the layers of a backbone by name, where they were looked at before."""
+    if backbone.is_own:  # a file tells all of them, and reading it whole would take long
+        return {}
+    try:
+        rows = known_layers(spec_of(backbone, alpha, size))
+    except (HomeError, NbfeatError):
+        rows = None
+    return {row["layer"]: row for row in rows or []}
+
+
+def spec_of(backbone: Backbone, alpha: float | None = None, size: int | None = None) -> NetworkSpec:
+    """Describe the network whose layers are asked for; its weights do not matter."""
+    side = whole("size")(size) if size is not None else backbone.size
+    width = alpha_of(alpha) if alpha is not None else None
+    if backbone.is_own:
+        side = user_models.check(backbone, size=size and side, alpha=width, weights=None, scaling="none")
+        name, weights = (NAME, backbone.name) if backbone.package == "file" else (backbone.name, "own")
+        return NetworkSpec(backbone=name, alpha=None, weights=weights, scaling="none", size=side, cuts=())
+    keras_applications.check(backbone, size=side, alpha=width)
+    return NetworkSpec(
+        backbone=backbone.name, alpha=width, weights="random", scaling=backbone.scaling, size=side, cuts=()
+    )
+
+
+def _place(spec: NetworkSpec) -> Path:
+    return keep("layers") / f"{spec.key(**versions())}.json"
+
+
+def _look(spec: NetworkSpec) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory(prefix="nbfeat-") as folder:
+        for _ in run_child(spec, Path(folder)):
+            pass
+        text = Path(folder, "layers.json").read_text(encoding="utf-8")
+    with suppress(HomeError):  # then it is looked at again next time
+        write_whole(_place(spec), text)
+    rows: list[dict[str, Any]] = json.loads(text)
+    if not rows:
+        raise NetworkError(f"Keras built {spec.title} without layers. Please report this with your Keras version.")
+    return rows
+
+
+def _row(row: dict[str, Any], customary: set[str]) -> dict[str, Any]:
+    shape = [size for size in row["shape"] if size is not None]
+    is_map = len(shape) == MAP_RANK - 1
+    pooled = shape[-1] if is_map else None
+    flat = 1
+    for size in shape:
+        flat *= size
+    return {
+        "layer": row["layer"],
+        "kind": row["kind"],
+        "shape": " × ".join(f"{size:,}" for size in shape),
+        "avg, max, gem": pooled,
+        "flatten": flat,
+        "bytes": 4 * (pooled or flat),
+        "negative": row["negative"],
+        "customary": row["layer"] in customary,
+    }

@@ -1,0 +1,234 @@
+"""Decide what a network computes in by what is measured on the user's own images, once, and tell it.
+
+In fewer bits some networks give the same features twice as fast, and others give other features: which, cannot be told
+from the network. So a faster precision is taken only if every image and every output agrees with float32, and if it is
+faster on this machine. What was measured is kept, by network, engine and CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbfeat.errors import ImageError, NetworkError
+from nbfeat.extraction.lane import NetworkState
+from nbfeat.images.decode import read_pixels
+from nbfeat.images.remote import Access, Fetcher
+from nbfeat.images.sources import spread
+from nbfeat.inference.engines import Asked, Engine, Pixels, Precision, Vectors, vectors_of
+from nbfeat.inference.engines.cpu_count import available_cores
+from nbfeat.inference.model import NUMERICS
+from nbfeat.paths import HomeError, home, keep, write_whole
+
+AGREES = 0.999  # cosine with float32, of the worst image and output
+IS_FASTER = 1.1  # times as fast as float32: less is not worth other numbers
+MOST_IMAGES = 64
+FIRST_IMAGES = 16  # where these disagree, more would not help
+FOLDER = "precisions"  # of the home folder
+FROM_IMAGES = 128  # for fewer, to compare takes longer than it saves
+ROUNDS = 3  # the fastest counts: other work on the machine disturbed it least
+SECONDS = 0.5  # a round that takes as long needs no other
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What was measured of a precision beside float32."""
+
+    precision: Precision
+    images: int  # 0 where the hardware does not compute in it
+    agreement: float  # cosine of the worst image and output
+    speedup: float  # times as fast as float32; 0 where it was not measured
+
+    @property
+    def is_better(self) -> bool:
+        """Whether it gives the same features faster."""
+        return bool(self.images) and self.agreement >= AGREES and self.speedup >= IS_FASTER
+
+    def suffices(self, images: int, *, is_open: bool) -> bool:
+        """Tell whether what was found need not be found again, for a run over so many `images`.
+
+        Half of those that were tried may have been unreadable. A precision that few images refuse is refused.
+        """
+        if is_open:
+            return self.agreement < AGREES or 2 * self.images >= MOST_IMAGES
+        return 2 * self.images >= min(images, MOST_IMAGES)
+
+    def told(self, *, asked: bool) -> str:
+        """Say in a few words what a network computes in and why; "" where there was nothing to choose."""
+        if not self.images:
+            return ""
+        if self.agreement < 0:
+            numbers = f"{self.precision} gives numbers without end for some of your images"
+            return f"{self.precision}, as asked for, though {numbers}" if asked else f"float32: {numbers}"
+        agrees, images = f"to {_digits(self.agreement)}", f"on {self.images:,} of your images"
+        if asked:
+            return f"{self.precision}, as asked for, which agrees with float32 {agrees} {images}"
+        if self.is_better:
+            return f"{self.precision}, which agrees with float32 {agrees} {images}, {self.speedup:.1f} times as fast"
+        if self.agreement < AGREES:
+            return f"float32: {self.precision} agrees with it only {agrees} {images}, and {AGREES} is asked for"
+        times = f"only {self.speedup:.2f} times as fast"
+        return f"float32: {self.precision} would agree {agrees} {images}, but is {times}"
+
+
+def set_precision(
+    lane: NetworkState, asked: Asked, images: Sequence[object], root: Path, *, remote: Access | None = None
+) -> Generator[str, None, str]:
+    """Settle what `lane` computes in; yield what is being done, and return the sentence that the report shows.
+
+    ``auto`` compares where there are at least 128 images, unless it was done before. A precision that is asked for is
+    obeyed, and compared all the same. The images that are compared on are fetched where they are `remote`.
+    """
+    is_open = asked == "auto"
+    lane.set_precision("float32" if asked == "auto" else asked)
+    read = functools.cache(lambda: _pixels(lane, images, root, remote=remote))  # once for all that are compared
+    candidates = lane.opening.faster if asked == "auto" else () if asked == "float32" else (asked,)
+    said = ""
+    for precision in candidates:
+        found = _known(lane, precision)
+        if found is None or not found.suffices(len(images), is_open=is_open):
+            if len(images) < (FROM_IMAGES if is_open else 1):
+                continue
+            yield f"comparing {precision} with float32 on some of your images"
+            found = _compared(lane, precision, read, is_open=is_open)
+        said = found.told(asked=not is_open) or said
+        if is_open and found.is_better:
+            if lane.precision != precision:
+                lane.set_precision(precision)
+            break
+    return f"{lane.spec.title} computes in {said}." if said else ""
+
+
+def _compared(lane: NetworkState, precision: Precision, read: Callable[[], Pixels], *, is_open: bool) -> Found:
+    """Compare `precision` with float32 on what `read` gives, keep what was found, and leave `lane` with what it takes.
+
+    Raises NetworkError where the precision is not open to choice and the hardware does not compute in it.
+    """
+    exact = lane.start() if lane.precision == "float32" else lane.opening.start("float32")
+    try:
+        other = lane.opening.start(precision)
+    except NetworkError:
+        if not is_open:
+            raise
+        found = Found(precision, 0, 0.0, 0.0)
+        lane.set_precision("float32", exact)
+    else:
+        pixels = read()
+        try:
+            found = _measured(precision, exact, other, pixels, FIRST_IMAGES if is_open else len(pixels))
+        except NetworkError:  # its numbers grew too large
+            if not is_open:
+                raise
+            found = Found(precision, len(pixels), -1.0, 0.0)
+        finally:
+            exact.close()
+            other.close()
+        if is_open and not found.is_better:
+            lane.set_precision("float32", exact)
+        else:
+            lane.set_precision(precision, other)
+        if not len(pixels):  # none could be read, which is told in its place
+            return found
+    with suppress(HomeError, OSError):  # then it will be compared again
+        write_whole(keep(FOLDER) / f"{_key(lane, precision)}.json", json.dumps(asdict(found)))
+    return found
+
+
+def _measured(precision: Precision, exact: Engine, other: Engine, pixels: Pixels, first: int) -> Found:
+    """Run both over the `first` of `pixels`, and, where they agree there, over the others; time them then."""
+    agreement, seen = 1.0, 0
+    for some in (pixels[:first], pixels[first:]):
+        if agreement >= AGREES and len(some):
+            agreement = min(agreement, agreement_of(_run(exact, some)[0], _run(other, some)[0]))
+            seen += len(some)
+    if agreement < AGREES or not seen:
+        return Found(precision, seen, agreement, 0.0)
+    return Found(precision, seen, agreement, _speedup(exact, other, pixels))
+
+
+def _speedup(exact: Engine, other: Engine, pixels: Pixels) -> float:
+    """Return how many times as fast as `exact` the `other` is, in turn and at their best."""
+    times: list[tuple[float, float]] = []
+    while len(times) < ROUNDS and (not times or sum(times[-1]) < SECONDS):
+        times.append((_run(exact, pixels)[1], _run(other, pixels)[1]))
+    return min(slow for slow, _ in times) / min(fast for _, fast in times)
+
+
+def _run(engine: Engine, pixels: Pixels) -> tuple[Vectors, float]:
+    """Return what `engine` makes of `pixels`, and in what time."""
+    start = time.perf_counter()
+    vectors = vectors_of(engine, pixels)
+    return vectors, time.perf_counter() - start
+
+
+def agreement_of(exact: Vectors, other: Vectors) -> float:
+    """Return the least cosine of any image and output; -1 where there is something that is no number.
+
+    Two vectors of zeros agree; one beside anything else does not.
+    """
+    return min(_least_cosine(exact[key].astype(float), other[key].astype(float)) for key in exact)
+
+
+def _least_cosine(one: NDArray[np.float64], two: NDArray[np.float64]) -> float:
+    if not (np.isfinite(one).all() and np.isfinite(two).all()):
+        return -1.0
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
+    alike = (one * two).sum(axis=1) / np.where(lengths, lengths, 1.0)
+    return float(np.where(lengths, alike, (one == two).all(axis=1)).min())
+
+
+def _pixels(lane: NetworkState, images: Sequence[object], root: Path, *, remote: Access | None) -> Pixels:
+    """Return the pixels of up to 64 of `images`, spread over them; those that cannot be read are left out."""
+
+    def read(image: object) -> list[Pixels]:
+        try:
+            return read_pixels(image, [lane.pixels], root, fetch if remote else None)
+        except ImageError:
+            return []
+
+    some = [images[at] for at in spread(len(images), MOST_IMAGES)]
+    threads = available_cores() + (remote.limits.at_once if remote else 0)
+    with ThreadPoolExecutor(threads, thread_name_prefix="nbfeat-decode") as pool, Fetcher(root, remote) as fetch:
+        found = [pixels for read_ones in pool.map(read, some) for pixels in read_ones]
+    # In another order the first ones, which may suffice, are spread, too.
+    order = np.random.default_rng(0).permutation(len(found))
+    return np.stack([found[at] for at in order]) if found else np.empty((0,), np.uint8)
+
+
+def _known(lane: NetworkState, precision: Precision) -> Found | None:
+    """Return what was found before; None where nothing was, or what is kept of it is damaged."""
+    try:
+        text = (home() / FOLDER / f"{_key(lane, precision)}.json").read_text(encoding="utf-8")
+        found = Found(**json.loads(text))
+        numbers = type(found.images) is int and type(found.agreement) is type(found.speedup) is float
+    except (OSError, ValueError, TypeError):
+        return None
+    return found if numbers and found.precision == precision else None
+
+
+def _key(lane: NetworkState, precision: Precision) -> str:
+    """Name a network with its outputs, the pixels it takes, the engine and the CPU."""
+    decided = {
+        **lane.opening.numbers,
+        "spec": {**asdict(lane.spec), "weights": lane.weights.sha256},
+        "pixels": asdict(lane.pixels),
+        "precision": precision,
+        "numerics": NUMERICS,
+    }
+    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def _digits(agreement: float) -> str:
+    """Write a cosine with as many digits as tell it from 1: 0.94, 0.9987, 0.99996."""
+    rounded = f"{agreement:.4f}"
+    return rounded if rounded != "1.0000" else "1.0000" if agreement > 0.99999 else f"{agreement:.5f}"

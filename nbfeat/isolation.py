@@ -1,0 +1,160 @@
+"""Keras, OpenVINO and Pillow without noise, telemetry or lasting changes to this process."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from typing import Any
+
+# Keras and OpenVINO import these only because they are there: seconds of start-up, 600 MB, telemetry, a font cache.
+_NOT_NEEDED_BY_A_CHILD = {
+    "openvino_telemetry",
+    "tensorflow",
+    "torch",
+    "jax",
+    "matplotlib",
+    "pandas",
+    "sklearn",
+    "IPython",
+}
+
+
+def import_openvino() -> Any:
+    """Import OpenVINO without its telemetry, which would send at import and write to ``~/intel``.
+
+    Raises ImportError where OpenVINO is not installed or cannot be loaded.
+    """
+    masked = "openvino_telemetry" not in sys.modules
+    if masked:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # makes the import fail; OpenVINO has a stub for that
+    try:
+        return importlib.import_module("openvino")
+    finally:
+        if masked:
+            del sys.modules["openvino_telemetry"]
+
+
+@contextmanager
+def without_fast_math() -> Iterator[None]:
+    """Hide the variable that makes oneDNN compute "float32" in bfloat16."""
+    name = "ONEDNN_DEFAULT_FPMATH_MODE"
+    value = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
+
+
+def quiet_child() -> None:
+    """Prepare a child process, before it imports Keras, to build networks: nothing is sent or imported in vain."""
+    sys.meta_path.insert(0, _Refuse())
+    warnings.simplefilter("ignore")
+    keras: Any = importlib.import_module("keras")
+    keras.config.set_image_data_format("channels_last")
+    keras.config.set_floatx("float32")
+    openvino: Any = importlib.import_module("openvino")
+    compile_model = openvino.compile_model
+
+    def in_float32(model: Any, device: str = "CPU", config: dict[str, Any] | None = None) -> Any:
+        return compile_model(model, device, {"INFERENCE_PRECISION_HINT": "f32", **(config or {})})
+
+    # Keras' `predict` leaves the precision to OpenVINO, whose default is bfloat16 where the CPU has it.
+    openvino.compile_model = in_float32
+
+
+class _Refuse(MetaPathFinder):
+    """Let nothing be found that a child does not need."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:  # the protocol's
+        if fullname.partition(".")[0] in _NOT_NEEDED_BY_A_CHILD:
+            raise ModuleNotFoundError(f"{fullname} is not needed in this process", name=fullname)
+
+
+def child_environment() -> dict[str, str]:
+    """Return the environment of a child that builds networks with Keras' OpenVINO backend."""
+    environment = {**os.environ, "KERAS_BACKEND": "openvino", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    environment.pop("ONEDNN_DEFAULT_FPMATH_MODE", None)
+    return environment
+
+
+@contextmanager
+def keras_defaults() -> Iterator[None]:
+    """Give Keras the settings of a fresh session for the block, and the user's own ones back after it.
+
+    Settings, layer counters and the generator that Keras takes its seeds from are all put back.
+    """
+    import random
+
+    keras: Any = importlib.import_module("keras")
+    state: Any = importlib.import_module("keras.src.backend.common.global_state")
+    layout, floatx, policy = keras.config.image_data_format(), keras.config.floatx(), keras.config.dtype_policy()
+    logging, seeds = keras.config.is_interactive_logging_enabled(), random.getstate()
+    names = state.get_global_attribute("object_name_uids")
+    try:
+        keras.config.set_image_data_format("channels_last")
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")
+        keras.config.disable_interactive_logging()
+        state.set_global_attribute("object_name_uids", None)
+        yield
+    finally:
+        keras.config.set_image_data_format(layout)
+        keras.config.set_floatx(floatx)
+        keras.config.set_dtype_policy(policy)
+        if logging:
+            keras.config.enable_interactive_logging()
+        state.set_global_attribute("object_name_uids", names)
+        random.setstate(seeds)
+
+
+_lock = threading.Lock()
+_users = 0
+_kept: list[tuple[Any, str, Any]] = []
+
+
+@contextmanager
+def pillow_defaults() -> Iterator[None]:
+    """Give Pillow its own defaults for as long as anybody is in the block, and the user's settings back after it.
+
+    Truncated files fail, huge ones fail at Pillow's own limit, and its warnings are neither shown nor raised:
+    they come from decoder threads, where the caller's filters cannot be relied on.
+    """
+    global _users  # noqa: PLW0603 - runs may overlap; the last one out puts the settings back
+    with _lock:
+        _users += 1
+        if _users == 1:
+            _set_pillow()
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                _reset_pillow()
+
+
+def _set_pillow() -> None:
+    image: Any = importlib.import_module("PIL.Image")
+    file: Any = importlib.import_module("PIL.ImageFile")
+    for module, name, value in ((image, "MAX_IMAGE_PIXELS", 89_478_485), (file, "LOAD_TRUNCATED_IMAGES", False)):
+        _kept.append((module, name, getattr(module, name)))
+        setattr(module, name, value)
+    warnings.filterwarnings("ignore", module=r"PIL(\..*)?$")
+    _kept.append((warnings.filters, "", warnings.filters[0]))
+
+
+def _reset_pillow() -> None:
+    while _kept:
+        holder, name, value = _kept.pop()
+        if name:
+            setattr(holder, name, value)
+        elif value in holder:
+            holder.remove(value)

@@ -1,0 +1,1 @@
+"""The panel: a result from choices alone."""

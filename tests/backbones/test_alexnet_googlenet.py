@@ -1,0 +1,250 @@
+"""The two networks that Keras has not: their structure, torchvision's weights converted, torchvision's own numbers.
+
+The last needs torchvision, here or in the Python that ``NBFEAT_TORCH_PYTHON`` names.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import nbfeat
+from nbfeat.backbones import alexnet, googlenet
+from nbfeat.backbones.catalog import CATALOG
+from nbfeat.errors import RequestError, WeightsError
+from nbfeat.inference.compiled_models import Preparing
+from nbfeat.inference.engines.openvino import OpenVINOEngine
+from nbfeat.inference.model import Cut, NetworkSpec
+from tests import keras_child
+from tests.conftest import ROOT
+
+NAMES = ("AlexNet", "GoogLeNet")
+# Sides of the customary maps of torchvision's networks, for images of these sizes.
+SIDES = {
+    ("AlexNet", 224): [55, 27, 27, 13, 13, 13, 13, 6],
+    ("AlexNet", 193): [47, 23, 23, 11, 11, 11, 11, 5],
+    ("AlexNet", 63): [15, 7, 7, 3, 3, 3, 3, 1],
+    ("GoogLeNet", 224): [112, 56, 28, 28, 14, 14, 14, 14, 14, 7, 7],
+    ("GoogLeNet", 208): [104, 52, 26, 26, 13, 13, 13, 13, 13, 7, 7],
+    ("GoogLeNet", 193): [97, 48, 24, 24, 12, 12, 12, 12, 12, 6, 6],
+    ("GoogLeNet", 15): [8, 4, 2, 2, 1, 1, 1, 1, 1, 1, 1],
+}
+
+
+@pytest.fixture(scope="module")
+def structures() -> dict[str, Any]:
+    return keras_child.run("structures", *(f"{name}:{size}" for name, size in SIDES), backend="openvino")
+
+
+@pytest.mark.parametrize(("name", "size"), SIDES)
+def test_layers_have_the_shapes_of_torchvisions(name: str, size: int, structures: dict[str, Any]) -> None:
+    shapes = structures[f"{name}:{size}"]["shapes"]
+    maps = [layer for layer in CATALOG[name].layers if layer.stride]
+    assert [shapes[layer.name] for layer in maps] == [
+        [side, side, layer.channels] for side, layer in zip(SIDES[name, size], maps, strict=True)
+    ]
+    vectors = {layer.name: [layer.channels] for layer in CATALOG[name].layers if not layer.stride}
+    assert vectors == {layer: shapes[layer] for layer in vectors}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_says_what_is_built(name: str, structures: dict[str, Any]) -> None:
+    backbone, found = CATALOG[name], structures[f"{name}:{CATALOG[name].size}"]
+    sides = SIDES[name, backbone.size]
+    assert backbone.parameters == found["parameters"]
+    maps = [layer for layer in backbone.layers if layer.stride]
+    assert [layer.stride for layer in maps] == [2 ** round(np.log2(backbone.size / side)) for side in sides]
+    end = backbone.end or list(found["shapes"])[-1]
+    assert end == maps[-1].name
+    assert found["shapes"][end][-1] == backbone.width
+    assert not any(found["negative"][layer.name] for layer in backbone.layers)
+
+
+def test_layers_after_the_end_are_listed_and_customary() -> None:
+    table = nbfeat.layers("AlexNet")
+    assert list(table.index[-5:]) == ["pool5", "avgpool", "flatten", "fc6", "fc7"]
+    assert table.loc["pool5", "shape"] == "6 × 6 × 256"
+    assert list(table.loc[["flatten", "fc6", "fc7"], "flatten"]) == [9216, 4096, 4096]
+    assert [str(width) for width in table.loc[["conv1", "pool5", "fc6"], "avg, max, gem"]] == ["64", "256", "<NA>"]
+    assert list(table.index[table["customary"]]) == [layer.name for layer in CATALOG["AlexNet"].layers]
+
+
+@pytest.mark.parametrize(("name", "layers"), [("AlexNet", ["pool5", "fc6", "fc7"]), ("GoogLeNet", ["inception_5b"])])
+def test_random_weights_give_features_of_a_sane_scale(name: str, layers: list[str], photos: pd.DataFrame) -> None:
+    size = 96
+    block = f"{name} --size {size} --weights random"
+    found = nbfeat.extract(photos, block, f"{block} --layer {','.join(layers)}", images="path")
+    end = found[name.lower()].to_numpy()
+    assert end.shape == (20, CATALOG[name].width)
+    assert np.array_equal(end, found[f"{name.lower()}_{layers[0]}"].to_numpy())
+    for layer in layers:
+        features = found[f"{name.lower()}_{layer}"].to_numpy()
+        assert 1e-2 < np.linalg.norm(features, axis=1).min() <= np.linalg.norm(features, axis=1).max() < 1e4
+        assert features.std(axis=0).max() > 1e-3, "every image gives the same"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_cannot_be_built_is_refused_in_a_sentence(name: str, photos: pd.DataFrame) -> None:
+    smallest = CATALOG[name].smallest
+    with pytest.raises(RequestError, match=f"{name} takes images of at least {smallest} pixels, not --size 14"):
+        nbfeat.extract(photos, f"{name} --size 14 --weights random", images="path")
+
+
+def ones(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    return {name: np.broadcast_to(np.float32(1), shape) for name, shape in shapes.items()}
+
+
+def alexnets() -> dict[str, np.ndarray]:
+    weights = {
+        "features.0": (64, 3, 11, 11), "features.3": (192, 64, 5, 5), "features.6": (384, 192, 3, 3),
+        "features.8": (256, 384, 3, 3), "features.10": (256, 256, 3, 3), "classifier.1": (4096, 9216),
+        "classifier.4": (4096, 4096), "classifier.6": (1000, 4096),
+    }  # fmt: skip
+    shapes = {f"{name}.weight": shape for name, shape in weights.items()}
+    return ones({**shapes, **{f"{name}.bias": shape[:1] for name, shape in weights.items()}})
+
+
+def googlenets() -> dict[str, np.ndarray]:
+    weights = {"conv1": (64, 3, 7, 7), "conv2": (64, 64, 1, 1), "conv3": (192, 64, 3, 3)}
+    for part, (before, *after) in {
+        "3a": (192, 64, 96, 128, 16, 32, 32), "3b": (256, 128, 128, 192, 32, 96, 64),
+        "4a": (480, 192, 96, 208, 16, 48, 64), "4b": (512, 160, 112, 224, 24, 64, 64),
+        "4c": (512, 128, 128, 256, 24, 64, 64), "4d": (512, 112, 144, 288, 32, 64, 64),
+        "4e": (528, 256, 160, 320, 32, 128, 128), "5a": (832, 256, 160, 320, 32, 128, 128),
+        "5b": (832, 384, 192, 384, 48, 128, 128),
+    }.items():  # fmt: skip
+        befores = (before, before, after[1], before, after[3], before)
+        for branch, inputs, outputs in zip(("1", "2.0", "2.1", "3.0", "3.1", "4.1"), befores, after, strict=True):
+            side = 3 if branch in {"2.1", "3.1"} else 1  # in branch 3 too: torchvision's "5x5" are 3 × 3
+            weights[f"inception{part}.branch{branch}"] = (outputs, inputs, side, side)
+    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (1000, 1024), "aux1.conv.conv.weight": (128, 512, 1, 1)}
+    for name, shape in weights.items():
+        shapes[f"{name}.conv.weight"] = shape
+        norms = ("weight", "bias", "running_mean", "running_var")
+        shapes.update({f"{name}.bn.{norm}": shape[:1] for norm in norms}, **{f"{name}.bn.num_batches_tracked": ()})
+    return ones(shapes)
+
+
+@pytest.mark.parametrize(
+    ("weights_from", "state", "name"),
+    [(alexnet.weights_from, alexnets, "AlexNet"), (googlenet.weights_from, googlenets, "GoogLeNet")],
+)
+def test_every_layer_gets_its_weights_and_nothing_else(
+    weights_from: Any, state: Any, name: str, structures: dict[str, Any]
+) -> None:
+    found = weights_from(state())
+    assert sum(array.size for arrays in found.values() for array in arrays) == CATALOG[name].parameters
+    assert set(found) <= set(structures[f"{name}:{CATALOG[name].size}"]["shapes"])
+    assert {array.dtype for arrays in found.values() for array in arrays} == {np.dtype("float32")}
+
+
+def test_kernels_turn_and_batch_norms_keep_their_order() -> None:
+    state = googlenets()
+    kernel = np.random.default_rng(0).normal(size=(64, 3, 7, 7)).astype("float32")
+    state["conv1.conv.weight"] = kernel
+    for number, part in enumerate(("weight", "bias", "running_mean", "running_var")):
+        state[f"conv1.bn.{part}"] = np.full(64, number, np.float64)  # Keras: gamma, beta, mean, variance
+    found = googlenet.weights_from(state)
+    assert found["conv1_conv"][0].shape == (7, 7, 3, 64)
+    assert found["conv1_conv"][0][4, 5, 2, 33] == kernel[33, 2, 4, 5]
+    assert [array[0] for array in found["conv1_bn"]] == [0, 1, 2, 3]
+
+
+def test_fc6_reads_the_map_in_keras_order() -> None:
+    state = alexnets()
+    places = np.arange(9216, dtype=np.float32)  # channels, rows, columns, as PyTorch flattens
+    state["classifier.1.weight"] = np.broadcast_to(places, (4096, 9216))
+    in_keras_order = places.reshape(256, 6, 6).transpose(1, 2, 0).ravel()
+    assert np.array_equal(alexnet.weights_from(state)["fc6"][0][:, 7], in_keras_order)
+
+
+def test_the_first_array_that_is_missing_is_named() -> None:
+    state = googlenets()
+    del state["inception4c.branch3.1.bn.running_var"], state["inception5a.branch1.conv.weight"]
+    with pytest.raises(WeightsError) as caught:
+        googlenet.weights_from(state)
+    assert str(caught.value) == (
+        "There is no inception4c.branch3.1.bn.running_var among these weights, so they are not GoogLeNet's. "
+        "Take the file that torchvision publishes, googlenet-1378be20.pth."
+    )
+    with pytest.raises(WeightsError, match=r"There is no features\.0\.weight among these weights"):
+        alexnet.weights_from(state)
+
+
+def test_the_first_array_of_another_shape_is_named_with_both() -> None:
+    state = alexnets()
+    # The tower of 2012 as others publish it has 96 kernels.
+    state["features.0.weight"] = np.ones((96, 3, 11, 11), np.float32)
+    with pytest.raises(WeightsError) as caught:
+        alexnet.weights_from(state)
+    assert str(caught.value) == (
+        "features.0.weight is 96 × 3 × 11 × 11; AlexNet has 64 × 3 × 11 × 11 there. "
+        "Take the file that torchvision publishes, alexnet-owt-7be5be79.pth."
+    )
+    state = alexnets()
+    state["classifier.4.bias"] = np.ones((), np.float32)
+    with pytest.raises(WeightsError, match=r"classifier\.4\.bias is a single number; AlexNet has 4,096 there"):
+        alexnet.weights_from(state)
+
+
+def python_with_torchvision() -> str:
+    """Return the interpreter that has torchvision, or skip."""
+    if named := os.environ.get("NBFEAT_TORCH_PYTHON"):
+        return named
+    if importlib.util.find_spec("torch") and importlib.util.find_spec("torchvision"):
+        return sys.executable
+    pytest.skip("torchvision is not installed: set NBFEAT_TORCH_PYTHON to a Python that has torch and torchvision")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def torchvisions(request: pytest.FixtureRequest) -> Iterator[tuple[str, Path]]:
+    """Return a network's name, and a folder with what torchvision and Keras give with the same weights."""
+    name, sizes = request.param, [str(size) for name, size in SIDES if name == request.param]
+    program = [python_with_torchvision(), str(ROOT / "tests" / "torchvision_child.py")]
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([*program, name, folder, *sizes], capture_output=True, text=True, check=False)
+        assert not done.returncode, done.stderr[-2000:]
+        assert keras_child.run("from_torch", name, folder, *sizes) == {"weights": "row.pth"}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NBFEAT_HOME", folder)  # hundreds of megabytes that go when the test ends
+            yield name, Path(folder)
+
+
+def on_openvino(spec: NetworkSpec, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    preparing = Preparing(spec)
+    assert list(preparing)
+    engine = OpenVINOEngine(preparing.result, precision="float32", batch_size=len(pixels))
+    buffer = engine.buffer()
+    buffer[:] = pixels
+    engine.submit(buffer, len(pixels))
+    return engine.collect()
+
+
+@pytest.mark.slow
+def test_every_customary_layer_gives_what_torchvisions_gives(torchvisions: tuple[str, Path]) -> None:
+    name, folder = torchvisions
+    backbone, sizes = CATALOG[name], [size for of, size in SIDES if of == name]
+    for size in sizes:
+        theirs = np.load(folder / f"{size}.npz")
+        spec = keras_child.torch_spec(name, folder / "zip.pth", size)
+        with np.load(folder / f"keras-{size}.npz") as saved:
+            ours = {"Keras": dict(saved), "OpenVINO": on_openvino(spec, theirs["pixels"])}
+        for engine, found in ours.items():
+            assert set(found) == {cut.key for cut in spec.cuts}
+            for layer in backbone.layers:
+                expected = theirs[layer.name].reshape(2, -1)
+                assert expected.std() > 0.1
+                key = Cut(layer.name, "flatten" if layer.stride else "").key
+                assert np.abs(found[key] - expected).max() <= 1e-4, f"{name} at {size}, {layer.name}, on {engine}"
+            end = backbone.end or backbone.layers[-1].name
+            assert np.array_equal(found["end:flatten"], found[Cut(end, "flatten").key])

@@ -1,0 +1,239 @@
+"""Pocket: what is in the package, that it is what the catalog says, and that it works where nothing else is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import nbfeat
+from nbfeat import RequestError, WeightsError
+from nbfeat.backbones import bundled, pocket
+from nbfeat.backbones.catalog import CATALOG
+from nbfeat.backbones.pocket_training import components
+from nbfeat.backbones.state_dict import LayerWeights
+from nbfeat.images.decode import read_pixels
+from nbfeat.images.resize import PixelSpec
+from tests import keras_child
+from tests.conftest import ROOT
+from tests.faces import Face, same
+
+POCKET = CATALOG["Pocket"]
+
+
+def test_it_is_small() -> None:
+    assert bundled.file_of(POCKET).stat().st_size <= 2_500_000
+    assert POCKET.parameters <= 1_200_000
+    assert 64 <= POCKET.size <= 112
+    assert POCKET.width <= 512
+
+
+def test_its_weights_are_whole_half_precision_and_of_the_shapes_of_its_layers() -> None:
+    weights = bundled.read(POCKET)
+    assert list(weights) == [each.name for each in pocket.CONVOLUTIONS]
+    for each in pocket.CONVOLUTIONS:
+        kernel, bias = weights[each.name]
+        assert kernel.shape == (each.side, each.side, each.before, each.after)
+        assert bias.shape == (each.after,)
+        assert kernel.dtype == bias.dtype == np.float32
+        assert np.isfinite(kernel).all()
+        assert np.array_equal(kernel, kernel.astype(np.float16))
+    assert sum(array.size for arrays in weights.values() for array in arrays) == POCKET.parameters
+
+
+def test_the_table_says_what_is_built() -> None:
+    found = keras_child.run("structures", f"Pocket:{POCKET.size}", backend="openvino")[f"Pocket:{POCKET.size}"]
+    assert found["parameters"] == POCKET.parameters
+    shapes = {layer.name: [POCKET.size // layer.stride] * 2 + [layer.channels] for layer in POCKET.layers}
+    assert {name: found["shapes"][name] for name in shapes} == shapes
+    assert list(found["shapes"])[-1] == POCKET.layers[-1].name
+    assert not any(found["negative"][name] for name in shapes)
+
+
+@pytest.mark.parametrize("change", ["another byte", "missing", "cut short"])
+def test_a_file_that_is_not_the_release_s_is_refused_in_a_sentence(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "pocket.npz"
+    content = bytearray(bundled.file_of(POCKET).read_bytes())
+    content[len(content) // 2] ^= 1
+    if change != "missing":
+        copy.write_bytes(content if change == "another byte" else content[:1000])
+    monkeypatch.setattr(bundled, "file_of", lambda _: copy)
+    with pytest.raises(WeightsError) as caught:
+        bundled.read(POCKET)
+    text = str(caught.value)
+    assert str(copy) in text
+    assert "Install nbfeat again" in text
+    assert change == "missing" or POCKET.bundled[:8] in text
+
+
+def test_features_are_what_the_convolutions_give(photos: pd.DataFrame) -> None:
+    """Compute the network once more, with NumPy alone."""
+    result = nbfeat.extract(
+        photos, "Pocket", "Pocket --layer block1_out --pooling max", images="path", precision="float32"
+    )
+    pixels = [read_pixels(path, [PixelSpec(POCKET.size, "squash", "bilinear")], Path())[0] for path in photos["path"]]
+    maps = by_hand(np.stack(pixels[:4]), bundled.read(POCKET))
+    close(result["pocket"].to_numpy()[:4], maps["top_conv"].mean((1, 2)))
+    close(result["pocket_block1_out_max"].to_numpy()[:4], maps["block1_conv4"].max((1, 2)))
+
+
+def close(found: np.ndarray, expected: np.ndarray) -> None:
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def by_hand(pixels: np.ndarray, weights: LayerWeights) -> dict[str, np.ndarray]:
+    x = (pixels / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    maps: dict[str, np.ndarray] = {}
+    for each in pocket.CONVOLUTIONS:
+        kernel, bias = weights[each.name]
+        edge = each.side // 2
+        padded = np.pad(x, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (each.side, each.side), axis=(1, 2))
+        x = np.einsum("nijchw,hwco->nijo", windows[:, :: each.stride, :: each.stride], kernel, optimize=True) + bias
+        x = np.maximum(x + maps[each.shortcut] if each.shortcut else x, 0)
+        maps[each.name] = x
+    return maps
+
+
+def test_the_report_says_that_it_is_bundled_and_small(extract: Face, photos: pd.DataFrame) -> None:
+    result = extract(photos, "Pocket", images="path")
+    assert "80 px squash → Pocket (bundled, small) → end 5×5×512 → average" in repr(result)
+    assert result.features.shape == (20, 512)
+    assert result.recipe["weights"] == [POCKET.bundled]
+    again = extract(photos, "Pocket --weights bundled", images="path", cache=False)
+    same(again.features, result.features)
+
+
+def test_its_weights_may_be_random(photos: pd.DataFrame) -> None:
+    drawn = nbfeat.extract(photos, "Pocket --weights random", images="path")
+    assert "Pocket (random weights)" in repr(drawn)
+    assert np.linalg.norm(drawn.features, axis=1).min() > 1e-2
+    assert not np.allclose(drawn.features, nbfeat.extract(photos, "Pocket", images="path").features)
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ("Pocket --weights imagenet", "Pocket has no ImageNet weights: leave --weights away"),
+        ("VGG16 --weights bundled", "The weights of VGG16 are not bundled, only Pocket's: leave --weights away."),
+        ("Pocket --alpha 0.5", "Pocket has no width multiplier"),
+        ("Pocket --size 16", "Pocket takes images of at least 32 pixels, not --size 16."),
+    ],
+)
+def test_what_it_is_not_is_told(block: str, words: str, photos: pd.DataFrame) -> None:
+    with pytest.raises(RequestError, match=words):
+        nbfeat.extract(photos, block, images="path")
+
+
+def test_it_is_suggested_and_never_taken_unasked(extract: Face, photos: pd.DataFrame) -> None:
+    with pytest.raises(RequestError) as caught:
+        extract(photos, "", images="path")
+    text = str(caught.value)
+    assert "\n" not in text
+    for name in ("`Pocket` (at once, without a download)", "`MobileNetV2` (light)", "`ResNet50` (usual)"):
+        assert name in text
+
+
+FRESH = """
+import json, pathlib, socket, sys, time
+def refuse(*_, **__): raise OSError("no network here")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+begun = time.monotonic()
+import nbfeat, pandas
+photos = pandas.DataFrame({"path": sorted(map(str, pathlib.Path(sys.argv[1]).glob("*.png")))})
+result = nbfeat.extract(photos, "Pocket", images="path")
+print(json.dumps({"shape": result.features.shape, "ok": int(result.ok.sum()), "seconds": time.monotonic() - begun}))
+"""
+
+
+def test_it_works_in_a_fresh_process_without_network_and_with_empty_homes(pictures: Path, tmp_path: Path) -> None:
+    homes = {name: str(tmp_path / name) for name in ("NBFEAT_HOME", "KERAS_HOME", "HOME", "XDG_CACHE_HOME")}
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FRESH, str(pictures)],
+        capture_output=True, text=True, check=False, env={**os.environ, **homes, **proxies},
+    )  # fmt: skip
+    assert not done.returncode, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["shape"], found["ok"]) == ([20, 512], 20)
+    assert not done.stderr
+
+
+def test_what_teachers_give_is_made_of_one_length_and_learned_from_some_rows_alone() -> None:
+    random = np.random.default_rng(0)
+    features = (random.normal(size=(400, 300)) * np.linspace(1, 9, 300) + 5).astype(np.float32)
+    learn = np.arange(400) < 350
+    found = components(features, learn)
+    assert found.shape == (400, 256)
+    assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    features[399] = 0
+    assert np.array_equal(components(features, learn)[:399], found[:399])
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with what `pocket_child` left."""
+    python = os.environ.get("NBFEAT_TORCH_PYTHON", sys.executable)
+    if subprocess.run([python, "-c", "import torch"], check=False, capture_output=True).returncode:
+        pytest.skip("torch is not installed: set NBFEAT_TORCH_PYTHON to a Python that has it")
+    folder = tmp_path_factory.mktemp("student")
+    done = subprocess.run(
+        [python, "-m", "tests.backbones.pocket_child", str(folder)],
+        capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert not done.returncode, done.stderr[-2000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_folded_weights_give_what_the_network_with_batch_norms_gives(student: Path) -> None:
+    weights: LayerWeights = {}
+    with np.load(student / "network.npz") as saved:
+        for each in pocket.CONVOLUTIONS:
+            weights[each.name] = [saved[f"{each.name}/{part}"].astype(np.float32) for part in ("kernel", "bias")]
+        found, expected = by_hand(saved["pixels"], weights)["top_conv"], saved["maps"]
+    # Half precision has three digits.
+    assert np.abs(found - expected).max() <= 1e-2 * expected.max()
+
+
+@pytest.mark.slow
+def test_it_learns_and_learns_the_same_again(student: Path) -> None:
+    with np.load(student / "learned.npz") as told:
+        assert list(told["epochs"]) == [1, 2, 3, 4, 5, 6]
+        assert told["right"][-1] > 0.5
+        assert told["same"]
+
+
+@pytest.mark.slow
+def test_the_wheel_has_the_weights_and_their_terms(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
+    if subprocess.run([sys.executable, "-c", "import hatchling"], check=False, capture_output=True).returncode:
+        pytest.skip("hatchling is not installed here")
+    subprocess.run([*pip, str(ROOT)], check=True, capture_output=True)
+    shutil.unpack_archive(next(tmp_path.glob("*.whl")), tmp_path, "zip")
+    assert (tmp_path / "nbfeat/backbones/pocket.npz").read_bytes() == bundled.file_of(POCKET).read_bytes()
+    metadata = next(tmp_path.glob("*.dist-info"))
+    assert "non-commercial" in (metadata / "licenses/nbfeat/backbones/POCKET-LICENSE").read_text()
+    assert "License-File: nbfeat/backbones/POCKET-LICENSE" in (metadata / "METADATA").read_text()
+
+
+@pytest.mark.slow
+def test_it_tells_photographs_apart(flowers: pd.DataFrame) -> None:
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import SVC
+
+    result = nbfeat.extract(flowers, "Pocket", images="path")
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    scores = cross_val_score(make_pipeline(StandardScaler(), SVC(C=10)), result.features, flowers["label"], cv=folds)
+    assert scores.mean() >= 0.70

@@ -1,0 +1,242 @@
+"""Published weights, from a server of this test's own: each way that a download can end."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import nbfeat
+from nbfeat import WeightsError
+from nbfeat.backbones import published
+from nbfeat.backbones.backbone import Backbone
+from nbfeat.backbones.catalog import CATALOG
+from nbfeat.inference.compiled_models import located
+from tests.backbones.test_alexnet_googlenet import googlenets
+from tests.backbones.torch_files import checkpoint
+
+
+class Server(ThreadingHTTPServer):
+    """A download host with one file, which sends it in the `way` that a test asks for."""
+
+    way, data, asked = "whole", b"", 0
+    daemon_threads = True
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.asked += 1
+        way, data = self.server.way, self.server.data
+        if way == "404":
+            self.send_error(404)
+            return
+        self.send_response(200)
+        if way != "without a length":
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        half = len(data) // 2
+        self.wfile.write(data[:half])
+        self.wfile.flush()
+        if way == "cut":
+            return
+        if way == "stalled":
+            time.sleep(3)
+            return
+        for start in range(half, len(data), max(1, half // 4)):
+            time.sleep(0.05 if way == "slow" else 0)
+            self.wfile.write(data[start : start + max(1, half // 4)])
+            self.wfile.flush()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
+    """Run a server in place of PyTorch's."""
+    with Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        monkeypatch.setattr(published, "HOST", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setattr(published, "PATIENCE", 0.5)
+        monkeypatch.setattr(published, "TOLD_EVERY", 0.0)
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def backbone(server: Server, monkeypatch: pytest.MonkeyPatch) -> Backbone:
+    """Return GoogLeNet as if what the server has were its published weights."""
+    server.data = np.random.default_rng(0).bytes(100_000)
+    return publish(server, monkeypatch)
+
+
+def publish(server: Server, monkeypatch: pytest.MonkeyPatch) -> Backbone:
+    name = f"googlenet-{hashlib.sha256(server.data).hexdigest()[:8]}.pth"
+    backbone = replace(CATALOG["GoogLeNet"], published=name)
+    monkeypatch.setitem(CATALOG, "GoogLeNet", backbone)
+    return backbone
+
+
+def fetched(backbone: Backbone, folder: Path) -> tuple[list[str], Path]:
+    told, fetching = list[str](), published.fetch(backbone, folder)
+    while True:
+        try:
+            told.append(next(fetching))
+        except StopIteration as end:
+            return told, end.value
+
+
+@pytest.fixture
+def folder(own_cache: Path) -> Path:
+    folder = own_cache / "weights"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("way", ["whole", "slow", "without a length"])
+def test_a_file_that_comes_whole_is_kept_and_not_fetched_again(
+    backbone: Backbone, server: Server, folder: Path, way: str
+) -> None:
+    server.way = way
+    told, path = fetched(backbone, folder)
+    assert told[0] == f"downloading {backbone.published} (once; it stays in {folder})"
+    assert (f"downloading {backbone.published}: 0 of 0 MB" in told) == (way != "without a length")
+    assert path.read_bytes() == server.data
+    assert list(folder.iterdir()) == [path]
+    assert fetched(backbone, folder) == ([], path)
+    assert server.asked == 1
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        ("404", "the server answered 404 Not Found"),
+        ("cut", "the connection ended after 50,000 of 100,000 bytes"),
+        ("stalled", "nothing came for 0.5 seconds"),
+        ("another file", "what came is another file: its SHA-256 begins with "),
+        ("too large", "it is larger than 60,000 bytes"),
+        ("nobody there", "Connection refused"),
+    ],
+)
+def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(
+    backbone: Backbone, server: Server, folder: Path, way: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.way = way
+    if way == "another file":
+        server.data = server.data[::-1]
+    elif way == "too large":
+        monkeypatch.setattr(published, "LARGEST", 60_000)
+    elif way == "nobody there":
+        monkeypatch.setattr(published, "HOST", "http://127.0.0.1:9")
+    with pytest.raises(WeightsError) as caught:
+        fetched(backbone, folder)
+    text = str(caught.value)
+    assert reason in text
+    assert "\n" not in text
+    assert text.endswith(
+        f"Download {published.HOST}/{backbone.published} and put it at {folder / backbone.published}, or use --weights "
+        "random to try things out."
+    )
+    assert not list(folder.iterdir())
+
+
+def test_a_download_that_is_stopped_leaves_nothing(backbone: Backbone, server: Server, folder: Path) -> None:
+    server.way = "slow"
+    fetching = published.fetch(backbone, folder)
+    assert len(list(itertools.islice(fetching, 2))) == 2
+    assert len(list(folder.iterdir())) == 1
+    fetching.close()
+    assert not list(folder.iterdir())
+
+
+def test_a_file_that_is_here_needs_no_network(
+    backbone: Backbone, server: Server, folder: Path, tmp_path: Path, own_cache: Path
+) -> None:
+    assert published.on_this_machine(backbone) is None
+    torchs = tmp_path / "torch" / "hub" / "checkpoints" / backbone.published
+    torchs.parent.mkdir(parents=True)
+    torchs.write_bytes(server.data[:-1])
+    assert published.on_this_machine(backbone) is None, "it is not whole"
+    torchs.write_bytes(server.data)
+    assert published.found(backbone) == torchs
+    by_hand = own_cache / "weights" / backbone.published
+    shutil.copy(torchs, by_hand)
+    assert published.found(backbone) == by_hand
+    assert server.asked == 0
+    assert list(folder.iterdir()) == [by_hand]
+
+
+def test_keras_fetches_its_own(server: Server) -> None:
+    spec = nbfeat.FeatureBlock.parse("MobileNet")[0]
+    with pytest.raises(StopIteration) as end:
+        next(located(nbfeat.inference.model.NetworkSpec.of([spec])))
+    assert end.value.value[1] is None
+    assert server.asked == 0
+
+
+@pytest.mark.slow
+def test_checkpoints_are_for_the_networks_that_have_them(photos: pd.DataFrame, tmp_path: Path) -> None:
+    file = tmp_path / "mobilenet.pth"
+    file.write_bytes(checkpoint({"conv.weight": np.ones((1, 1), np.float32)}))
+    with pytest.raises(
+        WeightsError, match=r"mobilenet.pth is a checkpoint of PyTorch's, which is read for AlexNet and"
+    ):
+        nbfeat.extract(photos, f"MobileNet --size 64 --weights {file}", images="path")
+    with pytest.raises(WeightsError, match=r"There is no conv1.conv.weight among these weights, so they are not Goo"):
+        nbfeat.extract(photos, f"GoogLeNet --size 64 --weights {file}", images="path")
+    file.write_bytes(b"no checkpoint")
+    with pytest.raises(WeightsError, match=r"mobilenet.pth cannot be read as PyTorch weights: it is no checkpoint"):
+        nbfeat.extract(photos, f"GoogLeNet --size 64 --weights {file}", images="path")
+
+
+def drawn(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Draw weights of the shapes of `state` that keep features within reason."""
+    generator = np.random.default_rng(0)
+    found = {}
+    for name, array in state.items():
+        spread = np.sqrt(2 / max(1, array[0].size)) if array.ndim > 1 else 0.1
+        centre = 1 if name.endswith(("running_var", "bn.weight")) else 0
+        found[name] = (
+            generator.normal(centre, spread, array.shape).astype("float32").clip(*((0.5, 2) if centre else (-9, 9)))
+        )
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("home", ["usable", "in the way"])
+def test_the_whole_way_from_the_server_to_features(
+    server: Server, photos: pd.DataFrame, own_cache: Path, home: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.data = checkpoint(drawn(googlenets()))
+    backbone = publish(server, monkeypatch)
+    (own_cache / "networks").unlink()
+    if home == "in the way":
+        own_cache.rmdir()
+        own_cache.write_text("")
+    steps = [step.note for step in nbfeat.Extraction(photos, "GoogLeNet --size 64", images="path").steps() if step.note]
+    assert steps[0].startswith(f"downloading {backbone.published}")
+    result = nbfeat.extract(photos, "GoogLeNet --size 64", images="path")
+    assert result.features.shape == (20, 1024)
+    assert result.features.std().max() > 0
+    if home == "usable":
+        assert server.asked == 1
+        assert result.recipe["weights"] == [hashlib.sha256(server.data).hexdigest()]
+        file = own_cache / "weights" / backbone.published
+        named = nbfeat.extract(photos, f"GoogLeNet --size 64 --weights {file}", images="path")
+        np.testing.assert_array_equal(named.features.to_numpy(), result.features.to_numpy())

@@ -1,0 +1,103 @@
+"""Reads checkpoints in a process and says what that did (`python -m tests.backbones.torch_child read DIR`)."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from nbfeat.backbones import torch_weights
+from nbfeat.backbones.refusal import DAMAGE
+from nbfeat.errors import WeightsError
+from tests.backbones import hostile_checkpoints
+from tests.memory import peak
+
+SEED = 20_180_813
+RESET = Path("/proc/self/clear_refs")
+
+
+class Watch:
+    """Notes whatever the interpreter does for files, modules, programs and code while a checkpoint is read."""
+
+    def __init__(self) -> None:
+        self.reading: str | None = None
+        self.seen: set[str] = set()
+        sys.addaudithook(self.see)
+
+    def see(self, event: str, arguments: tuple[object, ...]) -> None:
+        # Printing a dataclass asks for ids, so as not to print one within itself.
+        if self.reading and event != "builtins.id" and not (event == "open" and arguments[0] == self.reading):
+            self.seen.add(f"{event} {arguments}"[:200])
+
+
+def unpickled(path: Path) -> dict[str, object]:
+    """Do what must not be done, to try the watch."""
+    return {"value": pickle.loads(path.read_bytes())}  # noqa: S301 - the test's own
+
+
+def told(paths: Iterator[Path], read_one: Callable[[Path], Mapping[str, object]]) -> dict[str, object]:
+    """Read every file; return which could be read, how many were refused, and whatever should not have happened."""
+    watch, read, odd, refused, slowest, most = Watch(), list[str](), list[str](), 0, 0.0, 0
+    for path in paths:
+        RESET.write_text("5", encoding="ascii")
+        watch.reading, start = str(path), time.process_time()
+        try:
+            arrays = read_one(path)
+            read.append(path.name)
+            odd += [f"{path.name}: {name}" for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+        except WeightsError as error:
+            refused += 1
+            text = str(error)
+            if "\n" in text or len(text) > 400 or not text.endswith(".") or "memory for it" in text or DAMAGE in text:
+                odd.append(f"{path.name}: {text}")
+        except BaseException as error:  # any is told
+            odd.append(f"{path.name}: {error!r}")
+        watch.reading, seconds = None, time.process_time() - start
+        slowest = max(slowest, seconds)
+        most = max(most, peak() - 2 * path.stat().st_size)
+    seen = sorted(watch.seen)
+    return {"read": read, "refused": refused, "odd": odd, "seen": seen, "seconds": slowest, "bytes": most}
+
+
+def mutations(path: Path, count: int, *, folder: Path) -> Iterator[Path]:
+    chance = random.Random(SEED)
+    data, changed = path.read_bytes(), folder / "changed.pth"
+    for _ in range(count):
+        changed.write_bytes(hostile_checkpoints.mutated(data, chance))
+        yield changed
+
+
+def programs(count: int, *, folder: Path) -> Iterator[Path]:
+    chance = random.Random(SEED)
+    path = folder / "program.pth"
+    for _ in range(count):
+        path.write_bytes(hostile_checkpoints.program(chance))
+        yield path
+
+
+def main(task: str, *words: str) -> None:
+    """Do one task and print what came of it as JSON."""
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    with tempfile.TemporaryDirectory() as name:
+        match task:
+            case "read" | "unpickle":
+                paths = iter(sorted(Path(words[0]).iterdir()))
+            case "mutate":
+                paths = mutations(Path(words[0]), int(words[1]), folder=Path(name))
+            case "programs":
+                paths = programs(int(words[0]), folder=Path(name))
+            case _:
+                raise ValueError(task)
+        print(json.dumps(told(paths, unpickled if task == "unpickle" else torch_weights.read)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,230 @@
+"""Processes that are killed, race each other or run out of disk: what was kept is found again, and all is right."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+import nbfeat
+from nbfeat import isolation, paths
+from nbfeat.inference.compiled_models import Preparing
+from nbfeat.inference.engines.openvino import BATCH
+from tests.faces import same
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="uses signals and limits of Linux")]
+BLOCK = "MobileNet --alpha 0.25 --size 64 --weights random"
+MANY = 5000
+# The requests in flight are one more than the threads; beside them a batch is being filled.
+DEPTH = len(os.sched_getaffinity(0)) + 2
+
+PROGRAM = """
+import sys, pandas as pd, nbfeat
+frame, out = pd.read_pickle(sys.argv[1]), sys.argv[2]
+extraction = nbfeat.Extraction(frame, sys.argv[3], images="path", precision="float32")
+for step in extraction.steps():
+    print(step.done, step.cached, flush=True)
+extraction.features.to_pickle(out)
+print(*extraction.notes, sep="\\n", file=sys.stderr)
+"""
+
+
+@pytest.fixture(scope="module")
+def photos(many: list[str]) -> pd.DataFrame:
+    """Return a frame of 5,000 images, no two alike."""
+    return pd.DataFrame({"path": many[:MANY]})
+
+
+@pytest.fixture
+def expected(photos: pd.DataFrame) -> pd.DataFrame:
+    return nbfeat.extract(photos, BLOCK, images="path", cache=False).features
+
+
+class Child:
+    """A process that extracts, and says after each step how far it is."""
+
+    def __init__(self, frame: pd.DataFrame, folder: Path, name: str = "a", **options: Any) -> None:
+        self.out = folder / f"{name} out.pickle"
+        frame.to_pickle(folder / f"{name}.pickle")
+        command = [sys.executable, "-W", "error", "-c", PROGRAM, str(folder / f"{name}.pickle"), str(self.out), BLOCK]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ, **options
+        )
+
+    def steps(self) -> list[tuple[int, int]]:
+        """Read on to the end, and return what is left of (done, cached); a killed process leaves half a line."""
+        out, self.said = self.process.communicate()
+        whole = out[: out.rfind("\n") + 1]
+        return [(int(done), int(cached)) for done, cached in map(str.split, whole.splitlines())]
+
+    def until(self, wanted: Callable[[int, int], bool]) -> tuple[int, int]:
+        """Read until (done, cached) is as `wanted`, or to the end; return the last one."""
+        assert self.process.stdout
+        last = (0, 0)
+        for line in self.process.stdout:
+            done, cached = map(int, line.split())
+            last = (done, cached)
+            if wanted(*last):
+                break
+        return last
+
+    def result(self) -> pd.DataFrame:
+        assert self.process.returncode == 0, self.said
+        frame = pd.read_pickle(self.out)  # noqa: S301 - written by this test
+        assert isinstance(frame, pd.DataFrame)
+        return frame
+
+
+def test_a_process_killed_at_any_moment_costs_what_was_in_flight(
+    photos: pd.DataFrame, expected: pd.DataFrame, tmp_path: Path
+) -> None:
+    chance, done = np.random.default_rng(0), 0
+    for _ in range(20):
+        child = Child(photos, tmp_path)
+        _, kept = child.until(lambda done, cached: done > cached)
+        assert kept >= done - 2 * BATCH * DEPTH
+        target = kept + int(chance.integers(1, 230))
+        at, _ = child.until(lambda done, _, target=target: done >= target)  # type: ignore[misc]
+        time.sleep(chance.random() / 50)
+        child.process.send_signal(signal.SIGKILL)
+        steps = child.steps()
+        done = steps[-1][0] if steps else at
+    assert 1000 < done < MANY
+    last = Child(photos, tmp_path)
+    steps = last.steps()
+    assert done - 2 * BATCH * DEPTH <= steps[-1][1] < MANY
+    assert steps[-1][0] == MANY
+    same(last.result(), expected)
+
+
+def test_two_processes_at_once_are_both_right(photos: pd.DataFrame, expected: pd.DataFrame, tmp_path: Path) -> None:
+    halves = [photos.iloc[:3500], photos.iloc[1500:]]
+    children = [Child(half, tmp_path, name) for half, name in zip(halves, "ab", strict=True)]
+    for half, child in zip(halves, children, strict=True):
+        child.steps()
+        same(child.result(), expected.loc[half.index])
+        assert not child.said.strip(), "the cache had something to say"
+    assert nbfeat.extract(photos, BLOCK, images="path").cached == MANY
+
+
+def test_many_processes_that_make_the_cache_at_once_all_can(
+    photos: pd.DataFrame, expected: pd.DataFrame, tmp_path: Path
+) -> None:
+    children = [Child(photos.iloc[:50], tmp_path, f"child {number}") for number in range(6)]
+    for child in children:
+        child.steps()
+        same(child.result(), expected.iloc[:50])
+        assert not child.said.strip()
+
+
+def test_a_full_disk_stops_the_keeping_and_not_the_run(
+    photos: pd.DataFrame, expected: pd.DataFrame, tmp_path: Path
+) -> None:
+    limit = 700_000  # bytes of one file; as where a disk is full, writing fails
+
+    def set_limit() -> None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    child = Child(photos.iloc[:600], tmp_path, preexec_fn=set_limit)
+    output, said = child.process.communicate()
+    assert "cannot be written" in said
+    assert "features are not kept from here on. Free some disk" in said
+    assert "600 0" in output, "every image was computed"
+    again = nbfeat.extract(photos.iloc[:600], BLOCK, images="path")
+    assert 50 < again.cached < 600
+    same(again.features, expected.iloc[:600])
+
+
+def test_a_network_that_is_not_what_its_digest_says_is_built_again(photos: pd.DataFrame, own_cache: Path) -> None:
+    (own_cache / "networks").unlink()
+    few = photos.iloc[:20]
+    before = nbfeat.extract(few, BLOCK, images="path", cache=False)
+    (weights,) = (own_cache / "networks").glob("*/network.bin")
+    poisoned = bytearray(weights.read_bytes())
+    poisoned[len(poisoned) // 2] ^= 1
+    weights.write_bytes(poisoned)
+    preparing = Preparing(before._run.lanes[0].spec)
+    assert [text for text in preparing if text.startswith("building")]
+    same(nbfeat.extract(few, BLOCK, images="path", cache=False).features, before.features)
+    assert weights.read_bytes() != poisoned
+
+
+def test_networks_of_another_owner_are_not_used(
+    photos: pd.DataFrame, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = photos.iloc[:20]
+    before = nbfeat.extract(few, BLOCK, images="path")
+    monkeypatch.setattr(os, "getuid", lambda: 12_345)
+    with pytest.raises(paths.HomeError, match="belongs to another user"):
+        paths.keep("networks")
+    after = nbfeat.extract(few, BLOCK, images="path")
+    assert any("belongs to another user" in note and "for this run only" in note for note in after.notes)
+    assert after.cached == 0
+    same(after.features, before.features)
+    assert str(own_cache) in after.notes[0]
+
+
+def test_what_a_killed_build_left_behind_is_removed(own_cache: Path, photos: pd.DataFrame) -> None:
+    (own_cache / "networks").unlink()
+    networks = paths.keep("networks")
+    old, new = networks / ".half-built", networks / ".being-built"
+    for folder in (old, new):
+        folder.mkdir()
+    os.utime(old, (0, 0))
+    nbfeat.extract(photos.iloc[:2], BLOCK, images="path")
+    assert not old.exists()
+    assert new.exists()
+    assert isolation.child_environment()["KERAS_BACKEND"] == "openvino"
+
+
+STOPPED = """
+import os, signal, threading
+from nbfeat import Extraction
+steps = Extraction.steps
+def stopped(self):
+    for number, step in enumerate(steps(self)):
+        if number == 60:  # what Jupyter's stop button sends
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        yield step
+Extraction.steps = stopped
+"""
+
+
+def test_an_interrupted_cell_says_how_to_go_on_and_goes_on(photos: pd.DataFrame, tmp_path: Path) -> None:
+    photos.to_pickle(tmp_path / "many.pickle")
+    cells = [
+        "%load_ext nbfeat\nimport pandas as pd\nphotos = pd.read_pickle('many.pickle')",
+        STOPPED,
+        f"%extract photos {BLOCK} --images path",
+        "'Run All did not stop'",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    with pytest.raises(CellExecutionError, match=r"of 5,000 kept; run the cell again to go on"):
+        client.execute()
+    assert not notebook.cells[3].outputs
+    again = [
+        cells[0],
+        cells[2].replace("%extract", "result = %extract"),
+        "import json; print(json.dumps([result.cached, result.done, len(photos.columns)]))",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in again])
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    cached, done, columns = json.loads(notebook.cells[2].outputs[0]["text"])
+    assert 0 < cached < MANY
+    assert (done, columns) == (MANY, 257)

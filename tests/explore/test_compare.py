@@ -1,0 +1,608 @@
+"""Which block is best: the scores, that nothing leaks, what is said of them, and the plot."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GridSearchCV, KFold, LeaveOneOut, PredefinedSplit, StratifiedKFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MinMaxScaler, Normalizer, StandardScaler
+from sklearn.svm import SVC, SVR
+
+import nbfeat
+from nbfeat import Extraction, ExtractionError, FeatureBlock, RequestError
+from nbfeat.backbones.weights import Loaded
+from nbfeat.explore import compare as module
+from nbfeat.explore.comparison import Comparison, verdict
+from nbfeat.explore.scoring import drawn, folds_of, read_target
+from nbfeat.extraction.speed import images_per_second
+from tests.fake import FakeEngine
+
+END = "MobileNet --size 32"
+MEANS = "MobileNet --size 32 --layer conv1_relu"
+FOLDS = StratifiedKFold(5, shuffle=True, random_state=0)
+SMALL = "MobileNet --alpha 0.25 --size 64 --weights random"
+DATA: list[tuple[bytes, bytes]] = []
+
+
+@pytest.fixture(autouse=True)
+def no_window() -> Iterator[None]:
+    mpl.use("Agg")
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def extracted(fake_network: type[FakeEngine], photos: pd.DataFrame) -> Extraction:
+    """Return two blocks of a pretended network."""
+    assert fake_network.computed == 0
+    return nbfeat.extract(photos, END, MEANS, images="path")
+
+
+@pytest.fixture
+def numbers(photos: pd.DataFrame) -> np.ndarray:
+    """Return a quantity that the colors of a picture tell."""
+    return np.arange(len(photos)) % 4 * 10.5 + 0.25
+
+
+# The scores
+
+
+@pytest.mark.usefixtures("fake_network")
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ("", []),
+        ("--normalize l2", [Normalizer()]),
+        ("--normalize standard", [StandardScaler()]),
+        ("--normalize minmax", [MinMaxScaler()]),
+        ("--normalize standard --components 5", [StandardScaler(), PCA(5, random_state=0)]),
+        ("--normalize whiten --components 5", [PCA(5, whiten=True, random_state=0)]),
+    ],
+)
+def test_scores_are_those_of_a_loop_written_by_hand(photos: pd.DataFrame, options: str, steps: list[Any]) -> None:
+    result = nbfeat.extract(photos, f"{END} {options}", MEANS, images="path")
+    found = nbfeat.compare(result, "label", speed=False)
+    raw = nbfeat.extract(photos, END, images="path").features
+    by_hand = cross_val_score(make_pipeline(*steps, StandardScaler(), SVC(C=10)), raw, photos["label"], cv=FOLDS)
+    np.testing.assert_allclose(found.scores.loc["mobilenet"], by_hand)
+    assert found.table.loc["mobilenet", "score"] == pytest.approx(by_hand.mean())
+    assert found.table.loc["mobilenet", "spread"] == pytest.approx(by_hand.std(ddof=1))
+    assert by_hand.mean() > 0.5
+
+
+def test_the_table_has_the_best_first_and_what_it_costs(extracted: Extraction) -> None:
+    table = nbfeat.compare(extracted, "label").table
+    assert list(table.columns) == ["block", "score", "spread", "width", "images_per_second", "bytes"]
+    assert table["score"].is_monotonic_decreasing
+    assert dict(table["width"]) == {"mobilenet": 48, "mobilenet_conv1_relu": 3}
+    assert dict(table["bytes"]) == {"mobilenet": 48 * 4 * 20, "mobilenet_conv1_relu": 3 * 4 * 20}
+    assert (table["images_per_second"] > 0).all()
+
+
+def test_the_best_block_can_be_extracted_as_it_is_written(extracted: Extraction, photos: pd.DataFrame) -> None:
+    found = nbfeat.compare(extracted, "label", speed=False)
+    best = found.table.index[0]
+    assert FeatureBlock.parse(found.best) == (next(part.block for part in extracted.parts if part.prefix == best),)
+    again = nbfeat.extract(photos, found.best, images="path")
+    pd.testing.assert_frame_equal(again.features, extracted[best])
+
+
+def test_models_by_name_and_estimators(extracted: Extraction, photos: pd.DataFrame) -> None:
+    for model in ("logistic", "forest", SVC(C=3), GridSearchCV(SVC(), {"C": [1, 10]}, cv=2)):
+        found = nbfeat.compare(extracted, "label", model=model, cv=2, speed=False)
+        assert found.score == "accuracy"
+        assert found.scores.shape == (2, 2)
+    assert not hasattr(model, "best_estimator_"), "the user's own was fitted"
+    assert "GridSearchCV" in found.setting
+    ours = nbfeat.compare(extracted, "label", model=LogisticRegression(), scoring="f1_macro", cv=FOLDS, speed=False)
+    by_hand = cross_val_score(
+        LogisticRegression(), extracted["mobilenet"], photos["label"], cv=FOLDS, scoring="f1_macro"
+    )
+    np.testing.assert_allclose(ours.scores.loc["mobilenet"], by_hand)
+    assert ours.score == "f1_macro"
+    assert "StratifiedKFold, 5 folds" in repr(ours)
+
+
+def test_the_score_of_a_search_is_not_called_accuracy(extracted: Extraction) -> None:
+    search = GridSearchCV(SVC(), {"C": [1, 10]}, cv=2, scoring="f1_macro")
+    assert nbfeat.compare(extracted, "label", model=search, speed=False).score == "score"
+
+
+def test_a_quantity_is_learned_by_regression(extracted: Extraction, numbers: np.ndarray) -> None:
+    for model in ("svm", "logistic", "forest"):
+        found = nbfeat.compare(extracted, numbers, model=model, cv=2, speed=False)
+        assert found.score == "R²"
+        assert found.table["score"].iloc[0] > 0.3
+    small, large = (nbfeat.compare(extracted, scale * numbers, speed=False).scores for scale in (1, 1000.1))
+    np.testing.assert_allclose(small, large, atol=1e-3)
+    by_hand = cross_val_score(
+        Ridge(), extracted["mobilenet"], numbers, cv=KFold(5, shuffle=True, random_state=0), scoring="r2"
+    )
+    found = nbfeat.compare(extracted, numbers, model=Ridge(), speed=False)
+    np.testing.assert_allclose(found.scores.loc["mobilenet"], by_hand)
+
+
+@pytest.mark.usefixtures("fake_network")
+def test_two_image_columns_are_compared(photos: pd.DataFrame) -> None:
+    photos["back"] = list(photos["path"])[::-1]
+    result = nbfeat.extract(photos, f"{END} --normalize standard", images=["path", "back"])
+    found = nbfeat.compare(result, "label")
+    assert set(found.table.index) == {"path_mobilenet", "back_mobilenet"}
+    assert found.scores.loc["path_mobilenet"].mean() > 0.5
+
+
+# Nothing leaks
+
+
+class Spy(ClassifierMixin, BaseEstimator):  # type: ignore[misc] # scikit-learn has no types
+    """A classifier that writes down what it learns from and what it is asked."""
+
+    def fit(self, rows: np.ndarray, target: np.ndarray) -> Spy:
+        self.classes_, self.learned = np.unique(target), rows.tobytes()
+        return self
+
+    def predict(self, rows: np.ndarray) -> np.ndarray:
+        DATA.append((self.learned, rows.tobytes()))
+        return np.repeat(self.classes_[:1], len(rows))
+
+
+@pytest.mark.usefixtures("fake_network")
+@pytest.mark.parametrize(
+    "options",
+    ["", "--normalize l2", "--normalize standard", "--normalize minmax", "--normalize whiten --components 4",
+     "--normalize standard --components 4"],
+)  # fmt: skip
+def test_other_test_images_change_nothing_that_a_fold_learns(
+    photos: pd.DataFrame, options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[dict[str, Any]] = []
+
+    def watched(*arguments: Any) -> Any:
+        normalizer = learn(*arguments)
+        learned.append({name: getattr(normalizer, name) for name in ("shift", "stretch", "center", "axes")})
+        return normalizer
+
+    learn = module.learn  # type: ignore[attr-defined] # what is watched
+    monkeypatch.setattr(module, "learn", watched)
+    fold = 2
+    train, test = list(FOLDS.split(photos, photos["label"]))[fold]
+    corrupted = photos.copy()
+    corrupted.iloc[test, 0] = [photos["path"].iloc[0]] * len(test)
+
+    def seen(frame: pd.DataFrame) -> tuple[Extraction, tuple[bytes, bytes], dict[str, Any]]:
+        DATA.clear()
+        learned.clear()
+        result = nbfeat.extract(frame, f"{END} {options}", images="path")
+        nbfeat.compare(result, "label", model=Spy(), speed=False)
+        assert len(DATA) == len(learned) == 5
+        return result, DATA[fold], learned[fold]
+
+    before, (fitted, asked), normalizer = seen(photos)
+    after, (fitted_again, asked_again), normalizer_again = seen(corrupted)
+    assert fitted_again == fitted
+    assert asked_again != asked
+    for name, value in normalizer.items():
+        np.testing.assert_array_equal(normalizer_again[name], value)
+    whole = [result.features.to_numpy()[train].tobytes() for result in (before, after)]
+    # The columns of the result themselves were learned from all rows: to score those would have leaked.
+    assert (whole[0] != whole[1]) == before.parts[0].block.is_learned
+
+
+def test_features_before_normalization_come_from_the_cache(
+    fake_network: type[FakeEngine], photos: pd.DataFrame
+) -> None:
+    result = nbfeat.extract(photos, f"{END} --normalize standard", MEANS, images="path")
+    computed = fake_network.computed
+    found = nbfeat.compare(result, "label", speed=False)
+    assert fake_network.computed == computed
+    assert "computed again" not in repr(found)
+    assert "mobilenet: normalization learned in each fold" in repr(found)
+    raw = result.before_normalization().run()
+    assert raw._run.networks == result._run.networks  # with every cut, since the cache may keep features by them all
+    pd.testing.assert_frame_equal(
+        raw["mobilenet"], nbfeat.extract(photos, END, images="path").features.reset_index(drop=True)
+    )
+
+
+def test_without_a_cache_they_are_computed_again_and_that_is_said(
+    fake_network: type[FakeEngine], photos: pd.DataFrame
+) -> None:
+    result = nbfeat.extract(photos, f"{END} --normalize standard", images="path", cache=False)
+    photos["path"] = "gone"  # what the result was made of is what counts
+    found = nbfeat.compare(result, "label", speed=False)
+    assert fake_network.computed == 40
+    assert "computed again for 20 images" in repr(found)
+
+
+@pytest.mark.usefixtures("fake_network")
+def test_a_result_that_repeats_another_is_compared_as_if_it_were_the_first(photos: pd.DataFrame) -> None:
+    photos["back"] = list(photos["path"])[::-1]
+    first = nbfeat.extract(photos.iloc[:10], f"{END} --normalize standard", images=["path", "back"])
+    renamed = photos.rename(columns={"path": "front", "back": "rear"})
+    again = first.like(renamed, images=["front", "rear"])
+    found = nbfeat.compare(again, "label", speed=False)
+    direct = nbfeat.extract(photos, f"{END} --normalize standard", images=["path", "back"])
+    pd.testing.assert_frame_equal(found.scores, nbfeat.compare(direct, "label", speed=False).scores)
+
+
+def test_a_network_that_changed_meanwhile_is_told(
+    fake_network: type[FakeEngine], photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = nbfeat.extract(photos, f"{END} --normalize standard", images="path")
+    monkeypatch.setattr("tests.fake.Loaded", lambda name, _: Loaded(name, "1" * 64))
+    with pytest.raises(RequestError, match="The weights of MobileNet are others than when mobilenet was extracted"):
+        nbfeat.compare(result, "label")
+    assert fake_network.opened
+
+
+# Rows and folds
+
+
+@pytest.mark.usefixtures("fake_network")
+def test_rows_without_features_or_target_are_left_out_of_every_block(photos: pd.DataFrame, tmp_path: Path) -> None:
+    photos.iloc[3, 0] = str(tmp_path / "gone.png")
+    photos.iloc[[4, 8], 1] = None
+    result = nbfeat.extract(photos, END, f"{MEANS} --normalize standard", images="path")
+    found = nbfeat.compare(result, "label", cv=3, speed=False)
+    assert "3 of 20 rows are left out: 1 without features and 2 without label." in repr(found)
+    kept = [row for row in range(20) if row not in {3, 4, 8}]
+    by_hand = cross_val_score(
+        make_pipeline(StandardScaler(), SVC(C=10)), result["mobilenet"].iloc[kept], photos["label"].iloc[kept],
+        cv=StratifiedKFold(3, shuffle=True, random_state=0),
+    )  # fmt: skip
+    np.testing.assert_allclose(found.scores.loc["mobilenet"], by_hand)
+
+
+def test_groups_are_never_on_both_sides_of_a_fold(extracted: Extraction, photos: pd.DataFrame) -> None:
+    photos["patient"] = [f"patient {number // 2}" for number in range(20)]
+    photos.loc["row 7", "patient"] = None
+    target = read_target(photos, "label", as_classes=None).taken(np.delete(np.arange(20), 7))
+    folds = folds_of(3, target, photos["patient"], 20)
+    for train, test in folds.pairs:
+        sides = [set(photos["patient"].iloc[target.rows[side]]) for side in (train, test)]
+        assert not sides[0] & sides[1]
+    found = nbfeat.compare(extracted, "label", groups=photos["patient"], cv=3, speed=False)
+    assert "1 without group" in repr(found)
+    assert "groups kept whole" in repr(found)
+    assert nbfeat.compare(extracted, np.arange(20) / 7, groups=photos["patient"], cv=3, speed=False).score == "R²"
+    with pytest.raises(RequestError, match=r"10 groups, fewer than 11 folds. Take cv=10"):
+        nbfeat.compare(extracted, "label", groups=photos["patient"], cv=11)
+
+
+def test_a_predefined_split_is_of_the_rows_of_the_frame(extracted: Extraction, photos: pd.DataFrame) -> None:
+    labels = photos["label"].where(photos.index != "row 2")
+    split = PredefinedSplit(np.where(photos["split"] == "test", 0, -1))
+    folds = folds_of(split, read_target(photos, labels, as_classes=None), None, 20)
+    ((train, test),) = folds.pairs
+    assert list(test) == [13, 14, 15, 16, 17, 18]  # of the rows that are left
+    assert list(train) == list(range(13))
+    found = nbfeat.compare(extracted, labels, cv=split, speed=False)
+    assert found.scores.shape == (2, 1)
+    assert "One fold does not tell" in repr(found)
+    assert "±" not in repr(found).split("\n")[2]
+
+
+def test_many_rows_are_drawn_in_proportion_and_always_the_same(extracted: Extraction, photos: pd.DataFrame) -> None:
+    labels = np.repeat(["rare", "common"], [100, 900])
+    rows = drawn(1000, 50, labels)
+    assert list(np.unique(labels[rows], return_counts=True)[1]) == [45, 5]
+    np.testing.assert_array_equal(drawn(1000, 50, labels), rows)
+    assert len(drawn(30, 7, None)) == 7
+    found = nbfeat.compare(extracted, "label", rows=12, cv=3, speed=False)
+    assert "12 of 20 rows were drawn" in repr(found)
+    assert "12 rows of 4 classes" in repr(found)
+    assert "drawn" not in repr(nbfeat.compare(extracted, "label", rows=None, speed=False))
+    assert photos["label"].nunique() == 4
+
+
+def test_a_series_goes_by_its_index(extracted: Extraction, photos: pd.DataFrame) -> None:
+    found = nbfeat.compare(extracted, photos["label"].sample(frac=1, random_state=0), speed=False)
+    pd.testing.assert_frame_equal(found.scores, nbfeat.compare(extracted, "label", speed=False).scores)
+    with pytest.raises(RequestError, match=r"index is not the frame's.*\.to_numpy\(\)"):
+        nbfeat.compare(extracted, photos["label"].reset_index(drop=True))
+
+
+@pytest.mark.parametrize(
+    ("values", "is_classes"),
+    [
+        (["a", "b"] * 15, True),
+        ([True, False] * 15, True),
+        (pd.Categorical([1.5, 2.5] * 15), True),
+        (pd.array([1, 2, None] * 10, "Int64"), True),
+        ([1.0, 2.0, None] * 10, True),
+        (list(range(30)), False),
+        ([0.5, 1.5] * 15, False),
+        (np.array([0.5, 1, None] * 10, dtype=object), False),
+    ],
+    ids=["text", "booleans", "categories", "few integers", "whole floats", "many integers", "fractions", "objects"],
+)
+def test_what_a_target_is(values: Any, is_classes: bool) -> None:
+    frame = pd.DataFrame({"y": values})
+    target = read_target(frame, "y", as_classes=None)
+    assert target.is_classes == is_classes
+    np.testing.assert_array_equal(target.rows, np.flatnonzero(frame["y"].notna()))
+    assert len(target.answers) == len(target.rows)
+    assert target.answers.dtype.kind in "ifbU"
+
+
+def test_what_a_target_is_taken_for_is_said_where_it_is_a_guess(extracted: Extraction) -> None:
+    assert "taken for classes" in repr(nbfeat.compare(extracted, np.arange(20) % 3, speed=False))
+    assert "taken for" not in repr(nbfeat.compare(extracted, np.arange(20) % 2, speed=False))
+    forced = nbfeat.compare(extracted, np.arange(20) % 3, model=SVR(), speed=False)
+    assert forced.score == "R²"
+    assert "taken for" not in repr(forced)
+    assert "taken for a quantity" in read_target(pd.DataFrame({"y": range(40)}), "y", as_classes=None).note
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "words"),
+    [
+        ("lable", {}, r"no|not one column of the frame. Did you mean label"),
+        (["a"] * 3, {}, r"shape \(3,\) for 20 rows"),
+        (["a"] * 20, {}, r"All 20 rows have the target 'a'.*two classes"),
+        (["a"] * 18 + ["b"] * 2, {}, r"'b' \(2\). Take cv=2, or make them None"),
+        ([None] * 20, {}, r"No row has a target"),
+        ([[1], [2]] * 10, {}, r"shape \(20, 1\)"),
+        (pd.date_range("2026-01-01", periods=20), {}, r"values of type Timestamp"),
+        ([1.5, np.inf] * 10, {}, r"infinite"),
+        ("label", {"model": "svn"}, r"no model 'svn'. Did you mean svm"),
+        ("label", {"model": SVC}, r"make one, SVC\(\)"),
+        ("label", {"model": 3}, r"an estimator of scikit-learn, not 3"),
+        ("label", {"model": SVR()}, r"holds classes, which a regressor cannot learn"),
+        ("label", {"cv": 1}, r"folds from 2, not 1"),
+        ("label", {"cv": "five"}, r"a number of folds.*not 'five'"),
+        ("label", {"cv": PredefinedSplit([0, -1])}, r"is of 2 rows, not of the frame's 20"),
+        ("label", {"scoring": "acuracy"}, r"not 'acuracy'. Did you mean accuracy"),
+        ("label", {"scoring": "f1"}, r"scikit-learn cannot score mobilenet.*multiclass"),
+        ("label", {"rows": 8}, r"fewer rows than the 5 folds"),
+        (np.arange(20) / 7, {"cv": 15}, r"20 rows are too few for 15 folds.*Take cv=10"),
+        (np.arange(20) / 7, {"model": SVC()}, r"holds fractions, which a classifier cannot learn"),
+        ("label", {"cv": PredefinedSplit(np.where(np.arange(20) % 4, 0, -1))}, r"A fold has one class alone of label"),
+        (np.arange(20) / 7, {"cv": LeaveOneOut()}, r"not defined in a fold: take fewer folds"),
+    ],
+)
+def test_what_cannot_be_is_said_with_the_next_step(
+    extracted: Extraction, target: Any, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(RequestError, match=words):
+        nbfeat.compare(extracted, target, speed=False, **options)
+
+
+@pytest.mark.usefixtures("fake_network")
+def test_only_a_finished_extraction_can_be_compared(photos: pd.DataFrame) -> None:
+    with pytest.raises(RequestError, match="returned, not DataFrame"):
+        nbfeat.compare(photos, "label")  # type: ignore[arg-type] # as people do
+    with pytest.raises(ExtractionError, match="not finished"):
+        nbfeat.compare(Extraction(photos, END, images="path"), "label")
+
+
+@pytest.mark.usefixtures("fake_network")
+def test_more_components_than_a_fold_has_rows_are_refused(photos: pd.DataFrame) -> None:
+    result = nbfeat.extract(photos, f"{END} --components 18", images="path")
+    with pytest.raises(RequestError, match=r"mobilenet, in a fold: --components 18.*16 rows"):
+        nbfeat.compare(result, "label", speed=False)
+
+
+# What is said, and what is left alone
+
+
+def test_whether_there_is_a_winner_goes_by_what_the_lead_varies() -> None:
+    def told(*rows: list[float]) -> str:
+        return verdict(pd.DataFrame(list(rows), index=list("abcdefg"[: len(rows)])), "accuracy")
+
+    assert told([0.9, 0.8, 0.85], [0.8, 0.7, 0.74]).startswith("a is best: it leads b by 0.103 ± 0.006")
+    assert told([0.9, 0.7, 0.8], [0.7, 0.8, 0.8]).startswith(
+        "No clear winner between a and b: a leads b by 0.033 ± 0.1"
+    )
+    assert "between a and c:" in told([0.9, 0.7, 0.8], [0.88, 0.68, 0.79], [0.7, 0.8, 0.8])
+    assert "a, b, c, d and 2 more" in told(*[[0.5, 0.6]] * 6)
+    assert told([0.9, 0.8]) == ""
+    assert "One fold" in told([0.9], [0.8])
+
+
+def test_warnings_are_counted_neither_shown_nor_lost(extracted: Extraction) -> None:
+    before = list(warnings.filters)
+    found = nbfeat.compare(extracted, "label", model=LogisticRegression(max_iter=1), speed=False)
+    assert "Warnings: 10 × ConvergenceWarning. The first: lbfgs failed to converge" in repr(found)
+    assert warnings.filters == before
+    assert "Warnings" not in repr(nbfeat.compare(extracted, "label", speed=False))
+
+
+@pytest.mark.usefixtures("fake_network")
+def test_what_comes_from_data_is_escaped(photos: pd.DataFrame) -> None:
+    name = "<img src=x onerror=alert(1)>"
+    photos[name] = photos["label"].str.replace("kind", name)
+    found = nbfeat.compare(nbfeat.extract(photos, f"{END} --prefix '<b>$x$'", images="path"), name, speed=False)
+    assert "<img" not in found._repr_html_()
+    assert "<b>" not in found._repr_html_()
+    assert "&lt;img src=x" in found._repr_html_()
+    found.plot().figure.canvas.draw()
+
+
+def test_text_and_html_say_the_same(extracted: Extraction) -> None:
+    found = nbfeat.compare(extracted, "label")
+    text, html = repr(found), found._repr_html_().replace("\N{NO-BREAK SPACE}", " ")
+    for words in (*found.notes, *found.table["block"], "accuracy ± sd", "images/s", "20 rows of 4 classes"):
+        assert words in text
+        assert words in html
+    assert "without the cache, measured just now on up to 64" in text
+
+
+def test_a_file_is_shown_without_its_folders() -> None:
+    block = "'/a folder/mine.keras' --layer conv --scaling none --prefix mine"
+    found = made([block, "Pocket"])
+    for text in (repr(found), found._repr_html_()):
+        assert "mine.keras --layer conv --scaling none --prefix mine" in text
+        assert "folder" not in text
+    assert found.table["block"].tolist() == [block, "Pocket"]
+
+
+def test_nothing_global_is_changed(extracted: Extraction) -> None:
+    with mpl.rc_context({"axes.facecolor": "black", "font.size": 7}):
+        before, state = dict(mpl.rcParams), np.random.get_state()[1].copy()  # type: ignore[index]
+        options = pd.describe_option("", _print_desc=False)
+        nbfeat.compare(extracted, "label", speed=False).plot()
+        assert dict(mpl.rcParams) == before
+        assert (np.random.get_state()[1] == state).all()  # type: ignore[index]
+        assert pd.describe_option("", _print_desc=False) == options
+
+
+# Speed
+
+
+def test_speed_is_measured_once_for_each_source_and_only_where_asked(
+    fake_network: type[FakeEngine], photos: pd.DataFrame
+) -> None:
+    blocks = [END, f"{END} --normalize standard --prefix standard", MEANS]
+    result = nbfeat.extract(photos, blocks, images="path")
+    opened, computed = fake_network.opened, fake_network.computed
+    assert "images_per_second" not in nbfeat.compare(result, "label", speed=False).table
+    assert (fake_network.opened, fake_network.computed) == (opened, computed)
+    table = nbfeat.compare(result, "label").table
+    assert fake_network.opened == opened + 2
+    assert fake_network.computed > computed
+    speed = table["images_per_second"]
+    assert speed["mobilenet"] == speed["standard"]
+
+
+def test_images_that_are_gone_have_no_speed(extracted: Extraction, tmp_path: Path) -> None:
+    lane = extracted.parts[0].lane
+    assert lane is not None
+    assert np.isnan(images_per_second(lane, extracted.parts[0].key, [str(tmp_path / "gone.png")], tmp_path))
+
+
+def test_one_output_of_a_real_network_alone_gives_the_same(photos: pd.DataFrame) -> None:
+    result = nbfeat.extract(photos, f"{SMALL} --layer conv_pw_3_relu,conv_pw_6_relu", images="path")
+    part = result.parts[0]
+    assert part.lane is not None
+    engine = part.lane.opening.start("float32", part.key)
+    assert list(engine.outputs) == [part.key]
+    whole = part.lane.opening.start("float32")
+    given = np.random.default_rng(0).integers(0, 255, (engine.batch_size, 64, 64, 3)).astype(np.uint8)
+    vectors = []
+    for one in (engine, whole):
+        buffer = one.buffer()
+        buffer[:] = given
+        one.submit(buffer, len(given))
+        vectors.append(one.collect())
+    assert set(vectors[0]) == {part.key}
+    assert len(vectors[1]) == 2
+    np.testing.assert_array_equal(vectors[0][part.key], vectors[1][part.key])
+    assert result.speed_of(part) > 0
+
+
+# The plot
+
+
+def made(blocks: list[str], folds: int = 5, target: str = "label") -> Comparison:
+    generator = np.random.default_rng(0)
+    index = [FeatureBlock.parse(block)[0].prefix or block for block in blocks]
+    scores = pd.DataFrame(generator.uniform(0.4, 1, (len(blocks), folds)), index=index)
+    table = pd.DataFrame({"block": blocks, "score": scores.mean(axis=1), "spread": scores.std(axis=1)}, index=index)
+    table["width"], table["images_per_second"], table["bytes"] = 1280, 123.4, 4 * 1280 * 300
+    return Comparison(table, scores, blocks[0], target, "accuracy", "StandardScaler → SVC(C=10), 5 folds, 300 rows", ())
+
+
+SIX = [
+    f"{network} --prefix {network.lower()}_{layer}"
+    for network in ("ResNet50", "MobileNetV2")
+    for layer in ("end", "block_13_expand_relu", "a_rather_long_name_of_a_layer_in_a_deep_network_relu")
+]
+
+
+@pytest.mark.parametrize(
+    "comparison",
+    [made(SIX), made(SIX[:1]), made(SIX[:2], folds=1), made([f"VGG16 --prefix p{number}" for number in range(30)]),
+     made([f"ResNet{n}{v} --prefix r{n}{v}" for n in (50, 101, 152) for v in ("", "V2")]
+          + [f"DenseNet{n} --prefix d{n}" for n in (121, 169, 201)] + ["VGG16", "VGG19", "NASNetMobile"])],
+    ids=["six", "one", "one fold", "thirty", "more networks than colors"],
+)  # fmt: skip
+def test_nothing_in_the_plot_is_cut_or_overlaps(comparison: Comparison) -> None:
+    ax = comparison.plot()
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.canvas.draw()
+    legend = ax.get_legend()
+    assert legend is not None
+    boxes = [
+        text.get_window_extent()
+        for text in [*ax.get_yticklabels(), ax.xaxis.label, ax.title, ax._left_title, *legend.get_texts()]  # type: ignore[attr-defined]
+        if text.get_text()
+    ]
+    for box in boxes:
+        assert figure.bbox.padded(1).contains(box.x0, box.y0)
+        assert figure.bbox.padded(1).contains(box.x1, box.y1)
+    for one, other in combinations(boxes, 2):
+        assert not one.padded(-1).overlaps(other.padded(-1))
+    assert not legend.get_window_extent().overlaps(ax.get_window_extent())
+    assert ax.get_window_extent().width > 0.3 * figure.bbox.width
+
+
+def test_the_plot_names_everything_with_the_best_on_top() -> None:
+    ax = made(SIX, target="$a$ of $b").plot()
+    assert ax.get_xlabel() == "accuracy of each fold"
+    assert ax.get_title(loc="left").startswith(r"accuracy: \$a\$ of \$b")
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [  # type: ignore[union-attr]
+        "ResNet50", "MobileNetV2", "mean ± standard deviation",
+    ]  # fmt: skip
+    labels = [text.get_text() for text in ax.get_yticklabels()]
+    assert labels[0] == "resnet50_end\n1,280 wide, 120 images/s"
+    bottom, top = ax.get_ylim()
+    assert bottom > top, "the first block is on top"
+    drawn_points = sum(np.shape(points.get_offsets())[0] for points in ax.collections)
+    assert drawn_points == 6 * 5
+
+
+def test_the_plot_goes_where_it_is_asked_to() -> None:
+    mine = Figure()
+    ax = mine.subplots()
+    before = plt.get_fignums()
+    assert made(SIX).plot(ax) is ax
+    assert plt.get_fignums() == before
+    made(SIX).plot()
+    assert len(plt.get_fignums()) == len(before) + 1
+
+
+# With real weights
+
+
+@pytest.mark.slow
+def test_six_blocks_of_two_networks_on_photographs(flowers: pd.DataFrame, keras_home: Path) -> None:
+    assert keras_home.is_dir()
+    blocks = [
+        "MobileNetV2", "MobileNetV2 --pooling max", "MobileNetV2 --layer block_13_expand_relu",
+        "MobileNet --alpha 0.25", "MobileNet --alpha 0.25 --layer conv_pw_11_relu",
+        "MobileNet --alpha 0.25 --layer conv_pw_6_relu --normalize standard --components 32",
+    ]  # fmt: skip
+    result = nbfeat.extract(flowers, blocks, images="path")
+    found = nbfeat.compare(result, "label")
+    raw = result.before_normalization().run()
+
+    for part in result.parts:
+        learned = [StandardScaler(), PCA(32, random_state=0)] if part.block.is_learned else []
+        model = make_pipeline(*learned, StandardScaler(), SVC(C=10))
+        rows = (raw if learned else result)[part.prefix]
+        score = cross_val_score(model, rows, flowers["label"], cv=FOLDS).mean()
+        assert found.table.loc[part.prefix, "score"] == pytest.approx(score, abs=0.02)
+
+    assert len(found.table) == 6
+    assert found.table["score"].iloc[0] > 0.8
+    speed = found.table["images_per_second"]
+    assert speed["mobilenet025"] > speed["mobilenetv2"]

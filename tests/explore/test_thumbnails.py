@@ -1,0 +1,183 @@
+"""Galleries that a saved notebook can hold, and frames of folders."""
+
+from __future__ import annotations
+
+import os
+import re
+from base64 import b64decode
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import PIL
+import pytest
+from matplotlib import pyplot as plt
+from PIL import Image
+
+import nbfeat
+from nbfeat import RequestError
+from nbfeat.explore.tile import MOST_BYTES, SIDE
+from nbfeat.images.decode import read_thumbnail
+from tests.look import HOSTILE
+
+BUDGET = 300_000  # bytes of html for two dozen
+
+
+def shown(html: str) -> list[Image.Image]:
+    """Return the pictures in a gallery."""
+    return [Image.open(BytesIO(b64decode(found))) for found in re.findall(r"data:image/webp;base64,([^\"]+)", html)]
+
+
+def test_two_dozen_of_the_worst_images_fit_a_notebook() -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (24, 300, 300, 3), dtype=np.uint8)
+    html = nbfeat.thumbnails(pd.DataFrame({"image": list(noise)}))._repr_html_()
+    assert len(html) < BUDGET
+    pictures = shown(html)
+    assert [picture.size for picture in pictures] == [(SIDE, SIDE)] * 24
+    assert max(len(part) for part in re.findall(r"base64,([^\"]+)", html)) <= MOST_BYTES * 4 / 3 + 4
+
+
+def test_those_shown_are_spread_over_the_frame_and_the_rest_is_counted(photos: pd.DataFrame) -> None:
+    found = nbfeat.thumbnails(photos, limit=4)
+    assert repr(found) == "Thumbnails of 4 of 20 images"
+    html = found._repr_html_()
+    assert re.findall(r'title="(row \d+)', html) == ["row 0", "row 6", "row 13", "row 19"]
+    assert "… and 16 more; those shown are evenly spread" in html
+    assert "more" not in nbfeat.thumbnails(photos)._repr_html_()
+    assert len(shown(nbfeat.thumbnails(photos, limit=None)._repr_html_())) == 20
+    with pytest.raises(RequestError, match="limit takes a whole number"):
+        nbfeat.thumbnails(photos, limit=0)
+
+
+def test_captions_are_of_the_columns_asked_for(photos: pd.DataFrame) -> None:
+    photos["score"], photos["nothing"] = 0.123456, None
+    html = nbfeat.thumbnails(photos, "path", ["split", "score", "nothing"], limit=1)._repr_html_()
+    assert re.findall(r'break-word">([^<]+)</div>', html) == ["train", "0.1235", "missing"]
+    assert ">kind 0<" in nbfeat.thumbnails(photos, limit=1)._repr_html_()
+    assert ">row 0<" in nbfeat.thumbnails(photos[["path"]], limit=1)._repr_html_()
+    with pytest.raises(RequestError, match="caption 'lable' is not one column of the frame"):
+        nbfeat.thumbnails(photos, caption="lable")
+
+
+def test_an_image_that_cannot_be_read_is_its_reason(photos: pd.DataFrame, tmp_path: Path) -> None:
+    text = tmp_path / f"{HOSTILE.replace('/', '')}.jpg"
+    text.write_text("text")
+    photos.loc["row 3", "path"] = str(tmp_path / "gone.png")
+    photos.loc["row 4", "path"] = str(text)
+    photos.loc["row 5", ["path", "label"]] = [None, HOSTILE]
+    photos = photos.rename(index={"row 6": HOSTILE}).rename(columns={"label": HOSTILE})
+    found = nbfeat.thumbnails(photos, caption=HOSTILE)
+    html = found._repr_html_()
+    assert "no such file: " in html
+    assert "text, not an image" in html
+    assert "the value is missing" in html
+    assert len(shown(html)) == 17
+    assert "<img src=x" not in html
+    assert "<script" not in html
+    assert "http" not in html
+    axes = found.plot()
+    assert len(axes) == 20
+    assert "such file" in axes[3].texts[0].get_text().replace("\n", " ")
+    plt.close("all")
+
+
+@pytest.mark.usefixtures("fake_network")
+def test_an_extraction_knows_its_images_and_their_reasons(photos: pd.DataFrame, tmp_path: Path) -> None:
+    late = tmp_path / "late.png"
+    photos.loc["row 3", "path"] = str(late)
+    photos["path"] = [os.path.relpath(path, tmp_path) for path in photos["path"]]
+    result = nbfeat.extract(photos, "MobileNet --size 32", images="path", root=tmp_path)
+    Image.new("RGB", (9, 9)).save(late)
+    html = nbfeat.thumbnails(result)._repr_html_()
+    assert len(shown(html)) == 19
+    assert "no such file" in html
+    assert "mobilenet_0000" not in html
+    assert len(shown(nbfeat.thumbnails(photos, root=tmp_path)._repr_html_())) == 20
+
+
+def test_pictures_are_upright_in_their_own_proportions_and_never_enlarged(tmp_path: Path) -> None:
+    wide = Image.new("RGB", (640, 320), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    wide.save(tmp_path / "turned.jpg", exif=exif)
+    clear = Image.new("RGBA", (30, 20), (0, 0, 0, 0))
+    deep = np.full((320, 640), 65_535, np.uint16)
+    big = Image.new("RGB", (4000, 2000), "blue")
+    big.save(tmp_path / "big.jpg")
+    cells: list[object] = [tmp_path / "turned.jpg", wide, clear, deep, tmp_path / "big.jpg"]
+    made = [read_thumbnail(cell, 160, Path()) for cell in cells]
+    assert [image.size for image in made] == [(80, 160), (160, 80), (30, 20), (160, 80), (160, 80)]
+    assert [image.getpixel((5, 5)) for image in made][1:4] == [(255, 0, 0), (255,) * 3, (255,) * 3]
+    assert wide.size == (640, 320)
+
+
+def test_pillows_settings_decide_nothing_and_stay(photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+    normal = nbfeat.thumbnails(photos)._repr_html_()
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1)
+    assert nbfeat.thumbnails(photos)._repr_html_() == normal
+    assert PIL.Image.MAX_IMAGE_PIXELS == 1
+
+
+def test_a_frame_without_images_is_told(photos: pd.DataFrame) -> None:
+    with pytest.raises(RequestError, match="No column looks like images"):
+        nbfeat.thumbnails(photos[["label"]])
+    with pytest.raises(RequestError, match=r"no column pth\. Did you mean path"):
+        nbfeat.thumbnails(photos, "pth")
+    with pytest.raises(RequestError, match="The frame has no rows"):
+        nbfeat.thumbnails(photos.iloc[:0], "path")
+    with pytest.raises(RequestError, match="must be a pandas DataFrame, not dict"):
+        nbfeat.thumbnails({"path": []})  # type: ignore[arg-type]
+
+
+def make(top: Path, *names: str) -> None:
+    for name in names:
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        (top / name).write_bytes(b"")
+
+
+def test_a_folder_is_a_frame_of_paths_and_labels_as_people_count(tmp_path: Path) -> None:
+    make(tmp_path, "b/10.jpg", "b/2.JPEG", "a/deep/er/x.webp", "a/y.png", "top.tif", "a/notes.txt", ".hidden/z.png")
+    make(tmp_path, "b/.z.png", "a 10/1.png", "a 9/1.png")
+    frame = nbfeat.folder(tmp_path)
+    assert [Path(path).relative_to(tmp_path).as_posix() for path in frame["path"]] == [
+        "a/deep/er/x.webp", "a/y.png", "a 9/1.png", "a 10/1.png", "b/2.JPEG", "b/10.jpg", "top.tif",
+    ]  # fmt: skip
+    assert frame["label"].tolist()[:-1] == ["a", "a", "a 9", "a 10", "b", "b"]
+    assert frame["label"].isna().tolist() == [False] * 6 + [True]
+    assert list(nbfeat.folder(str(tmp_path), labels=False).columns) == ["path"]
+
+
+def test_a_folder_is_found_from_anywhere_once_it_is_a_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "photos/a/1.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert nbfeat.folder("photos")["path"].tolist() == [str(tmp_path / "photos" / "a" / "1.png")]
+    assert nbfeat.folder("~/photos")["path"].tolist() == [str(tmp_path / "photos" / "a" / "1.png")]
+
+
+def test_a_folder_that_is_linked_into_itself_ends(tmp_path: Path) -> None:
+    make(tmp_path, "a/1.png", "elsewhere.d/2.png")
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    (tmp_path / "a" / "linked.png").symlink_to(tmp_path / "elsewhere.d" / "2.png")
+    names = [Path(path).name for path in nbfeat.folder(tmp_path)["path"]]
+    assert names == ["1.png", "linked.png", "2.png"]
+
+
+def test_names_that_are_no_text_are_kept(tmp_path: Path) -> None:
+    try:
+        (tmp_path / "\udcff.jpg").write_bytes(b"")
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    (path,) = nbfeat.folder(tmp_path)["path"]
+    assert Path(path).is_file()
+
+
+def test_a_folder_without_images_is_told(tmp_path: Path) -> None:
+    make(tmp_path, "notes.txt")
+    with pytest.raises(RequestError, match="holds no image that can be read"):
+        nbfeat.folder(tmp_path)
+    with pytest.raises(RequestError, match="is a file, not a folder"):
+        nbfeat.folder(tmp_path / "notes.txt")
+    with pytest.raises(RequestError, match="is no folder on this machine"):
+        nbfeat.folder(tmp_path / "gone")

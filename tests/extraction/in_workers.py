@@ -1,0 +1,50 @@
+"""ImageFeatures that tell which process decoded what: joblib's workers import this module, and so see the same."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from nbfeat import Extraction, ImageFeatures
+from nbfeat.extraction import pipeline
+from nbfeat.images import decode, sources
+from nbfeat.inference import engines
+from nbfeat.inference.engines import cpu_count
+from tests.fake import FakeNetwork
+
+
+class Watched(ImageFeatures):
+    """Run a pretended network, and write down each image that is decoded."""
+
+    def _run(self, *args: Any, **options: Any) -> Extraction:
+        original = decode.pixels_of
+
+        def watched(source: sources.Source, specs: Any) -> Any:
+            assert isinstance(source, bytes)
+            with _log().open("a") as log:
+                log.write(f"{os.getpid()} {hashlib.sha256(source).hexdigest()}\n")
+            return original(source, specs)
+
+        with (
+            mock.patch.object(engines, "PreparedNetwork", FakeNetwork),
+            mock.patch.object(pipeline, "pixels_of", watched),
+        ):
+            return super()._run(*args, **options)
+
+
+def decoded() -> Counter[tuple[str, ...]]:
+    """Return how often each process decoded each image."""
+    return Counter(tuple(line.split()) for line in _log().read_text().splitlines())
+
+
+def cores_and_engine(transformer: ImageFeatures, paths: list[str]) -> tuple[int, str]:
+    """Return how many cores a process takes for its own, and what it says that its network runs on."""
+    return cpu_count.available_cores(), transformer.fit(paths).recipe_.told["engines"][0]
+
+
+def _log() -> Path:
+    return Path(os.environ["NBFEAT_HOME"]) / "decoded.txt"

@@ -1,0 +1,335 @@
+"""What extraction promises, through every face."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from nbfeat import Extraction, ExtractionError, FeatureBlock, RequestError
+from nbfeat.images.decode import read_pixels
+from nbfeat.images.resize import PixelSpec
+from nbfeat.inference.model import Cut
+from tests import fake
+from tests.faces import Face, same
+
+pytestmark = pytest.mark.usefixtures("fake_network")
+BLOCK = "MobileNet --size 32"
+
+
+def expected(paths: pd.Series, size: int = 32) -> np.ndarray:
+    pixels = [read_pixels(path, [PixelSpec(size)], Path())[0] for path in paths]
+    return fake.features(np.stack(pixels), Cut())
+
+
+def test_features_are_attached_as_float32_columns_and_nothing_else_changes(extract: Face, photos: pd.DataFrame) -> None:
+    before = photos.copy(deep=True)
+    result = extract(photos, BLOCK, images="path")
+    same(photos, before)
+    same(result.frame[list(photos.columns)], photos)
+    assert list(result.frame.columns) == [*photos.columns, *result.columns]
+    assert result.columns[:2] == ["mobilenet_0000", "mobilenet_0001"]
+    assert (result.features.dtypes == np.float32).all()
+    np.testing.assert_array_equal(result.features.to_numpy(), expected(photos["path"]))
+    assert result.ok.all()
+    assert result.failures.empty
+    same(result["mobilenet"], result.features)
+
+
+def test_the_same_cell_three_times_gives_the_same_frame(extract: Face, photos: pd.DataFrame) -> None:
+    first = extract(photos, BLOCK, images="path").frame
+    first.insert(2, "note", "mine")
+    first["after"] = 1
+    second = extract(first, BLOCK, images="path")
+    third = extract(second.frame, BLOCK, images="path")
+    same(third.frame, first)
+    assert "(replaced)" in repr(third)
+
+
+def test_narrower_features_replace_wider_ones_whole(extract: Face, photos: pd.DataFrame) -> None:
+    wide = extract(photos, BLOCK, images="path").frame
+    narrow = extract(wide, BLOCK, images="path", components=3)
+    assert [name for name in narrow.frame.columns if name.startswith("mobilenet")] == narrow.columns
+    assert len(narrow.columns) == 3
+
+
+def test_an_image_that_cannot_be_read_is_a_row_of_nan_with_a_reason(
+    extract: Face, photos: pd.DataFrame, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.jpg"
+    text.write_text("not an image")
+    broken = photos.copy()
+    broken.iloc[3, 0] = str(text)
+    broken.iloc[4, 0] = None
+    broken.iloc[17, 0] = str(tmp_path / "gone.png")
+    result = extract(broken, BLOCK, images="path")
+    assert list(result.failures["position"]) == [3, 4, 17]
+    assert list(result.failures.index) == ["row 3", "row 4", "row 17"]
+    assert list(result.failures.columns) == ["position", "column", "image", "reason"]
+    assert result.failures["reason"].str.len().gt(10).all()
+    assert "no such file" in result.failures["reason"].iloc[2]
+    assert list(np.flatnonzero(~result.ok)) == [3, 4, 17]
+    assert result.features[~result.ok].isna().all(axis=None)
+    good = extract(photos, BLOCK, images="path").features
+    same(result.features[result.ok], good[result.ok.to_numpy()])
+    assert "3 of 20 images failed" in repr(result)
+    assert "text.jpg" in result._repr_html_()
+
+
+def test_batches_stay_full_when_images_fail(photos: pd.DataFrame) -> None:
+    photos.iloc[::3, 0] = None
+    extraction = Extraction(photos, BLOCK, images="path", batch_size=4)
+    extraction.run()
+    engine = extraction._run.lanes[0].engine
+    assert isinstance(engine, fake.FakeEngine)
+    assert engine.batches == [4, 4, 4, 1]
+
+
+def test_when_no_image_can_be_read_the_run_fails_and_says_where_it_looked(extract: Face, tmp_path: Path) -> None:
+    lost = pd.DataFrame({"path": [f"lost/{number}.png" for number in range(5)]})
+    with pytest.raises(ExtractionError, match=r"None of the 5 images could be read.*--root") as caught:
+        extract(lost, BLOCK, images="path", root=tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_relative_paths_start_at_root(extract: Face, photos: pd.DataFrame) -> None:
+    relative = photos.assign(path=[Path(path).name for path in photos["path"]])
+    result = extract(relative, BLOCK, images="path", root=Path(photos["path"].iloc[0]).parent)
+    same(result.features, extract(photos, BLOCK, images="path").features)
+
+
+@pytest.mark.parametrize(
+    "index", [["same"] * 20, pd.MultiIndex.from_product([["a", "b"], range(10)]), range(20, 0, -1)]
+)
+def test_any_index_is_kept(extract: Face, photos: pd.DataFrame, index: pd.Index) -> None:
+    photos.index = pd.Index(index) if isinstance(index, list) else index
+    result = extract(photos, BLOCK, images="path")
+    pd.testing.assert_index_equal(result.frame.index, photos.index)
+    np.testing.assert_array_equal(result.features.to_numpy(), expected(photos["path"]))
+
+
+def test_a_clash_of_columns_is_an_error_that_names_them_before_any_work(extract: Face, photos: pd.DataFrame) -> None:
+    photos["mobilenet_0000"] = "mine"
+    with pytest.raises(RequestError, match=r"mobilenet_0000.*--prefix"):
+        extract(photos, BLOCK, images="path")
+    assert fake.FakeEngine.opened == 0
+    assert (extract(photos, BLOCK, images="path", replace=True).frame["mobilenet_0000"] != "mine").all()
+    assert len(extract(photos, BLOCK, images="path", prefix="other").columns) == 48
+
+
+def test_a_clash_further_right_is_told_before_the_first_image(extract: Face, photos: pd.DataFrame) -> None:
+    photos["mobilenet_0007"] = "mine"
+    with pytest.raises(RequestError, match="mobilenet_0007"):
+        extract(photos, BLOCK, images="path")
+
+
+def test_an_empty_frame_gets_its_columns(extract: Face, photos: pd.DataFrame) -> None:
+    result = extract(photos.iloc[:0], BLOCK, images="path")
+    assert result.frame.shape == (0, 3 + 1024)
+    assert (result.features.dtypes == np.float32).all()
+    assert result.failures.empty
+
+
+def test_multiindex_columns_and_other_things_than_frames_are_refused(extract: Face, photos: pd.DataFrame) -> None:
+    deep = photos.copy()
+    deep.columns = pd.MultiIndex.from_product([["a"], photos.columns])
+    with pytest.raises(RequestError, match="MultiIndex columns"):
+        extract(deep, BLOCK)
+    with pytest.raises(RequestError, match=r"must be a pandas DataFrame, not list"):
+        extract(list(photos["path"]), BLOCK)
+
+
+def test_unknown_names_come_with_near_ones(extract: Face, photos: pd.DataFrame) -> None:
+    with pytest.raises(RequestError, match=r"no backbone 'Mobilnet'.*MobileNet"):
+        extract(photos, "Mobilnet")
+    with pytest.raises(RequestError, match=r"no column.*pth.*path"):
+        extract(photos, BLOCK, images="pth")
+    with pytest.raises(RequestError, match=r"--pooling cannot be 'average'.*avg"):
+        extract(photos, BLOCK, images="path", pooling="average")
+
+
+def test_the_image_column_is_found_or_candidates_are_named(extract: Face, photos: pd.DataFrame) -> None:
+    assert len(extract(photos, BLOCK).columns) == 48
+    photos["second"] = photos["path"]
+    with pytest.raises(RequestError, match=r"path.*second.*--images"):
+        extract(photos, BLOCK)
+    with pytest.raises(RequestError, match=r"--images"):
+        extract(photos[["label"]], BLOCK)
+
+
+def test_two_image_columns_make_two_sets_of_columns(extract: Face, photos: pd.DataFrame) -> None:
+    photos["back"] = list(photos["path"])[::-1]
+    photos.loc["row 2", "back"] = None
+    result = extract(photos, BLOCK, images=["path", "back"])
+    assert len(result.columns) == 96
+    front, back = result["path_mobilenet"], result["back_mobilenet"]
+    np.testing.assert_array_equal(front.to_numpy(), expected(photos["path"]))
+    assert back.iloc[2].isna().all()
+    np.testing.assert_array_equal(back.iloc[[0]].to_numpy(), front.iloc[[19]].to_numpy())
+    assert list(result.failures["column"]) == ["back"]
+    assert result.ok.sum() == 19
+
+
+def test_normalizations_learn_from_the_rows_of_fit_on_alone(extract: Face, photos: pd.DataFrame) -> None:
+    photos.iloc[1, 0] = None
+    result = extract(photos, BLOCK, images="path", normalize="standard", fit_on="split == 'train'")
+    train = (photos["split"] == "train").to_numpy() & result.ok.to_numpy()
+    np.testing.assert_allclose(result.features[train].mean(), 0, atol=1e-4)
+    assert "learned from 14 rows" in repr(result)
+    changed = photos.copy()
+    changed["path"] = photos["path"].mask(photos.index == "row 15", photos["path"].iloc[0])
+    again = extract(changed, BLOCK, images="path", normalize="standard", fit_on="split == 'train'")
+    same(result.features[train], again.features[train])
+    assert "name the training rows with --fit-on" in repr(extract(photos, BLOCK, images="path", normalize="minmax"))
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("nosuch == 1", "could not be evaluated"),
+        ("label", "one True or False per row"),
+        ("split == 'x'", "no row at all"),
+    ],
+)
+def test_a_bad_fit_on_is_refused(extract: Face, photos: pd.DataFrame, query: str, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        extract(photos, BLOCK, images="path", normalize="standard", fit_on=query)
+
+
+def test_components_project_and_whiten(extract: Face, photos: pd.DataFrame) -> None:
+    result = extract(photos, BLOCK, images="path", normalize="whiten", components=5)
+    assert len(result.columns) == 5
+    np.testing.assert_allclose(result.features.std(ddof=1), 1, rtol=1e-3)
+    with pytest.raises(RequestError, match=r"--components 30.*Use --components 20 or fewer"):
+        extract(photos, BLOCK, images="path", components=30)
+    with pytest.raises(RequestError, match="whiten needs --components"):
+        extract(photos, BLOCK, images="path", normalize="whiten")
+
+
+def test_l2_gives_unit_rows(extract: Face, photos: pd.DataFrame) -> None:
+    rows = extract(photos, BLOCK, images="path", normalize="l2").features.to_numpy()
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-6)
+
+
+def test_several_layers_share_one_network(extract: Face, photos: pd.DataFrame) -> None:
+    result = extract(photos, f"{BLOCK} --layer conv1_relu,conv_pw_3_relu", images="path")
+    assert fake.FakeEngine.opened == 1
+    assert [part.prefix for part in result.parts] == ["mobilenet_conv1_relu", "mobilenet_conv_pw_3_relu"]
+
+
+def test_blocks_of_one_backbone_share_a_network_and_others_do_not(photos: pd.DataFrame) -> None:
+    blocks = [BLOCK, f"{BLOCK} --layer conv1_relu", "VGG16 --size 32", f"{BLOCK} --resize pad --prefix padded"]
+    Extraction(photos, *blocks, images="path").run()
+    assert fake.FakeEngine.opened == 3
+
+
+def test_two_blocks_of_one_prefix_are_an_error_naming_both(photos: pd.DataFrame) -> None:
+    with pytest.raises(RequestError, match=r"`MobileNet --size 32` and `MobileNet --size 64`.*--prefix"):
+        Extraction(photos, "MobileNet --size 32", FeatureBlock(backbone="mobilenet", size=64))
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 0}, {"batch_size": "many"}, {"device": "tpu"}, {"precision": "int8"}]
+)
+def test_options_of_the_run_are_checked(extract: Face, photos: pd.DataFrame, options: dict[str, object]) -> None:
+    with pytest.raises(RequestError):
+        extract(photos, BLOCK, images="path", **options)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 64])
+def test_features_are_the_same_for_any_batch_size(extract: Face, photos: pd.DataFrame, size: int) -> None:
+    result = extract(photos, BLOCK, images="path", batch_size=size)
+    np.testing.assert_array_equal(result.features.to_numpy(), expected(photos["path"]))
+
+
+def test_what_comes_from_data_is_escaped(extract: Face, photos: pd.DataFrame, tmp_path: Path) -> None:
+    name = "<img src=x onerror=alert(1)>"
+    bad = tmp_path / f"{name}.jpg"
+    bad.write_text("no image")
+    shutil.copy(photos["path"].iloc[0], tmp_path / "good.png")
+    frame = pd.DataFrame({name: [str(bad), str(tmp_path / "good.png")]})
+    html = extract(frame, BLOCK, images=name)._repr_html_()
+    assert "<img" not in html
+    assert "&lt;img src=x" in html
+
+
+# The loop itself
+
+
+def test_nothing_happens_before_the_first_step(photos: pd.DataFrame) -> None:
+    extraction = Extraction(photos, BLOCK, images="path")
+    assert fake.FakeEngine.opened == 0
+    assert extraction.state == "new"
+    with pytest.raises(ExtractionError, match="0 of 20 images"):
+        _ = extraction.frame
+
+
+def test_leaving_the_loop_stops_and_asking_again_goes_on(photos: pd.DataFrame) -> None:
+    photos.iloc[5, 0] = None
+    extraction = Extraction(photos, BLOCK, images="path", batch_size=3)
+    steps = extraction.steps()
+    seen = list(islice(steps, 4))
+    steps.close()
+    assert str(extraction.state) == "stopped"
+    assert 0 < extraction.done < 20
+    done = extraction.done
+    engine = extraction._run.lanes[0].engine
+    assert isinstance(engine, fake.FakeEngine)
+    assert engine.closed == 1
+    rest = list(extraction.steps())
+    assert seen[-1].done == done
+    assert rest[0].done > done
+    assert rest[-1].done == 20
+    assert extraction.state == "done"
+    assert fake.FakeEngine.opened == 1
+    assert sum(engine.batches) <= 19 + 2 * 3
+    good = extraction.ok.to_numpy()
+    np.testing.assert_array_equal(extraction.features[good].to_numpy(), expected(photos["path"][good]))
+
+
+def test_steps_count_up_and_say_what_is_coming(photos: pd.DataFrame) -> None:
+    steps = list(Extraction(photos, BLOCK, images="path", batch_size=5).steps())
+    assert [step.note for step in steps[:2]] == [
+        "opening a pretended MobileNet",
+        "20 rows × 48 columns (4 kB of memory) · random weights · Fake engine · float32",
+    ]
+    assert [step.done for step in steps[2:]] == [5, 10, 15, 20]
+    assert all(step.total == 20 for step in steps)
+    assert steps[-1].images_per_second > 0
+    assert steps[-1].seconds_left == 0
+
+
+def test_a_running_extraction_cannot_be_run_twice(photos: pd.DataFrame) -> None:
+    extraction = Extraction(photos, BLOCK, images="path")
+    steps = extraction.steps()
+    next(steps)
+    with pytest.raises(ExtractionError, match="already running"):
+        next(extraction.steps())
+    assert len(list(steps)) > 1
+    assert list(extraction.steps()) == []
+
+
+def test_a_matrix_that_would_fill_the_memory_is_refused(photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbfeat.extraction.memory.free_bytes", lambda: 2000)
+    with pytest.raises(RequestError, match=r"48 features per image: 20 rows of them take 4 kB.*--pooling"):
+        Extraction(photos, BLOCK, images="path").run()
+
+
+def test_the_recipe_names_what_decides_the_numbers(photos: pd.DataFrame) -> None:
+    result = Extraction(photos, BLOCK, images="path").run()
+    assert result.recipe["blocks"] == ["MobileNet --size 32"]
+    assert result.recipe["weights"] == ["0" * 64]
+    assert set(result.recipe["versions"]) >= {"keras", "openvino", "pillow", "simplejpeg"}
+    assert set(result.profile) == {
+        "preparing", "reading", "decoding", "network", "cache", "attaching", "total", "bottleneck",
+    }  # fmt: skip
+
+
+def test_an_unknown_block_of_a_result_comes_with_near_ones(photos: pd.DataFrame) -> None:
+    result = Extraction(photos, BLOCK, images="path").run()
+    with pytest.raises(RequestError, match="Did you mean mobilenet"):
+        result["mobilnet"]

@@ -1,0 +1,968 @@
+"""A path, bytes or array → RGB pixels, or the reason why not."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from nbfeat.errors import ImageError, RequestError
+from nbfeat.images import decode, resize
+from nbfeat.images.decode import read_pixels
+from nbfeat.images.public_hosts import NOT_ALLOWED
+from nbfeat.images.resize import INTERPOLATIONS, RESIZES, PixelSpec, reduction
+from nbfeat.images.sources import image_column, name_of
+
+HERE = Path()
+WHOLE = 24  # an image of this size is given back as it is
+FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "nearest": Image.Resampling.NEAREST,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+def photo(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
+    """Make a smooth picture, different in every corner."""
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def read(value: object, spec: PixelSpec | None = None, root: Path = HERE) -> npt.NDArray[np.uint8]:
+    (pixels,) = read_pixels(value, [spec or PixelSpec(WHOLE)], root)
+    assert pixels.dtype == np.uint8
+    assert pixels.flags.c_contiguous
+    assert pixels.shape == ((spec.size, spec.size, 3) if spec else (WHOLE, WHOLE, 3))
+    return pixels
+
+
+def reason(value: object, root: Path = HERE) -> str:
+    with pytest.raises(ImageError) as caught:
+        read(value, root=root)
+    text = str(caught.value)
+    assert_is_a_sentence(text)
+    return text
+
+
+def assert_is_a_sentence(text: str) -> None:
+    assert 0 < len(text) <= 200
+    assert "\n" not in text
+    assert text[0] == text[0].lower()
+    assert " at 0x" not in text
+    assert "Traceback" not in text
+    text.encode()
+
+
+class RemotePath(os.PathLike[str]):
+    """A path object of the kind that fsspec's friends have."""
+
+    def __fspath__(self) -> str:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return "s3://bucket/a.jpg"
+
+
+# What is read
+
+
+def test_every_kind_of_value_gives_the_same_pixels(tmp_path: Path) -> None:
+    image = photo()
+    data = encoded(image)
+    path = tmp_path / "a folder" / "Grüße 100% #1?.png"
+    path.parent.mkdir()
+    path.write_bytes(data)
+    relative = str(path.relative_to(tmp_path))
+    values: list[object] = [
+        data,
+        bytearray(data),
+        memoryview(data),
+        memoryview(data + data)[: len(data)],
+        np.bytes_(data + b"."),
+        image,
+        np.asarray(image),
+        np.asarray(image)[:, :, ::-1][:, :, ::-1],
+        np.asfortranarray(np.asarray(image)),
+        path,
+        str(path),
+        np.str_(path),
+        relative,
+        Path(relative),
+        path.as_uri(),
+        path.as_uri().replace("file:///", "file://localhost/"),
+        path.as_uri().replace("file:///", "FILE:/"),
+        {"bytes": data, "path": None},
+        {"bytes": data, "path": "somewhere else.png"},
+        {"bytes": None, "path": relative},
+        {"bytes": float("nan"), "path": str(path)},
+    ]
+    expected = np.asarray(image.resize((WHOLE, WHOLE), Image.Resampling.BILINEAR))
+    for value in values:
+        np.testing.assert_array_equal(read(value, root=tmp_path), expected, err_msg=repr(value)[:80])
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    photo().save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read("~/a.png", root=Path("/nowhere")), read(photo()))
+    photo().save(tmp_path / "~nobody-is-called-so.png")
+    np.testing.assert_array_equal(read("~nobody-is-called-so.png", root=tmp_path), read(photo()))
+
+
+def test_one_image_gives_an_array_per_spec() -> None:
+    specs = [PixelSpec(size, resize, how) for size in (8, 33) for resize in RESIZES for how in INTERPOLATIONS]
+    together = read_pixels(encoded(photo(), "JPEG"), specs, HERE)
+    assert [pixels.shape for pixels in together] == [(spec.size, spec.size, 3) for spec in specs]
+    for spec, pixels in zip(specs, together, strict=True):
+        np.testing.assert_array_equal(pixels, read(encoded(photo(), "JPEG"), spec))
+    assert read_pixels(photo(), [], HERE) == []
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), np.float32("nan"), pd.NA, pd.NaT, "", "  ", {}, {"path": None}])
+def test_missing(value: object) -> None:
+    assert reason(value) == "the value is missing"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("http://example.org/a.jpg", NOT_ALLOWED),
+        ("HTTPS://example.org/a.jpg?x=1", NOT_ALLOWED),
+        ("s3://bucket/a.jpg", NOT_ALLOWED),
+        ("gs://bucket/a.jpg", NOT_ALLOWED),
+        ("zip://a.jpg::b.zip", NOT_ALLOWED),
+        (RemotePath(), NOT_ALLOWED),
+        (
+            "hdfs://node/a.jpg",
+            "hdfs: addresses are not read, only http, https, s3, gs and zip: download the file first",
+        ),
+        ("file://server/share/a.jpg", "remote addresses are not read: download the file first"),
+        ("data:image/png;base64,iVBORw0KGgo=", "data: addresses are not read: decode them to bytes first"),
+        (b"", "the value holds no bytes"),
+        (7, "a value of type int: only paths, bytes, PIL images and uint8 arrays are read"),
+        ([1, 2], "a value of type list: only paths, bytes, PIL images and uint8 arrays are read"),
+        (Image.new("RGB", (0, 5)), "the image has no pixels"),
+    ],
+)
+def test_values_that_are_not_read(value: object, expected: str) -> None:
+    assert reason(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (np.zeros(5, np.uint8), "shape 5:"),
+        (np.zeros((), np.uint8), r"shape \(\):"),
+        (np.zeros((3, 5, 6), np.uint8), "shape 3×5×6:"),
+        (np.zeros((5, 6, 2), np.uint8), "shape 5×6×2:"),
+        (np.zeros((0, 6, 3), np.uint8), "shape 0×6×3:"),
+        (np.zeros((1, 5, 6, 3), np.uint8), "shape 1×5×6×3:"),
+        (np.zeros((5, 6, 3), np.float32), "float32 has no defined range"),
+        (np.zeros((5, 6), np.int32), "int32 has no defined range"),
+        (np.zeros((5, 6), np.uint32), "uint32 has no defined range"),
+        (np.zeros((5, 6), np.int8), "int8 has no defined range"),
+        (np.zeros((5, 6), object), "object has no defined range"),
+        (np.broadcast_to(np.uint8(0), (20_000, 20_000)), r"too many pixels \(20,000 × 20,000\)"),
+    ],
+)
+def test_arrays_that_are_not_read(array: npt.NDArray[Any], expected: str) -> None:
+    with pytest.raises(ImageError, match=expected) as caught:
+        read(array)
+    assert_is_a_sentence(str(caught.value))
+
+
+# Files
+
+
+def test_files_that_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    assert reason("gone.jpg", tmp_path) == f"no such file: {tmp_path}/gone.jpg"
+    assert reason("empty.jpg/a.jpg", tmp_path) == f"no such file: {tmp_path}/empty.jpg/a.jpg"
+    assert reason(".", tmp_path) == f"a folder, not a file: {tmp_path}"
+    assert reason("empty.jpg", tmp_path) == f"the file is empty: {tmp_path}/empty.jpg"
+    assert reason("loop.jpg", tmp_path).startswith("too many levels of symbolic links: ")
+    assert reason("a\0b.jpg", tmp_path).startswith("the path holds a character that no file name can: ")
+    assert reason("a\ud800b.jpg", tmp_path).startswith("the path holds a character that no file name can: ")
+    assert reason("n" * 5_000, tmp_path).startswith("file name too long: ")
+    assert len(reason("folder/" * 300 + "a.jpg", tmp_path)) == 200
+
+
+def test_pipes_and_devices_are_never_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert reason("pipe.jpg", tmp_path) == f"a pipe, socket or device, not a file: {tmp_path}/pipe.jpg"
+    assert reason("/dev/zero").startswith("a pipe, socket or device")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read every file")
+def test_permission_denied(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    (tmp_path / "a.jpg").chmod(0)
+    assert reason("a.jpg", tmp_path) == f"permission denied: {tmp_path}/a.jpg"
+
+
+def test_permission_denied_as_the_system_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert reason("a.jpg", tmp_path) == f"permission denied: {tmp_path}/a.jpg"
+
+
+def test_a_file_larger_than_any_image(tmp_path: Path) -> None:
+    with (tmp_path / "video.jpg").open("wb") as file:
+        file.truncate(3 << 30)  # sparse
+    assert reason("video.jpg", tmp_path).startswith("too large for an image (3,221,225,472 bytes): ")
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"just some text", "text, not an image"),
+        (b"x" * 5_000, "text, not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a PostScript file, which is not read"),
+        (b"%PDF-1.7\n", "a PDF file, which is not read"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "a web page, not an image"),
+        (b'<?xml version="1.0"?>\n<!-- by hand -->\n<svg width="5">', "an SVG drawing, which is not read"),
+        (b"\0\0\0\x18ftypheic" + bytes(40), "a HEIC photograph, which is not read: convert it to JPEG"),
+        (b"\0\0\0\x18ftypmp42" + bytes(40), "a video, not an image"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n", "a Git LFS pointer"),
+        (b"\xff\x0a" + bytes(40), "a JPEG XL file"),
+        (bytes(range(150, 250)), "not an image, or of a format that is not read"),
+        (b"\xd7\xcd\xc6\x9a" + bytes(40), "not an image, or of a format that is not read"),  # WMF
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "damaged"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF\0", "damaged"),
+        (b"\xff\xd8", "not an image"),
+        (b"GIF89a", "damaged: it begins as GIF, but its header cannot be read"),
+        (b"RIFF\0\0\0\0WEBPVP8 " + bytes(40), "damaged"),
+    ],
+)
+def test_data_that_is_no_image(data: bytes, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert reason("a.jpg", tmp_path).startswith(expected)
+        assert reason(data).startswith(expected)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "JPEG2000", "PPM", "TGA"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_truncated_file_is_a_failure(kind: str, share: float) -> None:
+    data = encoded(photo(200, 150), kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert reason(data[: int(len(data) * share)]).startswith(("damaged", "not an image"))
+
+
+def png_header(width: int, height: int) -> bytes:
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def jpeg_that_says(width: int, height: int) -> bytes:
+    data = bytearray(encoded(photo(), "JPEG"))
+    start = data.index(b"\xff\xc0")
+    data[start + 5 : start + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "size"),
+    [
+        (png_header(60_000, 60_000) + b"\0\0\0\0IDAT", "3,600,000,000"),
+        (jpeg_that_says(65_500, 65_500), "65,500 × 65,500"),
+    ],
+)
+def test_too_many_pixels_are_refused_before_they_are_decoded(data: bytes, size: str) -> None:
+    started = time.perf_counter()
+    assert reason(data) == f"too many pixels ({size})"
+    assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(100_001, 1), (1, 100_001)])
+def test_a_side_that_is_too_long(width: int, height: int) -> None:
+    expected = f"a side of more than 100,000 pixels ({width:,} × {height:,})"
+    assert reason(f"P6 {width} {height} 255\n".encode() + bytes(3 * width * height)) == expected
+    assert reason(np.zeros((height, width), np.uint8)) == expected
+
+
+def test_the_limit_is_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert reason(png_header(60_000, 60_000) + b"\0\0\0\0IDAT") == "too many pixels (60,000 × 60,000)"
+    monkeypatch.setattr(decode, "MOST_PIXELS", 60 * 40 - 1)
+    for value in (encoded(photo()), encoded(photo(), "JPEG"), photo(), np.asarray(photo())):
+        assert reason(value) == "too many pixels (60 × 40)"
+    monkeypatch.setattr(decode, "MOST_PIXELS", 60 * 40)
+    read(encoded(photo()))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RecursionError(), KeyError("x"), UserWarning("x"), struct.error()])
+def test_whatever_a_library_raises_is_a_reason(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    values = [encoded(photo()), encoded(photo(), "JPEG"), photo(), np.asarray(photo())]
+    monkeypatch.setattr(Image.Image, "resize", fail)
+    expected = "not enough memory to decode it" if isinstance(error, MemoryError) else "damaged"
+    for value in values:
+        assert reason(value).startswith(expected)
+    monkeypatch.setattr(decode, "load", fail)
+    assert reason("a.jpg").startswith(expected)
+
+
+def test_an_interrupt_is_not_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decode, "load", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        read("a.jpg")
+
+
+# Modes
+
+
+def color_of(image: Image.Image | bytes | npt.NDArray[Any]) -> list[int]:
+    pixels = read(image)
+    assert (pixels == pixels[0, 0]).all()
+    return list(map(int, pixels[0, 0]))
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "expected"),
+    [
+        ("1", 255, (255, 255, 255)),
+        ("L", 77, (77, 77, 77)),
+        ("P", 0, (0, 0, 0)),
+        ("RGB", (1, 2, 3), (1, 2, 3)),
+        ("RGBX", (1, 2, 3, 0), (1, 2, 3)),
+        ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
+        ("RGBA", (10, 20, 30, 0), (255, 255, 255)),
+        ("RGBA", (0, 100, 200, 51), (204, 224, 244)),
+        ("RGBa", (0, 20, 40, 51), (204, 224, 244)),
+        ("LA", (0, 51), (204, 204, 204)),
+        ("La", (0, 51), (204, 204, 204)),
+        ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
+        ("YCbCr", (128, 128, 128), (128, 128, 128)),
+        ("HSV", (0, 0, 200), (200, 200, 200)),
+        ("LAB", (255, 128, 128), (255, 255, 255)),
+        ("I;16", 257 * 9, (9, 9, 9)),
+        ("I;16", 257 * 9 + 128, (9, 9, 9)),
+        ("I;16", 257 * 9 + 129, (10, 10, 10)),
+        ("I;16", 65_535, (255, 255, 255)),
+        ("I;16L", 257 * 200, (200, 200, 200)),
+        ("I;16B", 257 * 200, (200, 200, 200)),
+    ],
+)
+def test_modes(mode: str, color: Any, expected: tuple[int, ...]) -> None:
+    image = Image.new(mode, (WHOLE, WHOLE), color)
+    assert color_of(image) == pytest.approx(expected, abs=1 if mode == "LAB" else 0)
+    assert image.mode == mode
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+@pytest.mark.parametrize("kind", [None, "TIFF"])
+def test_modes_without_a_range(mode: str, kind: str | None) -> None:
+    image = Image.new(mode, (5, 5), 3)
+    expected = "32-bit and float images have no defined range: convert them to 8 or 16 bits"
+    assert reason(encoded(image, kind) if kind else image) == expected
+
+
+def test_transparency_told_beside_the_pixels() -> None:
+    for mode, clear in (("L", 9), ("RGB", (9, 9, 9)), ("I;16", 9), ("1", 0)):
+        color: Any = 0 if mode == "1" else clear
+        data = encoded(Image.new(mode, (WHOLE, WHOLE), color), "PNG", transparency=clear)
+        assert color_of(data) == [255, 255, 255], mode
+    palette = Image.new("P", (WHOLE, WHOLE), 1)
+    palette.putpalette([0, 0, 0, 100, 50, 0])
+    assert color_of(encoded(palette)) == [100, 50, 0]
+    assert color_of(encoded(palette, transparency=0)) == [100, 50, 0]
+    assert color_of(encoded(palette, transparency=1)) == [255, 255, 255]
+    assert color_of(encoded(palette, transparency=bytes([255, 51]))) == [224, 214, 204]
+    assert color_of(encoded(palette, "GIF", transparency=1)) == [255, 255, 255]
+
+
+def test_sixteen_bits_of_files() -> None:
+    assert color_of(encoded(Image.new("I;16", (WHOLE, WHOLE), 257 * 100))) == [100, 100, 100]
+    assert color_of(encoded(Image.new("I;16", (WHOLE, WHOLE), 257 * 100), "TIFF")) == [100, 100, 100]
+    assert color_of(encoded(Image.new("I;16B", (WHOLE, WHOLE), 257 * 100), "TIFF")) == [100, 100, 100]
+    plain = f"P2 {WHOLE} {WHOLE} 1000\n" + "500 " * WHOLE**2
+    assert color_of(plain.encode()) == [128, 128, 128]
+    raw = f"P5 {WHOLE} {WHOLE} 65535\n".encode() + struct.pack(">H", 257 * 3) * WHOLE**2
+    assert color_of(raw) == [3, 3, 3]
+    assert color_of(Image.open(io.BytesIO(raw))) == [3, 3, 3]
+
+
+def test_arrays() -> None:
+    shape = (WHOLE, WHOLE)
+    assert color_of(np.full(shape, 5, np.uint8)) == [5, 5, 5]
+    assert color_of(np.full((*shape, 1), 5, np.uint8)) == [5, 5, 5]
+    assert color_of(np.full((*shape, 4), (0, 0, 0, 51), np.uint8)) == [204, 204, 204]
+    assert color_of(np.full(shape, 257 * 5, np.uint16)) == [5, 5, 5]
+    assert color_of(np.full((*shape, 3), 257 * 5, ">u2")) == [5, 5, 5]
+    assert color_of(np.full(shape, 1, np.bool_)) == [255, 255, 255]
+    assert color_of(np.ma.masked_array(np.full(shape, 5, np.uint8))) == [5, 5, 5]
+    strided = np.arange(4 * WHOLE * WHOLE * 3, dtype=np.uint8).reshape(2 * WHOLE, 2 * WHOLE, 3)[::2, ::-2]
+    np.testing.assert_array_equal(read(strided), strided)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "MPO", "AVIF"])
+def test_of_several_pictures_the_first_is_read(kind: str) -> None:
+    frames = [Image.new("RGB", (WHOLE, WHOLE), color) for color in ("red", "lime", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 100} if kind in {"MPO", "AVIF"} else {}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert color_of(data) == pytest.approx([255, 0, 0], abs=6)
+
+
+# Orientation
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_orientation_is_that_of_exif_transpose(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photo(), kind, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert expected.size == ((40, 60) if orientation in {5, 6, 7, 8} else (60, 40))
+    expected_pixels = np.asarray(expected.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(read(data, PixelSpec(32)), expected_pixels)
+    np.testing.assert_array_equal(read(Image.open(io.BytesIO(data)), PixelSpec(32)), expected_pixels)
+
+
+def test_an_image_whose_orientation_cannot_be_asked_for_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise SyntaxError
+
+    values = [encoded(photo()), encoded(photo(), "JPEG"), photo()]
+    expected = [read(value) for value in values]
+    for place in ("PIL.Image.Image.getexif", "PIL.JpegImagePlugin.JpegImageFile"):
+        monkeypatch.setattr(place, fail)
+        for value, pixels in zip(values, expected, strict=True):
+            np.testing.assert_array_equal(read(value), pixels)
+
+
+def test_orientation_in_xmp_counts() -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = encoded(photo(), "JPEG", xmp=xmp)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert expected.size == (40, 60)
+    pixels = read(data, PixelSpec(32))
+    np.testing.assert_array_equal(pixels, np.asarray(expected.resize((32, 32), Image.Resampling.BILINEAR)))
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + bytes(30)])
+def test_an_orientation_that_cannot_be_read_is_none(exif: bytes) -> None:
+    plain = encoded(photo(), "JPEG")
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        np.testing.assert_array_equal(read(plain[:2] + segment + plain[2:]), read(plain))
+
+
+# Fitting
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("size", [(60, 40), (500, 375), (31, 97), (1, 1), (64, 64)])
+def test_squash_is_what_load_img_calls(kind: str, interpolation: Any, size: tuple[int, int]) -> None:
+    data = encoded(photo(*size), kind)
+    expected = Image.open(io.BytesIO(data)).resize((64, 64), FILTERS[interpolation])
+    np.testing.assert_array_equal(read(data, PixelSpec(64, "squash", interpolation)), np.asarray(expected))
+
+
+LOAD_IMG = """
+import sys
+sys.modules["openvino_telemetry"] = None  # or it would send
+import numpy, keras
+folder, size, *how = sys.argv[1:]
+for file in ("a.jpg", "grey.jpg", "cmyk.jpg", "palette.png"):
+    for name in how:
+        image = keras.utils.load_img(f"{folder}/{file}", target_size=(int(size), int(size)), interpolation=name)
+        numpy.save(f"{folder}/{file}-{name}.npy", numpy.asarray(image))
+"""
+
+
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("keras", "openvino"))), reason="needs keras and openvino")
+def test_squash_is_what_keras_loads(tmp_path: Path) -> None:
+    photo(500, 375).save(tmp_path / "a.jpg")
+    photo(500, 375).convert("L").save(tmp_path / "grey.jpg")
+    photo(500, 375).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    photo(500, 375).quantize().save(tmp_path / "palette.png")
+    command = [sys.executable, "-c", LOAD_IMG, str(tmp_path), "224", *INTERPOLATIONS]
+    subprocess.run(command, env={**os.environ, "KERAS_BACKEND": "openvino"}, check=True, capture_output=True)
+    for file in ("a.jpg", "grey.jpg", "cmyk.jpg", "palette.png"):
+        for how in INTERPOLATIONS:
+            expected = np.load(tmp_path / f"{file}-{how}.npy")
+            np.testing.assert_array_equal(read(tmp_path / file, PixelSpec(224, "squash", how)), expected)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("size", [(600, 400), (300, 500), (256, 256), (64, 32)])
+def test_crop_is_resize_then_cut(size: tuple[int, int], interpolation: Any) -> None:
+    image = photo(*size)
+    scale = 256 / min(size)
+    whole = image.resize((round(size[0] * scale), round(size[1] * scale)), FILTERS[interpolation])
+    left, top = (whole.width - 224) / 2, (whole.height - 224) / 2
+    expected = np.asarray(whole.crop((int(left), int(top), int(left) + 224, int(top) + 224))).astype(int)
+    difference = np.abs(read(image, PixelSpec(224, "crop", interpolation)) - expected)
+    assert difference.mean() < 0.75  # the cut may lie half a pixel beside
+
+
+def test_crop_keeps_the_centre_exactly_where_nothing_is_scaled() -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (256, 300, 3), np.uint8)
+    np.testing.assert_array_equal(read(noise, PixelSpec(224, "crop")), noise[16:240, 38:262])
+
+
+def test_pad_is_black_around_the_whole() -> None:
+    pixels = read(Image.new("RGB", (60, 30), "white"), PixelSpec(20, "pad"))
+    assert (pixels[5:15] == 255).all()
+    assert not pixels[:5].any()
+    assert not pixels[15:].any()
+    noise = np.random.default_rng(1).integers(0, 256, (20, 10, 3), np.uint8)
+    np.testing.assert_array_equal(read(noise, PixelSpec(20, "pad"))[:, 5:15], noise)
+
+
+@pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (2, 100_000), (1, 1)])
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_thin_images_stay_small(size: tuple[int, int], interpolation: Any) -> None:
+    image = Image.new("RGB", size, (9, 8, 7))
+    started = time.perf_counter()
+    for how in RESIZES:
+        pixels = read(image, PixelSpec(224, how, interpolation))
+        assert list(pixels.max(axis=(0, 1))) == [9, 8, 7]
+    assert time.perf_counter() - started < 2
+
+
+# JPEG
+
+
+@pytest.mark.parametrize(
+    ("size", "spec", "factor"),
+    [
+        ((500, 375), PixelSpec(224), 1),
+        ((4000, 3000), PixelSpec(224), 2),
+        ((4000, 3000), PixelSpec(96), 4),
+        ((8000, 7168), PixelSpec(224), 8),
+        ((3584, 3584), PixelSpec(224), 4),
+        ((3583, 9000), PixelSpec(224), 4),
+        ((3580, 9000), PixelSpec(224), 2),
+        ((1791, 9000), PixelSpec(224), 2),
+        ((1790, 9000), PixelSpec(224), 1),
+        ((3584, 3584), PixelSpec(224, "crop"), 2),
+        ((4096, 4096), PixelSpec(224, "crop"), 4),
+        ((3584, 3584), PixelSpec(224, "pad"), 4),
+        ((60_000, 500), PixelSpec(224), 1),
+        ((8000, 8000), PixelSpec(224, "squash", "nearest"), 1),
+        ((8000, 8000), PixelSpec(224, "squash", "bicubic"), 1),
+        ((8000, 8000), PixelSpec(224, "squash", "lanczos"), 1),
+    ],
+)
+def test_reduction(size: tuple[int, int], spec: PixelSpec, factor: int) -> None:
+    assert reduction(*size, spec) == factor
+    assert reduction(size[1], size[0], spec) == factor
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [(1003, 801), (640, 640)])
+def test_a_reduced_jpeg_is_what_pillow_drafts(factor: int, size: tuple[int, int]) -> None:
+    data = encoded(photo(*size), "JPEG", quality=95)
+    target = min(size) // factor // 4
+    assert reduction(*size, PixelSpec(target)) == factor
+    drafted = Image.open(io.BytesIO(data))
+    drafted.draft("RGB", (size[0] // factor, size[1] // factor))
+    assert drafted.size == (-(-size[0] // factor), -(-size[1] // factor))
+    expected = np.asarray(drafted.resize((target, target), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(read(data, PixelSpec(target)), expected)
+    whole = np.asarray(photo(*size).resize((target, target), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(whole - expected).max() < 16
+
+
+def test_a_spec_never_depends_on_those_beside_it() -> None:
+    data = encoded(photo(1600, 1200), "JPEG")
+    specs = [PixelSpec(size, resize) for size in (24, 64, 128, 224) for resize in RESIZES]
+    assert {reduction(1600, 1200, spec) for spec in specs} == {1, 2, 4, 8}
+    for spec, pixels in zip(specs, read_pixels(data, specs, HERE), strict=True):
+        np.testing.assert_array_equal(pixels, read(data, spec))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"progressive": True},
+        {"subsampling": "4:4:4"},
+        {"subsampling": "4:2:2"},
+        {"subsampling": "4:1:1"},
+        {"keep_rgb": True},
+        {"restart_marker_blocks": 3},
+        {"icc_profile": b"x" * 200_000, "comment": b"hello"},
+    ],
+)
+def test_kinds_of_jpeg(options: dict[str, Any]) -> None:
+    for image in (photo(101, 77), photo(101, 77).convert("L"), photo(101, 77).convert("CMYK")):
+        data = encoded(image, "JPEG", **({} if image.mode != "RGB" and "keep_rgb" in options else options))
+        expected = Image.open(io.BytesIO(data)).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(read(data, PixelSpec(32)), np.asarray(expected))
+
+
+def test_a_jpeg_that_only_pillow_reads() -> None:
+    data = encoded(photo(1600, 1200), "JPEG")
+    scan = data.index(b"\xff\xda")
+    odd = data[:scan] + b"stray" + data[scan:]
+    expected = Image.open(io.BytesIO(odd)).resize((64, 64), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(read(odd, PixelSpec(64)), np.asarray(expected))
+
+
+# Other people's images, threads, globals
+
+
+def test_the_callers_image_stays_as_it_is(tmp_path: Path) -> None:
+    palette = Image.new("P", (WHOLE, WHOLE), 1)
+    palette.putpalette([0, 0, 0, 100, 50, 0])
+    palette.save(tmp_path / "a.png", transparency=bytes([255, 51]))
+    with Image.open(tmp_path / "a.png") as image:
+        before = image.copy()
+        assert color_of(image) == [224, 214, 204]
+        assert color_of(image) == [224, 214, 204]
+        assert (image.mode, image.size, image.info) == (before.mode, before.size, before.info)
+        assert image.tobytes() == before.tobytes()
+        assert image.getpalette("RGBA") == before.getpalette("RGBA")
+        assert image.convert("RGBA").getpixel((0, 0)) == (100, 50, 0, 51)
+    animated = Image.open(io.BytesIO(encoded(photo(), "GIF", save_all=True, append_images=[photo(seed=1)])))
+    animated.seek(1)
+    second = read(animated)
+    animated.seek(0)
+    assert not np.array_equal(read(animated), second)
+    array = np.asarray(photo()).copy()
+    read(array)
+    np.testing.assert_array_equal(array, np.asarray(photo()))
+
+
+def test_a_closed_image_is_a_reason(tmp_path: Path) -> None:
+    photo().save(tmp_path / "a.png")
+    image = Image.open(tmp_path / "a.png")
+    image.close()
+    assert reason(image).startswith("damaged: ")
+
+
+def test_threads_give_what_one_gives() -> None:
+    kinds = ("JPEG", "PNG", "GIF", "WEBP", "TIFF")
+    data = [encoded(photo(400, 300, seed), kind) for seed in range(4) for kind in kinds]
+    specs = [PixelSpec(64), PixelSpec(48, "crop", "bicubic")]
+    expected = [read_pixels(item, specs, HERE) for item in data]
+    lent = [Image.open(io.BytesIO(item)) for item in data]  # not loaded, and each in several rows
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda value: read_pixels(value, specs, HERE), [*data, *lent] * 4))
+    for position, pixels in enumerate(found):
+        np.testing.assert_array_equal(pixels[0], expected[position % len(data)][0])
+        np.testing.assert_array_equal(pixels[1], expected[position % len(data)][1])
+
+
+def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    running, most, fitted = 0, 0, resize.fitted
+
+    def slow(image: Image.Image, spec: PixelSpec) -> npt.NDArray[np.uint8]:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.01)
+        running -= 1
+        return fitted(image, spec)
+
+    monkeypatch.setattr(resize, "fitted", slow)
+    values = [encoded(photo()), encoded(photo(), "JPEG"), photo(), np.asarray(photo())] * 2
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, values))
+        assert most > 1
+        most = 0
+        monkeypatch.setattr(decode, "_ONE_AT_A_TIME", 100)
+        list(pool.map(read, values))
+        assert most == 1
+    with pytest.raises(ImageError):
+        read(encoded(photo())[:-200])
+    assert decode._large.acquire(blocking=False)
+    decode._large.release()
+
+
+def test_nothing_global_is_touched() -> None:
+    before = (list(warnings.filters), Image.MAX_IMAGE_PIXELS, threading.active_count())
+    for value in (encoded(photo()), encoded(photo(), "JPEG"), photo(), np.asarray(photo())):
+        read(value)
+    assert reason("gone.jpg")
+    assert (list(warnings.filters), Image.MAX_IMAGE_PIXELS, threading.active_count()) == before
+
+
+def test_pandas_is_not_imported() -> None:
+    code = "import sys, nbfeat.images.decode; assert not {'pandas', 'keras', 'openvino'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+# Anything at all
+
+
+ANYTHING = settings(deadline=None, max_examples=200)
+
+
+def gives_pixels_or_a_sentence(value: object, root: Path = HERE) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            read(value, root=root)
+        except ImageError as error:
+            assert_is_a_sentence(str(error))
+
+
+SIGNS = [b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"P6 ", b"qoif", b"\n\5", b"8BPS", b"\0\0\1\0"]
+
+
+@ANYTHING
+@given(sign=st.sampled_from(SIGNS), data=st.binary(max_size=300))
+def test_random_bytes(sign: bytes, data: bytes) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "MOST_PIXELS", 4_000_000)
+        gives_pixels_or_a_sentence(sign + data)
+
+
+@ANYTHING
+@given(st.one_of(st.text(), st.none(), st.floats(), st.integers(), st.dates(), st.dictionaries(st.text(), st.text())))
+def test_any_value(value: object) -> None:
+    gives_pixels_or_a_sentence(value, Path("/nowhere"))
+    assert len(name_of(value)) <= 200
+
+
+# The collection of odd images
+
+NO_RANGE = {"pillow/10ct_32bit_128.tiff"}
+
+
+def odd_rows(folder: Path) -> list[list[str]]:
+    return [line.split("\t") for line in (folder / "odd/INDEX.tsv").read_text().splitlines()[1:]]
+
+
+def test_odd_images(shared_data: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = odd_rows(shared_data)
+    assert len(rows) > 100
+    for name, *_, orientation, load, to_rgb, _ in rows:
+        # Pillow's first load() failed there, and the second gave what there is of the image: a failure all the same.
+        good = load == to_rgb == "ok" and orientation != "ERR OSError" and name not in NO_RANGE
+        started = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if good:
+                read(name, PixelSpec(64), shared_data / "odd")
+            else:
+                reason(name, shared_data / "odd")
+        assert time.perf_counter() - started < 5, name
+    capfd.readouterr()  # libtiff writes to the terminal itself
+
+
+def test_odd_images_are_what_pillow_makes_of_them(shared_data: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    compared = 0
+    for name, _, _, mode, *_, orientation, load, to_rgb, _ in odd_rows(shared_data):
+        good = load == to_rgb == "ok" and orientation != "ERR OSError" and "trns" not in name
+        if mode not in {"RGB", "L", "CMYK", "1"} or not good:
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(shared_data / "odd" / name)
+            image.load()
+            expected = ImageOps.exif_transpose(image).convert("RGB").resize((299, 299), Image.Resampling.BILINEAR)
+            pixels = read(shared_data / "odd" / name, PixelSpec(299))
+        np.testing.assert_array_equal(pixels, np.asarray(expected), err_msg=name)
+        compared += 1
+    assert compared > 50
+    capfd.readouterr()
+
+
+def test_twelve_bits_of_a_tiff_are_stretched(shared_data: Path) -> None:
+    file = shared_data / "odd/pillow/12bit.cropped.tif"
+    values = np.asarray(Image.open(file)).astype(float)
+    pixels = read(file, PixelSpec(100))
+    np.testing.assert_array_equal(pixels, np.repeat(np.round(values[:, :, None] * 255 / 4_095), 3, axis=2))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "first"),
+    [("exif_orientation/Landscape_{}.jpg", 0), ("pillow/hopper_orientation_{}.jpg", 2)],
+)
+def test_odd_images_of_all_orientations_look_alike(pattern: str, first: int, shared_data: Path) -> None:
+    expected = read(pattern.format(2), PixelSpec(64), shared_data / "odd").astype(int)
+    for orientation in range(first, 9):
+        pixels = read(pattern.format(orientation), PixelSpec(64), shared_data / "odd")
+        assert np.abs(pixels - expected).mean() <= 1.5, orientation
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("photos/a.jpg", "photos/a.jpg"),
+        (Path("photos/a.jpg"), "photos/a.jpg"),
+        (b"x" * 12_345, "<bytes, 12,345>"),
+        (bytearray(7), "<bytes, 7>"),
+        (memoryview(bytes(7)), "<bytes, 7>"),
+        (np.zeros((32, 32, 3), np.uint8), "<array 32×32×3 uint8>"),
+        (Image.new("RGB", (64, 48)), "<PIL image 64×48 RGB>"),
+        (None, "None"),
+        (float("nan"), "nan"),
+        (pd.NA, "<NA>"),
+        (3, "3"),
+        ([1], "<list>"),
+        ({"bytes": b"xyz", "path": "a.jpg"}, "a.jpg"),
+        ({"bytes": b"xyz", "path": None}, "<bytes, 3>"),
+        ({}, "None"),
+        ("two\nlines  \0\udcff\u2028", "two\\nlines  \\x00\\udcff\\u2028"),
+        (RemotePath(), "s3://bucket/a.jpg"),
+    ],
+)
+def test_name_of(value: object, expected: str) -> None:
+    assert name_of(value) == expected
+
+
+def test_name_of_long_paths_keeps_both_ends() -> None:
+    name = name_of("start/" + "folder/" * 200 + "end.jpg")
+    assert len(name) == 200
+    assert name.startswith("start/")
+    assert name.endswith("/end.jpg")
+
+
+# The image column
+
+PATHS = [f"photos/{number}.jpg" for number in range(20)]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        PATHS,
+        list(map(Path, PATHS)),
+        [f"file:///photos/{number}" for number in range(20)],
+        [f"https://example.org/{number}.JPG?size=1#x" for number in range(20)],
+        [f"s3://bucket/{number}.webp" for number in range(20)],
+        [encoded(photo())] * 20,
+        [bytearray(encoded(photo(), "JPEG"))] * 20,
+        [photo()] * 20,
+        [np.zeros((4, 4, 3), np.uint8)] * 20,
+        [{"bytes": b"x", "path": None}] * 20,
+        pd.array(PATHS, "string"),
+        pd.array(PATHS, "str"),
+        pd.array(PATHS, "string[pyarrow]"),
+        pd.Categorical(PATHS),
+        [None, *PATHS[:18], "notes.txt"],
+        [*[None] * 19, "a.jpg"],
+        pd.array([*[None] * 19, "a.jpg"], "string"),
+    ],
+)
+def test_the_column_that_looks_like_images_is_found(values: Any) -> None:
+    frame = pd.DataFrame({"number": range(20), "text": ["a.txt"] * 20, "pic": values, "x": 1.5})
+    assert image_column(frame, None) == "pic"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["a.txt"] * 20,
+        ["jpg"] * 20,
+        ["hdfs://node/a.jpg"] * 20,
+        PATHS[:17] + ["a.txt"] * 3,
+        [None] * 20,
+        [b"no image"] * 20,
+        [np.zeros((4, 4, 3))] * 20,
+        [np.zeros(4, np.uint8)] * 20,
+        list(range(20)),
+    ],
+)
+def test_other_columns_are_not_taken(values: Any) -> None:
+    with pytest.raises(RequestError, match=r"No column looks like images: other \(.+\) and x \(1\)\. .*--images"):
+        image_column(pd.DataFrame({"other": values, "x": 1}), None)
+
+
+def test_values_spread_over_the_frame_decide() -> None:
+    mixed = pd.DataFrame({"pic": ["a.jpg"] * 5_000 + ["a.txt"] * 5_000})
+    with pytest.raises(RequestError, match="No column"):
+        image_column(mixed, None)
+    mostly = pd.DataFrame({"pic": ["a.jpg"] * 9_500 + ["a.txt"] * 500})
+    assert image_column(mostly, None) == "pic"
+
+
+def test_several_candidates_are_named_with_their_first_values() -> None:
+    frame = pd.DataFrame({"path": [None, *PATHS], "mask": [b"\xff\xd8\xff"] * 21, "label": "cat"})
+    with pytest.raises(RequestError) as caught:
+        image_column(frame, None)
+    assert str(caught.value) == (
+        "2 columns look like images: path ('photos/0.jpg') and mask (<bytes, 3>). Name one with --images COLUMN."
+    )
+
+
+def test_many_columns_are_not_all_named() -> None:
+    frame = pd.DataFrame(np.zeros((3, 2_000)))
+    started = time.perf_counter()
+    with pytest.raises(RequestError, match=r"9 \(0\.0\) and 1,990 more\."):
+        image_column(frame, None)
+    assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize("frame", [pd.DataFrame({"pic": []}), pd.DataFrame(index=range(3)), pd.DataFrame()])
+def test_frames_with_nothing_to_go_by(frame: pd.DataFrame) -> None:
+    with pytest.raises(RequestError, match="--images COLUMN"):
+        image_column(frame, None)
+
+
+def test_the_column_asked_for() -> None:
+    frame = pd.DataFrame({"path": PATHS, "label": "cat", 3: "x", ("a", 1): 0})
+    assert image_column(frame, "label") == "label"
+    assert image_column(frame, 3) == 3
+    assert image_column(frame, "3") == 3
+    assert image_column(frame, "('a', 1)") == ("a", 1)
+    assert image_column(frame.iloc[:0], "path") == "path"
+    with pytest.raises(RequestError) as caught:
+        image_column(frame, "Pth")
+    expected = "The frame has no column Pth. Did you mean path? Columns that look like images: path ('photos/0.jpg')."
+    assert str(caught.value) == expected
+    with pytest.raises(RequestError, match=r"no column pic\. Its columns: label \('cat'\) and 3 \('x'\)\."):
+        image_column(frame[["label", 3]], "pic")
+
+
+def test_integer_labels() -> None:
+    assert image_column(pd.DataFrame({0: [1, 2], 1: ["a.jpg", "b.jpg"]}), None) == 1
+
+
+def test_labels_that_would_not_do() -> None:
+    twice = pd.DataFrame([["a.jpg", "b.jpg", 1]], columns=["pic", "pic", "x"])
+    with pytest.raises(RequestError, match="2 columns are called pic: rename all but one"):
+        image_column(twice, "pic")
+    with pytest.raises(RequestError, match="2 columns look like images"):
+        image_column(twice, None)
+    one_of_two = pd.DataFrame([["a.jpg", "text", 1]], columns=["pic", "pic", "x"])
+    with pytest.raises(RequestError, match="2 columns are called pic"):
+        image_column(one_of_two, None)

@@ -1,0 +1,80 @@
+"""The process for each architecture by name: load pretrained → remove the classifier → extract → normalize → model.
+
+Published weights are on this machine for MobileNet at most; the others take a file of the published kind, or weights
+from a seed, and go the same way from there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
+
+import nbfeat
+from tests.backbones.test_alexnet_googlenet import alexnets, googlenets
+from tests.backbones.test_published import drawn
+from tests.backbones.torch_files import checkpoint
+from tests.faces import Face
+
+pytestmark = pytest.mark.slow
+# The layers to cut at, and how many features they give.
+LAYERS = {
+    "AlexNet": {"pool2": 192, "fc6": 4096},
+    "VGG16": {"block3_pool": 256, "block5_pool": 512},
+    "ResNet50": {"conv3_block4_out": 512, "conv5_block3_out": 2048},
+    "InceptionV3": {"mixed2": 288, "mixed10": 2048},
+    "GoogLeNet": {"inception_3b": 480, "inception_5b": 1024},
+    "MobileNet": {"conv_pw_6_relu": 128, "conv_pw_13_relu": 256},
+}
+
+
+def words(name: str, folder: Path, keras_home: Path) -> str:
+    """Return the backbone with the options that say which weights."""
+    if name in {"AlexNet", "GoogLeNet"}:
+        file = folder / f"{name.lower()}.pth"
+        file.write_bytes(checkpoint(drawn({"AlexNet": alexnets, "GoogLeNet": googlenets}[name]())))
+        return f"{name} --weights {file}"
+    if name == "MobileNet":
+        there = (keras_home / "models" / "mobilenet_2_5_224_tf_no_top.h5").exists()
+        return f"{name} --alpha 0.25 --weights {'imagenet' if there else 'random'}"
+    return f"{name} --size 96 --weights random"
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_from_pretrained_network_to_svm_and_random_forest(
+    name: str, photos: pd.DataFrame, tmp_path: Path, keras_home: Path
+) -> None:
+    layers = LAYERS[name]
+    early, late = layers
+    backbone = words(name, tmp_path, keras_home)
+    result = nbfeat.extract(
+        photos,
+        f"{backbone} --layer {early} --pooling max --normalize standard --prefix early",
+        f"{backbone} --layer {late} --normalize l2 --prefix late",
+        images="path",
+        fit_on="split == 'train'",
+    )
+    assert {prefix: result[prefix].shape for prefix in ("early", "late")} == {
+        "early": (20, layers[early]),
+        "late": (20, layers[late]),
+    }
+    np.testing.assert_allclose(np.linalg.norm(result["late"], axis=1), 1, rtol=1e-5)
+    train = photos["split"] == "train"
+    varying = result["early"][train].std() > 0
+    np.testing.assert_allclose(result["early"][train].loc[:, varying].std(ddof=0), 1, rtol=1e-3)
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    for model in (make_pipeline(StandardScaler(), SVC(C=10)), RandomForestClassifier(200, random_state=0)):
+        score = cross_val_score(model, result.features, photos["label"], cv=folds).mean()
+        assert score >= 0.7, f"{name}: four kinds of pictures are told apart in {score:.0%}"
+
+
+def test_the_same_in_one_line_of_a_notebook(extract: Face, photos: pd.DataFrame) -> None:
+    result = extract(photos, "MobileNet --alpha 0.25 --size 96 --weights random --normalize l2", images="path")
+    assert result.features.shape == (20, 256)

@@ -1,0 +1,66 @@
+"""How many cores a run takes for its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nbfeat.inference.engines import cpu_count
+from nbfeat.inference.engines.cpu_count import available_cores, quotas
+
+
+def groups(folder: Path, text: str) -> Path:
+    file = folder / "groups"
+    file.write_text(text)
+    return file
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_a_container_has_its_quota(tmp_path: Path) -> None:
+    write(tmp_path / "root/cpu.max", "150000 100000\n")
+    assert list(quotas(tmp_path / "root", groups(tmp_path, "0::/\n"))) == [1.5]
+    write(tmp_path / "root/cpu.max", "max 100000\n")
+    assert list(quotas(tmp_path / "root", groups(tmp_path, "0::/\n"))) == []
+
+
+def test_groups_around_this_one_count_too(tmp_path: Path) -> None:
+    write(tmp_path / "root/user.slice/cpu.max", "400000 100000\n")
+    write(tmp_path / "root/user.slice/job.scope/cpu.max", "max 100000\n")
+    write(tmp_path / "root/other.slice/cpu.max", "10000 100000\n")
+    assert list(quotas(tmp_path / "root", groups(tmp_path, "0::/user.slice/job.scope\n"))) == [4.0]
+
+
+def test_so_do_groups_of_the_first_version(tmp_path: Path) -> None:
+    told = groups(tmp_path, "5:memory:/a\n4:cpu,cpuacct:/a/b\n1:name=systemd:/c\n")
+    for place, quota in (("a/b", "-1"), ("a", "250000"), ("", "300000")):
+        write(tmp_path / "root/cpu" / place / "cpu.cfs_quota_us", quota)
+        write(tmp_path / "root/cpu" / place / "cpu.cfs_period_us", "100000")
+    assert list(quotas(tmp_path / "root", told)) == [2.5, 3.0]
+
+
+def test_where_there_are_no_groups_there_is_no_quota(tmp_path: Path) -> None:
+    assert list(quotas(tmp_path / "root", tmp_path / "nowhere")) == []
+    write(tmp_path / "root/cpu.max", "nonsense")
+    assert list(quotas(tmp_path / "root", groups(tmp_path, "0::/../outside\n"))) == []
+
+
+def test_a_part_of_a_core_counts_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_count, "quotas", lambda: iter([0.25]))
+    assert available_cores() == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores can be chosen on Linux alone")
+def test_a_process_bound_to_one_core_has_one() -> None:
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from nbfeat.inference.engines.cpu_count import available_cores; print(available_cores())"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "1\n"

@@ -1,0 +1,269 @@
+"""The CPU engine and the networks on disk."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import nbfeat
+from nbfeat import NetworkError, RequestError, isolation
+from nbfeat.backbones.weights import Loaded
+from nbfeat.inference import engines
+from nbfeat.inference.compiled_models import Preparing, Stored
+from nbfeat.inference.engines.openvino import OpenVINOEngine
+from nbfeat.inference.model import Cut, NetworkSpec, Output
+from tests.faces import same
+
+SMALL = "MobileNet --alpha 0.25 --size 64 --weights random"
+SPEC = NetworkSpec(
+    backbone="MobileNet",
+    alpha=0.25,
+    weights="random",
+    scaling="tf",
+    size=64,
+    cuts=(Cut(), Cut("conv_pw_3_relu", "max")),
+)
+
+
+@pytest.fixture
+def stored() -> Stored:
+    preparing = Preparing(SPEC)
+    list(preparing)
+    return preparing.result
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_rows_are_the_same_to_the_bit_for_any_batch_size_order_and_company(
+    photos: pd.DataFrame, precision: str
+) -> None:
+    options = {"images": "path", "precision": precision, "cache": False}
+    try:
+        whole = nbfeat.extract(photos, SMALL, **options).features
+    except NetworkError:
+        pytest.skip(f"this CPU does not compute in {precision}")
+    for size in (1, 3, 16):
+        same(nbfeat.extract(photos, SMALL, batch_size=size, **options).features, whole)
+    some = photos.sample(7, random_state=0)
+    same(nbfeat.extract(some, SMALL, **options).features, whole.loc[some.index])
+    beside = nbfeat.extract(photos, SMALL, "MobileNetV3Small --size 96 --weights random", **options)
+    same(beside["mobilenet025"], whole)
+    if precision == "float32":  # the cache takes a cut for the same beside any others
+        both = nbfeat.extract(photos, SMALL, f"{SMALL} --layer conv_pw_6_relu --pooling max", **options)
+        same(both["mobilenet025"], whole)
+
+
+def test_an_engine_closed_in_flight_has_all_its_buffers_again(stored: Stored) -> None:
+    engine = OpenVINOEngine(stored, precision="float32", batch_size=2)
+    free = len(engine._free)
+    for _ in range(2):
+        while not engine.is_full:
+            engine.submit(engine.buffer(), 2)
+        engine.buffer()
+        assert engine.in_flight
+        engine.close()
+        assert engine.in_flight == 0
+        assert len(engine._free) == free
+    buffer = engine.buffer()
+    engine.submit(buffer, 1)
+    assert engine.collect()[Cut().key].shape == (1, 256)
+
+
+def test_a_damaged_network_is_not_used_but_built_again(stored: Stored) -> None:
+    weights = stored.folder / "network.bin"
+    content = bytearray(weights.read_bytes())
+    content[100] ^= 1
+    weights.write_bytes(content)
+    again = Preparing(SPEC)
+    assert "building" in " ".join(again)
+    assert again.result.outputs == stored.outputs
+    assert weights.read_bytes() != bytes(content)
+    assert not list(again)  # now it is there
+
+
+def test_a_network_that_fails_to_build_leaves_nothing(own_home: Path) -> None:
+    before = sorted((own_home / "networks").iterdir())
+    lost = NetworkSpec(backbone="VGG16", alpha=None, weights="random", scaling="tf", size=64, cuts=(Cut("nosuch"),))
+    with pytest.raises(RequestError, match="no layer 'nosuch'"):
+        list(Preparing(lost))
+    abandoned = iter(
+        Preparing(NetworkSpec(backbone="VGG16", alpha=None, weights="random", scaling="tf", size=64, cuts=(Cut(),)))
+    )
+    next(abandoned)
+    abandoned.close()  # type: ignore[attr-defined]
+    assert sorted((own_home / "networks").iterdir()) == before
+
+
+def test_two_that_build_the_same_network_at_once_both_have_it(stored: Stored) -> None:
+    shutil.rmtree(stored.folder)
+    two = [Preparing(SPEC), Preparing(SPEC)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(list, two))
+    assert two[0].result.folder == two[1].result.folder
+    assert two[0].result.outputs == stored.outputs
+
+
+def test_precision_and_device_are_words_that_exist() -> None:
+    assert engines.check_precision("auto") == "auto"
+    with pytest.raises(RequestError, match="auto, float32, bfloat16, float16"):
+        engines.check_precision("int8")
+    for asked in ("cpu:1", "tpu", "gpu:x", ""):
+        with pytest.raises(RequestError):
+            engines.check_device(asked)
+    assert engines.choose_devices("cpu") == ("cpu",)
+
+
+def test_a_gpu_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "count_gpus", lambda: 0)
+    with pytest.raises(RequestError, match=r"sees no GPU.*--device cpu"):
+        engines.choose_devices("gpu")
+    monkeypatch.setattr(engines, "sign_of_gpu", lambda: True)
+    assert engines.choose_devices("auto") == ("cpu",)
+    monkeypatch.setattr(engines, "count_gpus", lambda: 2)
+    assert engines.choose_devices("auto") == ("gpu:0", "gpu:1")
+    assert engines.choose_devices("gpu") == ("gpu:0",)
+    assert engines.choose_devices("gpu:1") == ("gpu:1",)
+    with pytest.raises(RequestError, match="sees 2 GPUs"):
+        engines.choose_devices("gpu:2")
+
+
+@pytest.mark.parametrize(("files", "hidden", "expected"), [
+    (["nvidiactl", "null"], None, False), (["nvidia3"], None, True), (["kfd"], None, True), (["nvidia0"], "", False),
+])  # fmt: skip
+def test_a_driver_s_files_are_the_sign_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: list[str], hidden: str | None, expected: object
+) -> None:
+    monkeypatch.setattr(engines, "_DRIVERS", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    for name in files:
+        (tmp_path / name).touch()
+    assert engines.sign_of_gpu() is expected
+
+
+@pytest.mark.slow
+def test_nothing_is_sent_and_nothing_is_written_elsewhere(photos: pd.DataFrame, tmp_path: Path) -> None:
+    """Cold and warm, in a fresh home, with a hook in every process that notes connections and look-ups."""
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    notes = tmp_path / "connections.txt"
+    (hook / "sitecustomize.py").write_text(
+        "import sys\n"
+        "def note(event, arguments):\n"
+        "    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto'):\n"
+        f"        open({str(notes)!r}, 'a').write(f'{{event}} {{arguments}}\\n')\n"
+        "sys.addaudithook(note)\n"
+    )
+    home, networks, keras = (tmp_path / name for name in ("home", "networks", "keras"))
+    home.mkdir()
+    unset = {"CI", "TF_BUILD", "JENKINS_URL"}  # where OpenVINO's telemetry switches itself off
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment |= {"HOME": str(home), "NBFEAT_HOME": str(networks), "KERAS_HOME": str(keras), "PYTHONPATH": str(hook)}
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        environment.pop(name, None)
+    # The child that exports sets PYTHONPATH itself, so it is started by a wrapper that puts the hook back.
+    wrapper = hook / "python"
+    wrapper.write_text(f'#!/bin/sh\nPYTHONPATH="{hook}:$PYTHONPATH" exec "{sys.executable}" "$@"\n', encoding="utf-8")
+    wrapper.chmod(0o755)
+    code = f"""
+import json, sys
+sys.executable = {str(wrapper)!r}
+import pandas as pd, nbfeat
+result = nbfeat.extract(pd.DataFrame({{"path": {list(photos["path"])!r}}}), {SMALL!r}, images="path")
+print(json.dumps([name for name in ("tensorflow", "keras", "openvino_telemetry") if name in sys.modules]))
+"""
+    for _ in ("cold", "warm"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
+        )
+        assert not done.returncode, done.stderr
+        assert done.stderr == ""
+        assert json.loads(done.stdout) == []
+    assert not notes.exists(), notes.read_text()
+    assert list(home.iterdir()) == []
+    assert networks.stat().st_mode & 0o777 == 0o700
+
+
+def test_pixels_are_read_in_place(stored: Stored) -> None:
+    engine = OpenVINOEngine(stored, precision="float32", batch_size=2)
+    buffer = engine.buffer()
+    buffer[:] = np.arange(buffer.size, dtype=np.uint64).reshape(buffer.shape) % 251
+    before = buffer.copy()
+    engine.submit(buffer, 2)
+    first = engine.collect()
+    np.testing.assert_array_equal(buffer, before)
+    engine.submit(buffer, 2)
+    second = engine.collect()
+    for key in first:
+        np.testing.assert_array_equal(first[key], second[key])
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_precision_is_obeyed_or_refused_and_never_swapped(stored: Stored, precision: engines.Precision) -> None:
+    try:
+        engine = OpenVINOEngine(stored, precision=precision, batch_size=2)
+    except NetworkError as error:
+        with pytest.raises(NetworkError, match=r"--precision float32|cannot run the network"):
+            raise error from None
+        return
+    rows = []
+    for one in (engine, OpenVINOEngine(stored, precision="float32", batch_size=2)):
+        buffer = one.buffer()
+        buffer[:] = np.random.default_rng(0).integers(0, 256, buffer.shape)
+        one.submit(buffer, 2)
+        rows.append(one.collect()[Cut().key])
+    assert not np.array_equal(rows[0], rows[1])
+    np.testing.assert_allclose(rows[0], rows[1], atol=0.1 * np.abs(rows[1]).max())
+
+
+def test_numbers_that_slow_some_cpus_down_are_zero(tmp_path: Path) -> None:
+    openvino = isolation.import_openvino()
+    ops = importlib.import_module("openvino.opset13")
+    pixels = ops.parameter([-1, 8, 8, 3], openvino.Type.u8)
+    small = ops.multiply(ops.convert(pixels, "f32"), ops.constant(np.float32(1e-25)))
+    kernel = ops.constant(np.full((4, 8, 1, 1), 1e-16, np.float32))  # 1e-25 × 1e-16 is below 1e-38
+    features = ops.reduce_mean(ops.convolution(small, kernel, [1, 1], [0, 0], [0, 0], [1, 1]), np.array([2, 3]))
+    features.output(0).set_names({"end:default"})
+    openvino.save_model(openvino.Model([features], [pixels]), tmp_path / "network.xml", compress_to_fp16=False)
+    stored = Stored(tmp_path, {"end:default": Output(4, "avg", (8, 3, 4), negative=False)}, Loaded("random", ""))
+    engine = OpenVINOEngine(stored, precision="float32", batch_size=1)
+    buffer = engine.buffer()
+    buffer[:] = 255
+    engine.submit(buffer, 1)
+    np.testing.assert_array_equal(engine.collect()["end:default"], 0)
+
+
+OVERLAPPING = """
+import gc, signal, sys
+import nbfeat, pandas as pd
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+frame, asked = pd.DataFrame({"path": sys.argv[1:]}), {"images": "path", "cache": False}
+one = nbfeat.extract(frame, "Pocket", **asked)
+another = nbfeat.extract(frame, "Pocket --size 64", **asked)
+del one
+del another
+gc.collect()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.slow
+def test_an_interrupt_after_networks_that_overlapped_ends_no_process(photos: pd.DataFrame) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OVERLAPPING, *photos["path"]], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")

@@ -1,0 +1,400 @@
+"""What a network computes in: measured on the user's own images, decided once, told, and repeated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+import nbfeat
+from nbfeat import NetworkError, RequestError
+from nbfeat.extraction.extraction import Extraction
+from nbfeat.inference import precision
+from nbfeat.inference.engines import Precision, Vectors
+from tests.conftest import ROOT
+from tests.fake import FakeEngine, FakeNetwork
+
+BLOCK = "MobileNet --size 32"
+
+
+class Hardware:
+    """Say how exactly, and how fast, the pretended hardware computes in fewer bits; its own clock tells."""
+
+    def __init__(self) -> None:
+        self.error = 0.0  # of the last image's first feature, relative to its length
+        self.worst = -1  # which image of a batch is off
+        self.speedup = 2.0
+        self.now = 0.0
+        self.refuses: tuple[Precision, ...] = ()
+        self.started: list[Precision] = []
+
+
+@pytest.fixture
+def hardware(fake_network: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> Hardware:
+    assert fake_network
+    told = Hardware()
+    start, collect = FakeNetwork.start, FakeEngine.collect
+    monkeypatch.setattr(FakeNetwork, "faster", ("bfloat16",))
+    monkeypatch.setattr(precision, "time", SimpleNamespace(perf_counter=lambda: told.now))
+
+    def started(opening: FakeNetwork, asked: Precision, only: str | None = None) -> FakeEngine:
+        if asked in told.refuses:
+            raise NetworkError(f"This CPU has no {asked}.")
+        told.started.append(asked)
+        engine = start(opening, asked, only)
+        engine.name = asked
+        return engine
+
+    def collected(engine: FakeEngine) -> Vectors:
+        vectors = collect(engine)
+        told.now += 1.0 if engine.name == "float32" else 1.0 / told.speedup
+        if engine.name != "float32":
+            for features in vectors.values():
+                length = np.linalg.norm(features[told.worst])
+                features[told.worst, 0] += told.error * length
+        return vectors
+
+    monkeypatch.setattr(FakeNetwork, "start", started)
+    monkeypatch.setattr(FakeEngine, "collect", collected)
+    return told
+
+
+@pytest.fixture(scope="session")
+def enough(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """Draw as many images as `auto` needs to compare anything."""
+    folder, generator = tmp_path_factory.mktemp("enough"), np.random.default_rng(1)
+    paths = [folder / f"{number:03d}.png" for number in range(precision.FROM_IMAGES)]
+    for path in paths:
+        Image.fromarray(generator.integers(0, 255, (12, 12, 3), dtype=np.uint8)).save(path)
+    return pd.DataFrame({"path": list(map(str, paths))})
+
+
+def run(frame: pd.DataFrame, *blocks: str, **options: Any) -> Extraction:
+    return nbfeat.extract(frame, *(blocks or (BLOCK,)), images="path", **options)
+
+
+def kept() -> list[Path]:
+    return sorted((nbfeat.storage.folder / "precisions").glob("*.json"))
+
+
+# What auto takes
+
+
+def test_auto_takes_fewer_bits_that_agree_and_are_faster(enough: pd.DataFrame, hardware: Hardware) -> None:
+    result = run(enough)
+    assert result.precision == result.recipe["precision"] == "bfloat16"
+    assert result.notes == [
+        "MobileNet computes in bfloat16, which agrees with float32 to 1.0000 on 64 of your images, 2.0 times as fast."
+    ]
+    assert "· bfloat16" in repr(result)
+    assert hardware.started == ["float32", "bfloat16"]  # the one that was compared goes on
+
+
+def test_auto_refuses_fewer_bits_that_give_one_image_other_features(enough: pd.DataFrame, hardware: Hardware) -> None:
+    hardware.error = 0.3
+    result = run(enough)
+    assert result.precision == "float32"
+    (note,) = result.notes
+    assert "MobileNet computes in float32: bfloat16 agrees with it only to 0.9" in note
+    assert " on 16 of your images, and 0.999 is asked for" in note
+    same = run(enough, precision="float32", cache=False)
+    pd.testing.assert_frame_equal(result.features, same.features)
+
+
+def test_an_image_off_among_those_that_come_later_is_found(
+    enough: pd.DataFrame, hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect, seen = FakeEngine.collect, [0]
+
+    def later(engine: FakeEngine) -> Vectors:
+        seen[0] += engine.name != "float32"
+        hardware.error = 0.3 if seen[0] == 7 else 0.0  # the fifth batch of eight after the first sixteen
+        return collect(engine)
+
+    monkeypatch.setattr(FakeEngine, "collect", later)
+    assert " on 64 of your images, and" in run(enough).notes[0]
+
+
+def test_auto_refuses_fewer_bits_that_are_no_faster(enough: pd.DataFrame, hardware: Hardware) -> None:
+    hardware.speedup = 1.05
+    result = run(enough)
+    assert result.precision == "float32"
+    (note,) = result.notes
+    assert note.startswith("MobileNet computes in float32: bfloat16 would agree to 1.0000 on 64 of your images")
+    assert note.endswith(", but is only 1.05 times as fast.")
+
+
+def test_what_the_hardware_has_not_is_not_spoken_of(enough: pd.DataFrame, hardware: Hardware) -> None:
+    hardware.refuses = ("bfloat16",)
+    result = run(enough)
+    assert (result.precision, result.notes) == ("float32", [])
+    hardware.started.clear()
+    hardware.refuses = ()
+    assert run(enough, cache=False).precision == "float32"  # it was found out once
+    assert hardware.started == ["float32"]
+
+
+def test_of_several_the_first_that_is_better_is_taken(
+    enough: pd.DataFrame, hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeNetwork, "faster", ("float16", "bfloat16"))
+    hardware.refuses = ("float16",)
+    assert run(enough).precision == "bfloat16"
+
+
+def test_few_images_are_not_worth_comparing(enough: pd.DataFrame, hardware: Hardware) -> None:
+    some = enough.head(precision.FROM_IMAGES - 1)
+    result = run(some)
+    assert (result.precision, result.notes, hardware.started) == ("float32", [], ["float32"])
+    run(enough)
+    assert run(some).precision == "bfloat16"  # what was found on more images holds for few
+
+
+def test_every_output_counts(enough: pd.DataFrame, hardware: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
+    collect = FakeEngine.collect
+
+    def collected(engine: FakeEngine) -> Vectors:
+        vectors = collect(engine)
+        if engine.name != "float32":
+            for key in vectors.keys() - {"end:default"}:
+                vectors[key][0] *= [1, -1, 1]
+        return vectors
+
+    monkeypatch.setattr(FakeEngine, "collect", collected)
+    assert run(enough, BLOCK).precision == "bfloat16"
+    assert run(enough, f"{BLOCK} --layer conv_pw_3_relu", BLOCK).precision == "float32"
+    assert hardware.started.count("bfloat16") == 2
+
+
+def test_images_that_cannot_be_read_are_left_out_of_it(enough: pd.DataFrame, hardware: Hardware) -> None:
+    holes = enough.copy()
+    holes.loc[::2, "path"] = "gone.png"
+    result = run(holes)
+    assert result.precision == "bfloat16"
+    assert "on 32 of your images" in result.notes[0]
+    hardware.started.clear()
+    run(holes, cache=False)
+    assert hardware.started == ["bfloat16"]
+    lost = pd.DataFrame({"path": ["gone.png"] * 200})
+    nbfeat.storage.clear("precisions")
+    with pytest.raises(nbfeat.ExtractionError, match="None of the 200 images"):
+        run(lost)
+    assert not kept()
+
+
+# Once
+
+
+def test_it_is_decided_once(enough: pd.DataFrame, hardware: Hardware) -> None:
+    run(enough)
+    hardware.started.clear()
+    hardware.error = 0.3
+    again = run(enough, cache=False)
+    assert again.precision == "bfloat16"
+    assert "on 64 of your images" in again.notes[0]
+    assert hardware.started == ["bfloat16"]
+    cached = run(enough)
+    assert (cached.cached, cached.precision) == (len(enough), "bfloat16")
+    assert hardware.started == ["bfloat16"]  # nothing was started
+    nbfeat.storage.clear("precisions")
+    assert run(enough).precision == "float32"
+
+
+@pytest.mark.parametrize("change", ["engine", "weights", "pixels", "cuts"])
+def test_it_is_decided_anew_for_what_is_another(
+    enough: pd.DataFrame, hardware: Hardware, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(enough)
+    made = FakeNetwork.__init__
+
+    def other(self: FakeNetwork, *args: Any, **options: Any) -> None:
+        made(self, *args, **options)
+        if change == "engine":
+            self.numbers = {"engine": "another", "cpu": "another"}
+        elif change == "weights":
+            self.weights = nbfeat.backbones.weights.Loaded("random", "1" * 64)
+
+    monkeypatch.setattr(FakeNetwork, "__init__", other)
+    hardware.started.clear()
+    blocks = {"pixels": [f"{BLOCK} --resize pad"], "cuts": [BLOCK, f"{BLOCK} --pooling max"]}.get(change, [BLOCK])
+    run(enough, *blocks)
+    assert hardware.started == ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "[]", "{}", '{"precision": "int8"}', "nan", '{"images": "64"}', '{"agreement": null}']
+)
+def test_what_is_kept_of_it_and_damaged_is_not_used(enough: pd.DataFrame, hardware: Hardware, damage: str) -> None:
+    run(enough)
+    (file,) = kept()
+    written = json.loads(file.read_text())
+    assert set(written) == {"precision", "images", "agreement", "speedup"}
+    changed = json.dumps({**written, **json.loads(damage)}) if damage.startswith('{"') else damage
+    file.write_text(changed)
+    hardware.started.clear()
+    assert run(enough, cache=False).precision == "bfloat16"
+    assert hardware.started == ["float32", "bfloat16"]
+    assert json.loads(file.read_text()) == written
+
+
+def test_where_nothing_can_be_kept_it_is_decided_all_the_same(
+    enough: pd.DataFrame, hardware: Hardware, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("NBFEAT_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        assert run(enough).precision == "bfloat16"
+    assert hardware.started == ["float32", "bfloat16"] * 2
+
+
+# What is asked for
+
+
+def test_what_is_asked_for_is_obeyed_and_compared(photos: pd.DataFrame, hardware: Hardware) -> None:
+    hardware.error = 0.3
+    result = run(photos, precision="bfloat16")
+    assert result.precision == "bfloat16"
+    (note,) = result.notes
+    assert "MobileNet computes in bfloat16, as asked for, which agrees with float32 to 0.9" in note
+    assert note.endswith("on 20 of your images.")
+    hardware.started.clear()
+    assert run(photos, precision="bfloat16", cache=False).notes == [note]
+    assert hardware.started == ["bfloat16"]
+    hardware.started.clear()
+    exact = run(photos, precision="float32")
+    assert (exact.precision, exact.notes, hardware.started) == ("float32", [], ["float32"])
+
+
+def test_more_images_than_before_are_compared_again(
+    photos: pd.DataFrame, enough: pd.DataFrame, hardware: Hardware
+) -> None:
+    run(photos, precision="bfloat16")
+    hardware.started.clear()
+    assert "on 64 of your images" in run(enough).notes[0]
+    assert hardware.started == ["float32", "bfloat16"]
+
+
+def test_few_that_refuse_suffice_for_auto_but_not_for_what_is_asked_for(
+    enough: pd.DataFrame, hardware: Hardware
+) -> None:
+    hardware.error = 0.3
+    run(enough)
+    assert "on 64 of your images" in run(enough, precision="bfloat16").notes[0]
+    hardware.started.clear()
+    assert run(enough, cache=False).precision == "float32"
+    assert hardware.started == ["float32"]
+
+
+def test_what_is_asked_for_and_cannot_be_had_is_an_error(photos: pd.DataFrame, hardware: Hardware) -> None:
+    hardware.refuses = ("float16",)
+    with pytest.raises(NetworkError, match="no float16"):
+        run(photos, precision="float16")
+
+
+# Repeated
+
+
+def test_it_is_repeated_without_comparing(
+    enough: pd.DataFrame, photos: pd.DataFrame, hardware: Hardware, tmp_path: Path
+) -> None:
+    blocks = (f"{BLOCK} --normalize standard", "MobileNetV2 --size 32")
+    result = run(enough, *blocks)
+    result.to_parquet(tmp_path / "result.parquet")
+    hardware.error = 0.3
+    nbfeat.storage.clear("precisions")
+    for like in (result, tmp_path / "result.parquet"):
+        hardware.started.clear()
+        repeated = nbfeat.extract(photos, like=like, images="path", cache=False)
+        assert repeated.precision == "bfloat16"
+        assert hardware.started == ["bfloat16", "bfloat16"]
+        assert not any("computes in" in note for note in repeated.notes)
+    with pytest.raises(RequestError, match=r"computed in bfloat16.*in float32: leave --precision away"):
+        result.like(photos, precision="float32")
+
+
+def test_networks_of_one_run_may_differ(
+    enough: pd.DataFrame, photos: pd.DataFrame, hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect = FakeEngine.collect
+
+    def collected(engine: FakeEngine) -> Vectors:
+        hardware.error = 0.3 if engine.spec.backbone == "MobileNet" else 0.0
+        return collect(engine)
+
+    monkeypatch.setattr(FakeEngine, "collect", collected)
+    blocks = (f"{BLOCK} --normalize standard", "MobileNetV2 --size 32 --normalize standard")
+    result = run(enough, *blocks)
+    assert [part.lane.precision for part in result.parts if part.lane] == ["float32", "bfloat16"]
+    assert result.precision == "float32 and bfloat16"
+    assert [note.partition(" computes in ")[0] for note in result.notes[:2]] == ["MobileNet", "MobileNetV2"]
+    assert [part.precision for part in result.fitted.parts] == ["float32", "bfloat16"]
+    raw = result.before_normalization().run()
+    assert (raw.precision, raw.cached) == ("float32 and bfloat16", len(enough))
+    repeated = result.like(photos)
+    assert [part.lane.precision for part in repeated.parts if part.lane] == ["float32", "bfloat16"]
+    model = nbfeat.ImageFeatures(list(blocks)).fit(enough["path"])
+    assert model.recipe_.precision == "float32 and bfloat16"
+    np.testing.assert_array_equal(model.transform(photos["path"]), repeated.features)
+
+
+# How it is measured
+
+
+@pytest.mark.parametrize(
+    ("exact", "other", "agreement"),
+    [
+        ([[1, 0]], [[1, 0]], 1), ([[1, 0]], [[0, 1]], 0), ([[0, 0]], [[0, 0]], 1), ([[0, 0]], [[0, 1]], 0),
+        ([[1, 0]], [[np.nan, 0]], -1), ([[np.inf, 0]], [[np.inf, 0]], -1),
+        ([[3, 4], [1, 1]], [[6, 8], [1, 0]], 0.5**0.5),
+        ([[1e30, 0]], [[1e30, 0]], 1), ([[1e-30, 0]], [[1e-30, 0]], 1),
+    ],
+)  # fmt: skip
+def test_agreement_is_that_of_the_worst_image(exact: Any, other: Any, agreement: float) -> None:
+    one, two = ({"end": np.array(rows, np.float32)} for rows in (exact, other))
+    assert precision.agreement_of(one, two) == pytest.approx(agreement)
+    assert precision.agreement_of({**one, "more": one["end"]}, {**two, "more": one["end"]}) <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.9444, "0.9444"), (0.99899, "0.9990"), (0.99996, "0.99996"), (0.999999, "1.0000")]
+)
+def test_agreement_is_told_in_digits_that_tell_it_from_one(value: float, text: str) -> None:
+    assert precision.Found("bfloat16", 64, value, 0.0).told(asked=True).count(f"to {text} on") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["MobileNetV2 --alpha 0.35", "MobileNet --alpha 0.25"])
+def test_pretrained_mobilenets_refuse_bfloat16_and_classify_as_well(flowers: pd.DataFrame, backbone: str) -> None:
+    found = nbfeat.extract(flowers, backbone, images="path")
+    exact = nbfeat.extract(flowers, backbone, images="path", precision="float32")
+    assert found.precision == "float32"
+    if found.notes:  # a CPU without bfloat16 has nothing to say
+        assert "float32: bfloat16 agrees with it only to 0.9" in found.notes[0]
+    pd.testing.assert_frame_equal(found.features, exact.features)
+
+
+@pytest.mark.slow
+def test_a_network_that_agrees_takes_bfloat16_where_it_is_faster(flowers: pd.DataFrame) -> None:
+    found = nbfeat.extract(flowers, "Pocket", images="path")
+    if not found.notes:
+        pytest.skip("this CPU does not compute in bfloat16")
+    (note,) = found.notes
+    exact = nbfeat.extract(flowers, "Pocket", images="path", precision="float32")
+    scores = [
+        nbfeat.compare(result, "label", speed=False).table["score"].iloc[0] for result in (found, exact)
+    ]  # the folds are seeded
+    assert abs(scores[0] - scores[1]) <= 0.005
+    agrees = "which agrees with float32 to 0.999" in note or "would agree to 0.999" in note
+    assert agrees, note
+
+
+def test_the_readme_says_what_is_asked_of_a_precision() -> None:
+    told = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"to a cosine of {precision.AGREES}, and it has to be at least {precision.IS_FASTER} times as fast" in told
+    assert f"where there are at least {precision.FROM_IMAGES} images: on up to {precision.MOST_IMAGES} of yours" in told

@@ -1,0 +1,293 @@
+"""The panel as people see it: in JupyterLab, Notebook 7 and Voila, in a real browser, on photographs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jupyter import browser
+from tests.jupyter.browser import Site, done_of, output, run_all, run_cell, wait_for_cells
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.browser,
+    pytest.mark.skipif(not browser.CHROMIUM, reason="no chromium on this machine: apt-get install chromium"),
+]
+sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright here: pip install '.[browser]'")
+for module in ("jupyterlab", "notebook", "voila"):
+    pytest.importorskip(module, reason=f"no {module} here: pip install '.[browser]'")
+
+START = """%load_ext nbfeat
+import time, pandas as pd
+from pathlib import Path
+from nbfeat.extraction import pipeline
+files = sorted(Path({folder!r}).glob("*/*.jpg"))
+photos = pd.DataFrame({{"path": [str(file) for file in files], "label": [file.parent.name for file in files]}})
+read = pipeline.load_image
+def slow(*given):  # a disk of a few hundred images a second at most, so that there is time to click
+    time.sleep({seconds})
+    return read(*given)
+pipeline.load_image = slow
+%config ExtractMagics.cache = {cache}"""
+PANEL = "%extract_panel photos"
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=browser.CHROMIUM, args=list(browser.FLAGS))
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def lab(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("lab")
+    with browser.site("lab", folder, chromium, KERAS_HOME=str(folder / "keras")) as running:
+        yield running
+
+
+def start(shared_data: Path, seconds: float = 0.05, *, cache: bool = False) -> str:
+    return START.format(folder=str(shared_data / "photos" / "flowers5"), seconds=seconds, cache=cache)
+
+
+def panel(page: Any, number: int = 0) -> Any:
+    """Return a panel that is drawn, photographs too."""
+    found = page.locator(".nbfeat-panel").nth(number)
+    found.locator(".nbfeat-strip img").first.wait_for()
+    return found
+
+
+def choose(one: Any, backbone: str = "Pocket") -> None:
+    field = one.get_by_label("Backbone").first
+    field.fill(backbone)
+    field.press("Enter")
+    one.locator(".nbfeat-code", has_text=backbone).wait_for()
+
+
+def until(one: Any, word: str) -> None:
+    one.locator(".nbfeat-progress b", has_text=word).wait_for()
+
+
+def press(one: Any, name: str) -> None:
+    one.get_by_role("button", name=name, exact=True).click()
+
+
+def test_choosing_running_cancelling_going_on_and_the_same_by_code(lab: Site, shared_data: Path) -> None:
+    name = lab.write("story.ipynb", start(shared_data, cache=True), PANEL, "photos.shape", "%extract_panel --code")
+    page = lab.open(name)
+    for number in range(3):
+        run_cell(page, number)
+    assert output(page, 2) == "(300, 2)"
+    one = panel(page)
+    choose(one)
+    one.get_by_label("Normalization", exact=True).select_option("l2")
+    one.get_by_text("More options").click()
+    one.get_by_label("Fitting").select_option("crop")  # pixels that no other test has put into the cache
+    assert "512 columns · 614 kB" in one.locator(".nbfeat-block").inner_text()
+    press(one, "Extract")
+    page.wait_for_function("() => / [1-9]\\d* of 300/.test(document.querySelector('.nbfeat-progress').textContent)")
+    early = done_of(page)
+    page.wait_for_function(
+        f"() => Number(document.querySelector('.nbfeat-progress').textContent.match(/(\\d+) of 300/)[1]) > {early}"
+    )
+    assert "images/s" in one.locator(".nbfeat-progress").inner_text()
+    press(one, "Cancel")
+    until(one, "Cancelled")
+    stopped = done_of(page)
+    assert early < stopped < 300
+    run_cell(page, 2)
+    assert output(page, 2) == "(300, 2)", "something was bound"
+    press(one, "Extract")
+    until(one, "Done")
+    run_cell(page, 2)
+    assert output(page, 2) == "(300, 514)"
+    assert "512 new columns from 300 images" in one.locator(".nbfeat-page").inner_text()
+    # The code, in a cell below, gives the same columns.
+    run_cell(page, 3)
+    cells = page.locator(".jp-Notebook .jp-Cell")
+    page.wait_for_function("() => document.querySelectorAll('.jp-Notebook .jp-Cell').length > 4")
+    written = cells.nth(4).locator(".cm-content").inner_text()
+    assert written.splitlines() == ["%%extract photos --images path", "Pocket --normalize l2 --resize crop"]
+    run_cell(page, 4)
+    assert "all from the cache" in output(page, 4)
+    assert not page.errors
+    page.context.close()
+
+
+CHECK = """mine = photos
+photos = photos[["path", "label"]]"""
+SAME = "pd.testing.assert_frame_equal(photos, mine, check_exact=True); print('the same')"
+
+
+def test_the_code_that_is_copied_gives_the_same_columns(lab: Site, shared_data: Path) -> None:
+    name = lab.write("copy.ipynb", start(shared_data, 0), PANEL, CHECK, "", SAME)
+    page = lab.open(name)
+    run_cell(page, 0)
+    run_cell(page, 1)
+    one = panel(page)
+    choose(one)
+    press(one, "Extract")
+    until(one, "Done")
+    run_cell(page, 2)
+    one.locator(".nbfeat-code pre").click()
+    assert page.evaluate("() => getSelection().toString()").strip() == "%%extract photos --images path\nPocket"
+    page.keyboard.press("Control+c")
+    page.locator(".jp-Notebook .jp-Cell").nth(3).locator(".cm-content").click()
+    page.keyboard.press("Control+v")
+    run_cell(page, 3)
+    run_cell(page, 4)
+    assert output(page, 4) == "the same"
+    page.context.close()
+
+
+def test_clicks_are_answered_while_a_cell_runs_and_nothing_is_bound_under_it(lab: Site, shared_data: Path) -> None:
+    busy = "before = photos\nwhile not Path('go').exists(): time.sleep(.1)\nprint(photos is before)"
+    name = lab.write("busy.ipynb", start(shared_data, 0.02), PANEL, busy, "photos.shape", "time.sleep(0)")
+    page = lab.open(name)
+    run_cell(page, 0)
+    run_cell(page, 1)
+    one = panel(page)
+    choose(one)
+    run_cell(page, 2, wait=False)
+    press(one, "Extract")
+    page.wait_for_function("() => / [1-9]\\d* of 300/.test(document.querySelector('.nbfeat-progress').textContent)")
+    press(one, "Cancel")
+    until(one, "Cancelled")
+    assert page.locator(".jp-InputPrompt", has_text="*").count() == 1, "it was answered after the cell alone"
+    press(one, "Extract")
+    one.get_by_text("all computed · waiting for the running cell to end").wait_for()
+    (lab.root / "go").touch()
+    wait_for_cells(page)
+    assert output(page, 2) == "True"
+    until(one, "Done")
+    run_cell(page, 3)
+    assert output(page, 3) == "(300, 514)"
+    page.context.close()
+
+
+def test_closing_the_browser_loses_nothing_and_the_panel_comes_back(lab: Site, shared_data: Path) -> None:
+    name = lab.write("closed.ipynb", start(shared_data, 0.02), PANEL, "photos.shape")
+    page = lab.open(name)
+    run_all(page)
+    one = panel(page)
+    choose(one)
+    page.evaluate("() => jupyterapp.commands.execute('docmanager:save')")
+    press(one, "Extract")
+    until(one, "Running")
+    page.context.close()
+    page = lab.open(name)
+    until(panel(page), "Done")
+    run_cell(page, 2)
+    assert output(page, 2) == "(300, 514)"
+    page.context.close()
+
+
+def test_one_panel_shown_twice_and_a_second_one_and_a_new_kernel(lab: Site, shared_data: Path) -> None:
+    name = lab.write(
+        "twice.ipynb", start(shared_data, 0), "panel = %extract_panel photos\npanel", "panel",
+        "other = photos.head(40)\n%extract_panel other", "photos.shape, other.shape",
+    )  # fmt: skip
+    page = lab.open(name)
+    for number in range(4):
+        run_cell(page, number)
+    first, again, second = (panel(page, number) for number in range(3))
+    choose(first)
+    assert again.get_by_label("Backbone").first.input_value() == "Pocket"
+    choose(second)
+    press(again, "Extract")
+    press(second, "Extract")
+    for one in (first, again, second):
+        until(one, "Done")
+    run_cell(page, 4)
+    assert output(page, 4) == "((300, 514), (40, 514))"
+    # A new kernel knows nothing of the panels: the cells are run again.
+    page.evaluate(
+        "async () => { await jupyterapp.shell.currentWidget.context.sessionContext.session.kernel.restart() }"
+    )
+    page.wait_for_function(browser.IDLE)
+    run_cell(page, 0)
+    run_cell(page, 1)
+    page.locator(".nbfeat-progress b", has_text="Ready").first.wait_for()
+    one = panel(page)
+    choose(one)
+    press(one, "Extract")
+    until(one, "Done")
+    page.context.close()
+
+
+def test_it_is_worked_with_the_keyboard_alone_and_every_field_has_a_label(lab: Site, shared_data: Path) -> None:
+    name = lab.write("keys.ipynb", start(shared_data), PANEL)
+    page = lab.open(name)
+    run_all(page)
+    one = panel(page)
+    for field in one.locator("select, input").all():
+        assert field.evaluate("one => [...one.labels].some(label => label.innerText.trim())")
+    for button in one.locator("button").all():
+        assert button.inner_text().strip()
+    one.get_by_label("Dataframe").focus()
+    reached: list[str] = []
+    for _ in range(25):
+        page.keyboard.press("Tab")
+        reached.append(
+            page.evaluate("() => document.activeElement.labels?.[0]?.innerText ?? document.activeElement.innerText")
+        )
+        if reached[-1].startswith("Backbone"):
+            page.keyboard.press("Control+a")
+            page.keyboard.type("Pocket\n")
+        if reached[-1] == "Extract":
+            break
+    assert reached[-1] == "Extract", reached
+    assert {"Image column", "Layer", "Pooling", "Normalization", "Prefix", "Add a block", "Batch size"} <= set(reached)
+    page.keyboard.press("Enter")
+    until(one, "Running")
+    page.wait_for_function("() => document.activeElement.innerText === 'Cancel'")
+    page.keyboard.press("Enter")
+    until(one, "Cancelled")
+    page.context.close()
+
+
+def test_the_saved_notebook_shows_the_report_without_a_kernel(lab: Site, shared_data: Path) -> None:
+    name = lab.write("saved.ipynb", start(shared_data, 0), PANEL)
+    page = lab.open(name)
+    run_all(page)
+    one = panel(page)
+    assert page.get_by_text("nothing has run yet").is_hidden()
+    choose(one)
+    press(one, "Extract")
+    until(one, "Done")
+    page.wait_for_function("() => /512 new columns/.test(document.querySelector('[class^=nbfeat-still]').textContent)")
+    page.evaluate("async () => { await jupyterapp.commands.execute('docmanager:save') }")
+    saved = (lab.root / name).read_text()
+    assert '"widgets"' not in saved
+    assert len(saved) < 20_000
+    page.context.close()
+    # Another reader's computer has not seen this notebook run, and trusts nothing in it.
+    (lab.root / "sent.ipynb").write_text(saved.replace("photos", "pictures"))
+    page = lab.open("sent.ipynb")
+    page.get_by_text(re.compile("512 new columns from 300 images")).wait_for()
+    assert page.get_by_text("%%extract pictures --images path").is_visible()
+    assert not page.locator(".nbfeat-panel").count()
+    page.context.close()
+
+
+@pytest.mark.parametrize("kind", ["notebook", "voila"])
+def test_it_works_elsewhere_too(kind: str, chromium: Any, shared_data: Path, tmp_path: Path) -> None:
+    with browser.site(kind, tmp_path / kind, chromium) as running:
+        name = running.write("panel.ipynb", start(shared_data, 0.01), PANEL)
+        page = running.open(name, dark=True)
+        if kind == "notebook":
+            run_all(page)
+        one = panel(page)
+        choose(one)
+        press(one, "Extract")
+        until(one, "Done")
+        assert "512 new columns from 300 images" in one.locator(".nbfeat-page").inner_text()
+        background = one.evaluate("one => getComputedStyle(one).backgroundColor.match(/\\d+/g).map(Number)")
+        assert max(background) < 80, "not dark"
+        assert not [error for error in page.errors if "schema" not in error]  # Notebook's own, with stock settings
+        page.context.close()

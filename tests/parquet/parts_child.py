@@ -1,0 +1,75 @@
+"""Programs that write features to files with a pretended network: ``python -m tests.parquet.parts_child NAME …``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+import nbfeat
+from nbfeat.inference import engines
+from nbfeat.inference.engines import Pixels, Vectors
+from nbfeat.inference.model import Cut, NetworkSpec, Output
+from nbfeat.parquet import tally
+from tests import fake, memory
+
+WIDTH = 1280
+
+
+class WideEngine(fake.FakeEngine):
+    """Give `WIDTH` features that tell the image: its mean color, at frequencies that differ."""
+
+    def collect(self) -> Vectors:
+        buffer, count = self._busy.popleft()
+        self._lent -= 1
+        return {cut.key: wide(buffer[:count]) for cut in self.spec.cuts}
+
+
+class WideOpening(fake.FakeNetwork):
+    """Stand in for `engines.PreparedNetwork`."""
+
+    def __init__(self, spec: NetworkSpec, *, devices: tuple[str, ...], batch_size: int | None) -> None:
+        super().__init__(spec, devices=devices, batch_size=batch_size)
+        self.outputs = {cut.key: Output(WIDTH, "avg", (2, 2, WIDTH), negative=False) for cut in spec.cuts}
+
+    def start(self, precision: str, only: str | None = None) -> WideEngine:  # as the real one takes it
+        return WideEngine(self.spec, self.batch_size)
+
+
+def wide(pixels: Pixels) -> NDArray[np.float32]:
+    """Compute what the pretended network computes."""
+    colors = fake.features(pixels, Cut(layer="any"))
+    return np.asarray(np.sin(colors.mean(axis=1, keepdims=True) * np.linspace(0.1, 3, WIDTH, dtype=np.float32)))
+
+
+def write(frame: str, folder: str, block: str, rows: str) -> dict[str, object]:
+    """Write features of a frame, and say after each step how far it is."""
+    engines.PreparedNetwork = fake.FakeNetwork  # type: ignore[misc,assignment]
+    tally.MOST_ROWS = int(rows)
+    extraction = nbfeat.Extraction(pd.read_pickle(frame), block, images="path", parquet=folder)  # noqa: S301 - the test's
+    for step in extraction.steps():
+        print(step.done, step.cached, flush=True)
+    return {"done": extraction.done, "cached": extraction.cached}
+
+
+def peak(folder: str, rows: str, block: str) -> dict[str, object]:
+    """Write as many rows of `WIDTH` features, and measure by how much memory grew at most from the first file on."""
+    engines.PreparedNetwork = WideOpening  # type: ignore[misc,assignment]
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(int(rows))]
+    frame = pd.DataFrame({"image": images, "label": [f"row {number}" for number in range(len(images))]})
+    extraction = nbfeat.Extraction(frame, block, images="image", batch_size=64, parquet=folder)
+    before = memory.peak()
+    extraction.run()
+    written = extraction.written
+    assert written is not None
+    return {"before": before, "peak": memory.peak(), "files": written.files, "bytes": written.bytes}
+
+
+if __name__ == "__main__":
+    programs: dict[str, Callable[..., dict[str, object]]] = {"write": write, "peak": peak}
+    print(json.dumps(programs[sys.argv[1]](*sys.argv[2:])))
