@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from nbfeat.explore.thumbnails import thumbnails as thumbnails
     from nbfeat.extraction.extraction import Extraction as Extraction
     from nbfeat.extraction.extraction import extract as extract
-    from nbfeat.extraction.feature_table import Result as Result
     from nbfeat.extraction.options import FeatureBlock as FeatureBlock
+    from nbfeat.extraction.result import Result as Result
     from nbfeat.extraction.transformer import ImageFeatures as ImageFeatures
     from nbfeat.images.folder import folder as folder
     from nbfeat.inference.layers import layers as layers
@@ -45,7 +45,7 @@ _PUBLIC = {
     "ImageFeatures": "nbfeat.extraction.transformer",
     "layers": "nbfeat.inference.layers",
     "read": "nbfeat.parquet.result_file",
-    "Result": "nbfeat.extraction.feature_table",
+    "Result": "nbfeat.extraction.result",
     "folder": "nbfeat.images.folder",
     "thumbnails": "nbfeat.explore.thumbnails",
     "similar": "nbfeat.explore.neighbors",

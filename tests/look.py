@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from nbfeat.extraction.columns import names
+from nbfeat.extraction.options import column_names
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -17,7 +17,7 @@ def featured(*blocks: NDArray[Any], **columns: Any) -> pd.DataFrame:
     """Return a frame of `columns`, then of blocks ``net0``, ``net1`` …, indexed from 100 on."""
     index = pd.RangeIndex(100, 100 + len(blocks[0]))
     made = [
-        pd.DataFrame(rows.astype(np.float32), index=index, columns=names(f"net{number}", rows.shape[1]))
+        pd.DataFrame(rows.astype(np.float32), index=index, columns=column_names(f"net{number}", rows.shape[1]))
         for number, rows in enumerate(blocks)
     ]
     return pd.concat([pd.DataFrame(columns, index=index), *made], axis=1)

@@ -21,7 +21,7 @@ from nbfeat.extraction.normalize import learn
 if TYPE_CHECKING:
     import pandas as pd
 
-    from nbfeat.extraction.part import FeatureColumns
+    from nbfeat.extraction.columns import FeatureColumns
 
 ROWS = 5000  # a support-vector machine's time grows with their square: 5,000 take minutes, 20,000 hours
 

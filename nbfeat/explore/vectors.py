@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.errors import RequestError, listing
-from nbfeat.extraction.columns import block_called, made_columns
+from nbfeat.extraction.columns import FeatureColumns, made_columns
 from nbfeat.extraction.extraction import Extraction
-from nbfeat.extraction.feature_table import Result
-from nbfeat.extraction.part import FeatureColumns
+from nbfeat.extraction.feature_table import block_called
 from nbfeat.extraction.recipe import PartRecipe
 from nbfeat.extraction.request import check_frame
+from nbfeat.extraction.result import Result
 from nbfeat.images.sources import image_column
 
 if TYPE_CHECKING:

@@ -1,22 +1,33 @@
-"""Names for features, and attaching them to a frame in one concat."""
+"""Columns of a frame that blocks make: where they go, the memory that they take, what is learned for them, attaching.
+
+Their names are decided in `options`; how features are normalized, in `normalize`.
+"""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from nbfeat.errors import RequestError, listing, near, sentences
-from nbfeat.extraction.options import FeatureBlock
+from nbfeat.backbones.catalog import find
+from nbfeat.errors import RequestError, format_bytes, listing
+from nbfeat.extraction import normalize
+from nbfeat.extraction.network_state import NetworkState
+from nbfeat.extraction.options import FeatureBlock, column_names, column_prefix
+from nbfeat.extraction.recipe import PartRecipe, Recipe
+from nbfeat.inference.model import Output, cut_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-DIGITS = 4  # at least; so that blocks of different widths sort and read alike
 SHOWN = 3
+SHARE = 0.5  # of the free memory; the rest is for the frame that is made of it, and for whatever else runs
 _MADE = re.compile(r"(.*)_(\d{4,})", re.DOTALL)
 
 
@@ -24,40 +35,131 @@ _MADE = re.compile(r"(.*)_(\d{4,})", re.DOTALL)
 class Place:
     """Where a block's columns go: at a position among the given columns, and which of those they replace."""
 
-    names: list[str]
     at: int
     replaced: tuple[int, ...] = ()
 
 
-def prefix_of(block: FeatureBlock, backbone: str, image_column: str | None = None) -> str:
-    """Return the first part of a block's column names: ``[image column_]backbone[alpha][_layer][_pooling]``."""
-    if block.prefix is not None:
-        name = block.prefix
-    else:
-        alpha = "" if block.alpha is None else f"{block.alpha:.2f}".replace(".", "")
-        pooling = "" if block.pooling in {None, "avg"} else block.pooling
-        name = "_".join(part for part in (backbone.lower() + alpha, block.layer, pooling) if part)
-    return f"{image_column}_{name}" if image_column is not None else name
+@dataclass(slots=True, eq=False)
+class FeatureColumns:
+    """The columns of one block for one image column: first their names, then normalized features."""
+
+    block: FeatureBlock
+    column: Hashable  # of the frame
+    prefix: str
+    network: int = 0  # which of the networks of the run its features come from
+    lane: NetworkState | None = None  # that network, once it is open
+    repeats: PartRecipe | None = None  # of an earlier result, whose normalizer it takes
+    normalizer: normalize.Normalizer | None = None
+    rows: NDArray[np.float32] | None = None  # normalized
+    replaced: bool = False  # whether the columns stood in the frame before
+
+    @property
+    def key(self) -> str:
+        """The name of the network's output."""
+        return cut_of(self.block).key
+
+    @property
+    def output(self) -> Output | None:
+        """What the cut turned out to be; None where no network was needed (an empty frame)."""
+        return self.lane.outputs[self.key] if self.lane else None
+
+    @property
+    def raw_width(self) -> int:
+        """Features per image before a projection."""
+        if self.output:
+            return self.output.width
+        return self.repeats.width if self.repeats else find(self.block.backbone).width_at(self.block.alpha)
+
+    @property
+    def is_sized(self) -> bool:
+        """Whether its width is known, as it is not of a network of the user's own before that is built."""
+        return bool(self.lane or self.repeats) or not find(self.block.backbone).is_own
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the columns."""
+        return column_names(self.prefix, self.block.components or self.raw_width)
+
+    @property
+    def source(self) -> tuple[int, str, Hashable]:
+        """What its raw features are: those of one source differ in normalization alone."""
+        return self.network, self.key, self.column
+
+    @property
+    def recipe(self) -> PartRecipe:
+        """What it takes to repeat them, once the network is open; what they learn need not be known yet."""
+        if self.repeats is not None:  # whatever it ran on, it repeated this
+            return replace(self.repeats, column=self.column)
+        assert self.lane is not None
+        learned = self.normalizer or normalize.Normalizer()
+        fields = self.lane.kept[self.key].key_fields
+        return PartRecipe(self.block, self.column, self.prefix, self.raw_width, self.lane.weights, fields, learned)
+
+    def place_in(self, frame: pd.DataFrame, *, replace: bool) -> Place:
+        """Find where the columns go in `frame`."""
+        return place(frame, self.prefix, len(self.names), replace=replace)
+
+    def make_room(self, images: int) -> None:
+        """Take memory for the features of `images`, unless other columns of the same source did."""
+        if self.lane is not None and self.key not in self.lane.features:
+            self.lane.features[self.key] = _matrix(images, self.raw_width, str(self.block))
+
+    def raw(self, images: slice) -> NDArray[np.float32]:
+        """Return the features as the network gave them, of these `images` of its window: a view."""
+        return self.lane.features[self.key][images] if self.lane else np.empty((0, self.raw_width), np.float32)
+
+    def learn(self, rows: NDArray[np.float32], chosen: NDArray[np.bool_]) -> None:
+        """Learn the normalization from the `chosen` ones of the raw `rows`, or take what was learned before."""
+        if self.repeats:
+            self.normalizer = self.repeats.normalizer
+        else:
+            self.normalizer = normalize.learn(self.block, rows, chosen) if len(rows) else None
+
+    def normalized(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the raw `rows` normalized, in their own memory where the width stays."""
+        return self.normalizer.apply(rows) if self.normalizer else np.empty((0, len(self.names)), np.float32)
+
+    def frame(self, index: pd.Index) -> pd.DataFrame:
+        """Return the columns as a frame that shares their memory."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows, index=index, columns=self.names, copy=False)
 
 
-def names(prefix: str, width: int) -> list[str]:
-    """Return the names of `width` columns, numbers padded with zeros, from ``prefix_0000`` on."""
-    digits = max(DIGITS, len(str(width - 1)))
-    return [f"{prefix}_{number:0{digits}d}" for number in range(width)]
+def plan(blocks: Sequence[FeatureBlock], image_columns: Sequence[Hashable]) -> list[FeatureColumns]:
+    """Return the columns that `blocks` make of `image_columns`; two with one prefix are an error."""
+    several = len(image_columns) > 1
+    planned: dict[str, FeatureColumns] = {}
+    for block in blocks:
+        for column in image_columns:
+            prefix = column_prefix(block, find(block.backbone).column, str(column) if several else None)
+            if prefix in planned:
+                raise RequestError(
+                    f"Two blocks would make columns {prefix}_0000 …: `{planned[prefix].block}` and `{block}`. "
+                    "Give one of them a --prefix."
+                )
+            planned[prefix] = FeatureColumns(block, column, prefix)
+    return list(planned.values())
 
 
-def spanned(columns: Sequence[str]) -> str:
-    """Name a block's columns from the first to the last: ``resnet50_0000 … 2047``."""
-    return f"{columns[0]} … {columns[-1].rpartition('_')[2]}" if len(columns) > 1 else columns[0]
+def plan_again(recipe: Recipe, image_columns: Sequence[Hashable]) -> list[FeatureColumns]:
+    """Return the columns of an earlier result, made of `image_columns` in place of its own, in their order."""
+    if len(image_columns) != len(recipe.columns):
+        raise RequestError(
+            f"{recipe.source} has features of {listing(map(str, recipe.columns))}, and {len(image_columns):,} columns "
+            f"are named: give --images {len(recipe.columns):,} times, in that order."
+        )
+    now = dict(zip(recipe.columns, image_columns, strict=True))
+    return [FeatureColumns(part.block, now[part.column], part.prefix, repeats=part) for part in recipe.parts]
 
 
-def block_called(prefix: str, prefixes: Collection[str]) -> str:
-    """Return `prefix` if it is one of the `prefixes` of a result, or raise RequestError with near ones."""
-    if prefix in prefixes:
-        return prefix
-    raise RequestError(
-        sentences(f"There is no block {prefix!r}.", near(prefix, prefixes), f"Blocks: {listing(prefixes)}.")
-    )
+def normalized(parts: Sequence[FeatureColumns], raw: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+    """Return the `raw` rows of all parts normalized, in their own memory where no later part needs them."""
+    sources = [part.source for part in parts]
+    return [
+        part.normalized(rows.copy() if part.source in sources[number + 1 :] else rows)
+        for number, (part, rows) in enumerate(zip(parts, raw, strict=True))
+    ]
 
 
 def place(frame: pd.DataFrame, prefix: str, width: int, *, replace: bool) -> Place:
@@ -66,12 +168,12 @@ def place(frame: pd.DataFrame, prefix: str, width: int, *, replace: bool) -> Pla
     Columns that are exactly what a block of this prefix makes are replaced where they stand. Any other clash is an
     error, unless `replace` says to overwrite.
     """
-    new = names(prefix, width)
-    own = own_columns(frame, prefix)
-    taken, wanted = [], set(new)
-    for position, column in enumerate(frame.columns):
-        if position not in own and isinstance(column, str) and column in wanted:
-            taken.append(position)
+    own, wanted = own_columns(frame, prefix), set(column_names(prefix, width))
+    taken = [
+        position
+        for position, column in enumerate(frame.columns)
+        if position not in own and isinstance(column, str) and column in wanted
+    ]
     if taken and not replace:
         shown = listing([str(frame.columns[position]) for position in taken[:SHOWN]])
         more = f" and {len(taken) - SHOWN:,} more" if len(taken) > SHOWN else ""
@@ -80,7 +182,7 @@ def place(frame: pd.DataFrame, prefix: str, width: int, *, replace: bool) -> Pla
             f"Choose other names with --prefix, or overwrite them with --replace."
         )
     replaced = tuple(sorted([*own, *taken]))
-    return Place(new, replaced[0] if replaced else frame.shape[1], replaced)
+    return Place(replaced[0] if replaced else frame.shape[1], replaced)
 
 
 def own_columns(frame: pd.DataFrame, prefix: str) -> set[int]:
@@ -99,7 +201,7 @@ def made_columns(frame: pd.DataFrame) -> dict[str, list[int]]:
     made = {}
     for prefix, numbered in found.items():
         numbers, positions = zip(*sorted(numbered), strict=True)
-        wanted = names(prefix, len(positions))
+        wanted = column_names(prefix, len(positions))
         if numbers[0] == 0 and [frame.columns[position] for position in positions] == wanted:
             made[prefix] = list(positions)
     return made
@@ -123,3 +225,29 @@ def attach(frame: pd.DataFrame, blocks: Sequence[pd.DataFrame], places: Sequence
     if kept or not pieces:
         pieces.append(frame.iloc[:, kept])
     return pd.concat(pieces, axis=1)
+
+
+def _matrix(rows: int, width: int, block: str) -> NDArray[np.float32]:
+    """Return a matrix of NaN for `rows` × `width` features, or say why that is too much."""
+    size, free = 4 * rows * width, free_bytes()
+    if free is not None and size > SHARE * free:
+        raise RequestError(
+            f"`{block}` gives {width:,} features per image: {rows:,} rows of them take {format_bytes(size)}, more "
+            f"than half of the {format_bytes(free)} of free memory. Pool the map with --pooling avg or max, cut at a "
+            "later layer, or take fewer rows."
+        )
+    return np.full((rows, width), np.nan, np.float32)
+
+
+def free_bytes() -> int | None:
+    """Return the memory that can be had without swapping, or None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    except (OSError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # macOS: half of what is built in
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Collection, Generator, Hashable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nbfeat import isolation
 from nbfeat.backbones.catalog import find
-from nbfeat.errors import ExtractionError, format_bytes, listing, sentences
-from nbfeat.extraction.columns import attach, block_called
-from nbfeat.extraction.like import Like, to_repeat
+from nbfeat.errors import ExtractionError, RequestError, format_bytes, listing, sentences
+from nbfeat.extraction import report
+from nbfeat.extraction.columns import FeatureColumns, plan, plan_again
+from nbfeat.extraction.feature_table import FeatureTable
 from nbfeat.extraction.options import FeatureBlock, whole
-from nbfeat.extraction.part import normalized, plan, plan_again
+from nbfeat.extraction.pipeline import Pipeline
 from nbfeat.extraction.profile import Bottleneck, Profile, Timings
-from nbfeat.extraction.recipe import Recipe
+from nbfeat.extraction.recipe import Like, Recipe, to_repeat
 from nbfeat.extraction.request import Blocks, Frame, check_place, read_blocks, read_frame, rows_selected
 from nbfeat.extraction.run import Run
+from nbfeat.extraction.sink import MemorySink
 from nbfeat.images.public_hosts import NOT_ALLOWED
 from nbfeat.images.remote import Access
 from nbfeat.images.resize import PixelSpec
@@ -38,8 +39,6 @@ from nbfeat.parquet import dataset
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from nbfeat.extraction.part import FeatureColumns
 
 State = Literal["new", "running", "stopped", "failed", "done"]
 LARGEST_BATCH = 4096
@@ -63,7 +62,7 @@ class Step:
     kept: str = "from the cache"  # where the cached ones were
 
 
-class Extraction:
+class Extraction(FeatureTable):
     """Features of the images in a frame's column: `steps()` to work, then read it for the result.
 
     Parameters
@@ -128,7 +127,7 @@ class Extraction:
         **defaults: Any,
     ) -> None:
         frame = read_frame(frame)
-        self._frame, self._replace = frame, replace
+        self._frame = frame
         self._root = Path(root or "").expanduser().absolute()
         self._precision = engines.check_precision(precision)
         self.repeats = to_repeat(like, blocks=blocks, fit_on=fit_on, precision=precision, defaults=defaults)
@@ -142,7 +141,8 @@ class Extraction:
             asked = self.repeats.columns if images is None else asked
             self._columns = [image_column(frame, column) for column in asked]
             self.parts = plan_again(self.repeats, self._columns)
-        self._fit_on = None if fit_on is None else rows_selected(frame, fit_on)
+        fit_rows = None if fit_on is None else rows_selected(frame, fit_on)
+        self._fit_count = None if fit_rows is None else int(fit_rows.sum())
         groups = model.group(self.blocks, _network_and_pixels)
         networks = [(model.NetworkSpec.of(group), _pixels(group[0])) for group in groups]
         for part in self.parts:
@@ -154,24 +154,27 @@ class Extraction:
         self.seconds = 0.0
         self._images = [value for column in self._columns for value in frame[column].tolist()]
         self.allow_remote = allow_remote
+        self._on = check_place(on, self._images, networks)
         self._run = Run(
             self._images,
             self._root,
             networks,
+            _executor(self._on),
             device=engines.check_device(device),
             precision=self._precision,
             batch_size=None if batch_size == "auto" else whole("--batch-size", LARGEST_BATCH)(batch_size),
             cache=parquet is None if cache is None else cache,
             remote=Access.here() if allow_remote else None,
-            on=check_place(on, self._images, networks),
         )
         if self.repeats is not None:
             earlier = {part.network: part.repeats.precision for part in self.parts if part.repeats}
             self._run.repeat([earlier[number] for number in range(len(networks))])
-        self._result: pd.DataFrame | None = None
+        self._replace = replace
+        self._memory = MemorySink(self._run, self.parts, frame, fit_rows, replace=replace)
         self.written = None
         if parquet is not None:
-            self.written = dataset.begun(self, parquet, frame, self._run, self._fit_on, replace=replace)
+            self.written = dataset.begun(self, parquet, frame, self._run, fit_rows, replace=replace)
+        self._sink = self.written or self._memory
 
     # Working
 
@@ -183,19 +186,16 @@ class Extraction:
             return
         self.state, started = "running", time.perf_counter() - self.seconds
         try:
-            with (
-                isolation.pillow_defaults(),
-                self._run.caching(),
-                self.written.held() if self.written else nullcontext(),
-            ):
+            with isolation.pillow_defaults(), self._run.caching(), self._sink.held():
                 for note in self._prepare():
                     self.seconds = time.perf_counter() - started
                     yield self._step(note)
-                with closing((self.written or self._run).batches()) as batches:
+                with closing(self._sink.batches()) as batches:
                     for _ in batches:
                         self.seconds = time.perf_counter() - started
                         yield self._step()
-            self._finish()
+            self._check_some_succeeded()
+            self._sink.finish()
             self.seconds = time.perf_counter() - started
             self.state = "done"
         except (GeneratorExit, KeyboardInterrupt):
@@ -251,36 +251,8 @@ class Extraction:
             for part in self.parts:
                 part.lane = self._run.lanes[part.network]
                 part.place_in(self._frame, replace=self._replace)
-                if self.written is None:
-                    part.make_room(len(self._images))
+            self._sink.make_room()
             yield self._coming()
-
-    def _finish(self) -> None:
-        """Normalize, and attach the columns."""
-        start = time.perf_counter()
-        self._check_some_succeeded()
-        if self.written:
-            return
-        raw = [part.raw(self._images_of(part.column)) for part in self.parts]
-        for part, rows in zip(self.parts, raw, strict=True):
-            good = self._ok_in(part.column)
-            part.learn(rows, good if self._fit_on is None else good & self._fit_on)
-        try:
-            self._attach(raw)
-        except BaseException:
-            self._run.forget()  # rows may be half normalized, in place
-            raise
-        self._run.timings.attaching += time.perf_counter() - start
-
-    def _attach(self, raw: Sequence[NDArray[np.float32]]) -> None:
-        for part, rows in zip(self.parts, normalized(self.parts, raw), strict=True):
-            part.rows = rows
-        places = [part.place_in(self._frame, replace=self._replace) for part in self.parts]
-        for part, there in zip(self.parts, places, strict=True):
-            part.replaced = bool(there.replaced)
-        self._result = attach(self._frame, [part.frame(self._frame.index) for part in self.parts], places)
-        for lane in self._run.lanes:
-            lane.features.clear()  # what no part holds may go
 
     def _check_some_succeeded(self) -> None:
         reasons = self._run.progress.reasons
@@ -315,7 +287,7 @@ class Extraction:
     @property
     def computed(self) -> int:
         """How many images a network ran over, or share the features of one."""
-        return self.done - self.cached - len(self._run.progress.reasons)
+        return self._run.progress.computed
 
     @property
     def equal(self) -> int:
@@ -323,21 +295,14 @@ class Extraction:
         return self._run.progress.equal
 
     @property
+    def kept(self) -> int:
+        """How many images another run need not compute, since they are in the cache or in files."""
+        return self._memory.kept or self._sink.kept
+
+    @property
     def keeps(self) -> bool:
         """Whether what is finished is in the cache or in files, so that another run goes on from there."""
         return self._run.keeps or bool(self.kept)
-
-    @property
-    def where_kept(self) -> str:
-        """Where those are that need not be computed, in words."""
-        return "in files already" if self.written else "from the cache"
-
-    @property
-    def kept(self) -> int:
-        """How many images another run need not compute."""
-        if self._run.keeps:
-            return self.done - len(self._run.progress.reasons)
-        return self.written.kept if self.written else 0
 
     @property
     def notes(self) -> list[str]:
@@ -350,11 +315,9 @@ class Extraction:
         return self._run.timings
 
     @property
-    def rate(self) -> float:
-        """Images per second so far; those from the cache, preparing networks and attaching columns apart."""
-        apart = self._run.timings.preparing + self._run.timings.recalling + self._run.timings.attaching
-        worked, working = self.done - self.cached, self.seconds - apart
-        return worked / working if worked and working > 0 else 0.0
+    def profile(self) -> Profile:
+        """Seconds by kind of work, and which of them bounds the speed; print it, or show it in a notebook."""
+        return Profile(self.timings, seconds=self.seconds, computed=bool(self.computed))
 
     @property
     def engines(self) -> list[str]:
@@ -368,23 +331,28 @@ class Extraction:
         return settled or (self.repeats.precision if self.repeats else self._precision)
 
     @property
-    def fit_rows(self) -> int | None:
-        """How many rows `fit_on` selects, or None where all are learned from."""
-        return None if self._fit_on is None else int(self._fit_on.sum())
+    def rate(self) -> float:
+        """Images per second so far; those from the cache, preparing networks and attaching columns apart."""
+        apart = self.timings.preparing + self.timings.recalling + self.timings.attaching
+        worked, working = self.done - self.cached, self.seconds - apart
+        return worked / working if worked and working > 0 else 0.0
+
+    @property
+    def _bottleneck(self) -> Bottleneck | None:
+        return self.timings.bottleneck if self.computed else None
 
     def _step(self, note: str = "") -> Step:
-        left = (self.total - self.done) / self.rate if self.rate else None
-        failed = len(self._run.progress.reasons)
-        counts = self.done, self.total, failed, self.cached
-        return Step(*counts, self.seconds, self.rate, left, self.bottleneck, note, self.where_kept)
+        rate = self.rate
+        left = (self.total - self.done) / rate if rate else None
+        counts = self.done, self.total, len(self._run.progress.reasons), self.cached
+        return Step(*counts, self.seconds, rate, left, self._bottleneck, note, self._sink.kept_words)
 
     def _coming(self) -> str:
         """Say what is coming, before it comes."""
         width = sum(len(part.names) for part in self.parts)
         size = format_bytes(4 * len(self._frame) * sum(part.raw_width for part in self.parts))
         weights = listing(dict.fromkeys(lane.weights.name for lane in self._run.lanes))
-        where = f"in {self.written.shelf.shown}" if self.written else "of memory"
-        matrix = f"{len(self._frame):,} rows × {width:,} columns ({size} {where})"
+        matrix = f"{len(self._frame):,} rows × {width:,} columns ({size} {self._sink.place})"
         count = len(hosts(self._images)) if self.allow_remote else 0
         fetched = f" · images are fetched from {count:,} host{'s' if count > 1 else ''}" if count else ""
         return f"{matrix} · {weights} weights · {listing(self.engines)} · {self.precision}{fetched}"
@@ -395,11 +363,7 @@ class Extraction:
     def frame(self) -> pd.DataFrame:
         """The given columns, then the features: same index, same order, same rows."""
         self._check_finished()
-        if self.written:
-            shown = self.written.shelf.shown
-            raise ExtractionError(f"The features are in {shown}, none in memory: nbfeat.read({shown!r}) reads them.")
-        assert self._result is not None
-        return self._result
+        return self._sink.frame
 
     def _check_finished(self) -> None:
         if self.state != "done":
@@ -408,34 +372,19 @@ class Extraction:
             )
 
     @property
-    def root(self) -> Path:
-        """Where relative paths start."""
-        return self._root
-
-    @property
-    def features(self) -> pd.DataFrame:
-        """Only the new columns, float32; rows that failed are NaN."""
-        return self.frame.loc[:, self.columns]
-
-    @property
     def columns(self) -> list[str]:
         """The names of all new columns."""
         self._check_finished()
         return [name for part in self.parts for name in part.names]
 
-    def __getitem__(self, prefix: str) -> pd.DataFrame:
-        """Return one block's columns."""
-        index = self.frame.index
-        parts = {part.prefix: part for part in self.parts}
-        return parts[block_called(prefix, parts)].frame(index)
+    def _block(self, prefix: str) -> pd.DataFrame:
+        part = next(part for part in self.parts if part.prefix == prefix)
+        return part.frame(self.frame.index)
 
     @property
-    def ok(self) -> pd.Series:
-        """Whether a row has all its features; indexed like the frame."""
-        import pandas as pd
-
-        good = np.logical_and.reduce([self._ok_in(column) for column in self._columns])
-        return pd.Series(good, index=self.frame.index, name="ok")
+    def prefixes(self) -> list[str]:
+        """What the names of each block's columns begin with."""
+        return [part.prefix for part in self.parts]
 
     @property
     def failures(self) -> pd.DataFrame:
@@ -453,53 +402,10 @@ class Extraction:
         }
         return pd.DataFrame(table, index=self._frame.index.take(np.array(positions, int)))
 
-    def before_normalization(self) -> Extraction:
-        """Return an Extraction, not yet run, of the same images and the blocks that learn a normalization, without it.
-
-        What can be comes from the cache, since features are kept as they are before any normalization. Blocks beside
-        those in one network come along, since an engine may keep features by all that a network gives.
-        """
-        import pandas as pd
-
-        networks = {part.network for part in self.parts if part.block.is_learned}
-        asked = dict.fromkeys(part.block for part in self.parts if part.network in networks)
-        blocks = [replace(block, normalize="none", components=None) for block in asked]
-        images = {column: self._images[self._images_of(column)] for column in self._columns}
-        raw = Extraction(
-            pd.DataFrame(images, dtype=object),
-            blocks,
-            images=self._columns,
-            root=self._root,
-            replace=True,
-            batch_size=self._run.batch_size or "auto",
-            device=self._run.device,
-            allow_remote=self.allow_remote,
-            cache=self._run.uses_cache,
-            on=self._run.on,
-        )
-        in_order = dict.fromkeys(part.network for part in self.parts if part.network in networks)
-        raw._run.repeat([self._run.lanes[number].precision for number in in_order])
-        return raw
-
-    def speed_of(self, part: FeatureColumns) -> float:
-        """Measure how many images per second go from file to features of `part` alone, without the cache."""
-        from nbfeat.extraction.speed import images_per_second
-
-        good = np.flatnonzero(self._ok_in(part.column)) + self._images_of(part.column).start
-        assert part.lane is not None
-        return images_per_second(
-            part.lane, part.key, [self._images[at] for at in good], self._root, remote=self._run.remote
-        )
-
     @property
-    def profile(self) -> Profile:
-        """Seconds by kind of work, and which of them bounds the speed; print it, or show it in a notebook."""
-        return Profile(self.timings, seconds=self.seconds, computed=bool(self.computed))
-
-    @property
-    def bottleneck(self) -> Bottleneck | None:
-        """What bounds the speed; None where nothing had to be computed."""
-        return self.timings.bottleneck if self.computed else None
+    def root(self) -> Path:
+        """Where relative paths start."""
+        return self._root
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -514,62 +420,106 @@ class Extraction:
             "versions": {name: version(name) for name in LIBRARIES},
         }
 
-    @property
-    def fitted(self) -> Recipe:
-        """What `like` repeats: the blocks with all that decides their numbers, and what they learned."""
-        return Recipe.of(self)
-
-    def to_parquet(self, path: str | Path, without: Collection[Hashable] = ()) -> None:
-        """Write the frame to a Parquet file, with the recipe and what was learned, so that it can be repeated.
-
-        Any reader of Parquet reads it as a table; `nbfeat.read` and `like` read the rest, too. It is written whole or
-        not at all.
-
-        Parameters
-        ----------
-        path
-            The file; one that is there is replaced.
-        without
-            Columns of the given frame to leave out, e.g. one of PIL images, which Parquet cannot hold.
+    def to_recipe(self, source: str = "the earlier result") -> Recipe:
+        """Return what `like` repeats, called `source` in messages.
 
         Raises
         ------
         RequestError
-            Where Parquet cannot hold a column, naming it, or what was learned is too large to travel.
-
-        Examples
-        --------
-        >>> result.to_parquet("train.parquet")  # doctest: +SKIP
-        >>> nbfeat.extract(others, like="train.parquet")  # doctest: +SKIP
+            Where this is not done, or had no images, so that nothing was learned.
         """
-        from nbfeat.parquet import result_file
+        if self.state != "done":
+            raise RequestError(
+                f"{source} cannot be repeated: its state is {self.state!r}, {self.done:,} of {self.total:,} images. "
+                "Let it come to its end first, with its .run()."
+            )
+        if any(part.normalizer is None for part in self.parts):
+            raise RequestError(
+                f"{source} cannot be repeated: its frame has no rows, so that nothing was learned. "
+                "Extract features of some images first."
+            )
+        return Recipe(tuple(part.recipe for part in self.parts), self.recipe, source)
 
-        result_file.write(path, self.frame, self.fitted, self.failures, without)
+    @property
+    def fitted(self) -> Recipe:
+        """What `like` repeats: the blocks with all that decides their numbers, and what they learned."""
+        return self.to_recipe()
 
-    def __repr__(self) -> str:
-        """Return the report as text."""
-        from nbfeat.extraction import report
+    def _report(self) -> report.Report:
+        finished, failures = self.state == "done", self.failures
+        subject = f"{len(self.columns):,} new columns from" if finished else f"{self.state}: {self.done:,} of"
+        equal = [f"{self.equal:,} images are equal to others and share their features."] if self.equal else []
+        written = [self.written.sentence] if self.written and finished else []
+        return report.Report(
+            headline=report.headline(
+                subject,
+                total=self.total,
+                cached=self.cached,
+                computed=self.computed,
+                kept=self._sink.kept_words,
+                seconds=self.seconds,
+                rate=self.rate,
+                preparing=self.timings.preparing,
+            ),
+            blocks=[report.made_row(part, self.cached) for part in self.parts] if finished else [],
+            planned=[] if finished else [report.briefly(block) for block in self.blocks],
+            failed=report.failed(len(failures), self.total),
+            failures=report.first(failures),
+            notes=[
+                *self.notes,
+                *written,
+                *equal,
+                *report.normalization_notes(self.parts, repeats=self.repeats, fit_rows=self._fit_count),
+            ],
+            footer=report.footer(self.engines, self.precision, self._bottleneck),
+        )
 
-        return report.text(report.summarize(self))
+    # For those who look at it
 
-    def _repr_html_(self) -> str:
-        from nbfeat.extraction import report
+    def before_normalization(self) -> Extraction:
+        """Return an Extraction, not yet run, of the same images and the blocks that learn a normalization, without it.
 
-        return report.html(report.summarize(self))
+        What can be comes from the cache, since features are kept as they are before any normalization. Blocks beside
+        those in one network come along, since an engine may keep features by all that a network gives.
+        """
+        import pandas as pd
+
+        networks = {part.network for part in self.parts if part.block.is_learned}
+        asked = dict.fromkeys(part.block for part in self.parts if part.network in networks)
+        blocks = [replace(block, normalize="none", components=None) for block in asked]
+        images = {column: self.images_in(column) for column in self._columns}
+        raw = Extraction(
+            pd.DataFrame(images, dtype=object),
+            blocks,
+            images=self._columns,
+            root=self._root,
+            replace=True,
+            batch_size=self._run.batch_size or "auto",
+            device=self._run.device,
+            allow_remote=self.allow_remote,
+            cache=self._run.uses_cache,
+            on=self._on,
+        )
+        in_order = dict.fromkeys(part.network for part in self.parts if part.network in networks)
+        raw._run.repeat([self._run.lanes[number].precision for number in in_order])
+        return raw
+
+    def speed_of(self, part: FeatureColumns) -> float:
+        """Measure how many images per second go from file to features of `part` alone, without the cache."""
+        from nbfeat.extraction.speed import images_per_second
+
+        good = np.flatnonzero(self._memory.ok_in(part.column)) + self._start_of(part.column)
+        assert part.lane is not None
+        some = [self._images[at] for at in good]
+        return images_per_second(part.lane, part.key, some, self._root, remote=self._run.remote)
 
     def images_in(self, column: Hashable) -> list[object]:
         """Return the cells of an image column as they were when this was made."""
-        return self._images[self._images_of(column)]
+        start = self._start_of(column)
+        return self._images[start : start + len(self._frame)]
 
-    def _images_of(self, column: Hashable) -> slice:
-        """Return which of all images are those of `column`."""
-        start = self._columns.index(column) * len(self._frame)
-        return slice(start, start + len(self._frame))
-
-    def _ok_in(self, column: Hashable) -> NDArray[np.bool_]:
-        good = np.ones(len(self._images), bool)
-        good[list(self._run.progress.reasons)] = False
-        return good[self._images_of(column)]
+    def _start_of(self, column: Hashable) -> int:
+        return self._columns.index(column) * len(self._frame)
 
 
 def extract(frame: Frame, *blocks: Blocks, **options: Any) -> Extraction:
@@ -589,6 +539,17 @@ def extract(frame: Frame, *blocks: Blocks, **options: Any) -> Extraction:
 
 # What `extract?` and an editor show are Extraction's own parameters.
 extract.__signature__ = inspect.signature(Extraction).replace(return_annotation="Extraction")  # type: ignore[attr-defined]
+
+
+def _executor(on: str | None) -> Any:
+    """Return what makes the executor of a run: in this process, or by workers on a Ray cluster."""
+    if on is None:
+        return lambda run: Pipeline(
+            run.images, run.lanes, run.root, run.timings, run.cache, run.seen, remote=run.remote
+        )
+    from nbfeat.extraction.ray_workers import Cluster
+
+    return lambda run: Cluster(run, run.seen)
 
 
 def _network_and_pixels(block: FeatureBlock) -> tuple[object, ...]:

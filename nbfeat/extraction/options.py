@@ -24,6 +24,7 @@ NORMALIZES: tuple[Normalize, ...] = get_args(Normalize)
 
 _BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001))))  # those that come along from web pages, too
 LARGEST_SIZE = 4096  # pixels; a batch of eight is then 400 MB, beyond what any backbone was trained for
+DIGITS = 4  # of the number in a column name, at least; so that blocks of different widths sort and read alike
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,3 +282,20 @@ def quoted(word: str) -> str:
     if word and not re.search(r"[\s'\"#;]", word):
         return word
     return '"' + word.replace('"', '"\'"\'"') + '"' if "'" in word else f"'{word}'"
+
+
+def column_prefix(block: FeatureBlock, backbone: str, image_column: str | None = None) -> str:
+    """Return the first part of a block's column names: ``[image column_]backbone[alpha][_layer][_pooling]``."""
+    if block.prefix is not None:
+        name = block.prefix
+    else:
+        alpha = "" if block.alpha is None else f"{block.alpha:.2f}".replace(".", "")
+        pooling = "" if block.pooling in {None, "avg"} else block.pooling
+        name = "_".join(part for part in (backbone.lower() + alpha, block.layer, pooling) if part)
+    return f"{image_column}_{name}" if image_column is not None else name
+
+
+def column_names(prefix: str, width: int) -> list[str]:
+    """Return the names of `width` columns, numbers padded with zeros, from ``prefix_0000`` on."""
+    digits = max(DIGITS, len(str(width - 1)))
+    return [f"{prefix}_{number:0{digits}d}" for number in range(width)]

@@ -22,8 +22,7 @@ import numpy as np
 
 from nbfeat.cache.database import Cache
 from nbfeat.errors import ImageError
-from nbfeat.extraction.batch import Batch
-from nbfeat.extraction.lane import NetworkState
+from nbfeat.extraction.network_state import Batch, NetworkState
 from nbfeat.extraction.profile import Timings
 from nbfeat.images import fingerprint
 from nbfeat.images.decode import load_image, pixels_of

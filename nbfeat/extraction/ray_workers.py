@@ -18,7 +18,7 @@ from PIL import Image
 
 from nbfeat.errors import ExtractionError, ImageError, NetworkError, RequestError, format_bytes, listing
 from nbfeat.extraction import ray_session
-from nbfeat.extraction.batch import Batch
+from nbfeat.extraction.network_state import Batch
 from nbfeat.extraction.ray_session import Share
 from nbfeat.extraction.worker import AS_BYTES, Order, Table, Worker
 from nbfeat.images import archives, fingerprint, sources

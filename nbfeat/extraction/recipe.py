@@ -1,27 +1,27 @@
-"""Recipe: all that it takes to repeat a result on other images, what its normalizations learned included."""
+"""Recipe: all that it takes to repeat a result on other images, what its normalizations learned included.
+
+What decides the numbers of a network is named by the fields of the cache's key; here they are compared.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, TypeGuard
 
 from nbfeat.backbones.weights import Loaded
 from nbfeat.errors import RequestError, listing
-from nbfeat.extraction.columns import names
+from nbfeat.extraction.network_state import NetworkState
 from nbfeat.extraction.normalize import Normalizer
-from nbfeat.extraction.options import FeatureBlock
+from nbfeat.extraction.options import FeatureBlock, column_names
 from nbfeat.inference.engines import Precision
 from nbfeat.inference.model import cut_of
 
-if TYPE_CHECKING:
-    from nbfeat.extraction.extraction import Extraction
-    from nbfeat.extraction.lane import NetworkState
-    from nbfeat.extraction.part import FeatureColumns
-
 # Another engine, machine or release gives the same features up to small differences; anything else gives others.
 SLIGHT = frozenset({"engine", "backend", "keras", "decoders", "cpu", "beside"})
-_TOLD = {"engine": "", "backend": "", "keras": "Keras ", "decoders": ""}  # of those, with the words before the value
+_WORDS = {"engine": "", "backend": "", "keras": "Keras ", "decoders": ""}  # of those, with the words before the value
 _HASH = 64  # hexadecimal digits of a SHA-256
 _SHOWN = 12  # of them
 
@@ -47,7 +47,7 @@ class PartRecipe:
     @property
     def names(self) -> list[str]:
         """The names of the columns."""
-        return names(self.prefix, self.block.components or self.width)
+        return column_names(self.prefix, self.block.components or self.width)
 
     @property
     def key(self) -> str:
@@ -77,42 +77,21 @@ class PartRecipe:
     def slight_differences(self, lane: NetworkState) -> list[str]:
         """Say what is another here in ways that change the numbers slightly."""
         here, there = lane.kept[self.key].key_fields, self.key_fields
-        told = [
+        changed = [
             f"{words}{there[name]} (here {here[name]})"
-            for name, words in _TOLD.items()
+            for name, words in _WORDS.items()
             if name in there and name in here and there[name] != here[name]
         ]
-        return [*told, "another CPU"] if there.get("cpu") != here.get("cpu") else told
+        return [*changed, "another CPU"] if there.get("cpu") != here.get("cpu") else changed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recipe:
-    """What an Extraction takes as `like`: parts with what they learned, and what is told to people."""
+    """What an Extraction takes as `like`: parts with what they learned, and provenance for people."""
 
     parts: tuple[PartRecipe, ...]
     told: Mapping[str, Any]  # `Extraction.recipe`, plain values
     source: str = "the earlier result"  # what it is called in messages and reports
-
-    @classmethod
-    def of(cls, extraction: Extraction, source: str = "the earlier result") -> Recipe:
-        """Take the recipe of an Extraction that is done.
-
-        Raises
-        ------
-        RequestError
-            Where it is not done, or had no images, so that nothing was learned.
-        """
-        if extraction.state != "done":
-            raise RequestError(
-                f"{source} cannot be repeated: its state is {extraction.state!r}, {extraction.done:,} of "
-                f"{extraction.total:,} images. Let it come to its end first, with its .run()."
-            )
-        if any(part.normalizer is None for part in extraction.parts):
-            raise RequestError(
-                f"{source} cannot be repeated: its frame has no rows, so that nothing was learned. "
-                "Extract features of some images first."
-            )
-        return cls(tuple(map(of_part, extraction.parts)), extraction.recipe, source)
 
     @property
     def precision(self) -> str:
@@ -147,18 +126,66 @@ class Recipe:
         return f"{self.source} was made with {made}: the same image may give slightly other numbers here."
 
 
-def of_part(part: FeatureColumns) -> PartRecipe:
-    """Take the recipe of a part whose network is open; what it learns need not be known yet."""
-    if part.repeats is not None:  # whatever it ran on, it repeated this
-        return replace(part.repeats, column=part.column)
-    assert part.lane is not None
-    key_fields, learned = part.lane.kept[part.key].key_fields, part.normalizer or Normalizer()
-    return PartRecipe(part.block, part.column, part.prefix, part.raw_width, part.lane.weights, key_fields, learned)
-
-
 def _shown(value: object) -> str:
     """Return a hash by its first digits, any other value as it is, unless it is long."""
     if isinstance(value, str) and len(value) == _HASH:
         return f"SHA-256 {value[:_SHOWN]}…"
     text = repr(value)
     return text if len(text) <= _HASH else text[:_HASH] + "…"
+
+
+class Repeatable(Protocol):
+    """A result that is done."""
+
+    @property
+    def fitted(self) -> Recipe:
+        """What it takes to repeat it."""
+
+
+Like: TypeAlias = "Repeatable | Recipe | str | Path"
+
+
+def to_repeat(
+    like: Like | None,
+    *,
+    blocks: Sequence[object],
+    fit_on: object,
+    precision: str,
+    defaults: Mapping[str, Any],
+) -> Recipe | None:
+    """Return the recipe that is to be repeated, or None; nothing else may be asked for that the recipe decides."""
+    if like is None:
+        return None
+    recipe = recipe_of(like)
+    if blocks or defaults:
+        named = listing([*map(str, blocks), *(f"--{name.replace('_', '-')}" for name in defaults)])
+        raise RequestError(f"--like repeats the blocks of {recipe.source}: leave {named} away.")
+    if fit_on is not None:
+        raise RequestError(f"--like repeats what {recipe.source} learned, and learns nothing: leave --fit-on away.")
+    if precision not in {"auto", recipe.precision}:
+        raise RequestError(
+            f"{recipe.source} was computed in {recipe.precision}, and would give other features in {precision}: "
+            "leave --precision away, or extract both frames anew."
+        )
+    return recipe
+
+
+def recipe_of(like: object) -> Recipe:
+    """Return the recipe of a result that is done, or of one in a Parquet file that nbfeat wrote."""
+    if isinstance(like, Recipe):
+        return like
+    if isinstance(like, str | os.PathLike):
+        from nbfeat.parquet.result_file import read_recipe
+
+        return read_recipe(os.fspath(like))
+    if is_result(like):
+        return like.fitted
+    raise RequestError(
+        f"--like takes a result of nbfeat, or a Parquet file that one was written to, not {type(like).__name__}. "
+        "Keep a result with `result = %extract …` or `result = nbfeat.extract(…)`."
+    )
+
+
+def is_result(value: object) -> TypeGuard[Repeatable]:
+    """Tell whether `value` is a result: an Extraction, or what `nbfeat.read` gives."""
+    return hasattr(type(value), "fitted") and type(value).__module__.startswith("nbfeat.")

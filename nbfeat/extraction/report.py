@@ -1,61 +1,73 @@
-"""An Extraction → a dict → text and html.
+"""Report: what a result says of itself, drawn as text and as html; the words that it is put together from.
 
-`summarize` reads, `text` and `html` only draw: what is shown in a notebook, in a terminal and in a saved file is the
-same.
+What is shown in a notebook, in a terminal and in a saved file is the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbfeat.backbones.catalog import find
 from nbfeat.backbones.model_file import NAME, SUFFIXES
 from nbfeat.errors import listing
-from nbfeat.extraction.columns import spanned
-from nbfeat.extraction.options import quoted
+from nbfeat.extraction.columns import FeatureColumns
+from nbfeat.extraction.options import FeatureBlock, quoted
+from nbfeat.extraction.recipe import PartRecipe, Recipe
 from nbfeat.html import Html, details, escape, paragraph, table, text_table
 
 if TYPE_CHECKING:
-    from nbfeat.extraction.extraction import Extraction
-    from nbfeat.extraction.options import FeatureBlock
-    from nbfeat.extraction.part import FeatureColumns
+    import pandas as pd
 
 _POOLED = {"avg": "average", "max": "maximum", "gem": "generalized mean", "flatten": "flattened"}
-HEAD = ("columns", "width", "from")
-FAILURES = ("row", "image", "reason")
-BOUNDS = {"reading": "reading", "decoding": "decoding", "network": "the network"}
+_HEAD = ("columns", "width", "from")
+_FAILURES = ("row", "image", "reason")
+_BOUNDS = {"reading": "reading", "decoding": "decoding", "network": "the network"}
 FAILURES_SHOWN = 10
-REASON_SHOWN = 90
+_REASON_SHOWN = 90
+
+Row = tuple[str, int, str]  # the names of columns, how many, and what they were made from
 
 
-def summarize(extraction: Extraction) -> dict[str, Any]:
-    """Gather what a report shows."""
-    finished = extraction.state == "done"
-    failures = extraction.failures
-    return {
-        "state": extraction.state,
-        "done": extraction.done,
-        "total": extraction.total,
-        "failed": len(failures),
-        "cached": extraction.cached,
-        "kept": extraction.where_kept,
-        "computed": extraction.computed,
-        "failures": failures.head(FAILURES_SHOWN)[["position", "image", "reason"]].to_numpy().tolist(),
-        "seconds": extraction.seconds,
-        "rate": extraction.rate,
-        "preparing": extraction.timings.preparing,
-        "width": len(extraction.columns) if finished else None,
-        "blocks": [_block(part, extraction.cached) for part in extraction.parts] if finished else [],
-        "planned": [briefly(block) for block in extraction.blocks],
-        "engines": extraction.engines,
-        "precision": extraction.precision,
-        "bottleneck": extraction.bottleneck,
-        "notes": [*extraction.notes, *_notes(extraction)],
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """The sentences and tables about one result."""
+
+    headline: str
+    footer: str
+    blocks: Sequence[Row] = ()
+    planned: Sequence[str] = ()  # in place of `blocks`, before there are columns
+    failed: str = ""
+    failures: Sequence[Sequence[Any]] = ()  # row, image and reason of the first
+    notes: Sequence[str] = ()
+
+    def text(self) -> str:
+        """Draw the report as plain text."""
+        lines = [self.headline]
+        if self.blocks:
+            lines.append(indented(text_table(self.blocks, _HEAD)))
+        lines += [f"  {block}" for block in self.planned]
+        if self.failed:
+            rows = [(position, image, _shorten(reason)) for position, image, reason in self.failures]
+            lines += [self.failed, indented(text_table(rows, _FAILURES))]
+        return "\n".join([*lines, *self.notes, self.footer])
+
+    def html(self) -> Html:
+        """Draw the report as html that needs no script and follows the theme."""
+        parts = [paragraph(self.headline, strong=True)]
+        if self.blocks:
+            joint = "\N{NO-BREAK SPACE}…\N{NO-BREAK SPACE}"
+            parts.append(table([(names.replace(" … ", joint), *rest) for names, *rest in self.blocks], _HEAD))
+        parts += [paragraph(block) for block in self.planned]
+        if self.failed:
+            parts.append(details(self.failed, table(self.failures, _FAILURES)))
+        parts += [paragraph(note) for note in self.notes]
+        return Html("".join([*parts, faint(self.footer)]))
 
 
-def _block(part: FeatureColumns, cached: int) -> tuple[str, int, str]:
+def made_row(part: FeatureColumns, cached: int) -> Row:
     """Say what became what: the names of the columns, how many, and the steps from pixels to features.
 
     `cached` images had everything from the cache; where one network had more, its blocks say so.
@@ -72,9 +84,19 @@ def _block(part: FeatureColumns, cached: int) -> tuple[str, int, str]:
         steps.append(block.normalize)
     if block.components:
         steps.append(f"PCA to {block.components:,}")
-    told = ["replaced"] if part.replaced else []
-    told += [f"{part.lane.cached:,} from the cache"] if part.lane and part.lane.cached > cached else []
-    return spanned(names) + (f" ({', '.join(told)})" if told else ""), len(names), " → ".join(steps)
+    marks = ["replaced"] if part.replaced else []
+    marks += [f"{part.lane.cached:,} from the cache"] if part.lane and part.lane.cached > cached else []
+    return _spanned(names) + (f" ({', '.join(marks)})" if marks else ""), len(names), " → ".join(steps)
+
+
+def read_row(part: PartRecipe) -> Row:
+    """Say which columns were read, and what they were made from."""
+    return _spanned(part.names), len(part.names), f"{part.column}: {briefly(part.block)}"
+
+
+def _spanned(columns: Sequence[str]) -> str:
+    """Name a block's columns from the first to the last: ``resnet50_0000 … 2047``."""
+    return f"{columns[0]} … {columns[-1].rpartition('_')[2]}" if len(columns) > 1 else columns[0]
 
 
 def title_of(block: FeatureBlock) -> str:
@@ -96,44 +118,39 @@ def _weights(part: FeatureColumns) -> str:
     return " (bundled, small)" if name == "bundled" else f" ({name} weights)" if name else ""
 
 
-def _notes(extraction: Extraction) -> list[str]:
-    """Say which images are equal, what learned normalizations learned from, and what GeM lost."""
+def normalization_notes(parts: Sequence[FeatureColumns], *, repeats: Recipe | None, fit_rows: int | None) -> list[str]:
+    """Say what learned normalizations learned from, and what GeM lost."""
     notes = []
-    if extraction.written and extraction.state == "done":
-        notes.append(extraction.written.sentence)
-    if equal := extraction.equal:
-        notes.append(f"{equal:,} images are equal to others and share their features.")
-    learned = [part.prefix for part in extraction.parts if part.block.is_learned]
-    if extraction.repeats:
+    learned = [part.prefix for part in parts if part.block.is_learned]
+    if repeats:
         are = "is" if len(learned) == 1 else "are"
         taken = f": {listing(learned)} {are} normalized by what was learned there, and" if learned else ";"
-        notes.append(f"Repeats {extraction.repeats.source}{taken} nothing was learned from these rows.")
-    elif learned and extraction.fit_rows is None:
+        notes.append(f"Repeats {repeats.source}{taken} nothing was learned from these rows.")
+    elif learned and fit_rows is None:
         notes.append(
             f"{listing(learned)}: normalization learned from all rows, those you may test on included; "
             "name the training rows with --fit-on."
         )
     elif learned:
-        notes.append(f"{listing(learned)}: normalization learned from {extraction.fit_rows:,} rows.")
-    cut = [part for part in extraction.parts if part.output and part.output.pooling == "gem"]
-    if lost := [part.prefix for part in cut if part.output and part.output.negative]:
+        notes.append(f"{listing(learned)}: normalization learned from {fit_rows:,} rows.")
+    gem = [(part.prefix, part.output) for part in parts if part.output and part.output.pooling == "gem"]
+    if lost := [prefix for prefix, output in gem if output.negative]:
         notes.append(f"{listing(lost)}: GeM counts values below zero as zero, and this layer has some.")
     return notes
 
 
-def headline(report: dict[str, Any]) -> str:
-    """Say in one line how it went."""
-    state, total, cached = report["state"], report["total"], report["cached"]
-    subject = f"{report['width']:,} new columns from" if state == "done" else f"{state}: {report['done']:,} of"
-    took = f"{subject} {total:,} images in {report['seconds']:,.1f} s"
-    computed = report["computed"]
+def headline(
+    subject: str, *, total: int, cached: int, computed: int, kept: str, seconds: float, rate: float, preparing: float
+) -> str:
+    """Say in one line how it went with `subject` of `total` images, of which `cached` were `kept` before."""
+    took = f"{subject} {total:,} images in {seconds:,.1f} s"
     if cached and not computed:
-        return f"{took}, {'all' if cached == total else f'{cached:,}'} {report['kept']}"
-    speed = f"({pace(report['rate'])})"
+        return f"{took}, {'all' if cached == total else f'{cached:,}'} {kept}"
+    speed = f"({pace(rate)})"
     if cached:
-        took += f": {cached:,} {report['kept']}, {computed:,} computed"
-    if report["preparing"] > 1:
-        speed += f", {report['preparing']:,.1f} s of them to prepare the network"
+        took += f": {cached:,} {kept}, {computed:,} computed"
+    if preparing > 1:
+        speed += f", {preparing:,.1f} s of them to prepare the network"
     return f"{took} {speed}"
 
 
@@ -142,46 +159,21 @@ def pace(rate: float) -> str:
     return f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s"
 
 
-def footer(report: dict[str, Any]) -> str:
+def footer(engines: Sequence[str], precision: str, bottleneck: str | None) -> str:
     """Say what ran it, and what bounded its speed."""
-    engine = listing(report["engines"]) or "nothing ran"
-    bound = f" · bounded by {BOUNDS[report['bottleneck']]}" if report["bottleneck"] else ""
-    return f"{engine} · {report['precision']}{bound}"
+    bound = f" · bounded by {_BOUNDS[bottleneck]}" if bottleneck else ""
+    return f"{listing(engines) or 'nothing ran'} · {precision}{bound}"
 
 
-def failed(report: dict[str, Any]) -> str:
-    """Say how many images failed, and where to read why."""
-    return f"{report['failed']:,} of {report['total']:,} images failed and are NaN: see result.failures"
+def failed(count: int, total: int) -> str:
+    """Say how many images failed, and where to read why; nothing where none did."""
+    return f"{count:,} of {total:,} images failed and are NaN: see result.failures" if count else ""
 
 
-def text(report: dict[str, Any]) -> str:
-    """Draw the report as plain text."""
-    lines = [headline(report)]
-    if report["blocks"]:
-        lines.append(indented(text_table(report["blocks"], HEAD)))
-    else:
-        lines += [f"  {block}" for block in report["planned"]]
-    if report["failed"]:
-        rows = [(position, image, shorten(reason)) for position, image, reason in report["failures"]]
-        lines += [failed(report), indented(text_table(rows, FAILURES))]
-    return "\n".join([*lines, *report["notes"], footer(report)])
-
-
-def html(report: dict[str, Any]) -> Html:
-    """Draw the report as html that needs no script and follows the theme."""
-    parts = [paragraph(headline(report), strong=True)]
-    if report["blocks"]:
-        unbroken = [
-            (names.replace(" … ", "\N{NO-BREAK SPACE}…\N{NO-BREAK SPACE}"), *rest) for names, *rest in report["blocks"]
-        ]
-        parts.append(table(unbroken, HEAD))
-    else:
-        parts += [paragraph(block) for block in report["planned"]]
-    if report["failed"]:
-        parts.append(details(failed(report), table(report["failures"], FAILURES)))
-    parts += [paragraph(note) for note in report["notes"]]
-    parts.append(faint(footer(report)))
-    return Html("".join(parts))
+def first(failures: pd.DataFrame) -> list[list[Any]]:
+    """Return row, image and reason of the failures that are shown."""
+    rows: list[list[Any]] = failures.head(FAILURES_SHOWN)[["position", "image", "reason"]].to_numpy().tolist()
+    return rows
 
 
 def faint(text: str) -> Html:
@@ -189,9 +181,9 @@ def faint(text: str) -> Html:
     return Html(f'<div style="opacity:.65;font-size:90%">{escape(text)}</div>')
 
 
-def shorten(text: str) -> str:
+def _shorten(text: str) -> str:
     """Cut a long reason for a table in plain text."""
-    return text if len(text) <= REASON_SHOWN else text[: REASON_SHOWN - 1] + "…"
+    return text if len(text) <= _REASON_SHOWN else text[: _REASON_SHOWN - 1] + "…"
 
 
 def indented(text: str) -> str:

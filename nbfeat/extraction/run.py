@@ -1,67 +1,74 @@
 """The work of an extraction: open the networks, take what the cache has, compute the rest, keep what is new.
 
-It knows images and rows of features; what they are columns of, and how they are normalized, is not its business.
+It knows images and rows of features; what they are columns of, and how they are normalized, is not its business. It is
+given an executor, which computes what the cache lacks: in this process, or by workers on a cluster.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nbfeat.cache.database import Cache
-from nbfeat.cache.recall import recall
-from nbfeat.extraction.batch import Batch
-from nbfeat.extraction.lane import NetworkState, decoders
-from nbfeat.extraction.pipeline import Pipeline
+from nbfeat.extraction.network_state import Batch, NetworkState, decoders
 from nbfeat.extraction.profile import Timings
-from nbfeat.extraction.progress import Progress
-from nbfeat.extraction.ray_session import Stay
 from nbfeat.images.remote import Access
 from nbfeat.images.resize import PixelSpec
+from nbfeat.images.sources import state_of
 from nbfeat.inference import engines
 from nbfeat.inference.model import NetworkSpec
 from nbfeat.inference.precision import set_precision
 
-if TYPE_CHECKING:
-    from nbfeat.extraction.ray_workers import Cluster
+ROWS_AT_ONCE = 500
+
+
+class Executor(Protocol):
+    """What reads images and runs networks over them."""
+
+    def run(self, rows: Sequence[int]) -> Generator[Batch, None, None]:
+        """Yield batches until every row was in one for each network that lacks it, or has failed, or equals another."""
 
 
 class Run:
-    """The features of `images` from several networks; relative paths start at `root`, and `remote` ones are fetched."""
+    """The features of `images` from several networks; relative paths start at `root`, and `remote` ones are fetched.
+
+    It works on a window of the images at a time: on all of them, unless `look_at` says which.
+    """
 
     def __init__(
         self,
         images: Sequence[object],
         root: Path,
         networks: Sequence[tuple[NetworkSpec, PixelSpec]],
+        executor: Callable[[Run], Executor],
         *,
         device: str,
         precision: engines.Asked,
         batch_size: int | None,
         cache: bool,
         remote: Access | None = None,
-        on: str | None = None,
     ) -> None:
         self.images, self.root, self.networks = images, root, networks
         self.device, self.precision, self.batch_size = device, precision, batch_size
-        self.remote, self.on = remote, on
+        self.remote = remote
         self.progress = Progress(len(images), len(networks))
         self.timings = Timings()
         self.notes: list[str] = []
         self.lanes: list[NetworkState] = []
         self.keeps = False  # whether what is finished is in the cache
-        self.stay = Stay()  # on a cluster, where it runs on one
         self.uses_cache = cache and bool(images)
-        self._cache = Cache(None)
-        self._seen: dict[bytes, int] = {}
+        self.cache = Cache(None)
+        self.seen: dict[bytes, int] = {}  # which image of the window had a content first
         self.computed_elsewhere = False  # whether some of it has no use for the cache
-        self._settled: Sequence[engines.Precision] = ()
+        self._executor = executor
+        self._window: NDArray[np.int64] | None = None
+        self._repeated: Sequence[engines.Precision] = ()
 
     @contextmanager
     def caching(self) -> Iterator[None]:
@@ -69,13 +76,13 @@ class Run:
         if not self.uses_cache:
             yield
             return
-        self._cache = Cache.at_home(decoders())
+        self.cache = Cache.at_home(decoders())
         try:
             yield
         finally:
-            self.keeps = self._cache.writes and not self.computed_elsewhere
-            self.note(self._cache.note)
-            self._cache.close()
+            self.keeps = self.cache.writes and not self.computed_elsewhere
+            self.note(self.cache.note)
+            self.cache.close()
 
     def open(self) -> Iterator[str]:
         """Make the networks ready, yielding sentences to show meanwhile."""
@@ -83,84 +90,68 @@ class Run:
         devices, lanes = engines.choose_devices(self.device), []
         for number, (spec, pixels) in enumerate(self.networks):
             opening = engines.PreparedNetwork(spec, devices=devices, batch_size=self.batch_size)
-            lanes.append(NetworkState(spec, pixels, opening, np.zeros(len(self.images), bool)))
+            lane = NetworkState(spec, pixels, opening, np.zeros(len(self.images), bool))
+            lanes.append(lane)
             yield from opening
             self.note(opening.note)
-            if self._settled:
-                lanes[-1].set_precision(self._settled[number])
+            if self._repeated:
+                lane.set_precision(self._repeated[number])
             else:
-                self.note(
-                    (yield from set_precision(lanes[-1], self.precision, self.images, self.root, remote=self.remote))
-                )
+                note = yield from set_precision(lane, self.precision, self.images, self.root, remote=self.remote)
+                self.note(note)
         self.lanes = lanes
         self.timings.preparing += time.perf_counter() - start
 
     def repeat(self, precisions: Sequence[engines.Precision]) -> None:
         """Compute in what an earlier run computed in, one for each network; nothing is compared."""
-        self._settled = precisions
+        self._repeated = precisions
 
-    def over(self, images: Sequence[object]) -> Run:
-        """Return the work on some of the images, to be counted apart; `join` it before each of its `batches`."""
-        return Run(
-            images,
-            self.root,
-            self.networks,
-            device=self.device,
-            precision=self.precision,
-            batch_size=self.batch_size,
-            cache=self.uses_cache,
-            remote=self.remote,
-            on=self.on,
-        )
+    is_on_cluster = False
 
-    def join(self, whole: Run) -> None:
-        """Run the networks of `whole`, of whose images these are some; its features, cache and notes are theirs.
+    def executing(self) -> Any:
+        from contextlib import nullcontext
 
-        So is its stay on a cluster, where it runs on one.
-        """
-        self.timings, self.notes, self._cache, self.stay = whole.timings, whole.notes, whole._cache, whole.stay
-        if not self.lanes:
-            self.lanes = [replace(lane, done=np.zeros(len(self.images), bool), cached=0) for lane in whole.lanes]
+        return nullcontext()
+
+    def look_at(self, window: NDArray[np.int64]) -> None:
+        """Work on these images from now on; room for the features of so many is made by the caller."""
+        self._window = window
+        self.seen.clear()  # features of the images before are not here any more
+        slots = np.full(len(self.images), -1, np.int32)
+        slots[window] = np.arange(len(window))
+        for lane in self.lanes:
+            lane.slots = slots
+            lane.features.clear()
+
+    def finished_before(self, images: NDArray[np.int64], reasons: dict[int, str]) -> None:
+        """Take these images for finished: an earlier run kept their features, or the `reasons` why there are none."""
+        for lane in self.lanes:
+            lane.done[images] = True
+        self.progress.reasons.update(reasons)
+        self.progress.recount([lane.done for lane in self.lanes])
 
     def batches(self) -> Generator[Batch, None, None]:
         """Yield what is in the cache already, then what has to be read; each batch was taken in before."""
         if not self.images:
             return
-        self._cache.use(kept for lane in self.lanes for kept in lane.kept.values())
+        self.cache.use(kept for lane in self.lanes for kept in lane.kept.values())
         self.progress.recount([lane.done for lane in self.lanes])
         start = time.perf_counter()
-        for batch in recall(self.images, self.progress.left(), self.lanes, self.root, self._cache):
+        for batch in cache_lookup(self.images, self._left(), self.lanes, self.root, self.cache):
             self._take(batch)
             self.timings.recalling += time.perf_counter() - start
             yield batch
             start = time.perf_counter()
         self.timings.recalling += time.perf_counter() - start
-        if left := self.progress.left():
-            with closing(self._place().run(left)) as batches:
+        if left := self._left():
+            with closing(self._executor(self).run(left)) as batches:
                 for batch in batches:
                     self._take(batch)
                     yield batch
 
-    def _place(self) -> Pipeline | Cluster:
-        """Return where the work is done: in this process, or by workers on a cluster."""
-        if self.on is None:
-            return Pipeline(
-                self.images, self.lanes, self.root, self.timings, self._cache, self._seen, remote=self.remote
-            )
-        from nbfeat.extraction.ray_workers import Cluster
-
-        return Cluster(self, self._seen)
-
-    def apart(self, images: Sequence[object]) -> Run:
-        """Return a run over other images by the networks that are open here, with room for what they give."""
-        run = self.over(images)
-        for lane in self.lanes:
-            lane.start()
-            room = {
-                key: np.full((len(images), output.width), np.nan, np.float32) for key, output in lane.outputs.items()
-            }
-            run.lanes.append(replace(lane, done=np.zeros(len(images), bool), cached=0, features=room))
-        return run
+    def _left(self) -> list[int]:
+        """Return the images of the window that are not finished, in order."""
+        return self.progress.left(self._window)
 
     def _take(self, batch: Batch) -> None:
         """Put the features of a batch where they belong, and into the cache what is new."""
@@ -175,7 +166,7 @@ class Run:
             for lane in self.lanes:
                 lane.share(row, first)
         start = time.perf_counter()
-        self._cache.keep(batch.news)
+        self.cache.keep(batch.news)
         self.timings.keeping += time.perf_counter() - start
 
     def forget(self) -> None:
@@ -188,3 +179,104 @@ class Run:
         """Take down what the report should say, once."""
         if text and text not in self.notes:
             self.notes.append(text)
+
+
+class Progress:
+    """The count of a run over `images` images, each of which needs the features of several `networks`."""
+
+    def __init__(self, images: int, networks: int) -> None:
+        self.done = 0  # finished, failed ones too
+        self.cached = 0  # have all their features from the cache, or from files of an earlier run
+        self.equal = 0  # share the features of another of the same content
+        self.reasons: dict[int, str] = {}  # an image that failed → why
+        # How many networks' features are still to come.
+        self._lacking: NDArray[np.int32] = np.full(images, networks, np.int32)
+        self._computed = np.zeros(images, bool)
+        self._waiting: dict[int, int] = {}  # an image → the one of the same content that it waits for
+
+    @property
+    def computed(self) -> int:
+        """How many images a network ran over, or share the features of one."""
+        return self.done - self.cached - len(self.reasons)
+
+    def recount(self, done: Sequence[NDArray[np.bool_]]) -> None:
+        """Count again from what each network has `done`: an interrupt may have come between placing and counting."""
+        lacking = np.zeros(len(self._lacking), np.int32)
+        for mask in done:
+            lacking += ~mask
+        lacking[list(self.reasons)] = 0
+        cached = (lacking == 0) & ~self._computed
+        cached[list(self.reasons)] = False
+        self._lacking, self._waiting = lacking, {}
+        self.done, self.cached = int(np.count_nonzero(lacking == 0)), int(np.count_nonzero(cached))
+
+    def left(self, window: NDArray[np.int64] | None = None) -> list[int]:
+        """Return the images, of a `window` or of all, that are not finished, in order."""
+        left = np.flatnonzero(self._lacking) if window is None else window[self._lacking[window] > 0]
+        return list(left.tolist())
+
+    def take(self, batch: Batch) -> list[tuple[int, int]]:
+        """Count a batch; return pairs of images, of which the first now shares the features of the second."""
+        for row, reason in batch.failures.items():
+            self._fail(row, reason)
+        if batch.rows:
+            rows = np.array(batch.rows)
+            self._lacking[rows] -= 1
+            self._computed[rows] |= not batch.cached
+            self._finish(rows[self._lacking[rows] == 0])
+        self._waiting |= batch.equal
+        return self._shared()
+
+    def _shared(self) -> list[tuple[int, int]]:
+        ready = [(row, first) for row, first in self._waiting.items() if not self._lacking[first]]
+        shared = [pair for pair in ready if pair[1] not in self.reasons]
+        for row, first in ready:
+            del self._waiting[row]
+            if first in self.reasons:
+                self._fail(row, self.reasons[first])
+        for row, first in shared:
+            self._lacking[row], self._computed[row] = 0, self._computed[first]
+            self._finish(np.array([row]))
+        self.equal += len(shared)
+        return shared
+
+    def _finish(self, rows: NDArray[np.int_]) -> None:
+        self.done += len(rows)
+        self.cached += int(np.count_nonzero(~self._computed[rows]))
+
+    def _fail(self, row: int, reason: str) -> None:
+        self.reasons[row], self._lacking[row] = reason, 0
+        self.done += 1
+
+
+def cache_lookup(
+    images: Sequence[object], rows: Sequence[int], lanes: Sequence[NetworkState], root: Path, cache: Cache
+) -> Iterator[Batch]:
+    """Yield what `cache` has of those `rows` whose files have not changed: by their state, without reading them."""
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        some = rows[start : start + ROWS_AT_ONCE]
+        states = {row: state for row in some if (state := state_of(images[row], root))}
+        holds = cache.images(set(states.values()))
+        known = {row: holds[state] for row, state in states.items() if state in holds}
+        if not known:
+            continue
+        reasons = cache.failures(set(known.values()))
+        failures = {row: reasons[image] for row, image in known.items() if image in reasons}
+        if failures:
+            yield Batch(failures=failures)
+        for lane in lanes:
+            left = {row: image for row, image in known.items() if not (row in failures or lane.done[row])}
+            if (batch := _found(lane, left, cache)).rows:
+                yield batch
+
+
+def _found(lane: NetworkState, images: dict[int, bytes], cache: Cache) -> Batch:
+    """Return the features that all outputs of `lane` have of `images`."""
+    wanted = set(images.values())
+    found = {key: cache.vectors(kept, wanted) for key, kept in lane.kept.items()}
+    whole = {image for image in wanted if all(image in vectors for vectors in found.values())}
+    rows = [row for row, image in images.items() if image in whole]
+    if not rows:
+        return Batch(lane)
+    vectors = {key: np.stack([vectors[images[row]] for row in rows]) for key, vectors in found.items()}
+    return Batch(lane, rows, vectors=vectors, cached=True)

@@ -12,7 +12,7 @@ import numpy as np
 from nbfeat import isolation
 from nbfeat.cache.database import Cache
 from nbfeat.errors import ImageError
-from nbfeat.extraction.lane import NetworkState
+from nbfeat.extraction.network_state import NetworkState
 from nbfeat.extraction.pipeline import Pipeline
 from nbfeat.extraction.profile import Timings
 from nbfeat.images.decode import load_image

@@ -15,7 +15,6 @@ from sklearn.utils.validation import _check_feature_names_in, check_is_fitted, v
 from nbfeat.errors import ExtractionError, RequestError, sentences
 from nbfeat.extraction.extraction import FIRST_REASONS, Extraction
 from nbfeat.extraction.options import Normalize, Pooling, one_of
-from nbfeat.extraction.recipe import Recipe
 from nbfeat.extraction.request import Blocks, check_frame
 from nbfeat.images.sources import image_column
 
@@ -185,7 +184,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
         given = {name: getattr(self, name) for name, value in _BLOCK_DEFAULTS.items() if getattr(self, name) != value}
         extraction = self._run(table[columns], self.blocks, precision=self.precision, **given)
         self._places = {column: [*table.columns].index(column) for column in columns}
-        self.recipe_ = Recipe.of(extraction, "The fitted ImageFeatures")
+        self.recipe_ = extraction.to_recipe("The fitted ImageFeatures")
         self.failures_ = extraction.failures
         return extraction
 

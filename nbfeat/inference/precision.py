@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.errors import ImageError, NetworkError
-from nbfeat.extraction.lane import NetworkState
+from nbfeat.extraction.network_state import NetworkState
 from nbfeat.images.decode import read_pixels
 from nbfeat.images.remote import Access, Fetcher
 from nbfeat.images.sources import spread

@@ -19,7 +19,6 @@ from nbfeat.backbones.model_file import SUFFIXES
 from nbfeat.cache.storage import KINDS
 from nbfeat.errors import RequestError, listing, near, sentences
 from nbfeat.extraction.extraction import Extraction
-from nbfeat.extraction.like import is_result, recipe_of
 from nbfeat.extraction.options import (
     BLOCK_OPTIONS,
     FeatureBlock,
@@ -29,7 +28,7 @@ from nbfeat.extraction.options import (
     split_words,
     without_comment,
 )
-from nbfeat.extraction.recipe import Recipe
+from nbfeat.extraction.recipe import Recipe, is_result, recipe_of
 from nbfeat.extraction.request import PLACES
 from nbfeat.inference.engines import PRECISIONS
 from nbfeat.parquet.dataset import is_dataset
@@ -276,7 +275,7 @@ def result_called(name: str, known: Mapping[str, Any]) -> Recipe:
     """Return the recipe of the result that has this `name` in a notebook, or of the Parquet file of that name."""
     if name in known and is_result(known[name]):
         value = known[name]
-        return Recipe.of(value, name) if isinstance(value, Extraction) else replace(value.fitted, source=name)
+        return value.to_recipe(name) if isinstance(value, Extraction) else replace(value.fitted, source=name)
     if name.endswith(PARQUET) or (name not in known and is_dataset(name)):
         return recipe_of(name)
     results = results_among(known)

@@ -8,7 +8,7 @@ their place.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +17,17 @@ from numpy.typing import NDArray
 
 from nbfeat.errors import ExtractionError, format_bytes
 from nbfeat.extraction import normalize
-from nbfeat.extraction.batch import Batch
+from nbfeat.extraction.columns import FeatureColumns
+from nbfeat.extraction.network_state import Batch
 from nbfeat.extraction.packed import Failure
-from nbfeat.extraction.part import FeatureColumns, normalized
-from nbfeat.extraction.recipe import Recipe, of_part
+from nbfeat.extraction.recipe import Recipe
 from nbfeat.extraction.run import Run
+from nbfeat.images.sources import name_of
 from nbfeat.parquet import piece
 from nbfeat.parquet.location import LOCK, Shelf
 from nbfeat.parquet.piece import RAW, About, Piece
 from nbfeat.parquet.survey import MANIFEST, Survey, refusal, survey, write_manifest
-from nbfeat.parquet.tally import Split, Tallies, Tally, rows_together
+from nbfeat.parquet.tally import Split, rows_together
 
 if TYPE_CHECKING:
     from nbfeat.parquet.carried import Carried
@@ -55,9 +56,7 @@ class Chunks:
         self._request, self._fit_on, self._told, self._starts_anew = request, fit_on, told, starts_anew
         self._columns: list[Hashable] = list(dict.fromkeys(part.column for part in parts))
         self._rows: int = request["rows"]
-        self._tallies = Tallies()
-        # The chunk that is worked on, where it is not finished: its number, its run, which images of the whole it has.
-        self._now: tuple[int, Run, Sequence[int]] | None = None
+        self._now: int | None = None  # the chunk that is worked on
         self._found, self.was_finished = Survey(), False
         with suppress(FileNotFoundError):  # another process is at work there, of which `held` tells
             survey(shelf, request, replace=starts_anew)
@@ -97,7 +96,12 @@ class Chunks:
     @property
     def kept(self) -> int:
         """How many images have their features in files."""
-        return sum(tally.good for tally in self._tallies.values())
+        if self._found.chunk is None:
+            return 0
+        reasons, split, numbers = self._run.progress.reasons, self._split, self._there
+        images = [at for number in numbers for at in split.images(number)] if reasons else []
+        total = sum(split.size(number) for number in numbers) * len(self._columns)
+        return total - sum(at in reasons for at in images)
 
     @property
     def sentence(self) -> str:
@@ -115,13 +119,30 @@ class Chunks:
         assert self._found.chunk is not None
         return Split(self._rows, self._columns, self._found.chunk)
 
+    kept_words = "in files already"
+
+    @property
+    def place(self) -> str:
+        return f"in {self.shelf.shown}"
+
+    @property
+    def frame(self) -> Any:
+        shown = self.shelf.shown
+        raise ExtractionError(f"The features are in {shown}, none in memory: nbfeat.read({shown!r}) reads them.")
+
+    def make_room(self) -> None:
+        """It is made for each chunk."""
+
+    def finish(self) -> None:
+        """All is there."""
+
     # Working
 
     def batches(self) -> Generator[Batch, None, None]:
         """Work until all files are there, and yield each batch; ask no more to stop."""
         self._begin()
         if not self._found.is_finished:
-            with self._run.stay:  # on one cluster for all chunks
+            with self._run.executing():  # on one cluster for all chunks
                 for number in range(self._split.count):
                     if number not in self._there:
                         yield from self._compute(number)
@@ -141,7 +162,7 @@ class Chunks:
         if found.chunk is None:
             batch = max((lane.batch_size for lane in self._run.lanes), default=1)
             widths = {part.source: part.raw_width for part in self._parts}.values()
-            found.chunk = rows_together(widths, batch, on_cluster=self._run.on is not None)
+            found.chunk = rows_together(widths, batch, on_cluster=self._run.is_on_cluster)
         if not found.is_finished:
             with self._explained():
                 write_manifest(self.shelf, found, self._request)
@@ -151,13 +172,8 @@ class Chunks:
             self.shelf.remove(name)
         found.useless = []
         self._take_normalizers()
-        there = {number: one.failures for number, one in {**found.raw, **found.parts}.items()}
-        for number in set(self._tallies) - set(there):
-            del self._tallies[number]
-        for number, failures in there.items():
-            self._tallies.setdefault(number, Tally.of_file(self._split, number, failures))
-        self._tallies.tell(self._run.progress)
-        self._tell()
+        for number, one in {**found.raw, **found.parts}.items():
+            self._finished_before(number, one.failures)
 
     def _compare(self, recipe: Recipe) -> None:
         lanes = [part.lane for part in self._parts if part.lane]
@@ -185,45 +201,45 @@ class Chunks:
 
     def _compute(self, number: int) -> Generator[Batch, None, None]:
         """Work through one chunk, or go on with it."""
-        if self._now is None or self._now[0] != number:
-            images = self._split.images(number)
-            self._now = number, self._run.over([self._run.images[at] for at in images]), images
-            for lane in self._run.lanes:
-                lane.features.clear()
+        if self._now != number:
+            self._run.look_at(np.array(self._split.images(number), np.int64))
+            self._now = number
             for part in self._parts:
-                part.make_room(len(images))
-        run = self._now[1]
-        run.join(self._run)
-        try:
-            with closing(run.batches()) as batches:
-                for batch in batches:
-                    self._tell()
-                    yield batch
-        finally:
-            self._run.computed_elsewhere |= run.computed_elsewhere
-            for lane, own in zip(self._run.lanes, run.lanes, strict=True):
-                lane.engine = own.engine
+                part.make_room(self._split.size(number) * len(self._columns))
+        yield from self._run.batches()
 
     def _keep(self, number: int) -> None:
         """Write the file of a chunk that is computed."""
-        assert self._now is not None
-        split, (_, run, images) = self._split, self._now
-        self._now = None  # from here on rows may be half normalized, in place
-        raw = [part.raw(split.within(number, part.column)) for part in self._parts]
-        tally = Tally.of(run.progress, images)
-        failures = tally.failures(split, number, self._run.images)
+        raw = [part.raw(self._split.within(number, part.column)) for part in self._parts]
         is_raw = any(part.normalizer is None for part in self._parts)
-        self._write(number, raw if is_raw else normalized(self._parts, raw), failures, raw=is_raw)
-        for lane, own in zip(self._run.lanes, run.lanes, strict=True):
-            lane.cached += own.cached
+        matrices = (
+            raw if is_raw else [part.normalized(rows.copy()) for part, rows in zip(self._parts, raw, strict=True)]
+        )
+        self._write(number, matrices, self._failures(number), raw=is_raw)
+        for lane in self._run.lanes:
             lane.features.clear()
-        self._tallies[number] = tally
-        self._tallies.tell(self._run.progress)
+        self._now = None
+
+    def _failures(self, number: int) -> list[Failure]:
+        """Return the failures of a chunk in the order of its rows."""
+        reasons, split, (start, stop) = self._run.progress.reasons, self._split, self._split.bounds(number)
+        return [
+            Failure(row - start, str(column), name_of(self._run.images[at]), reasons[at])
+            for row in range(start, stop)
+            for place, column in enumerate(self._columns)
+            if (at := place * split.rows + row) in reasons
+        ]
+
+    def _finished_before(self, number: int, failures: Sequence[Failure]) -> None:
+        """Count a chunk that an earlier run has finished."""
+        images, start = np.array(self._split.images(number), np.int64), self._split.bounds(number)[0]
+        places = {str(column): at * self._rows + start for at, column in enumerate(self._columns)}
+        self._run.finished_before(images, {places[one.column] + one.position: one.reason for one in failures})
 
     def _write(
         self, number: int, matrices: Sequence[NDArray[np.float32]], failures: Sequence[Failure], *, raw: bool
     ) -> None:
-        made = [of_part(part) for part in self._parts]
+        made = [part.recipe for part in self._parts]
         if raw:
             plain = normalize.Normalizer()
             made = [replace(one, block=replace(one.block, normalize="none"), normalizer=plain) for one in made]
@@ -282,12 +298,6 @@ class Chunks:
         self._found = Survey()
         self.shelf.remove_folder(RAW)
         self.shelf.remove(MANIFEST)
-
-    def _tell(self) -> None:
-        """Count what is at work."""
-        if self._now:
-            _, run, images = self._now
-            self._tallies.tell_beside(self._run.progress, Tally.of(run.progress, images))
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.errors import RequestError, format_bytes
-from nbfeat.extraction import memory
+from nbfeat.extraction import columns
 from nbfeat.extraction.columns import attach, place
-from nbfeat.extraction.feature_table import Result
 from nbfeat.extraction.packed import Failure, pack
 from nbfeat.extraction.recipe import Recipe
 from nbfeat.parquet.carried import FAILURE, carried, digest_of_images
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from nbfeat.extraction.extraction import Extraction
+    from nbfeat.extraction.result import Result
     from nbfeat.extraction.run import Run
     from nbfeat.parquet.chunks import Chunks
 
@@ -113,6 +113,8 @@ def read(path: str | Path, frame: pd.DataFrame | None) -> Result:
     ]
     table = pd.DataFrame(failures, columns=list(Failure._fields))
     table.index = own.index.take(table["position"].to_numpy(int))
+    from nbfeat.extraction.result import Result
+
     result = Result(pd.concat([own, *features], axis=1), table, recipe)
     return result if frame is None else attached(result, frame)
 
@@ -127,6 +129,8 @@ def attached(result: Result, frame: pd.DataFrame) -> Result:
         )
     places = [place(frame, part.prefix, len(part.names), replace=False) for part in result.fitted.parts]
     blocks = [result[part.prefix].set_axis(frame.index) for part in result.fitted.parts]
+    from nbfeat.extraction.result import Result
+
     return Result(attach(frame, blocks, places), result.failures.set_axis(_index(frame, result)), result.fitted)
 
 
@@ -143,8 +147,8 @@ def _pieces(shelf: Shelf) -> list[Piece]:
 
 def _matrices(shelf: Shelf, pieces: Sequence[Piece], recipe: Recipe) -> list[NDArray[np.float32]]:
     rows, width = sum(piece.rows for piece in pieces), sum(len(part.names) for part in recipe.parts)
-    size, free = 4 * rows * width, memory.free_bytes()
-    if free is not None and size > memory.SHARE * free:
+    size, free = 4 * rows * width, columns.free_bytes()
+    if free is not None and size > columns.SHARE * free:
         raise RequestError(
             f"{shelf.shown} has {rows:,} rows × {width:,} features, {format_bytes(size)}, more than half of the "
             f"{format_bytes(free)} of free memory. Take what you need of it with polars.scan_parquet, DuckDB or "

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbfeat.errors import RequestError, listing, near, sentences
-from nbfeat.extraction.feature_table import Result
 from nbfeat.extraction.packed import Failure, UnreadableError, pack, unpack
 from nbfeat.extraction.recipe import Recipe
 from nbfeat.parquet import sealed
@@ -19,6 +18,8 @@ from nbfeat.paths import file_written_whole
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from nbfeat.extraction.result import Result
 
 KEY = b"nbfeat"  # an entry of the footer
 SHOWN = 5
@@ -108,6 +109,8 @@ def _read_file(file: Path) -> Result:
         raise RequestError(f"{file.name} has {what}: it was changed after nbfeat wrote it. {_ANEW}")
     table = pd.DataFrame(failures, columns=list(Failure._fields))
     table.index = frame.index.take(table["position"].to_numpy(int))
+    from nbfeat.extraction.result import Result
+
     return Result(frame, table, recipe)
 
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
-
-from nbfeat.extraction.packed import Failure
-from nbfeat.extraction.progress import Progress
-from nbfeat.images.sources import name_of
+from dataclasses import dataclass
 
 BYTES = 64_000_000  # of features in one chunk
 LEAST_ROWS, MOST_ROWS = 512, 8192  # in one chunk, which is what is lost at most when a process is killed
@@ -53,64 +49,3 @@ class Split:
         """Return which images of a chunk are those of a column."""
         start = self.columns.index(column) * self.size(number)
         return slice(start, start + self.size(number))
-
-
-@dataclass(slots=True)
-class Tally:
-    """What became of the images of one chunk."""
-
-    done: int = 0
-    cached: int = 0
-    equal: int = 0
-    reasons: dict[int, str] = field(default_factory=dict)  # an image of the whole run → why it failed
-
-    @classmethod
-    def of(cls, progress: Progress, images: Sequence[int]) -> Tally:
-        """Count the run over one chunk, whose images are those `images` of the whole run."""
-        reasons = {images[at]: reason for at, reason in progress.reasons.items()}
-        return cls(progress.done, progress.cached, progress.equal, reasons)
-
-    @classmethod
-    def of_file(cls, split: Split, number: int, failures: Sequence[Failure]) -> Tally:
-        """Count a chunk that an earlier run has finished."""
-        start, done = split.bounds(number)[0], split.size(number) * len(split.columns)
-        places = {str(column): at * split.rows + start for at, column in enumerate(split.columns)}
-        reasons = {places[one.column] + one.position: one.reason for one in failures}
-        return cls(done, done - len(reasons), 0, reasons)
-
-    def failures(self, split: Split, number: int, images: Sequence[object]) -> list[Failure]:
-        """Return the failures of a chunk in the order of its rows, for its file; `images` are those of the run."""
-        start = split.bounds(number)[0]
-        return [
-            Failure(row - start, str(split.columns[column]), name_of(images[at]), self.reasons[at])
-            for row, column, at in sorted((at % split.rows, at // split.rows, at) for at in self.reasons)
-        ]
-
-    @property
-    def good(self) -> int:
-        """How many images have features."""
-        return self.done - len(self.reasons)
-
-
-class Tallies(dict[int, Tally]):
-    """The tallies of finished chunks, by their numbers."""
-
-    _finished = Tally()
-
-    def tell(self, progress: Progress) -> None:
-        """Count what is finished into the progress of the whole run; one that was at work may have been given up."""
-        self._finished = Tally()
-        progress.reasons.clear()
-        for tally in self.values():
-            self._finished.done += tally.done
-            self._finished.cached += tally.cached
-            self._finished.equal += tally.equal
-            progress.reasons.update(tally.reasons)
-        self.tell_beside(progress, Tally())
-
-    def tell_beside(self, progress: Progress, now: Tally) -> None:
-        """Count what is at work `now`, too."""
-        before = self._finished
-        progress.done, progress.cached = before.done + now.done, before.cached + now.cached
-        progress.equal = before.equal + now.equal
-        progress.reasons.update(now.reasons)

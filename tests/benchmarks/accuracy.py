@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from nbfeat import Extraction
-from nbfeat.extraction import report
 from tests.benchmarks.rounds import MissingError, progress, why
 from tests.benchmarks.setting import Setting, weights_of
 from tests.benchmarks.table import Row, Table
@@ -73,7 +72,7 @@ def of_network(frame: pd.DataFrame, name: str, backbone: str, options: dict[str,
 
 def said(result: Extraction) -> list[str]:
     """Return what the report says of precision."""
-    notes = report.summarize(result)["notes"]
+    notes = result._report().notes
     return [note for note in notes if any(word in note for word in ("float32", "bfloat16", "float16"))]
 
 

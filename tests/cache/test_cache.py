@@ -24,8 +24,9 @@ import nbfeat
 from nbfeat import Extraction, RequestError, paths
 from nbfeat.cache import database, tables
 from nbfeat.cache.storage import KINDS
-from nbfeat.extraction import lane, pipeline, progress
+from nbfeat.extraction import network_state, pipeline
 from nbfeat.extraction.normalize import Normalizer
+from nbfeat.extraction.run import Progress
 from nbfeat.images import decode, fingerprint, formats, resize, sources
 from nbfeat.inference import model
 from tests import fake
@@ -127,9 +128,9 @@ def test_so_is_what_the_versions_change(photos: pd.DataFrame, change: str, monke
 
     monkeypatch.setattr(FakeNetwork, "__init__", other)
     if change == "numerics":
-        monkeypatch.setattr(lane, "NUMERICS", model.NUMERICS + 1)
+        monkeypatch.setattr(network_state, "NUMERICS", model.NUMERICS + 1)
     elif change == "decoders":
-        monkeypatch.setattr(lane, "decoders", lambda: "another pillow")
+        monkeypatch.setattr(network_state, "decoders", lambda: "another pillow")
     elif change == "reduction":
         monkeypatch.setattr(resize, "LEAST_REDUCED", 2)
     precision = "auto"
@@ -354,15 +355,15 @@ def test_an_interrupt_between_placing_and_counting_loses_no_row(
     photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run(photos, cache=False).features
-    take, calls = progress.Progress.take, list[int]()
+    take, calls = Progress.take, list[int]()
 
-    def interrupted(self: progress.Progress, batch: Any) -> Any:
+    def interrupted(self: Progress, batch: Any) -> Any:
         calls.append(len(batch.rows))
         if len(calls) == 2:
             raise KeyboardInterrupt
         return take(self, batch)
 
-    monkeypatch.setattr(progress.Progress, "take", interrupted)
+    monkeypatch.setattr(Progress, "take", interrupted)
     extraction = Extraction(photos, BLOCK, images="path", batch_size=3)
     with pytest.raises(KeyboardInterrupt):
         extraction.run()

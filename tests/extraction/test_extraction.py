@@ -314,7 +314,7 @@ def test_a_running_extraction_cannot_be_run_twice(photos: pd.DataFrame) -> None:
 
 
 def test_a_matrix_that_would_fill_the_memory_is_refused(photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nbfeat.extraction.memory.free_bytes", lambda: 2000)
+    monkeypatch.setattr("nbfeat.extraction.columns.free_bytes", lambda: 2000)
     with pytest.raises(RequestError, match=r"48 features per image: 20 rows of them take 4 kB.*--pooling"):
         Extraction(photos, BLOCK, images="path").run()
 

@@ -290,7 +290,7 @@ def test_another_network_is_refused_before_any_image_is_read(
     assert fake.FakeEngine.computed == computed
 
 
-@pytest.mark.parametrize("name", ["nbfeat.extraction.lane.NUMERICS", "nbfeat.images.resize.LEAST_REDUCED"])
+@pytest.mark.parametrize("name", ["nbfeat.extraction.network_state.NUMERICS", "nbfeat.images.resize.LEAST_REDUCED"])
 def test_other_computation_is_refused(
     repeat: Repeat, train: pd.DataFrame, test: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -308,7 +308,7 @@ def test_another_engine_is_told_in_one_sentence(
 ) -> None:
     result = extract(train, BLOCK, f"{BLOCK} --layer conv1", images="path")
     monkeypatch.setattr(engines, "PreparedNetwork", OtherMachine)
-    monkeypatch.setattr("nbfeat.extraction.lane.decoders", lambda: "pillow 0")
+    monkeypatch.setattr("nbfeat.extraction.network_state.decoders", lambda: "pillow 0")
     told = repeat(test, like=result)
     sentences = [note for note in told.notes if "slightly other numbers" in note]
     assert len(sentences) == 1

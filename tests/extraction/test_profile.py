@@ -114,8 +114,11 @@ def test_it_reads_as_a_table_and_a_sentence() -> None:
 )
 def test_a_slow_run_is_not_told_as_none_a_second(rate: float, told: str) -> None:
     assert pace(rate) == f"{told} images/s"
-    report = {"state": "done", "total": 2, "cached": 0, "width": 5, "seconds": 60, "computed": 2, "preparing": 0}
-    assert headline({**report, "rate": rate}) == f"5 new columns from 2 images in 60.0 s ({told} images/s)"
+    counts: Any = {"total": 2, "cached": 0, "computed": 2, "kept": "", "seconds": 60, "preparing": 0}
+    assert (
+        headline("5 new columns from", **counts, rate=rate)
+        == f"5 new columns from 2 images in 60.0 s ({told} images/s)"
+    )
 
 
 def test_seconds_are_set_with_their_points_below_each_other() -> None:

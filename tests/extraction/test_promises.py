@@ -122,7 +122,7 @@ def test_a_home_folder_that_cannot_be_used_is_told_and_the_run_goes_on(
 def test_a_map_that_is_too_large_to_flatten_is_refused_with_the_way_out(
     photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nbfeat.extraction.memory.free_bytes", lambda: 1_000_000)
+    monkeypatch.setattr("nbfeat.extraction.columns.free_bytes", lambda: 1_000_000)
     with pytest.raises(RequestError, match=r"16,384 features per image.*1.3 MB.*--pooling avg"):
         nbfeat.extract(photos, f"{SMALL} --layer conv_pw_1_relu --pooling flatten", images="path")
 

@@ -36,7 +36,8 @@ from sklearn.utils.validation import check_is_fitted
 import nbfeat
 from nbfeat import Extraction, ExtractionError, FeatureBlock, ImageFeatures, RequestError
 from nbfeat.backbones.weights import Loaded
-from nbfeat.extraction import lane
+from nbfeat.extraction import network_state
+from nbfeat.extraction.sink import MemorySink
 from nbfeat.inference import engines
 from nbfeat.inference import model as networks
 from nbfeat.inference.engines import cpu_count as engine_cores
@@ -322,7 +323,7 @@ def test_other_errors_of_a_run_are_not_taken_for_failing_images(
         raise ExtractionError("it broke")
 
     model = ImageFeatures(BLOCK).fit(photos["path"])
-    monkeypatch.setattr(Extraction, "_finish", fail)
+    monkeypatch.setattr(MemorySink, "finish", fail)
     with pytest.raises(ExtractionError, match="it broke"):
         model.transform(photos["path"])
 
@@ -464,7 +465,7 @@ def test_a_network_that_gives_other_features_is_refused(
 ) -> None:
     model = ImageFeatures(BLOCK, normalize="standard").fit(photos["path"])
     if change == "numerics":
-        monkeypatch.setattr(lane, "NUMERICS", networks.NUMERICS + 1)
+        monkeypatch.setattr(network_state, "NUMERICS", networks.NUMERICS + 1)
     else:
         made = FakeNetwork.__init__
 

@@ -474,7 +474,7 @@ def test_width_and_memory_are_told_before_and_come_true(opened: Callable[..., Pa
 def test_more_than_the_machine_has_is_told_before(
     opened: Callable[..., Panel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nbfeat.extraction.memory.free_bytes", lambda: 100_000)
+    monkeypatch.setattr("nbfeat.extraction.columns.free_bytes", lambda: 100_000)
     one = opened()
     one.blocks.cards[0].options["prefix"].value = "x"
     assert "⚠ more than half of the 100 kB of free memory" in one.blocks.cards[0].expected.value

@@ -709,7 +709,7 @@ def test_reading_what_is_not_there_or_too_large_is_refused(
     with pytest.raises(RequestError, match="no dataset of nbfeat in"):
         nbfeat.read(folder)
     written(photos, BLOCK, parquet=folder)
-    monkeypatch.setattr("nbfeat.extraction.memory.free_bytes", lambda: 1000)
+    monkeypatch.setattr("nbfeat.extraction.columns.free_bytes", lambda: 1000)
     with pytest.raises(RequestError, match=r"20 rows × 48 features, 4 kB.*polars\.scan_parquet"):
         nbfeat.read(folder)
 

@@ -10,9 +10,8 @@ import ipywidgets as widgets
 
 from nbfeat.backbones.catalog import CATALOG, find
 from nbfeat.errors import NbfeatError, format_bytes
-from nbfeat.extraction import memory
-from nbfeat.extraction.columns import names, prefix_of
-from nbfeat.extraction.options import BLOCK_OPTIONS, FeatureBlock, quoted, spelled
+from nbfeat.extraction import columns
+from nbfeat.extraction.options import BLOCK_OPTIONS, FeatureBlock, column_names, column_prefix, quoted, spelled
 from nbfeat.html import escape
 from nbfeat.inference.layers import expected_width, layer_names
 from nbfeat.jupyter.panel.widgets import DEFAULT, Kit, chosen, close, obey, offer, weights_of, with_default
@@ -69,17 +68,17 @@ class Card:
         except NbfeatError:  # which is told elsewhere
             self.expected.value = ""
             return 0
-        prefix = prefix_of(block, column)
-        self.options["prefix"].placeholder = prefix_of(replace(block, prefix=None), column)
+        prefix = column_prefix(block, column)
+        self.options["prefix"].placeholder = column_prefix(replace(block, prefix=None), column)
         if expected is None:
             self.expected.value = f"<b>width</b> is known once it runs · <code>{escape(prefix)}_0000 …</code>"
             return 0
         width, is_exact = expected
-        first, *_, last = names(prefix, max(width, 2))
-        size, free = 4 * rows * width, memory.free_bytes()
+        first, *_, last = column_names(prefix, max(width, 2))
+        size, free = 4 * rows * width, columns.free_bytes()
         about = "" if is_exact else "about "
         warning = ""
-        if free is not None and size > memory.SHARE * free:
+        if free is not None and size > columns.SHARE * free:
             warning = f" <b>⚠ more than half of the {format_bytes(free)} of free memory</b>"
         self.expected.value = (
             f"<b>{about}{width:,} columns</b> · {about}{format_bytes(size)}{warning} · "

@@ -1,24 +1,25 @@
-"""One network and the pixels it takes: what its features are kept under, and which rows have them."""
+"""NetworkState: one network of a run, which images have its features, and where; Batch: what was found out of some."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.backbones.weights import Loaded
 from nbfeat.cache.database import Cache
-from nbfeat.cache.keys import CacheKey
+from nbfeat.cache.keys import CacheKey, News
 from nbfeat.images import resize
 from nbfeat.inference import engines
+from nbfeat.inference.engines import Vectors
 from nbfeat.inference.model import NUMERICS, Cut, NetworkSpec, Output
 
 if TYPE_CHECKING:
-    from nbfeat.inference.engines import Engine, Precision, Vectors
+    from nbfeat.inference.engines import Engine, Precision
 
 
 @dataclass(slots=True, eq=False)
@@ -28,8 +29,9 @@ class NetworkState:
     spec: NetworkSpec
     pixels: resize.PixelSpec
     opening: engines.PreparedNetwork
-    done: NDArray[np.bool_]  # which images have their features
+    done: NDArray[np.bool_]  # which images of the run have their features
     features: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # of each output, a row for each image
+    slots: NDArray[np.int32] | None = None  # in which row those of an image are; None where all have one, in order
     kept: dict[str, CacheKey] = field(default_factory=dict)  # where the cache has them
     engine: Engine | None = None
     cached: int = 0  # how many images had their features from the cache
@@ -49,7 +51,7 @@ class NetworkState:
     def take(self, rows: Sequence[int], vectors: Vectors, *, cached: bool) -> None:
         """Put the features of some images where they belong."""
         for key, features in vectors.items():
-            self.features[key][rows] = features
+            self.features[key][self._at(rows)] = features
         self.done[rows] = True
         self.cached += len(rows) if cached else 0
 
@@ -57,12 +59,15 @@ class NetworkState:
         """Give image `row` the features of image `first`, which has the same content."""
         self.done[row] = True
         for features in self.features.values():
-            features[row] = features[first]
+            features[self._at(row)] = features[self._at(first)]
 
     def forget(self, row: int) -> None:
         """Take back what is there of an image that failed."""
         for features in self.features.values():
-            features[row] = np.nan
+            features[self._at(row)] = np.nan
+
+    def _at(self, rows: Any) -> Any:
+        return rows if self.slots is None else self.slots[rows]
 
     def recalled(self, image: bytes, cache: Cache) -> Vectors | None:
         """Return the features that the cache has of one image; None unless it has them of every output."""
@@ -114,3 +119,36 @@ class NetworkState:
 def decoders() -> str:
     """Name what decodes images, with versions: others may give other pixels, or read what these cannot."""
     return ", ".join(f"{name} {version(name)}" for name in ("pillow", "simplejpeg"))
+
+
+@dataclass(slots=True)
+class Batch:
+    """Images with their features from one network, and whatever else was found out since the batch before."""
+
+    lane: NetworkState | None = None
+    rows: list[int] = field(default_factory=list)  # which images of the run
+    images: list[bytes] = field(default_factory=list)  # what each holds, unless its features come from the cache
+    vectors: Vectors = field(default_factory=dict)
+    cached: bool = False  # whether the features come from the cache
+    computed_elsewhere: bool = False  # whether a different engine computed them, so that the cache has no use for them
+    failures: dict[int, str] = field(default_factory=dict)
+    equal: dict[int, int] = field(default_factory=dict)  # an image → one of the same content, whose features it shares
+    files: dict[bytes, bytes] = field(default_factory=dict)  # new to the cache: the state of a file → what it holds
+    undecodable: dict[bytes, str] = field(default_factory=dict)  # new to the cache: an image → the reason
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.failures or self.equal or self.files or self.undecodable)
+
+    def beside(self, settled: Batch) -> Batch:
+        """Return this batch, with what was settled meanwhile."""
+        self.failures, self.equal = settled.failures, settled.equal
+        self.files, self.undecodable = settled.files, settled.undecodable
+        return self
+
+    @property
+    def news(self) -> News:
+        """What the cache should keep of it."""
+        news = News(files=self.files, failures=self.undecodable)
+        if self.lane is not None and not (self.cached or self.computed_elsewhere):
+            news.vectors = [(kept, self.images, self.vectors[key]) for key, kept in self.lane.kept.items()]
+        return news
