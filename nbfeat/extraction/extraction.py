@@ -10,7 +10,7 @@ import inspect
 import time
 from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,23 +18,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from nbfeat import isolation
-from nbfeat.backbones.catalog import find
-from nbfeat.errors import ExtractionError, RequestError, format_bytes, listing, sentences
+from nbfeat.errors import ExtractionError, RequestError, format_bytes, listing
 from nbfeat.extraction import report
-from nbfeat.extraction.columns import FeatureColumns, plan, plan_again
+from nbfeat.extraction.columns import FeatureColumns
 from nbfeat.extraction.feature_table import FeatureTable
-from nbfeat.extraction.options import FeatureBlock, whole
 from nbfeat.extraction.pipeline import Pipeline
 from nbfeat.extraction.profile import Bottleneck, Profile, Timings
-from nbfeat.extraction.recipe import Like, Recipe, to_repeat
-from nbfeat.extraction.request import Blocks, Frame, check_place, read_blocks, read_frame, rows_selected
-from nbfeat.extraction.run import Run
+from nbfeat.extraction.recipe import Like, Recipe
+from nbfeat.extraction.request import Blocks, Frame, read_request
+from nbfeat.extraction.run import Run, Step
 from nbfeat.extraction.sink import MemorySink
-from nbfeat.images.public_hosts import NOT_ALLOWED
 from nbfeat.images.remote import Access
-from nbfeat.images.resize import PixelSpec
-from nbfeat.images.sources import hosts, image_column, name_of
-from nbfeat.inference import engines, model
+from nbfeat.images.sources import hosts, name_of
+from nbfeat.inference import model
 from nbfeat.parquet import dataset
 
 if TYPE_CHECKING:
@@ -44,22 +40,6 @@ State = Literal["new", "running", "stopped", "failed", "done"]
 LARGEST_BATCH = 4096
 FIRST_REASONS = 3
 LIBRARIES = ("nbfeat", "keras", "openvino", "pillow", "simplejpeg", "numpy", "scikit-learn")
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """How far a run is, after one batch of images."""
-
-    done: int  # images finished, failed ones and those from the cache too
-    total: int
-    failed: int
-    cached: int  # images whose features came from the cache, or were in files already
-    seconds: float  # of work so far
-    images_per_second: float
-    seconds_left: float | None
-    bottleneck: Bottleneck | None
-    note: str = ""  # what is being prepared, before the first batch
-    kept: str = "from the cache"  # where the cached ones were
 
 
 class Extraction(FeatureTable):
@@ -126,55 +106,31 @@ class Extraction(FeatureTable):
         cache: bool | None = None,
         **defaults: Any,
     ) -> None:
-        frame = read_frame(frame)
-        self._frame = frame
-        self._root = Path(root or "").expanduser().absolute()
-        self._precision = engines.check_precision(precision)
-        self.repeats = to_repeat(like, blocks=blocks, fit_on=fit_on, precision=precision, defaults=defaults)
-        asked = images if isinstance(images, list | tuple) else [images]
-        if self.repeats is None:
-            self.blocks = read_blocks(blocks, defaults)
-            self._columns = [image_column(frame, column) for column in asked]
-            self.parts = plan(self.blocks, self._columns)
-        else:
-            self.blocks = self.repeats.blocks
-            asked = self.repeats.columns if images is None else asked
-            self._columns = [image_column(frame, column) for column in asked]
-            self.parts = plan_again(self.repeats, self._columns)
-        fit_rows = None if fit_on is None else rows_selected(frame, fit_on)
-        self._fit_count = None if fit_rows is None else int(fit_rows.sum())
-        groups = model.group(self.blocks, _network_and_pixels)
-        networks = [(model.NetworkSpec.of(group), _pixels(group[0])) for group in groups]
-        for part in self.parts:
-            if part.is_sized:
-                part.place_in(frame, replace=replace)
-            part.network = next(number for number, group in enumerate(groups) if part.block in group)
-
+        self.request = request = read_request(
+            frame, blocks, defaults, images=images, fit_on=fit_on, like=like, root=root, replace=replace,
+            batch_size=batch_size, device=device, precision=precision, on=on, remote=allow_remote,
+        )  # fmt: skip
+        self.blocks, self.parts, self.repeats = request.blocks, request.parts, request.repeats
         self.state: State = "new"
         self.seconds = 0.0
-        self._images = [value for column in self._columns for value in frame[column].tolist()]
-        self.allow_remote = allow_remote
-        self._on = check_place(on, self._images, networks)
         self._run = Run(
-            self._images,
-            self._root,
-            networks,
-            _executor(self._on),
-            device=engines.check_device(device),
-            precision=self._precision,
-            batch_size=None if batch_size == "auto" else whole("--batch-size", LARGEST_BATCH)(batch_size),
+            request.images,
+            request.root,
+            request.networks,
+            _executor(on),
+            device=request.device,
+            precision=request.precision,
+            batch_size=request.batch_size,
             cache=parquet is None if cache is None else cache,
             remote=Access.here() if allow_remote else None,
         )
         if self.repeats is not None:
             earlier = {part.network: part.repeats.precision for part in self.parts if part.repeats}
-            self._run.repeat([earlier[number] for number in range(len(networks))])
-        self._replace = replace
-        self._memory = MemorySink(self._run, self.parts, frame, fit_rows, replace=replace)
+            self._run.repeat([earlier[number] for number in range(len(request.networks))])
         self.written = None
         if parquet is not None:
-            self.written = dataset.begun(self, parquet, frame, self._run, fit_rows, replace=replace)
-        self._sink = self.written or self._memory
+            self.written = dataset.begun(self, parquet, request.frame, self._run, request.fit_rows, replace=replace)
+        self._sink = self.written or MemorySink(self._run, request)
 
     # Working
 
@@ -194,7 +150,7 @@ class Extraction(FeatureTable):
                     for _ in batches:
                         self.seconds = time.perf_counter() - started
                         yield self._step()
-            self._check_some_succeeded()
+            self._run.check_some_succeeded(self.request.columns)
             self._sink.finish()
             self.seconds = time.perf_counter() - started
             self.state = "done"
@@ -241,7 +197,7 @@ class Extraction(FeatureTable):
 
     def _prepare(self) -> Iterator[str]:
         """Make the networks ready, and room for what they give; now that widths are known, clashes are told."""
-        if not self._images and all(part.is_sized for part in self.parts) and not self.written:
+        if not self.request.images and all(part.is_sized for part in self.parts) and not self.written:
             return
         if not self._run.lanes:
             yield from self._run.open()
@@ -250,22 +206,9 @@ class Extraction(FeatureTable):
                 self._run.note(self.repeats.check([self._run.lanes[part.network] for part in self.parts]))
             for part in self.parts:
                 part.lane = self._run.lanes[part.network]
-                part.place_in(self._frame, replace=self._replace)
+                part.place_in(self.request.frame, replace=self.request.replace)
             self._sink.make_room()
             yield self._coming()
-
-    def _check_some_succeeded(self) -> None:
-        reasons = self._run.progress.reasons
-        if not self._images or len(reasons) < len(self._images):
-            return
-        first = list(reasons.items())[:FIRST_REASONS]
-        shown = "; ".join(f"{name_of(self._images[row])}: {reason}" for row, reason in first)
-        way = f"Check the values of column {listing(map(repr, self._columns))}."
-        if all(reason.startswith("no such file") for reason in reasons.values()):
-            way = f"Relative paths start at {self._root}: set another folder with --root."
-        if set(reasons.values()) == {NOT_ALLOWED}:
-            way = "Say so where they are addresses that you trust."
-        raise ExtractionError(sentences(f"None of the {len(self._images):,} images could be read. {shown}.", way))
 
     # How far it is
 
@@ -282,7 +225,7 @@ class Extraction(FeatureTable):
     @property
     def total(self) -> int:
         """How many images there are: rows × image columns."""
-        return len(self._images)
+        return len(self.request.images)
 
     @property
     def computed(self) -> int:
@@ -297,7 +240,7 @@ class Extraction(FeatureTable):
     @property
     def kept(self) -> int:
         """How many images another run need not compute, since they are in the cache or in files."""
-        return self._memory.kept or self._sink.kept
+        return self.done - len(self._run.progress.reasons) if self._run.keeps else self._sink.kept
 
     @property
     def keeps(self) -> bool:
@@ -328,7 +271,7 @@ class Extraction(FeatureTable):
     def precision(self) -> str:
         """What the networks compute in; before they are ready, what is asked for."""
         settled = listing(dict.fromkeys(lane.precision for lane in self._run.lanes))
-        return settled or (self.repeats.precision if self.repeats else self._precision)
+        return settled or (self.repeats.precision if self.repeats else self.request.precision)
 
     @property
     def rate(self) -> float:
@@ -350,10 +293,10 @@ class Extraction(FeatureTable):
     def _coming(self) -> str:
         """Say what is coming, before it comes."""
         width = sum(len(part.names) for part in self.parts)
-        size = format_bytes(4 * len(self._frame) * sum(part.raw_width for part in self.parts))
+        size = format_bytes(4 * len(self.request.frame) * sum(part.raw_width for part in self.parts))
         weights = listing(dict.fromkeys(lane.weights.name for lane in self._run.lanes))
-        matrix = f"{len(self._frame):,} rows × {width:,} columns ({size} {self._sink.place})"
-        count = len(hosts(self._images)) if self.allow_remote else 0
+        matrix = f"{len(self.request.frame):,} rows × {width:,} columns ({size} {self._sink.place})"
+        count = len(hosts(self.request.images)) if self.request.remote else 0
         fetched = f" · images are fetched from {count:,} host{'s' if count > 1 else ''}" if count else ""
         return f"{matrix} · {weights} weights · {listing(self.engines)} · {self.precision}{fetched}"
 
@@ -391,21 +334,21 @@ class Extraction(FeatureTable):
         """The images that gave no features: position, column, image and reason, indexed like the frame."""
         import pandas as pd
 
-        count = len(self._frame)
+        count = len(self.request.frame)
         found = sorted(self._run.progress.reasons, key=lambda row: (row % count, row))
         positions = [row % count for row in found]
         table = {
             "position": positions,
-            "column": [self._columns[row // count] for row in found],
-            "image": [name_of(self._images[row]) for row in found],
+            "column": [self.request.columns[row // count] for row in found],
+            "image": [name_of(self.request.images[row]) for row in found],
             "reason": [self._run.progress.reasons[row] for row in found],
         }
-        return pd.DataFrame(table, index=self._frame.index.take(np.array(positions, int)))
+        return pd.DataFrame(table, index=self.request.frame.index.take(np.array(positions, int)))
 
     @property
     def root(self) -> Path:
         """Where relative paths start."""
-        return self._root
+        return self.request.root
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -451,16 +394,7 @@ class Extraction(FeatureTable):
         equal = [f"{self.equal:,} images are equal to others and share their features."] if self.equal else []
         written = [self.written.sentence] if self.written and finished else []
         return report.Report(
-            headline=report.headline(
-                subject,
-                total=self.total,
-                cached=self.cached,
-                computed=self.computed,
-                kept=self._sink.kept_words,
-                seconds=self.seconds,
-                rate=self.rate,
-                preparing=self.timings.preparing,
-            ),
+            headline=report.headline(subject, self._step(), self.timings.preparing),
             blocks=[report.made_row(part, self.cached) for part in self.parts] if finished else [],
             planned=[] if finished else [report.briefly(block) for block in self.blocks],
             failed=report.failed(len(failures), self.total),
@@ -469,7 +403,7 @@ class Extraction(FeatureTable):
                 *self.notes,
                 *written,
                 *equal,
-                *report.normalization_notes(self.parts, repeats=self.repeats, fit_rows=self._fit_count),
+                *report.normalization_notes(self.parts, repeats=self.repeats, fit_rows=self.request.fit_count),
             ],
             footer=report.footer(self.engines, self.precision, self._bottleneck),
         )
@@ -487,18 +421,18 @@ class Extraction(FeatureTable):
         networks = {part.network for part in self.parts if part.block.is_learned}
         asked = dict.fromkeys(part.block for part in self.parts if part.network in networks)
         blocks = [replace(block, normalize="none", components=None) for block in asked]
-        images = {column: self.images_in(column) for column in self._columns}
+        images = {column: self.images_in(column) for column in self.request.columns}
         raw = Extraction(
             pd.DataFrame(images, dtype=object),
             blocks,
-            images=self._columns,
-            root=self._root,
+            images=self.request.columns,
+            root=self.request.root,
             replace=True,
             batch_size=self._run.batch_size or "auto",
             device=self._run.device,
-            allow_remote=self.allow_remote,
+            allow_remote=self.request.remote,
             cache=self._run.uses_cache,
-            on=self._on,
+            on=self.request.on,
         )
         in_order = dict.fromkeys(part.network for part in self.parts if part.network in networks)
         raw._run.repeat([self._run.lanes[number].precision for number in in_order])
@@ -508,18 +442,15 @@ class Extraction(FeatureTable):
         """Measure how many images per second go from file to features of `part` alone, without the cache."""
         from nbfeat.extraction.speed import images_per_second
 
-        good = np.flatnonzero(self._memory.ok_in(part.column)) + self._start_of(part.column)
         assert part.lane is not None
-        some = [self._images[at] for at in good]
-        return images_per_second(part.lane, part.key, some, self._root, remote=self._run.remote)
+        images = self.request.images_of(part.column)
+        good = np.flatnonzero(self._run.progress.ok[images])
+        some = [self.request.images[images.start + at] for at in good]
+        return images_per_second(part.lane, part.key, some, self.root, remote=self._run.remote)
 
     def images_in(self, column: Hashable) -> list[object]:
         """Return the cells of an image column as they were when this was made."""
-        start = self._start_of(column)
-        return self._images[start : start + len(self._frame)]
-
-    def _start_of(self, column: Hashable) -> int:
-        return self._columns.index(column) * len(self._frame)
+        return self.request.images[self.request.images_of(column)]
 
 
 def extract(frame: Frame, *blocks: Blocks, **options: Any) -> Extraction:
@@ -550,11 +481,3 @@ def _executor(on: str | None) -> Any:
     from nbfeat.extraction.ray_workers import Cluster
 
     return lambda run: Cluster(run, run.seen)
-
-
-def _network_and_pixels(block: FeatureBlock) -> tuple[object, ...]:
-    return replace(model.NetworkSpec.of([block]), cuts=()), _pixels(block)
-
-
-def _pixels(block: FeatureBlock) -> PixelSpec:
-    return PixelSpec(block.size or find(block.backbone).size, block.resize, block.interpolation)

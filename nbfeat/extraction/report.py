@@ -16,6 +16,7 @@ from nbfeat.errors import listing
 from nbfeat.extraction.columns import FeatureColumns
 from nbfeat.extraction.options import FeatureBlock, quoted
 from nbfeat.extraction.recipe import PartRecipe, Recipe
+from nbfeat.extraction.run import Step
 from nbfeat.html import Html, details, escape, paragraph, table, text_table
 
 if TYPE_CHECKING:
@@ -139,16 +140,15 @@ def normalization_notes(parts: Sequence[FeatureColumns], *, repeats: Recipe | No
     return notes
 
 
-def headline(
-    subject: str, *, total: int, cached: int, computed: int, kept: str, seconds: float, rate: float, preparing: float
-) -> str:
-    """Say in one line how it went with `subject` of `total` images, of which `cached` were `kept` before."""
-    took = f"{subject} {total:,} images in {seconds:,.1f} s"
-    if cached and not computed:
-        return f"{took}, {'all' if cached == total else f'{cached:,}'} {kept}"
-    speed = f"({pace(rate)})"
-    if cached:
-        took += f": {cached:,} {kept}, {computed:,} computed"
+def headline(subject: str, step: Step, preparing: float) -> str:
+    """Say in one line how it went with `subject` of all images, up to `step`."""
+    took = f"{subject} {step.total:,} images in {step.seconds:,.1f} s"
+    computed = step.done - step.cached - step.failed
+    if step.cached and not computed:
+        return f"{took}, {'all' if step.cached == step.total else f'{step.cached:,}'} {step.kept}"
+    speed = f"({pace(step.images_per_second)})"
+    if step.cached:
+        took += f": {step.cached:,} {step.kept}, {computed:,} computed"
     if preparing > 1:
         speed += f", {preparing:,.1f} s of them to prepare the network"
     return f"{took} {speed}"

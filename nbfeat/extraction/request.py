@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,20 +13,110 @@ from numpy.typing import NDArray
 
 from nbfeat.backbones.catalog import find
 from nbfeat.errors import RequestError
-from nbfeat.extraction.options import FeatureBlock, one_of
+from nbfeat.extraction.columns import FeatureColumns, plan, plan_again
+from nbfeat.extraction.options import FeatureBlock, one_of, whole
+from nbfeat.extraction.recipe import Like, Recipe, to_repeat
 from nbfeat.images.formats import short
+from nbfeat.images.resize import PixelSpec
+from nbfeat.images.sources import image_column
+from nbfeat.inference import engines, model
+from nbfeat.inference.model import NetworkSpec
 
 if TYPE_CHECKING:
     import pandas as pd
     from ray.data import Dataset
 
-    from nbfeat.images.resize import PixelSpec
-    from nbfeat.inference.model import NetworkSpec
 
 Blocks = str | FeatureBlock | Sequence[str | FeatureBlock]
 Frame: TypeAlias = "pd.DataFrame | str | Path | Dataset"
 _QUERY = "Compare a column with a value, as in \"split == 'train'\"."
+LARGEST_BATCH = 4096
 PLACES = ("ray",)  # to compute at, beside this process
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Request:
+    """What was asked for, checked."""
+
+    frame: pd.DataFrame
+    blocks: list[FeatureBlock]
+    columns: list[Hashable]  # of images
+    parts: list[FeatureColumns]  # of each block and image column
+    networks: list[tuple[NetworkSpec, PixelSpec]]
+    images: list[object]  # the cells of the first image column, then those of the next
+    fit_rows: NDArray[np.bool_] | None  # to learn normalizations from; None for all
+    repeats: Recipe | None
+    root: Path
+    replace: bool
+    batch_size: int | None
+    device: str
+    precision: engines.Asked
+    on: str | None
+    remote: bool
+
+    @property
+    def fit_count(self) -> int | None:
+        """How many rows normalizations learn from; None for all."""
+        return None if self.fit_rows is None else int(self.fit_rows.sum())
+
+    def images_of(self, column: Hashable) -> slice:
+        """Return which of all images are those of `column`."""
+        start = self.columns.index(column) * len(self.frame)
+        return slice(start, start + len(self.frame))
+
+
+def read_request(
+    frame: Frame,
+    blocks: Sequence[Blocks],
+    defaults: Mapping[str, Any],
+    *,
+    images: Hashable | Sequence[Hashable] | None,
+    fit_on: str | Sequence[bool] | None,
+    like: Like | None,
+    root: str | Path | None,
+    replace: bool,
+    batch_size: int | str,
+    device: str,
+    precision: str,
+    on: str | None,
+    remote: bool,
+) -> Request:
+    """Read and check what was asked for; nothing is started."""
+    frame, checked = read_frame(frame), engines.check_precision(precision)
+    repeats = to_repeat(like, blocks=blocks, fit_on=fit_on, precision=precision, defaults=defaults)
+    asked = list(images) if isinstance(images, list | tuple) else [images]
+    if repeats is not None:
+        asked = list(repeats.columns) if images is None else asked
+        of_blocks = repeats.blocks
+    else:
+        of_blocks = read_blocks(blocks, defaults)
+    columns = [image_column(frame, column) for column in asked]
+    parts = plan_again(repeats, columns) if repeats else plan(of_blocks, columns)
+    fit_rows = None if fit_on is None else rows_selected(frame, fit_on)
+    groups = model.group(of_blocks, _network_and_pixels)
+    networks = [(model.NetworkSpec.of(group), _pixels(group[0])) for group in groups]
+    for part in parts:
+        if part.is_sized:
+            part.place_in(frame, replace=replace)
+        part.network = next(number for number, group in enumerate(groups) if part.block in group)
+    cells = [value for column in columns for value in frame[column].tolist()]
+    return Request(
+        frame=frame,
+        blocks=of_blocks,
+        columns=columns,
+        parts=parts,
+        networks=networks,
+        images=cells,
+        fit_rows=fit_rows,
+        repeats=repeats,
+        root=Path(root or "").expanduser().absolute(),
+        replace=replace,
+        batch_size=None if batch_size == "auto" else whole("--batch-size", LARGEST_BATCH)(batch_size),
+        device=engines.check_device(device),
+        precision=checked,
+        on=check_place(on, cells, networks),
+        remote=remote,
+    )
 
 
 def read_blocks(blocks: Sequence[Blocks], defaults: Mapping[str, Any]) -> list[FeatureBlock]:
@@ -131,3 +221,11 @@ def check_place(
 
     ray_workers.check(images, networks)
     return on
+
+
+def _network_and_pixels(block: FeatureBlock) -> tuple[object, ...]:
+    return replace(model.NetworkSpec.of([block]), cuts=()), _pixels(block)
+
+
+def _pixels(block: FeatureBlock) -> PixelSpec:
+    return PixelSpec(block.size or find(block.backbone).size, block.resize, block.interpolation)

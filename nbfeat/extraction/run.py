@@ -7,8 +7,9 @@ given an executor, which computes what the cache lacks: in this process, or by w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,16 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.cache.database import Cache
+from nbfeat.errors import ExtractionError, listing, sentences
 from nbfeat.extraction.network_state import Batch, NetworkState, decoders
-from nbfeat.extraction.profile import Timings
+from nbfeat.extraction.profile import Bottleneck, Timings
+from nbfeat.images.public_hosts import NOT_ALLOWED
 from nbfeat.images.remote import Access
 from nbfeat.images.resize import PixelSpec
-from nbfeat.images.sources import state_of
+from nbfeat.images.sources import name_of, state_of
 from nbfeat.inference import engines
 from nbfeat.inference.model import NetworkSpec
 from nbfeat.inference.precision import set_precision
 
 ROWS_AT_ONCE = 500
+FIRST_REASONS = 3
 
 
 class Executor(Protocol):
@@ -169,6 +173,20 @@ class Run:
         self.cache.keep(batch.news)
         self.timings.keeping += time.perf_counter() - start
 
+    def check_some_succeeded(self, columns: Sequence[Hashable]) -> None:
+        """Raise ExtractionError where all images failed, which are those of these `columns`."""
+        reasons = self.progress.reasons
+        if not self.images or len(reasons) < len(self.images):
+            return
+        first = list(reasons.items())[:FIRST_REASONS]
+        shown = "; ".join(f"{name_of(self.images[row])}: {reason}" for row, reason in first)
+        way = f"Check the values of column {listing(map(repr, columns))}."
+        if all(reason.startswith("no such file") for reason in reasons.values()):
+            way = f"Relative paths start at {self.root}: set another folder with --root."
+        if set(reasons.values()) == {NOT_ALLOWED}:
+            way = "Say so where they are addresses that you trust."
+        raise ExtractionError(sentences(f"None of the {len(self.images):,} images could be read. {shown}.", way))
+
     def forget(self) -> None:
         """Take no features for finished any more; the next batches bring them again, from the cache where they can."""
         for lane in self.lanes:
@@ -179,6 +197,22 @@ class Run:
         """Take down what the report should say, once."""
         if text and text not in self.notes:
             self.notes.append(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How far a run is, after one batch of images."""
+
+    done: int  # images finished, failed ones and those from the cache too
+    total: int
+    failed: int
+    cached: int  # images whose features came from the cache, or were in files already
+    seconds: float  # of work so far
+    images_per_second: float
+    seconds_left: float | None
+    bottleneck: Bottleneck | None
+    note: str = ""  # what is being prepared, before the first batch
+    kept: str = "from the cache"  # where the cached ones were
 
 
 class Progress:
@@ -198,6 +232,13 @@ class Progress:
     def computed(self) -> int:
         """How many images a network ran over, or share the features of one."""
         return self.done - self.cached - len(self.reasons)
+
+    @property
+    def ok(self) -> NDArray[np.bool_]:
+        """Which images did not fail."""
+        good = np.ones(len(self._lacking), bool)
+        good[list(self.reasons)] = False
+        return good
 
     def recount(self, done: Sequence[NDArray[np.bool_]]) -> None:
         """Count again from what each network has `done`: an interrupt may have come between placing and counting."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nbfeat.extraction.columns import FeatureColumns, attach, normalized
+from nbfeat.extraction.columns import attach, normalized
 from nbfeat.extraction.network_state import Batch
+from nbfeat.extraction.request import Request
 from nbfeat.extraction.run import Run
 
 if TYPE_CHECKING:
@@ -18,37 +19,15 @@ if TYPE_CHECKING:
 
 
 class MemorySink:
-    """Take the features of all images of `run` in memory, and attach them to `frame` when the last is there.
+    """Take the features of all images of `run` in memory, and attach them to the frame when the last is there."""
 
-    `fit_on` are the rows to learn normalizations from, or None for all.
-    """
+    place = "of memory"  # where the features are, in words
+    kept_words = "from the cache"  # where those are that need not be computed
+    kept = 0  # images whose features it keeps for another run
 
-    kept_words = "from the cache"
-    report_note = ""
-
-    def __init__(
-        self,
-        run: Run,
-        parts: Sequence[FeatureColumns],
-        frame: pd.DataFrame,
-        fit_on: NDArray[np.bool_] | None,
-        *,
-        replace: bool,
-    ) -> None:
-        self._run, self._parts, self._given = run, parts, frame
-        self._fit_on, self._replace = fit_on, replace
-        self._columns: list[Hashable] = list(dict.fromkeys(part.column for part in parts))
+    def __init__(self, run: Run, request: Request) -> None:
+        self._run, self._request, self._parts = run, request, request.parts
         self._frame: pd.DataFrame | None = None
-
-    @property
-    def place(self) -> str:
-        """Where the features are, in words."""
-        return "of memory"
-
-    @property
-    def kept(self) -> int:
-        """How many images have their features in the cache, so that another run goes on from there."""
-        return self._run.progress.done - len(self._run.progress.reasons) if self._run.keeps else 0
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -57,7 +36,7 @@ class MemorySink:
         return self._frame
 
     def held(self) -> AbstractContextManager[None]:
-        """Nobody else can write there."""
+        """Keep others from writing there: nobody can."""
         return nullcontext()
 
     def make_room(self) -> None:
@@ -72,10 +51,11 @@ class MemorySink:
     def finish(self) -> None:
         """Normalize, and attach the columns."""
         with self._run.timings.while_attaching():
-            raw = [part.raw(self._slice(part.column)) for part in self._parts]
+            raw = [part.raw(self._request.images_of(part.column)) for part in self._parts]
+            good, fit_rows = self._run.progress.ok, self._request.fit_rows
             for part, rows in zip(self._parts, raw, strict=True):
-                good = self.ok_in(part.column)
-                part.learn(rows, good if self._fit_on is None else good & self._fit_on)
+                chosen = good[self._request.images_of(part.column)]
+                part.learn(rows, chosen if fit_rows is None else chosen & fit_rows)
             try:
                 self._attach(raw)
             except BaseException:
@@ -83,21 +63,12 @@ class MemorySink:
                 raise
 
     def _attach(self, raw: Sequence[NDArray[np.float32]]) -> None:
+        frame = self._request.frame
         for part, rows in zip(self._parts, normalized(self._parts, raw), strict=True):
             part.rows = rows
-        places = [part.place_in(self._given, replace=self._replace) for part in self._parts]
+        places = [part.place_in(frame, replace=self._request.replace) for part in self._parts]
         for part, there in zip(self._parts, places, strict=True):
             part.replaced = bool(there.replaced)
-        self._frame = attach(self._given, [part.frame(self._given.index) for part in self._parts], places)
+        self._frame = attach(frame, [part.frame(frame.index) for part in self._parts], places)
         for lane in self._run.lanes:
             lane.features.clear()  # what no part holds may go
-
-    def ok_in(self, column: Hashable) -> NDArray[np.bool_]:
-        """Tell which rows have the features of the images in `column`."""
-        good = np.ones(len(self._run.images), bool)
-        good[list(self._run.progress.reasons)] = False
-        return good[self._slice(column)]
-
-    def _slice(self, column: Hashable) -> slice:
-        start = self._columns.index(column) * len(self._given)
-        return slice(start, start + len(self._given))

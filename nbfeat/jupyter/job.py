@@ -11,7 +11,8 @@ from contextlib import closing
 from enum import Enum
 
 from nbfeat.errors import NbfeatError
-from nbfeat.extraction.extraction import Extraction, Step
+from nbfeat.extraction.extraction import Extraction
+from nbfeat.extraction.run import Step
 from nbfeat.jupyter.background import in_background
 
 

@@ -6,8 +6,8 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
-from nbfeat.extraction.extraction import Step
 from nbfeat.extraction.report import pace
+from nbfeat.extraction.run import Step
 from nbfeat.html import Html, bar, escape
 
 SECONDS_BETWEEN = 0.2

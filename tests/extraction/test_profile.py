@@ -14,6 +14,7 @@ from nbfeat.extraction import pipeline
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.profile import Profile, Timings
 from nbfeat.extraction.report import headline, pace
+from nbfeat.extraction.run import Step
 from nbfeat.jupyter.progress import progress
 from tests.fake import FakeEngine
 
@@ -114,11 +115,8 @@ def test_it_reads_as_a_table_and_a_sentence() -> None:
 )
 def test_a_slow_run_is_not_told_as_none_a_second(rate: float, told: str) -> None:
     assert pace(rate) == f"{told} images/s"
-    counts: Any = {"total": 2, "cached": 0, "computed": 2, "kept": "", "seconds": 60, "preparing": 0}
-    assert (
-        headline("5 new columns from", **counts, rate=rate)
-        == f"5 new columns from 2 images in 60.0 s ({told} images/s)"
-    )
+    step = Step(2, 2, 0, 0, 60, rate, None, None)
+    assert headline("5 new columns from", step, 0) == f"5 new columns from 2 images in 60.0 s ({told} images/s)"
 
 
 def test_seconds_are_set_with_their_points_below_each_other() -> None:
