@@ -145,6 +145,10 @@ class Batch:
         self.files, self.undecodable = settled.files, settled.undecodable
         return self
 
+    def clear(self) -> None:
+        """Begin to take down anew."""
+        self.failures, self.equal, self.files, self.undecodable = {}, {}, {}, {}
+
     @property
     def news(self) -> News:
         """What the cache should keep of it."""

@@ -1,4 +1,4 @@
-"""Decode ahead, batch, run, collect: bounded memory, whatever the number of images.
+"""Decode ahead, batch, run, collect, in this process: bounded memory, whatever the number of images.
 
 A pool of threads reads and decodes a little ahead of the networks. What is equal to an image before, or has its
 features in the cache, is not decoded; what cannot be read is dropped before batching, so that batches stay full; and
@@ -47,74 +47,87 @@ class Item:
     reason: str = ""  # why there are no pixels
     is_lasting: bool = False  # whether the reason is one of the content, and will be the same tomorrow
     equal_to: int | None = None  # a row of the same content
-    cached: dict[int, Vectors] = field(default_factory=dict)  # features that a lane, by its place, need not compute
+    cached: dict[int, Vectors] = field(default_factory=dict)  # features that a network, by its place, need not compute
     pixels: dict[PixelSpec, Pixels] = field(default_factory=dict)
     reading: float = 0.0  # seconds
     decoding: float = 0.0  # and resizing
 
+    def settle(self, batch: Batch) -> None:
+        """Take down in `batch` what is known of the row without any network."""
+        if self.equal_to is not None:
+            batch.equal[self.row] = self.equal_to
+        elif self.reason:
+            batch.failures[self.row] = self.reason
+        if self.state is not None:
+            batch.files[self.state] = self.image
+        if self.is_lasting:
+            batch.undecodable[self.image] = self.reason
 
-class Line:
-    """A lane at work: the batch that is being filled, and those in flight."""
+
+class BatchQueue:
+    """A network at work: the batch that is being filled, those in flight, and what the cache had meanwhile."""
 
     def __init__(self, lane: NetworkState, timings: Timings) -> None:
         self.lane, self.timings = lane, timings
         self.engine: Engine | None = None
-        self.flight: deque[Batch] = deque()
-        self.batch, self.cached = Batch(lane), Batch(lane, cached=True)
+        self._flight: deque[Batch] = deque()
+        self._batch = Batch(lane)
         self._buffer: Pixels | None = None
-        self._found: list[Vectors] = []
+        self._found: dict[int, Vectors] = {}
 
-    @property
-    def is_full(self) -> bool:
-        """Whether `collect` must be called before the next batch is full."""
-        return self.engine is not None and self.engine.is_full
+    def take(self, item: Item, cached: Vectors | None) -> Iterator[Batch]:
+        """Take an image where the network lacks it, or what the cache has of it; yield what is finished by then."""
+        if cached is not None:
+            self._found[item.row] = cached
+            if len(self._found) == SETTLED_AT_ONCE:
+                yield self._recalled()
+        elif self.lane.pixels in item.pixels and not self.lane.done[item.row]:
+            self._add(item)
+            if self.engine is not None and self.engine.is_full:
+                yield self._collect()
 
-    def lacks(self, item: Item) -> bool:
-        """Tell whether the network has to run over this image."""
-        return self.lane.pixels in item.pixels and not self.lane.done[item.row]
-
-    def add(self, item: Item) -> None:
-        """Put an image into the batch, and start the batch when it is full."""
+    def _add(self, item: Item) -> None:
         if self.engine is None:
             start = time.perf_counter()
             self.engine = self.lane.start()
             self.timings.preparing += time.perf_counter() - start
         if self._buffer is None:
             self._buffer = self.engine.buffer()
-        self._buffer[len(self.batch.rows)] = item.pixels[self.lane.pixels]
-        self.batch.rows.append(item.row)
-        self.batch.images.append(item.image)
-        if len(self.batch.rows) == self.engine.batch_size:
+        self._buffer[len(self._batch.rows)] = item.pixels[self.lane.pixels]
+        self._batch.rows.append(item.row)
+        self._batch.images.append(item.image)
+        if len(self._batch.rows) == self.engine.batch_size:
             self.submit()
 
     def submit(self) -> None:
         """Start the network on what is in the batch."""
         if self.engine is not None and self._buffer is not None:
-            self.engine.submit(self._buffer, len(self.batch.rows))
-            self.flight.append(self.batch)
-            self.batch, self._buffer = Batch(self.lane), None
+            self.engine.submit(self._buffer, len(self._batch.rows))
+            self._flight.append(self._batch)
+            self._batch, self._buffer = Batch(self.lane), None
 
-    def collect(self) -> Batch:
+    def rest(self) -> Iterator[Batch]:
+        """Yield all that is left."""
+        while self._flight:
+            yield self._collect()
+        if self._found:
+            yield self._recalled()
+
+    def _collect(self) -> Batch:
         """Wait for the oldest batch."""
         assert self.engine is not None
         start, worked = time.perf_counter(), self.engine.work.seconds
-        batch = self.flight.popleft()
+        batch = self._flight.popleft()
         batch.vectors = self.engine.collect()
         self.timings.network += self.engine.work.seconds - worked
         self.timings.waiting_for_network += time.perf_counter() - start
         return batch
 
-    def recall(self, item: Item, vectors: Vectors) -> None:
-        """Add an image whose features were found in the cache."""
-        self.cached.rows.append(item.row)
-        self._found.append(vectors)
-
-    def recalled(self) -> Batch:
-        """Return the images whose features were found, and begin another batch of them."""
-        batch, found = self.cached, self._found
-        batch.vectors = {key: np.stack([vectors[key] for vectors in found]) for key in found[0]}
-        self.cached, self._found = Batch(self.lane, cached=True), []
-        return batch
+    def _recalled(self) -> Batch:
+        found, self._found = self._found, {}
+        keys = next(iter(found.values()))
+        vectors = {key: np.stack([vectors[key] for vectors in found.values()]) for key in keys}
+        return Batch(self.lane, list(found), vectors=vectors, cached=True)
 
 
 class Pipeline:
@@ -141,36 +154,41 @@ class Pipeline:
         self._fetch = Fetcher(root, remote) if remote else None
 
     def run(self, rows: Sequence[int]) -> Generator[Batch, None, None]:
-        """Yield batches until every row was in one for each lane that lacks it, or has failed, or equals another.
+        """Yield batches until every row was in one for each network that lacks it, or has failed, or equals another.
 
         Close it to stop and clean up. It can be run once.
         """
         threads = self._decoders + (self._fetch.access.limits.at_once if self._fetch else 0)
         ahead = threads + BATCHES_AHEAD * max(lane.batch_size for lane in self.lanes)
         executor = ThreadPoolExecutor(threads, thread_name_prefix="nbfeat-decode")
-        lines = [Line(lane, self.timings) for lane in self.lanes]
+        queues = [BatchQueue(lane, self.timings) for lane in self.lanes]
         settled = Batch()
         try:
-            for item in self._items(executor, rows, ahead):
-                _settle(item, settled)
-                for batch in _placed(item, lines):
-                    yield batch.beside(settled)
-                    settled = Batch()
-                if len(settled.failures) + len(settled.equal) >= SETTLED_AT_ONCE:
-                    yield settled
-                    settled = Batch()
-            for batch in _rest(lines):
+            for batch in self._batches(self._items(executor, rows, ahead), queues, settled):
                 yield batch.beside(settled)
-                settled = Batch()
-            if settled:
-                yield settled
+                settled.clear()
         finally:
             if self._fetch:
                 self._fetch.close()  # no thread waits for an answer any more
             executor.shutdown(wait=True, cancel_futures=True)
-            for line in lines:
-                if line.engine is not None:
-                    line.engine.close()
+            for queue in queues:
+                if queue.engine is not None:
+                    queue.engine.close()
+
+    def _batches(self, items: Iterator[Item], queues: Sequence[BatchQueue], settled: Batch) -> Iterator[Batch]:
+        """Yield what is finished, and now and then a batch without features, for what is `settled` without them."""
+        for item in items:
+            item.settle(settled)
+            for number, queue in enumerate(queues):
+                yield from queue.take(item, item.cached.get(number))
+            if len(settled.failures) + len(settled.equal) >= SETTLED_AT_ONCE:
+                yield Batch()
+        for queue in queues:
+            queue.submit()
+        for queue in queues:
+            yield from queue.rest()
+        if settled:
+            yield Batch()
 
     def _items(self, executor: ThreadPoolExecutor, rows: Sequence[int], ahead: int) -> Iterator[Item]:
         waiting: deque[Future[Item]] = deque()
@@ -204,9 +222,7 @@ class Pipeline:
             item.equal_to = first
             return
         item.reason = self.cache.failures([item.image]).get(item.image, "")
-        if item.reason:
-            return
-        specs = self._lacking(item)
+        specs = [] if item.reason else self._lacking(item)
         if not specs:
             return
         start = time.perf_counter()
@@ -219,48 +235,12 @@ class Pipeline:
 
     def _lacking(self, item: Item) -> list[PixelSpec]:
         """Return the pixels that are needed, after taking what the cache has."""
-        specs = []
+        specs: dict[PixelSpec, None] = {}
         for number, lane in enumerate(self.lanes):
             if lane.done[item.row]:
                 continue
             if vectors := lane.recalled(item.image, self.cache):
                 item.cached[number] = vectors
             else:
-                specs.append(lane.pixels)
-        return list(dict.fromkeys(specs))
-
-
-def _placed(item: Item, lines: Sequence[Line]) -> Iterator[Batch]:
-    """Give an image to the networks that lack it; yield the batches that are finished by then."""
-    for number, line in enumerate(lines):
-        if number in item.cached:
-            line.recall(item, item.cached[number])
-            if len(line.cached.rows) == SETTLED_AT_ONCE:
-                yield line.recalled()
-        elif line.lacks(item):
-            line.add(item)
-            if line.is_full:
-                yield line.collect()
-
-
-def _rest(lines: Sequence[Line]) -> Iterator[Batch]:
-    """Yield what is still in the lines when there are no more images."""
-    for line in lines:
-        line.submit()
-    for line in lines:
-        while line.flight:
-            yield line.collect()
-        if line.cached.rows:
-            yield line.recalled()
-
-
-def _settle(item: Item, settled: Batch) -> None:
-    """Take down what is known of a row without any network."""
-    if item.equal_to is not None:
-        settled.equal[item.row] = item.equal_to
-    elif item.reason:
-        settled.failures[item.row] = item.reason
-    if item.state is not None:
-        settled.files[item.state] = item.image
-    if item.is_lasting:
-        settled.undecodable[item.image] = item.reason
+                specs[lane.pixels] = None
+        return list(specs)
