@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nbfeat.backbones.catalog import find
 from nbfeat.errors import RequestError
 from nbfeat.extraction.options import FeatureBlock, one_of
-from nbfeat.images.formats import short
+from nbfeat.images.decode import short
 
 if TYPE_CHECKING:
     import pandas as pd

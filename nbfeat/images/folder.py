@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbfeat.errors import RequestError
-from nbfeat.images.formats import SUFFIXES
+from nbfeat.images.decode import SUFFIXES
 
 if TYPE_CHECKING:
     import pandas as pd

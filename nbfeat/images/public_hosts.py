@@ -9,7 +9,6 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any, TypeAlias
 
 from nbfeat.errors import ImageError
-from nbfeat.images.formats import short
 
 Machine: TypeAlias = IPv4Address | IPv6Address
 
@@ -60,10 +59,7 @@ def check(text: str) -> str:
         raise ImageError(f"{scheme}: addresses are not read, only http, https, s3, gs and zip: download the file first")
     if not text[len(scheme) :].startswith("://"):
         raise ImageError(
-            short(
-                f"an address begins with {scheme}://, but this one does not; pathlib takes a slash away: "
-                f"{redact_url(text)}"
-            )
+            f"an address begins with {scheme}://, but this one does not; pathlib takes a slash away: {redact_url(text)}"
         )
     return scheme
 
@@ -71,21 +67,12 @@ def check(text: str) -> str:
 def redact_url(text: str) -> str:
     """Return `text` as it may be shown: of addresses, neither user and password nor what follows a "?".
 
-    >>> shown("https://me:secret@example.org/a.jpg?signature=abc")
+    >>> redact_url("https://me:secret@example.org/a.jpg?signature=abc")
     'https://example.org/a.jpg?…'
     """
     if "://" not in text or scheme_of(text) == "file":
         return text
     return _AFTER.sub("…", _USER.sub("", text))
-
-
-def suffix(text: str, scheme: str) -> str:
-    """Return the suffix of the file that a path, or an address of this `scheme`, ends in: of archives, the member's."""
-    if scheme == ARCHIVE:
-        text = text.partition("::")[0]
-    elif scheme:
-        text = re.split(r"[?#]", text, maxsplit=1)[0]
-    return os.path.splitext(text)[1]
 
 
 def are_private_allowed() -> bool:

@@ -25,11 +25,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from nbfeat.errors import ImageError, RequestError
-from nbfeat.images import decode, resize
-from nbfeat.images.decode import read_pixels
+from nbfeat.images import decode, resize, sources
 from nbfeat.images.public_hosts import NOT_ALLOWED
 from nbfeat.images.resize import INTERPOLATIONS, RESIZES, PixelSpec, reduction
-from nbfeat.images.sources import image_column, name_of
+from nbfeat.images.sources import image_column, name_of, read_pixels
 
 HERE = Path()
 WHOLE = 24  # an image of this size is given back as it is
@@ -333,7 +332,7 @@ def test_whatever_a_library_raises_is_a_reason(error: Exception, monkeypatch: py
     expected = "not enough memory to decode it" if isinstance(error, MemoryError) else "damaged"
     for value in values:
         assert reason(value).startswith(expected)
-    monkeypatch.setattr(decode, "load", fail)
+    monkeypatch.setattr(sources, "load", fail)
     assert reason("a.jpg").startswith(expected)
 
 
@@ -341,7 +340,7 @@ def test_an_interrupt_is_not_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(decode, "load", interrupt)
+    monkeypatch.setattr(sources, "load", interrupt)
     with pytest.raises(KeyboardInterrupt):
         read("a.jpg")
 
