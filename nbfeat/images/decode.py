@@ -145,6 +145,13 @@ def file_reason(error: OSError | ValueError, kind: str = "file") -> str:
     return "the path holds a character that no file name can"  # such as a NUL: the system was not asked
 
 
+def size_objection(size: int, most: int) -> str:
+    """Say why a file of so many bytes is not read; "" where nothing speaks against it."""
+    if not size:
+        return "the file is empty"
+    return f"too large for an image ({size:,} bytes)" if size > most else ""
+
+
 def short(text: str, most: int = LONGEST_TEXT) -> str:
     """Return `text` on one line, printable everywhere, its middle left out where it is longer than `most`."""
     line = printable(text)

@@ -32,18 +32,9 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urljoin
 
 from nbfeat.errors import ImageError
-from nbfeat.images.decode import file_reason
-from nbfeat.images.public_hosts import (
-    ARCHIVE,
-    PRIVATE,
-    WEB,
-    PrivateMachineError,
-    are_private_allowed,
-    check,
-    public_socket,
-    redact_url,
-    scheme_of,
-)  # fmt: skip
+from nbfeat.images import public_hosts
+from nbfeat.images.decode import file_reason, size_objection
+from nbfeat.images.public_hosts import ARCHIVE, WEB, redact_url, scheme_of
 
 if TYPE_CHECKING:
     import aiohttp
@@ -52,7 +43,6 @@ if TYPE_CHECKING:
 AGENT = "nbfeat (+https://github.com/nbfeat/nbfeat)"
 MEGABYTE = 1_000_000
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
-TOO_MANY, SERVER_ERROR = 429, 500
 SECONDS_SIGNED = 900  # that a signature holds: more than a download may take
 GOOGLE = "https://storage.googleapis.com"
 MOST_OPEN = 8  # archives; the directory of a large one takes longer to read than an image of it
@@ -96,7 +86,7 @@ class Access:
     @classmethod
     def here(cls, limits: Limits | None = None) -> Self:
         """Return what this process may fetch."""
-        return cls(limits or LIMITS, are_private_allowed())
+        return cls(limits or LIMITS, public_hosts.are_private_allowed())
 
 
 class Fetcher(AbstractContextManager["Fetcher"]):
@@ -115,7 +105,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
 
     def __call__(self, address: str) -> bytes:
         """Return the bytes of the image at `address`; raise ImageError with the reason why not."""
-        scheme = check(address)
+        scheme = public_hosts.check(address)
         if missing := [module for module in _NEEDED[scheme] if find_spec(module) is None]:
             raise ImageError(f"{scheme}: addresses need {missing[0]}, which is not here: pip install 'nbfeat[remote]'")
         try:
@@ -141,7 +131,14 @@ class Fetcher(AbstractContextManager["Fetcher"]):
             archive, most = self._archive_at(path), self.access.limits.size
             if (info := archive.NameToInfo.get(member)) is None:
                 raise ImageError(f"no such member of the archive: {member} in {path}")
-            if objection := _objection(info, most):
+            objection = size_objection(info.file_size, most)
+            if info.is_dir():
+                objection = "a folder, not a file"
+            elif info.flag_bits & 1:
+                objection = "encrypted"
+            elif info.compress_type not in METHODS:
+                objection = "compressed in another way than deflate, which is not read"
+            if objection:
                 raise ImageError(f"{objection}: {member} in {path}")
             with archive.open(info) as file:  # it ends at the size that the archive tells, whatever there is
                 return file.read(most)
@@ -154,15 +151,16 @@ class Fetcher(AbstractContextManager["Fetcher"]):
     def close(self) -> None:
         """Cancel what is under way, so that nobody waits any longer; close connections and archives, end the thread."""
         with self._turn:
-            was_closed, self._is_closed = self._is_closed, True
-        if not was_closed:
-            cancelling = asyncio.run_coroutine_threadsafe(self._web.close(), self._loop)
-            cancelling.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
-            self._thread.join()
-            # The system's look-up of a host cannot be interrupted: a thread of its own ends when that does.
-            self._lookups.shutdown(wait=False, cancel_futures=True)
-            self._loop.close()
-            self._archive_at.cache_clear()
+            if self._is_closed:
+                return
+            self._is_closed = True
+        cancelling = asyncio.run_coroutine_threadsafe(self._web.close(), self._loop)
+        cancelling.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
+        self._thread.join()
+        # The system's look-up of a host cannot be interrupted: a thread of its own ends when that does.
+        self._lookups.shutdown(wait=False, cancel_futures=True)
+        self._loop.close()
+        self._archive_at.cache_clear()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -172,19 +170,6 @@ def _archive(path: str) -> zipfile.ZipFile:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ImageError(f"a folder, pipe or device, not an archive: {path}")
     return zipfile.ZipFile(path)  # which closes itself when nobody holds it
-
-
-def _objection(info: zipfile.ZipInfo, most_bytes: int) -> str:
-    """Say why a member of an archive is not read; "" where nothing speaks against it."""
-    if info.is_dir():
-        return "a folder, not a file"
-    if info.flag_bits & 1:
-        return "encrypted"
-    if info.compress_type not in METHODS:
-        return "compressed in another way than deflate, which is not read"
-    if not info.file_size:
-        return "the file is empty"
-    return f"too large for an image ({info.file_size:,} bytes)" if info.file_size > most_bytes else ""
 
 
 def absolute(address: str, root: Path) -> str:
@@ -242,19 +227,18 @@ class _Web:
 
     async def _get(self, address: str, headers: Mapping[str, str]) -> bytes:
         """Return what is at an address, in as many tries as it takes; no other server may see the `headers`."""
-        limits, url, reason = self.limits, _url(address), ""
-        for number in range(limits.tries):
+        limits, url, tries = self.limits, _url(address), 0
+        while True:
             try:
                 return await self._get_once(url, headers)
             except _TransientError as error:
-                reason = str(error)
-                after = limits.pause * 2**number * _chance.uniform(0.5, 1.5) if error.after is None else error.after
-            if after > limits.longest_pause:
-                reason = f"{reason}; it asks to come back in {after:,.0f} s"
-                break
-            if number + 1 < limits.tries:
-                await asyncio.sleep(after)
-        raise ImageError(reason)
+                after = limits.pause * 2**tries * _chance.uniform(0.5, 1.5) if error.after is None else error.after
+                if after > limits.longest_pause:
+                    raise ImageError(f"{error}; it asks to come back in {after:,.0f} s") from None
+                tries += 1
+                if tries == limits.tries:
+                    raise
+            await asyncio.sleep(after)
 
     async def _get_once(self, url: yarl.URL, headers: Mapping[str, str]) -> bytes:
         if self._session is None:
@@ -281,7 +265,7 @@ class _Web:
         import aiohttp
 
         session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, socket_factory=None if self.private else public_socket),
+            connector=aiohttp.TCPConnector(limit=0, socket_factory=None if self.private else public_hosts.public_socket),
             # The deadline is ours: the library's begins anew with each redirect.
             timeout=aiohttp.ClientTimeout(None, connect=self.limits.answering, sock_read=self.limits.answering),
             headers={"User-Agent": AGENT, "Accept": "image/*, */*;q=0.5", "Accept-Encoding": "identity"},
@@ -293,7 +277,7 @@ class _Web:
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
         """Return the image that a server sends; raise ImageError where it answers anything else."""
         status, words = response.status, f"the server answers {response.status}{_PHRASES.get(response.status, '')}"
-        if status == TOO_MANY or status >= SERVER_ERROR:
+        if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             raise _TransientError(words, _asked_to_wait(response.headers.get("Retry-After", "")))
         if status != HTTPStatus.OK:
             raise ImageError(f"{_REASONS[status]} ({status})" if status in _REASONS else words)
@@ -400,8 +384,10 @@ def _explained(error: Exception, limits: Limits) -> ImageError:
 
     cause: BaseException | None = error
     while cause is not None:  # a connection may be refused however deep that is wrapped
-        if isinstance(cause, PrivateMachineError):
-            return ImageError(f"{cause} is a private address, which is only connected to where {PRIVATE}=1 is set")
+        if isinstance(cause, public_hosts.PrivateMachineError):
+            return ImageError(
+                f"{cause} is a private address, which is only connected to where {public_hosts.PRIVATE}=1 is set"
+            )
         cause = getattr(cause, "os_error", None) or cause.__cause__
     system = getattr(error, "os_error", error)  # what the library says itself shows addresses
     number = 0 if isinstance(system, ssl.SSLError) else getattr(system, "errno", None) or 0

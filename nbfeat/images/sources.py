@@ -86,9 +86,13 @@ def path_of(value: object, root: Path) -> str | None:
     Raises ImageError for addresses, other than those of files.
     """
     value = held(value)
-    if isinstance(value, (str, os.PathLike)) and not is_missing(value):
-        return _local_path(_text_of(value), root)
-    return None
+    if not isinstance(value, (str, os.PathLike)) or is_missing(value):
+        return None
+    text = _text_of(value)
+    if ":" in text and (scheme := scheme_of(text)):
+        text = _path_of_url(text, scheme)
+    # Not pathlib: a frame of cached images spends most of its time here. A "~somebody" who is no user stays as it is.
+    return os.path.join(root, os.path.expanduser(text) if text[:1] == "~" else text)
 
 
 def address_of(value: object) -> str | None:
@@ -129,13 +133,6 @@ def _text_of(path: str | os.PathLike[Any]) -> str:
         return str(path)
 
 
-def _local_path(text: str, root: Path) -> str:
-    if ":" in text and (scheme := scheme_of(text)):
-        text = _path_of_url(text, scheme)
-    # Not pathlib: a frame of cached images spends most of its time here. A "~somebody" who is no user stays as it is.
-    return os.path.join(root, os.path.expanduser(text) if text[:1] == "~" else text)
-
-
 def _path_of_url(text: str, scheme: str) -> str:
     if scheme == "data":
         raise ImageError("data: addresses are not read: decode them to bytes first")
@@ -154,7 +151,10 @@ def _read_file(name: str) -> tuple[bytes, bytes | None]:
     path = Path(name)
     try:
         before = path.stat()
-        if objection := _objection(before):
+        if not stat.S_ISREG(before.st_mode):  # opening a pipe waits for ever, and opening a device may do anything
+            kind = "a folder" if stat.S_ISDIR(before.st_mode) else "a pipe, socket or device"
+            raise ImageError(f"{kind}, not a file: {path}")
+        if objection := decode.size_objection(before.st_size, MOST_BYTES):
             raise ImageError(f"{objection}: {path}")
         data, after = path.read_bytes(), path.stat()
     except (OSError, ValueError) as error:
@@ -165,16 +165,6 @@ def _read_file(name: str) -> tuple[bytes, bytes | None]:
     state = fingerprint.state(name, after)
     is_sure = state == fingerprint.state(name, before) and fingerprint.is_settled(after)
     return data, state if is_sure else None
-
-
-def _objection(status: os.stat_result) -> str:
-    """Say why a file is not read, before it is; "" where nothing speaks against it."""
-    # Opening a pipe waits for its other end for ever, and opening a device may do anything.
-    if not stat.S_ISREG(status.st_mode):
-        return f"{'a folder' if stat.S_ISDIR(status.st_mode) else 'a pipe, socket or device'}, not a file"
-    if not status.st_size:
-        return "the file is empty"
-    return f"too large for an image ({status.st_size:,} bytes)" if status.st_size > MOST_BYTES else ""
 
 
 def state_of(value: object, root: Path) -> bytes | None:
