@@ -65,15 +65,11 @@ _FOREIGN = {
     rb"[\t\n\r -~]+\Z": "text, not an image",
 }
 _BITS_PER_SAMPLE, _ORIENTATION = 258, 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURN = Image.Transpose
+_UPRIGHT = dict(enumerate((
+    _TURN.FLIP_LEFT_RIGHT, _TURN.ROTATE_180, _TURN.FLIP_TOP_BOTTOM, _TURN.TRANSPOSE, _TURN.ROTATE_270,
+    _TURN.TRANSVERSE, _TURN.ROTATE_90,
+), start=2))  # fmt: skip
 
 _large = threading.RLock()
 _lent = tuple(threading.Lock() for _ in range(61))
@@ -174,7 +170,7 @@ def _decoded(source: Source, specs: Sequence[PixelSpec]) -> Iterator[list[Image.
         with _turn(*_size_of(source)):
             yield [_image_of(source)] * len(specs)
     elif (size := _jpeg_size(source)) is None:
-        image = _opened(source)
+        image = Image.open(io.BytesIO(source), formats=NAMES)
         with _turn(*image.size):
             yield [_read(image)] * len(specs)
     else:
@@ -193,10 +189,6 @@ def _turn(width: int, height: int) -> contextlib.AbstractContextManager[object]:
     if max(width, height) > LONGEST_SIDE:
         raise ImageError(f"a side of more than {LONGEST_SIDE:,} pixels ({width:,} × {height:,})")
     return _large if width * height > _ONE_AT_A_TIME else contextlib.nullcontext()
-
-
-def _opened(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data), formats=NAMES)
 
 
 def _read(image: Image.Image) -> Image.Image:
@@ -222,7 +214,7 @@ def _read_jpeg(data: bytes, width: int, height: int, factor: int) -> Image.Image
     except ValueError:  # strict: what Pillow only warns of, such as stray bytes before a marker, is an error here
         pixels = None
     if pixels is None or pixels.shape[:2] != shape:
-        return _read(_opened(data))
+        return _read(Image.open(io.BytesIO(data), formats=NAMES))
     try:  # opening takes 16 µs, less than looking for the letters "Exif" through a file that lacks them
         orientation = _orientation(JpegImagePlugin.JpegImageFile(io.BytesIO(data)))
     except Exception:  # the pixels are read; a tag that cannot be is as good as none

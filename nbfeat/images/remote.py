@@ -34,7 +34,7 @@ from urllib.parse import urljoin
 from nbfeat.errors import ImageError
 from nbfeat.images import public_hosts
 from nbfeat.images.decode import file_reason, size_objection
-from nbfeat.images.public_hosts import ARCHIVE, WEB, redact_url, scheme_of
+from nbfeat.images.public_hosts import ARCHIVE, PRIVATE, WEB, public_socket, redact_url, scheme_of
 
 if TYPE_CHECKING:
     import aiohttp
@@ -49,9 +49,13 @@ MOST_OPEN = 8  # archives; the directory of a large one takes longer to read tha
 # The decoders of other methods give back whatever there is at once, a gigabyte out of a kilobyte.
 METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 
-_NEEDED = dict.fromkeys(WEB, ("aiohttp",)) | {
-    "s3": ("aiohttp", "fsspec", "s3fs"), "gs": ("aiohttp", "fsspec", "gcsfs"), ARCHIVE: (),
-}  # fmt: skip
+_NEEDED = {
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "s3": "aiohttp fsspec s3fs",
+    "gs": "aiohttp fsspec gcsfs",
+    ARCHIVE: "",
+}
 _REASONS = {401: "permission denied", 403: "permission denied", 404: "not found", 410: "not found"}
 _PHRASES = {status.value: f" ({status.phrase.lower()})" for status in HTTPStatus}
 _NO_SUCH_HOST = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
@@ -106,7 +110,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
     def __call__(self, address: str) -> bytes:
         """Return the bytes of the image at `address`; raise ImageError with the reason why not."""
         scheme = public_hosts.check(address)
-        if missing := [module for module in _NEEDED[scheme] if find_spec(module) is None]:
+        if missing := [module for module in _NEEDED[scheme].split() if find_spec(module) is None]:
             raise ImageError(f"{scheme}: addresses need {missing[0]}, which is not here: pip install 'nbfeat[remote]'")
         try:
             if scheme == ARCHIVE and not self._is_closed:
@@ -131,13 +135,12 @@ class Fetcher(AbstractContextManager["Fetcher"]):
             archive, most = self._archive_at(path), self.access.limits.size
             if (info := archive.NameToInfo.get(member)) is None:
                 raise ImageError(f"no such member of the archive: {member} in {path}")
-            objection = size_objection(info.file_size, most)
-            if info.is_dir():
-                objection = "a folder, not a file"
-            elif info.flag_bits & 1:
-                objection = "encrypted"
-            elif info.compress_type not in METHODS:
-                objection = "compressed in another way than deflate, which is not read"
+            objection = (
+                "a folder, not a file" if info.is_dir()
+                else "encrypted" if info.flag_bits & 1
+                else "compressed in another way than deflate, which is not read" if info.compress_type not in METHODS
+                else size_objection(info.file_size, most)
+            )  # fmt: skip
             if objection:
                 raise ImageError(f"{objection}: {member} in {path}")
             with archive.open(info) as file:  # it ends at the size that the archive tells, whatever there is
@@ -241,18 +244,15 @@ class _Web:
             await asyncio.sleep(after)
 
     async def _get_once(self, url: yarl.URL, headers: Mapping[str, str]) -> bytes:
-        if self._session is None:
-            self._session = self._new_session()
+        session = self._session = self._session or self._new_session()
         for _ in range(self.limits.redirects + 1):
             try:
-                async with self._session.get(url, headers=headers, allow_redirects=False) as response:
+                async with session.get(url, headers=headers, allow_redirects=False) as response:
                     if response.status not in REDIRECTS or "Location" not in response.headers:
                         return await self._body(response)
                     further = _redirected(url, response.headers["Location"])
-            except ImageError:
-                raise
             except Exception as error:  # each of the library's and the system's has its sentence
-                raise _explained(error, self.limits) from None
+                raise error if isinstance(error, ImageError) else _explained(error, self.limits) from None
             headers = headers if further.origin() == url.origin() else {}
             url = further
         raise ImageError(f"redirected more than {self.limits.redirects} times")
@@ -265,7 +265,7 @@ class _Web:
         import aiohttp
 
         session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, socket_factory=None if self.private else public_hosts.public_socket),
+            connector=aiohttp.TCPConnector(limit=0, socket_factory=None if self.private else public_socket),
             # The deadline is ours: the library's begins anew with each redirect.
             timeout=aiohttp.ClientTimeout(None, connect=self.limits.answering, sock_read=self.limits.answering),
             headers={"User-Agent": AGENT, "Accept": "image/*, */*;q=0.5", "Accept-Encoding": "identity"},
@@ -283,13 +283,12 @@ class _Web:
             raise ImageError(f"{_REASONS[status]} ({status})" if status in _REASONS else words)
         if response.headers.get("Content-Encoding", "identity").strip().lower() not in {"", "identity"}:
             raise ImageError("the answer is compressed, though that was not asked for, and is not read")
-        length, data = response.content_length or 0, bytearray()
-        while max(length, len(data)) <= self.limits.size:
-            if not (piece := await response.content.readany()):
-                break
-            data += piece
-        else:
-            raise ImageError(f"larger than {self.limits.size / MEGABYTE:g} MB, the most that is fetched of an image")
+        data = bytearray()
+        if (response.content_length or 0) <= (most := self.limits.size):
+            while len(data) <= most and (piece := await response.content.readany()):
+                data += piece
+        if max(response.content_length or 0, len(data)) > most:
+            raise ImageError(f"larger than {most / MEGABYTE:g} MB, the most that is fetched of an image")
         if not data:
             raise ImageError("the answer is empty")
         return bytes(data)
@@ -319,14 +318,11 @@ class _Web:
     async def _s3(self) -> Any:
         import fsspec
 
-        config: dict[str, Any] = {
-            "connect_timeout": self.limits.answering,
-            "read_timeout": self.limits.answering,
-            "retries": {"total_max_attempts": self.limits.tries},
-            "signature_version": "s3v4",  # the older one is refused by buckets made since 2020
-        }
+        # Buckets made since 2020 refuse older signatures.
+        config: dict[str, Any] = {"signature_version": "s3v4", "retries": {"total_max_attempts": self.limits.tries}}
+        config |= dict.fromkeys(("connect_timeout", "read_timeout"), self.limits.answering)
         options: dict[str, Any] = {"config_kwargs": config, "cache_regions": True}  # finds the region of a bucket
-        if not self.private:  # other endpoints, whatever the environment, its files or fsspec's say
+        if not self.private:  # no other endpoint, whatever the environment, its files or fsspec's say
             config |= {"ignore_configured_endpoint_urls": True, "proxies": {}}
             options |= {"endpoint_url": None, "client_kwargs": {}}
         await asyncio.to_thread(fsspec.get_filesystem_class, "s3")  # to import it takes seconds
@@ -370,10 +366,10 @@ def _redirected(url: yarl.URL, location: str) -> yarl.URL:
 
 def _asked_to_wait(text: str) -> float | None:
     """Return the seconds that a ``Retry-After`` asks for, which may be a date; None where it asks for nothing."""
+    if text.strip().isdecimal():
+        return float(text)
     try:
-        return (
-            float(text) if text.strip().isdecimal() else max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-        )
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError):
         return None
 
@@ -385,9 +381,7 @@ def _explained(error: Exception, limits: Limits) -> ImageError:
     cause: BaseException | None = error
     while cause is not None:  # a connection may be refused however deep that is wrapped
         if isinstance(cause, public_hosts.PrivateMachineError):
-            return ImageError(
-                f"{cause} is a private address, which is only connected to where {public_hosts.PRIVATE}=1 is set"
-            )
+            return ImageError(f"{cause} is a private address, which is only connected to where {PRIVATE}=1 is set")
         cause = getattr(cause, "os_error", None) or cause.__cause__
     system = getattr(error, "os_error", error)  # what the library says itself shows addresses
     number = 0 if isinstance(system, ssl.SSLError) else getattr(system, "errno", None) or 0
