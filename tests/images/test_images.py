@@ -530,7 +530,7 @@ def test_a_reduced_jpeg_is_what_pillow_drafts(factor: int, size: tuple[int, int]
 def test_a_spec_never_depends_on_those_beside_it() -> None:
     data = encoded(photo(1600, 1200), "JPEG")
     specs = [PixelSpec(size, resize) for size in (24, 64, 128, 224) for resize in RESIZES]
-    specs += [PixelSpec(size, resize, how) for size in (8, 33) for resize in RESIZES for how in INTERPOLATIONS]
+    specs += [PixelSpec(8, resize, how) for resize in RESIZES for how in INTERPOLATIONS[1:]]
     assert {reduction(1600, 1200, spec) for spec in specs} == {1, 2, 4, 8}
     for spec, pixels in zip(specs, read_pixels(data, specs, HERE), strict=True):
         np.testing.assert_array_equal(pixels, read(data, spec))
