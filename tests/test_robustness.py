@@ -31,9 +31,9 @@ import nbfeat
 from nbfeat import Extraction, NbfeatError, RequestError, extract, isolation
 from nbfeat.extraction.packed import Failure, pack
 from nbfeat.images import decode, fingerprint
-from nbfeat.images.decode import read_pixels
-from nbfeat.images.formats import NAMES
+from nbfeat.images.decode import NAMES
 from nbfeat.images.resize import PixelSpec
+from nbfeat.images.sources import read_pixels
 from nbfeat.jupyter import grammar
 from nbfeat.parquet import tally
 from tests.conftest import ROOT

@@ -12,10 +12,9 @@ from nbfeat import isolation
 from nbfeat.errors import ImageError, RequestError, listing, near, sentences
 from nbfeat.explore.tile import Tile, file_name, tile
 from nbfeat.explore.vectors import Made, Rows, Vectors, parts_of
-from nbfeat.images.decode import read_thumbnail
-from nbfeat.images.formats import short
+from nbfeat.images.decode import short
 from nbfeat.images.public_hosts import redact_url
-from nbfeat.images.sources import is_missing, name_of, path_of
+from nbfeat.images.sources import is_missing, name_of, path_of, read_thumbnail
 
 if TYPE_CHECKING:
     import pandas as pd

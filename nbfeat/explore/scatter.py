@@ -20,7 +20,7 @@ from nbfeat.explore.space import Space
 from nbfeat.explore.vectors import Made, vectors_of
 from nbfeat.extraction.options import one_of, whole
 from nbfeat.html import Html, escape, paragraph
-from nbfeat.images.formats import short
+from nbfeat.images.decode import short
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,9 +16,8 @@ from nbfeat import isolation
 from nbfeat.errors import ImageError
 from nbfeat.explore.scoring import column_of
 from nbfeat.explore.vectors import Images
-from nbfeat.images.decode import read_thumbnail
-from nbfeat.images.formats import short
-from nbfeat.images.sources import is_missing, name_of
+from nbfeat.images.decode import short
+from nbfeat.images.sources import is_missing, name_of, read_thumbnail
 from nbfeat.inference.engines.cpu_count import available_cores
 
 if TYPE_CHECKING:

@@ -25,11 +25,10 @@ from nbfeat.errors import ImageError
 from nbfeat.extraction.network_state import Batch, NetworkState
 from nbfeat.extraction.profile import Timings
 from nbfeat.images import fingerprint
-from nbfeat.images.decode import load_image, pixels_of
-from nbfeat.images.formats import OUT_OF_MEMORY
+from nbfeat.images.decode import OUT_OF_MEMORY, Source, pixels_of
 from nbfeat.images.remote import Access, Fetcher
 from nbfeat.images.resize import PixelSpec
-from nbfeat.images.sources import Source
+from nbfeat.images.sources import load_image
 from nbfeat.inference.engines import Engine, Pixels, Vectors
 from nbfeat.inference.engines.cpu_count import available_cores
 

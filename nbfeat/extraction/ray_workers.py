@@ -21,7 +21,8 @@ from nbfeat.extraction import ray_session
 from nbfeat.extraction.network_state import Batch
 from nbfeat.extraction.ray_session import Share
 from nbfeat.extraction.worker import AS_BYTES, Order, Table, Worker
-from nbfeat.images import archives, fingerprint, sources
+from nbfeat.images import fingerprint, sources
+from nbfeat.images.remote import absolute
 
 if TYPE_CHECKING:
     from nbfeat.extraction.run import Run
@@ -190,7 +191,7 @@ class Cluster:
 def _cell(image: object, root: Path, remote: Access | None) -> Cell:
     """Return an absolute path, an address or what an image holds; raise ImageError where it need not travel."""
     if remote and (address := sources.address_of(image)) is not None:
-        return archives.absolute(address, root).encode(*AS_BYTES), True, b""
+        return absolute(address, root).encode(*AS_BYTES), True, b""
     path = sources.path_of(image, root)
     if path is not None:
         return path.encode(*AS_BYTES), True, fingerprint.seen(path)

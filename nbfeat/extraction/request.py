@@ -16,7 +16,7 @@ from nbfeat.errors import RequestError
 from nbfeat.extraction.columns import FeatureColumns, plan, plan_again
 from nbfeat.extraction.options import FeatureBlock, one_of, whole
 from nbfeat.extraction.recipe import Like, Recipe, to_repeat
-from nbfeat.images.formats import short
+from nbfeat.images.decode import short
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import image_column
 from nbfeat.inference import engines, model

@@ -15,9 +15,8 @@ from nbfeat.errors import ImageError
 from nbfeat.extraction.network_state import NetworkState
 from nbfeat.extraction.pipeline import Pipeline
 from nbfeat.extraction.profile import Timings
-from nbfeat.images.decode import load_image
 from nbfeat.images.remote import Access, Fetcher
-from nbfeat.images.sources import Fetch, address_of, spread
+from nbfeat.images.sources import Fetch, address_of, load_image, spread
 
 MOST_IMAGES = 64
 FIRST_IMAGES = 8  # that warm up, and tell how many can be afforded

@@ -1,136 +1,183 @@
-"""A path, bytes or array → RGB pixels of the sizes asked for, or the reason why not."""
+"""Bytes, an array or a PIL image → RGB pixels of the sizes asked for; or why not: the words of a failed image."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
+import re
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, JpegImagePlugin, TiffImagePlugin
+from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from nbfeat.errors import ImageError
+from nbfeat.errors import ImageError, printable
 from nbfeat.images import resize
-from nbfeat.images.formats import opened, reason
 from nbfeat.images.resize import Pixels, PixelSpec
-from nbfeat.images.sources import Fetch, Source, load
+
+Source: TypeAlias = bytes | npt.NDArray[np.generic] | Image.Image
 
 MOST_PIXELS = 178_956_970
 # Older Pillows widen a thin image before they shorten it: 90 megabytes at this length and 224 pixels.
 LONGEST_SIDE = 100_000
 _ONE_AT_A_TIME = 40_000_000
+LONGEST_TEXT = 200
+OUT_OF_MEMORY = "not enough memory to decode it"  # the one reason that is not of the image
 
-_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+# Pillow's name of the format, its module, suffixes, how a file begins. Never EPS or WMF, which run other programs. MPO
+# is opened by the reader of JPEG. TGA, which has no sign and which any data might be, comes last.
+_FORMATS = (
+    ("JPEG", "Jpeg", ".jpg .jpeg .jpe .jfif .mpo", rb"\xff\xd8\xff"),
+    ("PNG", "Png", ".png .apng", rb"\x89PNG\r\n\x1a\n"),
+    ("WEBP", "WebP", ".webp", rb"RIFF.{4}WEBP"),
+    ("GIF", "Gif", ".gif", rb"GIF8[79]a"),
+    ("BMP", "Bmp", ".bmp .dib", rb"BM"),
+    ("TIFF", "Tiff", ".tif .tiff", rb"II[*+]\x00|MM\x00[*+]"),
+    ("JPEG2000", "Jpeg2K", ".jp2 .j2k .j2c .jpc .jpf .jpx", rb"\x00\x00\x00\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"),
+    ("AVIF", "Avif", ".avif .avifs", rb".{4}ftypavi[fs]"),
+    ("PPM", "Ppm", ".ppm .pgm .pbm .pnm", rb"P[1-6]\s"),
+    ("ICO", "Ico", ".ico", rb"\x00\x00\x01\x00"),
+    ("PCX", "Pcx", ".pcx", rb"\n[\x00\x02\x03\x05]"),
+    ("PSD", "Psd", ".psd", rb"8BPS"),
+    ("QOI", "Qoi", ".qoi", rb"qoif"),
+    ("TGA", "Tga", ".tga .icb .vda .vst", rb"(?!)"),
+)
+# Pillow would import them at the first image, in whichever thread that is, and all its other formats too.
+for _module in (*(module for _, module, _, _ in _FORMATS), "Mpo"):
+    importlib.import_module(f"PIL.{_module}ImagePlugin")
+
+NAMES = tuple(name for name, *_ in _FORMATS)
+SUFFIXES = frozenset(suffix for _, _, suffixes, _ in _FORMATS for suffix in suffixes.split())
+_SIGNS = {sign: name for name, _, _, sign in _FORMATS}
+_FOREIGN = {
+    rb"%!PS|\xc5\xd0\xd3\xc6": "a PostScript file, which is not read: convert it to PNG",
+    rb"%PDF": "a PDF file, which is not read: convert it to PNG",
+    rb".{4}ftyp(hei|hev|mif1|msf1)": "a HEIC photograph, which is not read: convert it to JPEG",
+    rb".{4}ftyp": "a video, not an image",
+    rb"\xff\x0a|\x00\x00\x00\x0cJXL ": "a JPEG XL file, which is not read: convert it to JPEG",
+    rb"version https://git-lfs": "a Git LFS pointer instead of the image: run `git lfs pull`",
+    rb"(?i)\s*<(!doctype html|html)": "a web page, not an image",
+    rb"(?i)\s*(<[?!][^>]*>\s*)*<svg": "an SVG drawing, which is not read: convert it to PNG",
+    rb"[\t\n\r -~]+\Z": "text, not an image",
 }
-_BITS_PER_SAMPLE = 258
+_BITS_PER_SAMPLE, _ORIENTATION = 258, 0x0112
+_TURN = Image.Transpose
+_UPRIGHT = dict(enumerate((
+    _TURN.FLIP_LEFT_RIGHT, _TURN.ROTATE_180, _TURN.FLIP_TOP_BOTTOM, _TURN.TRANSPOSE, _TURN.ROTATE_270,
+    _TURN.TRANSVERSE, _TURN.ROTATE_90,
+), start=2))  # fmt: skip
 
 _large = threading.RLock()
 _lent = tuple(threading.Lock() for _ in range(61))
 
 
-def read_pixels(value: object, specs: Sequence[PixelSpec], root: Path, fetch: Fetch | None = None) -> list[Pixels]:
-    """Return the pixels of one image, an array (size, size, 3) of uint8 for each of `specs`.
-
-    The file is read once, decoded once for each reduction that the specs call for, upright by its EXIF orientation,
-    and transparent parts are laid over white. Threads may call this at once. Relative paths start at `root`; `fetch`
-    gets what is at an address.
-
-    Raises
-    ------
-    ImageError
-        For anything wrong with this image; its message is a short sentence.
-
-    Examples
-    --------
-    >>> grey = np.full((40, 60), 128, np.uint8)
-    >>> [pixels.shape for pixels in read_pixels(grey, [PixelSpec(32), PixelSpec(48, "crop")], Path())]
-    [(32, 32, 3), (48, 48, 3)]
-    """
-    source, _ = load_image(value, root, fetch)
-    return pixels_of(source, specs)
-
-
-def load_image(value: object, root: Path, fetch: Fetch | None = None) -> tuple[Source, bytes | None]:
-    """Return what the cell `value` stands for (bytes, an array, or an upright RGB image), and the state of its file.
-
-    Raises ImageError where there is nothing to decode; that may be otherwise at the next try.
-    """
-    with _explained():
-        source, state = load(value, root, fetch)
-        return _own(source) if isinstance(source, Image.Image) else source, state
-
-
 def pixels_of(source: Source, specs: Sequence[PixelSpec]) -> list[Pixels]:
     """Return the pixels of a loaded image, an array (size, size, 3) of uint8 for each of `specs`.
 
-    Raises ImageError for anything wrong with it; that depends on nothing but its content and the decoders, unless the
-    reason is OUT_OF_MEMORY.
+    It is decoded once for each reduction that they call for. Raises ImageError for anything wrong with it; that depends
+    on nothing but its content and the decoders, unless the reason is OUT_OF_MEMORY. Threads may call this at once.
     """
-    with _explained(source):
-        if isinstance(source, bytes):
-            return _from_bytes(source, specs)
-        if isinstance(source, np.ndarray):
-            with _image_of(source) as image:
-                return _fitted_to_all(image, specs)
-        with _turn(*source.size):
-            return _fitted_to_all(source, specs)
+    with explained(source), _decoded(source, specs) as images:
+        return [resize.fitted(image, spec) for image, spec in zip(images, specs, strict=True)]
 
 
-def read_thumbnail(value: object, side: int, root: Path) -> Image.Image:
-    """Return one image, read as for a network, in its own proportions, at most `side` pixels wide and high.
+def thumbnail_of(source: Source, side: int) -> Image.Image:
+    """Return a loaded image in its own proportions, at most `side` pixels wide and high; raise as `pixels_of` does."""
+    with explained(source), _decoded(source, [PixelSpec(side)]) as (image,):
+        return resize.within(image, side)
 
-    Raises ImageError as `read_pixels` does.
-    """
-    source, _ = load_image(value, root)
-    with _explained(source):
-        if isinstance(source, Image.Image):
-            with _turn(*source.size):
-                return resize.within(source, side)
-        if isinstance(source, np.ndarray):
-            with _image_of(source) as image:
-                return resize.within(image, side)
-        size = _jpeg_size(source)
-        if size is None:
-            image = opened(source)
-            with _turn(*image.size):
-                return resize.within(_decoded(image), side)
-        with _turn(*size):
-            return resize.within(_decoded_jpeg(source, *size, resize.reduction(*size, PixelSpec(side))), side)
+
+def upright(image: Image.Image) -> Image.Image:
+    """Make an upright RGB image of one of the caller's, which may stand in several rows and is not changed."""
+    with _turn(*image.size), _lent[id(image) % len(_lent)]:  # of two threads that load one image at once, both fail
+        image.load()
+        # Converting a palette with transparency writes into the palette.
+        return _turned(_rgb(image.copy() if image.mode in {"P", "PA"} else image), _orientation(image))
 
 
 @contextlib.contextmanager
-def _explained(source: object = b"") -> Iterator[None]:
-    """Turn whatever the decoders raise over `source` into an ImageError."""
+def explained(source: object = b"") -> Iterator[None]:
+    """Turn whatever is raised over an image into an ImageError whose message is one short sentence."""
     try:
         yield
-    except ImageError:
-        raise
+    except ImageError as error:
+        if len(text := str(error)) <= LONGEST_TEXT:
+            raise
+        raise ImageError(short(text)) from None
     except Exception as error:  # a broken file makes the decoders raise nearly every class there is
-        raise ImageError(reason(error, source if isinstance(source, bytes) else b"")) from error
+        raise ImageError(_reason(error, source if isinstance(source, bytes) else b"")) from error
 
 
-def _from_bytes(data: bytes, specs: Sequence[PixelSpec]) -> list[Pixels]:
-    size = _jpeg_size(data)
-    if size is None:
-        image = opened(data)
+def _reason(error: Exception, data: bytes) -> str:
+    """Say in a short sentence what the `error` that a decoder raised over `data` means."""
+    if isinstance(error, MemoryError):
+        return OUT_OF_MEMORY
+    text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "the data", str(error).partition("\n")[0])
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        found = re.search(r"(\d+) pixels", text)
+        return f"too many pixels ({int(found[1]):,})" if found else "too many pixels"
+    if isinstance(error, UnidentifiedImageError):
+        if kind := kind_of(data):
+            return f"damaged: it begins as {kind}, but its header cannot be read"
+        return kind_of(data, _FOREIGN) or "not an image, or of a format that is not read"
+    if "truncated" in text.lower():
+        return "damaged: the image file is truncated"
+    return short(f"damaged: {text[:1].lower()}{text[1:]}" if text else f"damaged ({type(error).__name__})")
+
+
+def file_reason(error: OSError | ValueError, kind: str = "file") -> str:
+    """Say in a few words why the system does not give a file."""
+    match error:
+        case FileNotFoundError() | NotADirectoryError():
+            return f"no such {kind}"
+        case PermissionError():
+            return "permission denied"
+        case OSError():
+            return (error.strerror or type(error).__name__).lower()
+    return "the path holds a character that no file name can"  # such as a NUL: the system was not asked
+
+
+def size_objection(size: int, most: int) -> str:
+    """Say why a file of so many bytes is not read; "" where nothing speaks against it."""
+    if not size:
+        return "the file is empty"
+    return f"too large for an image ({size:,} bytes)" if size > most else ""
+
+
+def short(text: str, most: int = LONGEST_TEXT) -> str:
+    """Return `text` on one line, printable everywhere, its middle left out where it is longer than `most`."""
+    line = printable(text)
+    head = most // 3
+    return line if len(line) <= most else f"{line[:head]}…{line[head + 1 - most :]}"
+
+
+def kind_of(data: bytes, signs: dict[bytes, str] = _SIGNS) -> str | None:
+    """Return the name of the image format that `data` begins as, or None; TGA has no sign to know it by."""
+    return next((name for sign, name in signs.items() if re.match(sign, data[:1024], re.DOTALL)), None)
+
+
+@contextlib.contextmanager
+def _decoded(source: Source, specs: Sequence[PixelSpec]) -> Iterator[list[Image.Image]]:
+    """Give the block the RGB image to fit to each of `specs`, its JPEGs reduced as far as that allows."""
+    if isinstance(source, Image.Image):
+        with _turn(*source.size):
+            yield [source] * len(specs)
+    elif isinstance(source, np.ndarray):
+        with _turn(*_size_of(source)):
+            yield [_image_of(source)] * len(specs)
+    elif (size := _jpeg_size(source)) is None:
+        image = Image.open(io.BytesIO(source), formats=NAMES)
         with _turn(*image.size):
-            return _fitted_to_all(_decoded(image), specs)
-    with _turn(*size):
-        factors = [resize.reduction(*size, spec) for spec in specs]
-        decoded = {factor: _decoded_jpeg(data, *size, factor) for factor in set(factors)}
-        return [resize.fitted(decoded[factor], spec) for factor, spec in zip(factors, specs, strict=True)]
+            yield [_read(image)] * len(specs)
+    else:
+        with _turn(*size):
+            factors = [resize.reduction(*size, spec) for spec in specs]
+            images = {factor: _read_jpeg(source, *size, factor) for factor in set(factors)}
+            yield [images[factor] for factor in factors]
 
 
 def _turn(width: int, height: int) -> contextlib.AbstractContextManager[object]:
@@ -144,6 +191,11 @@ def _turn(width: int, height: int) -> contextlib.AbstractContextManager[object]:
     return _large if width * height > _ONE_AT_A_TIME else contextlib.nullcontext()
 
 
+def _read(image: Image.Image) -> Image.Image:
+    image.load()
+    return _turned(_rgb(image), _orientation(image))
+
+
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Return width and height where simplejpeg gives Pillow's pixels to the bit, else None."""
     if not data.startswith(b"\xff\xd8"):
@@ -155,23 +207,19 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     return (width, height) if space in {"YCbCr", "Gray", "RGB"} else None
 
 
-def _decoded_jpeg(data: bytes, width: int, height: int, factor: int) -> Image.Image:
+def _read_jpeg(data: bytes, width: int, height: int, factor: int) -> Image.Image:
     shape = (resize.reduced(height, factor), resize.reduced(width, factor))
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=shape[0], min_width=shape[1])
     except ValueError:  # strict: what Pillow only warns of, such as stray bytes before a marker, is an error here
         pixels = None
     if pixels is None or pixels.shape[:2] != shape:
-        return _decoded(opened(data))
-    return _upright(Image.fromarray(pixels), _jpeg_orientation(data))
-
-
-def _jpeg_orientation(data: bytes) -> object:
-    # Opening takes 16 µs, less than looking for the letters "Exif" through a file that lacks them.
-    try:
-        return _orientation(JpegImagePlugin.JpegImageFile(io.BytesIO(data)))
+        return _read(Image.open(io.BytesIO(data), formats=NAMES))
+    try:  # opening takes 16 µs, less than looking for the letters "Exif" through a file that lacks them
+        orientation = _orientation(JpegImagePlugin.JpegImageFile(io.BytesIO(data)))
     except Exception:  # the pixels are read; a tag that cannot be is as good as none
-        return None
+        orientation = None
+    return _turned(Image.fromarray(pixels), orientation)
 
 
 def _orientation(image: Image.Image) -> object:
@@ -181,14 +229,9 @@ def _orientation(image: Image.Image) -> object:
         return None
 
 
-def _upright(image: Image.Image, orientation: object) -> Image.Image:
+def _turned(image: Image.Image, orientation: object) -> Image.Image:
     turn = next((turn for number, turn in _UPRIGHT.items() if number == orientation), None)
     return image if turn is None else image.transpose(turn)
-
-
-def _decoded(image: Image.Image) -> Image.Image:
-    image.load()
-    return _upright(_rgb(image), _orientation(image))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -196,9 +239,15 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = _eight_bit_grey(image)
     if image.mode in {"I", "F"}:
         raise ImageError("32-bit and float images have no defined range: convert them to 8 or 16 bits")
-    if image.has_transparency_data:
-        return _over_white(image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode == "La":  # Pillow knows no other way out of it
+        image = image.convert("LA")
+    if image.mode != "RGBA":
+        image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image)
+    return white
 
 
 def _eight_bit_grey(image: Image.Image) -> Image.Image:
@@ -216,49 +265,21 @@ def _scaled(values: npt.NDArray[np.generic], top: int) -> Pixels:
     return ((values.astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)
 
 
-def _over_white(image: Image.Image) -> Image.Image:
-    if image.mode == "La":  # Pillow knows no other way out of it
-        image = image.convert("LA")
-    if image.mode != "RGBA":
-        image = image.convert("RGBA")
-    white = Image.new("RGB", image.size, "white")
-    white.paste(image, mask=image)
-    return white
-
-
-def _own(image: Image.Image) -> Image.Image:
-    """Make an upright RGB image of one of the caller's, which may stand in several rows and is not changed."""
-    with _turn(*image.size), _lent[id(image) % len(_lent)]:  # of two threads that load one image at once, both fail
-        image.load()
-        # Converting a palette with transparency writes into the palette.
-        own = image.copy() if image.mode in {"P", "PA"} else image
-        return _upright(_rgb(own), _orientation(image))
-
-
-@contextlib.contextmanager
-def _image_of(array: npt.NDArray[np.generic]) -> Iterator[Image.Image]:
-    """Return the block to use the RGB image of an array in."""
+def _size_of(array: npt.NDArray[np.generic]) -> tuple[int, int]:
     if array.ndim not in {2, 3} or array.size == 0 or array.shape[2:] not in {(), (1,), (3,), (4,)}:
-        shape = "×".join(map(str, array.shape))
-        raise ImageError(
-            f"an array of shape {shape or '()'}: only height × width, or with 1, 3 or 4 channels last, is read"
-        )
-    height, width = array.shape[:2]
-    with _turn(width, height):
-        pixels = np.ascontiguousarray(_eight_bits(array))
-        image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels)
-        yield _rgb(image)
+        shape = "×".join(map(str, array.shape)) or "()"
+        raise ImageError(f"an array of shape {shape}: only height × width, or with 1, 3 or 4 channels last, is read")
+    return array.shape[1], array.shape[0]
 
 
-def _eight_bits(array: npt.NDArray[np.generic]) -> Pixels:
+def _image_of(array: npt.NDArray[np.generic]) -> Image.Image:
     if array.dtype == np.bool_:
-        return array.astype(np.uint8) * np.uint8(255)
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
-        return _scaled(array, 65_535)
-    if array.dtype != np.uint8:
+        pixels = array.astype(np.uint8) * np.uint8(255)
+    elif array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        pixels = _scaled(array, 65_535)
+    elif array.dtype == np.uint8:
+        pixels = np.asarray(array, np.uint8)
+    else:
         raise ImageError(f"an array of {array.dtype} has no defined range: convert it to uint8 or uint16")
-    return np.asarray(array, np.uint8)
-
-
-def _fitted_to_all(image: Image.Image, specs: Sequence[PixelSpec]) -> list[Pixels]:
-    return [resize.fitted(image, spec) for spec in specs]
+    pixels = np.ascontiguousarray(pixels)
+    return _rgb(Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels))

@@ -9,30 +9,29 @@ import hashlib
 import os
 import struct
 import time
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from PIL import Image
 
 from nbfeat.errors import ImageError
-
-if TYPE_CHECKING:
-    from nbfeat.images.sources import Source
 
 LENGTH = 16
 # File systems count time in steps of up to 2 s (FAT): a change within the step that a file was read in leaves no trace.
 SETTLED_AFTER_NS = 2_000_000_000
 
 
-def digest(source: Source) -> bytes:
+def digest(source: bytes | npt.NDArray[Any] | Image.Image) -> bytes:
     """Return what tells this content from any other; raise ImageError where there are no bytes to tell it by."""
     if isinstance(source, bytes):
         return hashlib.sha256(source).digest()[:LENGTH]
     array = np.asarray(source)
     if array.dtype.hasobject:
         raise ImageError(f"an array of {array.dtype} has no pixels: convert it to uint8 or uint16")
-    told = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
-    told.update(np.ascontiguousarray(array).data)
-    return told.digest()[:LENGTH]
+    hasher = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    hasher.update(np.ascontiguousarray(array).data)
+    return hasher.digest()[:LENGTH]
 
 
 def state(path: str, status: os.stat_result) -> bytes:

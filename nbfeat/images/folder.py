@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbfeat.errors import RequestError
-from nbfeat.images.formats import SUFFIXES
+from nbfeat.images.decode import SUFFIXES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,10 +35,7 @@ def folder(path: str | Path, *, labels: bool = True) -> pd.DataFrame:
     pandas.DataFrame
         ``path``, absolute, so that it holds wherever the notebook goes on, and ``label``.
 
-    Raises
-    ------
-    RequestError
-        Where there is no such folder, or no image in it.
+    Raises RequestError where there is no such folder, or no image in it.
 
     Examples
     --------
@@ -64,16 +62,12 @@ def folder(path: str | Path, *, labels: bool = True) -> pd.DataFrame:
         return pd.DataFrame(table, dtype=object)
 
 
-def _images(top: Path) -> list[Path]:
-    found: list[Path] = []
+def _images(top: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(top, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(place, name)
-            for name in names
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
-        ]
-    return found
+        for name in names:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
+                yield Path(place, name)
 
 
 def _refuse(error: OSError) -> None:

@@ -1,4 +1,4 @@
-"""Addresses of images: which are read, how they are shown, and which machines may be connected to."""
+"""Which addresses of images are read, how they are shown, and which machines may be connected to: public ones."""
 
 from __future__ import annotations
 
@@ -6,18 +6,13 @@ import os
 import re
 import socket
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
-from typing import Any, TypeAlias
+from typing import Any
 
 from nbfeat.errors import ImageError
-from nbfeat.images.formats import short
-
-Machine: TypeAlias = IPv4Address | IPv6Address
 
 WEB = frozenset({"http", "https"})
-BUCKETS = frozenset({"s3", "gs"})
+FETCHED = WEB | {"s3", "gs"}
 ARCHIVE = "zip"
-FETCHED = WEB | BUCKETS
-PROTOCOLS = FETCHED | {ARCHIVE}
 PRIVATE = "NBFEAT_REMOTE_PRIVATE"  # the environment variable that allows private machines
 NOT_ALLOWED = "images by address are read only with --allow-remote (allow_remote=True)"
 
@@ -56,14 +51,11 @@ def check(text: str) -> str:
     text, scheme = text.strip(), scheme_of(text)
     if scheme.endswith("::"):
         raise ImageError("chained addresses are not read, except zip://image::archive of a local archive")
-    if scheme not in PROTOCOLS:
+    if scheme not in FETCHED | {ARCHIVE}:
         raise ImageError(f"{scheme}: addresses are not read, only http, https, s3, gs and zip: download the file first")
     if not text[len(scheme) :].startswith("://"):
         raise ImageError(
-            short(
-                f"an address begins with {scheme}://, but this one does not; pathlib takes a slash away: "
-                f"{redact_url(text)}"
-            )
+            f"an address begins with {scheme}://, but this one does not; pathlib takes a slash away: {redact_url(text)}"
         )
     return scheme
 
@@ -71,7 +63,7 @@ def check(text: str) -> str:
 def redact_url(text: str) -> str:
     """Return `text` as it may be shown: of addresses, neither user and password nor what follows a "?".
 
-    >>> shown("https://me:secret@example.org/a.jpg?signature=abc")
+    >>> redact_url("https://me:secret@example.org/a.jpg?signature=abc")
     'https://example.org/a.jpg?…'
     """
     if "://" not in text or scheme_of(text) == "file":
@@ -79,50 +71,32 @@ def redact_url(text: str) -> str:
     return _AFTER.sub("…", _USER.sub("", text))
 
 
-def suffix(text: str, scheme: str) -> str:
-    """Return the suffix of the file that a path, or an address of this `scheme`, ends in: of archives, the member's."""
-    if scheme == ARCHIVE:
-        text = text.partition("::")[0]
-    elif scheme:
-        text = re.split(r"[?#]", text, maxsplit=1)[0]
-    return os.path.splitext(text)[1]
-
-
 def are_private_allowed() -> bool:
     """Tell whether the environment allows to connect to private machines."""
     return os.environ.get(PRIVATE, "") not in {"", "0"}
 
 
-def is_public(machine: Machine) -> bool:
+def is_public(machine: IPv4Address | IPv6Address) -> bool:
     """Tell whether `machine` is one of the internet, and not of this network or none at all.
 
     An IPv6 address that only wraps one of IPv4 (mapped, 6to4, NAT64) is what it wraps.
     """
     if isinstance(machine, IPv6Address):
-        if (wrapped := _wrapped(machine)) is not None:
-            return is_public(wrapped)
+        within = IPv4Address(machine.packed[-4:]) if machine in _NAT64 else machine.ipv4_mapped or machine.sixtofour
+        if within is not None:
+            return is_public(within)
         if machine not in _GLOBAL_UNICAST:
             return False
-    if any(machine in network for network in _NOT_PUBLIC):
+    if machine.is_multicast or machine.is_reserved or any(machine in network for network in _NOT_PUBLIC):
         return False
-    return machine.is_global and not machine.is_multicast and not machine.is_reserved
-
-
-def _wrapped(machine: IPv6Address) -> IPv4Address | None:
-    if machine in _NAT64:
-        return IPv4Address(machine.packed[-4:])
-    return machine.ipv4_mapped or machine.sixtofour
+    return machine.is_global
 
 
 def public_socket(info: tuple[Any, ...]) -> socket.socket:
     """Return the socket to connect to the very address in `info`, as `socket.getaddrinfo` tells it.
 
     It is made right before it is connected, whichever way the address was found, so that nothing can come between.
-
-    Raises
-    ------
-    PrivateMachineError
-        Where the machine is not public.
+    Raises PrivateMachineError where the machine is not public.
     """
     family, kind, protocol, _, address = info
     if family not in {socket.AF_INET, socket.AF_INET6} or not is_public(ip_address(address[0])):

@@ -1,34 +1,83 @@
-"""Images by address: fetched within limits from the web and from buckets, and read from zip archives of this machine.
+"""An address → the bytes of its image: fetched from the web or a bucket within limits, or read from a zip archive.
 
 One thread with an event loop asks for all of them. Whoever needs an image waits for it in a thread of its own, which
-takes no processor: a run has as many threads more as images may be under way at once, and those that decode take turns,
-so that no more do at once than there are cores.
+takes no processor. Nothing is read beyond a limit, whatever a server says of itself: bodies are taken in pieces and
+never decompressed, each redirect is looked at before it is followed, and one deadline holds for all tries together.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import random
+import re
+import socket
+import ssl
+import stat
 import threading
+import time
+import zipfile
+import zlib
+from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, AsyncExitStack
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from http import HTTPStatus
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urljoin
 
 from nbfeat.errors import ImageError
-from nbfeat.images import download
-from nbfeat.images.archives import Archives
-from nbfeat.images.buckets import Buckets
-from nbfeat.images.download import Asked, Limits
-from nbfeat.images.formats import short
-from nbfeat.images.public_hosts import ARCHIVE, WEB, are_private_allowed, check, redact_url, scheme_of
+from nbfeat.images import public_hosts
+from nbfeat.images.decode import file_reason, size_objection
+from nbfeat.images.public_hosts import ARCHIVE, PRIVATE, WEB, public_socket, redact_url, scheme_of
 
 if TYPE_CHECKING:
     import aiohttp
+    import yarl
+
+AGENT = "nbfeat (+https://github.com/nbfeat/nbfeat)"
+MEGABYTE = 1_000_000
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+SECONDS_SIGNED = 900  # that a signature holds: more than a download may take
+GOOGLE = "https://storage.googleapis.com"
+MOST_OPEN = 8  # archives; the directory of a large one takes longer to read than an image of it
+# The decoders of other methods give back whatever there is at once, a gigabyte out of a kilobyte.
+METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+
+_NEEDED = {
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "s3": "aiohttp fsspec s3fs",
+    "gs": "aiohttp fsspec gcsfs",
+    ARCHIVE: "",
+}
+_REASONS = {401: "permission denied", 403: "permission denied", 404: "not found", 410: "not found"}
+_PHRASES = {status.value: f" ({status.phrase.lower()})" for status in HTTPStatus}
+_NO_SUCH_HOST = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
+_WRITTEN_OUT = re.compile(r"[!-~]+")  # an address with nothing left to be quoted
+_chance = random.SystemRandom()  # the user's own generator is left alone
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much of anything one image may take."""
+
+    size: int = 64 * MEGABYTE  # bytes
+    answering: float = 10.0  # seconds to look a host up and connect to it, and between two pieces of the answer
+    seconds: float = 120.0  # in all: connecting, redirects, further tries and what is waited between them
+    redirects: int = 5
+    tries: int = 3
+    pause: float = 0.5  # seconds before the second try, twice as long before the third; more or less, by chance
+    longest_pause: float = 30.0  # that a server may ask for
+    at_once: int = 16  # images
+
 
 LIMITS = Limits()
-_NEEDED = {"http": [], "https": [], "s3": ["fsspec", "s3fs"], "gs": ["fsspec", "gcsfs"]}  # beside aiohttp
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,114 +90,316 @@ class Access:
     @classmethod
     def here(cls, limits: Limits | None = None) -> Self:
         """Return what this process may fetch."""
-        return cls(limits or LIMITS, are_private_allowed())
+        return cls(limits or LIMITS, public_hosts.are_private_allowed())
 
 
-class Fetcher:
-    """Gets images by address until it is closed; threads may call it at once. Paths of archives start at `root`.
-
-    Closing it cancels what is under way, so that nobody waits any longer.
-    """
+class Fetcher(AbstractContextManager["Fetcher"]):
+    """Gets images by address until it is closed; threads may call it at once. Paths of archives start at `root`."""
 
     def __init__(self, root: Path, access: Access | None = None) -> None:
-        self.access = access or Access.here()
-        self._archives = Archives(root, self.access.limits.size)
-        self._line: _Line | None = None
-        self._turn = threading.Lock()
-        self._is_closed = False
+        self.root, self.access = root, access or Access.here()
+        self._archive_at = lru_cache(MOST_OPEN)(_archive)
+        self._web = _Web(self.access)
+        self._loop = asyncio.new_event_loop()
+        self._lookups = ThreadPoolExecutor(self.access.limits.at_once, thread_name_prefix="nbfeat-lookup")  # of hosts
+        self._loop.set_default_executor(self._lookups)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="nbfeat-fetch", daemon=True)
+        self._thread.start()
+        self._turn, self._is_closed = threading.Lock(), False
 
     def __call__(self, address: str) -> bytes:
         """Return the bytes of the image at `address`; raise ImageError with the reason why not."""
-        scheme = check(address)
-        if scheme == ARCHIVE:
-            return self._archives(address)
-        for module in ["aiohttp", *_NEEDED[scheme]]:
-            if find_spec(module) is None:
-                raise ImageError(f"{scheme}: addresses need {module}, which is not here: pip install 'nbfeat[remote]'")
+        scheme = public_hosts.check(address)
+        if missing := [module for module in _NEEDED[scheme].split() if find_spec(module) is None]:
+            raise ImageError(f"{scheme}: addresses need {missing[0]}, which is not here: pip install 'nbfeat[remote]'")
         try:
-            return self._asked_for(address).result()
+            if scheme == ARCHIVE and not self._is_closed:
+                return self._member(address)
+            return self._asked(address).result()
         except CancelledError:
-            raise ImageError(short(f"the run was stopped before it was fetched: {redact_url(address)}")) from None
+            raise ImageError(f"the run was stopped before it was fetched: {redact_url(address)}") from None
 
-    def _asked_for(self, address: str) -> Future[bytes]:
+    def _asked(self, address: str) -> Future[bytes]:
         with self._turn:  # so that nothing is asked of a loop that has ended, which would never answer
             if self._is_closed:
                 raise CancelledError
-            if self._line is None:
-                self._line = _Line(self.access)
-            return self._line.ask(address)
+            return asyncio.run_coroutine_threadsafe(self._web.fetch(address), self._loop)
+
+    def _member(self, address: str) -> bytes:
+        member, path = _member_and_archive(address, self.root)
+        if not member:
+            raise ImageError(
+                "zip addresses are read only of an archive on this machine: zip://image.jpg::folder/archive.zip"
+            )
+        try:
+            archive, most = self._archive_at(path), self.access.limits.size
+            if (info := archive.NameToInfo.get(member)) is None:
+                raise ImageError(f"no such member of the archive: {member} in {path}")
+            objection = (
+                "a folder, not a file" if info.is_dir()
+                else "encrypted" if info.flag_bits & 1
+                else "compressed in another way than deflate, which is not read" if info.compress_type not in METHODS
+                else size_objection(info.file_size, most)
+            )  # fmt: skip
+            if objection:
+                raise ImageError(f"{objection}: {member} in {path}")
+            with archive.open(info) as file:  # it ends at the size that the archive tells, whatever there is
+                return file.read(most)
+        except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error):
+            reason = "the archive is damaged, or is no zip"
+        except (OSError, ValueError) as error:
+            reason = file_reason(error, "archive")
+        raise ImageError(f"{reason}: {path}")
 
     def close(self) -> None:
-        """Cancel what is under way, close all connections and archives, and end the thread."""
+        """Cancel what is under way, so that nobody waits any longer; close connections and archives, end the thread."""
         with self._turn:
+            if self._is_closed:
+                return
             self._is_closed = True
-            line, self._line = self._line, None
-        if line is not None:
-            line.close()
-        self._archives.close()
+        cancelling = asyncio.run_coroutine_threadsafe(self._web.close(), self._loop)
+        cancelling.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
+        self._thread.join()
+        # The system's look-up of a host cannot be interrupted: a thread of its own ends when that does.
+        self._lookups.shutdown(wait=False, cancel_futures=True)
+        self._loop.close()
+        self._archive_at.cache_clear()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-class _Line:
-    """The thread with the event loop, and the connections that are kept in it."""
+def _archive(path: str) -> zipfile.ZipFile:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ImageError(f"a folder, pipe or device, not an archive: {path}")
+    return zipfile.ZipFile(path)  # which closes itself when nobody holds it
+
+
+def absolute(address: str, root: Path) -> str:
+    """Return an address that names the same archive wherever paths start; all but those of archives as they are."""
+    member, path = _member_and_archive(address, root)
+    return f"{ARCHIVE}://{member}::{path}" if member else address
+
+
+def _member_and_archive(address: str, root: Path) -> tuple[str, str]:
+    """Return the member and the path of the archive that `address` names, empty where it names none on this machine."""
+    member, _, archive = address.partition("://")[2].partition("::")
+    if scheme_of(address) != ARCHIVE or not member or not archive or "::" in archive or scheme_of(archive):
+        return "", ""
+    return member, os.path.join(root, os.path.expanduser(archive))
+
+
+class _TransientError(ImageError):
+    """Another try may do better, `after` so many seconds."""
+
+    def __init__(self, reason: str, after: float | None = None) -> None:
+        super().__init__(reason)
+        self.after = after
+
+
+class _Web:
+    """What runs in the event loop: one task for each image that is asked for, and the connections of all."""
 
     def __init__(self, access: Access) -> None:
-        self.limits, self._private = access.limits, access.private
-        self._places = asyncio.Semaphore(self.limits.at_once)
-        self._stop = asyncio.Event()
-        self._buckets = Buckets(self.limits, private=self._private)
+        self.private, self.limits = access.private, access.limits
+        self._places, self._turn = asyncio.Semaphore(self.limits.at_once), asyncio.Lock()
+        self._opened = AsyncExitStack()
         self._session: aiohttp.ClientSession | None = None
-        self._loop = asyncio.new_event_loop()
-        self._lookups = ThreadPoolExecutor(self.limits.at_once, thread_name_prefix="nbfeat-lookup")  # of hosts
-        self._loop.set_default_executor(self._lookups)
-        self._thread = threading.Thread(target=self._work, name="nbfeat-fetch", daemon=True)
-        self._thread.start()
+        self._buckets: dict[str, Any] = {}
 
-    def ask(self, address: str) -> Future[bytes]:
-        """Return what will be the bytes of an image."""
-        return asyncio.run_coroutine_threadsafe(self._fetched(address), self._loop)
-
-    def close(self) -> None:
-        """Cancel what is under way, and end the thread."""
-        self._loop.call_soon_threadsafe(self._stop.set)  # after all that was asked for
-        self._thread.join()
-
-    def _work(self) -> None:
-        try:
-            self._loop.run_until_complete(self._until_stopped())
-        finally:
-            # The system's look-up of a host cannot be interrupted: a thread of its own ends when that does.
-            self._lookups.shutdown(wait=False, cancel_futures=True)
-            self._loop.close()
-
-    async def _until_stopped(self) -> None:
-        await self._stop.wait()
-        under_way = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in under_way:
+    async def close(self) -> None:
+        """Cancel all other tasks, and close what was opened."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*under_way, return_exceptions=True)
-        if self._session is not None:
-            await self._session.close()
-        await self._buckets.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._opened.aclose()
 
-    async def _fetched(self, address: str) -> bytes:
+    async def fetch(self, address: str) -> bytes:
+        """Return the bytes of the image at `address`; raise ImageError with the reason why not."""
         async with self._places:
             try:
                 async with asyncio.timeout(self.limits.seconds):
-                    if self._session is None:
-                        self._session = download.session(self.limits, private=self._private)
-                    return await download.get(self._session, await self._asked(address), self.limits)
+                    is_web = scheme_of(address) in WEB
+                    return await self._get(*((address, {}) if is_web else await self._signed(address)))
             except TimeoutError:
-                raise ImageError(
-                    short(f"not fetched within {self.limits.seconds:g} s: {redact_url(address)}")
-                ) from None
+                reason = f"not fetched within {self.limits.seconds:g} s"
+            except ImageError as error:
+                reason = str(error)
+        raise ImageError(f"{reason}: {redact_url(address)}")
 
-    async def _asked(self, address: str) -> Asked:
-        return Asked(address, redact_url(address)) if scheme_of(address) in WEB else await self._buckets.asked(address)
+    async def _get(self, address: str, headers: Mapping[str, str]) -> bytes:
+        """Return what is at an address, in as many tries as it takes; no other server may see the `headers`."""
+        limits, url, tries = self.limits, _url(address), 0
+        while True:
+            try:
+                return await self._get_once(url, headers)
+            except _TransientError as error:
+                after = limits.pause * 2**tries * _chance.uniform(0.5, 1.5) if error.after is None else error.after
+                if after > limits.longest_pause:
+                    raise ImageError(f"{error}; it asks to come back in {after:,.0f} s") from None
+                tries += 1
+                if tries == limits.tries:
+                    raise
+            await asyncio.sleep(after)
+
+    async def _get_once(self, url: yarl.URL, headers: Mapping[str, str]) -> bytes:
+        session = self._session = self._session or self._new_session()
+        for _ in range(self.limits.redirects + 1):
+            try:
+                async with session.get(url, headers=headers, allow_redirects=False) as response:
+                    if response.status not in REDIRECTS or "Location" not in response.headers:
+                        return await self._body(response)
+                    further = _redirected(url, response.headers["Location"])
+            except Exception as error:  # each of the library's and the system's has its sentence
+                raise error if isinstance(error, ImageError) else _explained(error, self.limits) from None
+            headers = headers if further.origin() == url.origin() else {}
+            url = further
+        raise ImageError(f"redirected more than {self.limits.redirects} times")
+
+    def _new_session(self) -> aiohttp.ClientSession:
+        """Return what keeps connections, with no proxy, cookie or password of the environment.
+
+        Unless private machines are allowed, each address is checked as it is connected to.
+        """
+        import aiohttp
+
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, socket_factory=None if self.private else public_socket),
+            # The deadline is ours: the library's begins anew with each redirect.
+            timeout=aiohttp.ClientTimeout(None, connect=self.limits.answering, sock_read=self.limits.answering),
+            headers={"User-Agent": AGENT, "Accept": "image/*, */*;q=0.5", "Accept-Encoding": "identity"},
+            cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trust_env=False,
+        )  # fmt: skip
+        self._opened.push_async_exit(session)
+        return session
+
+    async def _body(self, response: aiohttp.ClientResponse) -> bytes:
+        """Return the image that a server sends; raise ImageError where it answers anything else."""
+        status, words = response.status, f"the server answers {response.status}{_PHRASES.get(response.status, '')}"
+        if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise _TransientError(words, _asked_to_wait(response.headers.get("Retry-After", "")))
+        if status != HTTPStatus.OK:
+            raise ImageError(f"{_REASONS[status]} ({status})" if status in _REASONS else words)
+        if response.headers.get("Content-Encoding", "identity").strip().lower() not in {"", "identity"}:
+            raise ImageError("the answer is compressed, though that was not asked for, and is not read")
+        data = bytearray()
+        if (response.content_length or 0) <= (most := self.limits.size):
+            while len(data) <= most and (piece := await response.content.readany()):
+                data += piece
+        if max(response.content_length or 0, len(data)) > most:
+            raise ImageError(f"larger than {most / MEGABYTE:g} MB, the most that is fetched of an image")
+        if not data:
+            raise ImageError("the answer is empty")
+        return bytes(data)
+
+    async def _signed(self, address: str) -> tuple[str, Mapping[str, str]]:
+        """Return the address and the headers to ask for an image in a bucket with.
+
+        The file systems of fsspec find credentials, as they do for pandas, and sign; they read nothing themselves, so
+        that all limits hold. Without credentials buckets are asked as anybody may ask them.
+        """
+        scheme, (bucket, _, key) = scheme_of(address), address.partition("://")[2].partition("/")
+        if not bucket or not key:
+            raise ImageError("an address of a bucket, not of an image in it")
+        headers: dict[str, str] = {}
+        try:
+            async with self._turn:
+                if scheme not in self._buckets:
+                    self._buckets[scheme] = await (self._s3() if scheme == "s3" else asyncio.to_thread(self._gs))
+            system = self._buckets[scheme]
+            if scheme == "s3":
+                return await system._url(f"{bucket}/{key}", expires=SECONDS_SIGNED), headers  # `url` blocks
+            await asyncio.to_thread(system.credentials.apply, headers)
+            return system.url(f"{bucket}/{key}"), headers
+        except Exception as error:  # of hundreds; and what they say may show what nobody should see
+            raise ImageError(f"{scheme}: addresses cannot be signed ({type(error).__name__})") from None
+
+    async def _s3(self) -> Any:
+        import fsspec
+
+        # Buckets made since 2020 refuse older signatures.
+        config: dict[str, Any] = {"signature_version": "s3v4", "retries": {"total_max_attempts": self.limits.tries}}
+        config |= dict.fromkeys(("connect_timeout", "read_timeout"), self.limits.answering)
+        options: dict[str, Any] = {"config_kwargs": config, "cache_regions": True}  # finds the region of a bucket
+        if not self.private:  # no other endpoint, whatever the environment, its files or fsspec's say
+            config |= {"ignore_configured_endpoint_urls": True, "proxies": {}}
+            options |= {"endpoint_url": None, "client_kwargs": {}}
+        await asyncio.to_thread(fsspec.get_filesystem_class, "s3")  # to import it takes seconds
+        for more in ({}, {"anon": True}):
+            system = fsspec.filesystem("s3", asynchronous=True, skip_instance_cache=True, **options, **more)
+            await system.set_session()
+            self._opened.push_async_exit(system._s3creator)  # its only way to close all its connections
+            if system.anon or system.key or await system.session.get_credentials() is not None:
+                break
+        return system
+
+    def _gs(self) -> Any:
+        import fsspec
+
+        options = {} if self.private else {"endpoint_url": GOOGLE}
+        return fsspec.filesystem("gs", asynchronous=True, skip_instance_cache=True, access="read_only", **options)
+
+
+def _url(text: str, base: str = "") -> yarl.URL:
+    """Read an address, leaving what is quoted as it is: a signature holds for what was signed."""
+    import yarl
+
+    try:
+        url = yarl.URL(urljoin(base, text), encoded=bool(_WRITTEN_OUT.fullmatch(text)))
+        if url.host:
+            return url
+    except ValueError:
+        pass
+    raise ImageError("no address that could be asked for")
+
+
+def _redirected(url: yarl.URL, location: str) -> yarl.URL:
+    """Return where a redirect leads, if it may be followed."""
+    scheme = scheme_of(location) or url.scheme
+    if scheme not in WEB:
+        raise ImageError(f"redirected to {scheme}:, which is not followed")
+    if url.scheme == "https" and scheme == "http":
+        raise ImageError("redirected from https to http, which is not followed")
+    return _url(location, str(url))
+
+
+def _asked_to_wait(text: str) -> float | None:
+    """Return the seconds that a ``Retry-After`` asks for, which may be a date; None where it asks for nothing."""
+    if text.strip().isdecimal():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _explained(error: Exception, limits: Limits) -> ImageError:
+    """Return what `error` means, a _TransientError where another try may do better."""
+    import aiohttp
+
+    cause: BaseException | None = error
+    while cause is not None:  # a connection may be refused however deep that is wrapped
+        if isinstance(cause, public_hosts.PrivateMachineError):
+            return ImageError(f"{cause} is a private address, which is only connected to where {PRIVATE}=1 is set")
+        cause = getattr(cause, "os_error", None) or cause.__cause__
+    system = getattr(error, "os_error", error)  # what the library says itself shows addresses
+    number = 0 if isinstance(system, ssl.SSLError) else getattr(system, "errno", None) or 0
+    is_unknown, words = number in _NO_SUCH_HOST, "the connection was lost"
+    if number in errno.errorcode:
+        words = f"the connection failed ({os.strerror(number).lower()})"
+    for kinds, reason, may_pass in (
+        (TimeoutError, f"no answer within {limits.answering:g} s", True),
+        (aiohttp.ClientConnectorCertificateError, "the server's certificate is not valid", False),
+        (aiohttp.ClientSSLError, "no secure connection could be made", False),
+        (
+            aiohttp.ClientConnectorDNSError,
+            "no such host" if is_unknown else "the host could not be looked up",
+            not is_unknown,
+        ),
+        ((aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError), words, True),
+        ((aiohttp.InvalidURL, ValueError), "no address that could be asked for", False),
+    ):
+        if isinstance(error, kinds):
+            return (_TransientError if may_pass else ImageError)(reason)
+    return ImageError("the server's answer is none of HTTP")

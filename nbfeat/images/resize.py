@@ -17,12 +17,7 @@ INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
 LEAST_REDUCED = 4  # at two times the target the cosine fell to 0.995
-_FILTERS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "nearest": Image.Resampling.NEAREST,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+_FILTERS = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +37,7 @@ class PixelSpec:
 def reduction(width: int, height: int, spec: PixelSpec) -> int:
     """Return by which of 1, 2, 4, 8 a JPEG of this size is reduced while it is decoded.
 
-    Only as far as the short side stays LEAST_REDUCED times the target: the features' cosine to a full decode then stays
-    0.9995.
+    Only as far as the short side stays LEAST_REDUCED times the target: the features' cosine to a full one stays 0.9995.
 
     >>> reduction(4000, 3000, PixelSpec(224)), reduction(500, 375, PixelSpec(224))
     (2, 1)

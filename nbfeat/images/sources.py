@@ -1,11 +1,12 @@
-"""A cell of the image column → bytes, an array or a PIL image, or the reason why not; and which column that is."""
+"""A cell of the image column → the image that it stands for, and its pixels; and which column that is."""
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import stat
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import unquote
@@ -15,24 +16,51 @@ import numpy.typing as npt
 from PIL import Image
 
 from nbfeat.errors import ImageError, RequestError, listing, near, sentences
-from nbfeat.images import fingerprint, public_hosts
-from nbfeat.images.formats import SUFFIXES, kind_of, short
+from nbfeat.images import decode, fingerprint, public_hosts
+from nbfeat.images.decode import Source, short
 from nbfeat.images.public_hosts import redact_url, scheme_of
+from nbfeat.images.resize import Pixels, PixelSpec
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Source: TypeAlias = "bytes | npt.NDArray[np.generic] | Image.Image"
 Fetch: TypeAlias = Callable[[str], bytes]  # an address → what is there; raises ImageError
 
 # 178,956,970 pixels, the most that are decoded, are one gigabyte at 16 bits and three channels, uncompressed.
 MOST_BYTES = 2 << 30
 
 
+def read_pixels(value: object, specs: Sequence[PixelSpec], root: Path, fetch: Fetch | None = None) -> list[Pixels]:
+    """Return the pixels of the image that the cell `value` stands for, an array (size, size, 3) for each of `specs`.
+
+    Relative paths start at `root`; `fetch` gets what is at an address. Raises ImageError for anything wrong with it.
+
+    >>> grey = np.full((40, 60), 128, np.uint8)
+    >>> [pixels.shape for pixels in read_pixels(grey, [PixelSpec(32), PixelSpec(48, "crop")], Path())]
+    [(32, 32, 3), (48, 48, 3)]
+    """
+    return decode.pixels_of(load_image(value, root, fetch)[0], specs)
+
+
+def read_thumbnail(value: object, side: int, root: Path) -> Image.Image:
+    """Return an image as a network sees it, in its own proportions, at most `side` pixels wide and high."""
+    return decode.thumbnail_of(load_image(value, root)[0], side)
+
+
+def load_image(value: object, root: Path, fetch: Fetch | None = None) -> tuple[Source, bytes | None]:
+    """Return what the cell `value` stands for (bytes, an array, or an upright RGB image), and the state of its file.
+
+    Raises ImageError where there is nothing to decode; that may be otherwise at the next try.
+    """
+    with decode.explained():
+        source, state = load(value, root, fetch)
+        return decode.upright(source) if isinstance(source, Image.Image) else source, state
+
+
 def load(value: object, root: Path, fetch: Fetch | None = None) -> tuple[Source, bytes | None]:
     """Return what the cell `value` stands for, files read whole; raise ImageError with the reason why not.
 
-    With it comes the state of the file, where that is sure to change with the file (see `content`), else None.
+    With it comes the state of the file, where that is sure to change with the file (see `fingerprint`), else None.
     Without `fetch` nothing is read that an address names.
     """
     if fetch is not None and (address := address_of(value)) is not None:
@@ -44,7 +72,9 @@ def load(value: object, root: Path, fetch: Fetch | None = None) -> tuple[Source,
     if is_missing(value):
         raise ImageError("the value is missing")
     if isinstance(value, (bytes, bytearray, memoryview)):
-        return _not_empty(bytes(value), "the value holds no bytes"), None
+        if data := bytes(value):
+            return data, None
+        raise ImageError("the value holds no bytes")
     if isinstance(value, (Image.Image, np.ndarray)):
         return value, None
     raise ImageError(f"a value of type {type(value).__name__}: only paths, bytes, PIL images and uint8 arrays are read")
@@ -56,9 +86,13 @@ def path_of(value: object, root: Path) -> str | None:
     Raises ImageError for addresses, other than those of files.
     """
     value = held(value)
-    if isinstance(value, (str, os.PathLike)) and not is_missing(value):
-        return _local_path(_text_of(value), root)
-    return None
+    if not isinstance(value, (str, os.PathLike)) or is_missing(value):
+        return None
+    text = _text_of(value)
+    if ":" in text and (scheme := scheme_of(text)):
+        text = _path_of_url(text, scheme)
+    # Not pathlib: a frame of cached images spends most of its time here. A "~somebody" who is no user stays as it is.
+    return os.path.join(root, os.path.expanduser(text) if text[:1] == "~" else text)
 
 
 def address_of(value: object) -> str | None:
@@ -99,13 +133,6 @@ def _text_of(path: str | os.PathLike[Any]) -> str:
         return str(path)
 
 
-def _local_path(text: str, root: Path) -> str:
-    if ":" in text and (scheme := scheme_of(text)):
-        text = _path_of_url(text, scheme)
-    # Not pathlib: a frame of cached images spends most of its time here. A "~somebody" who is no user stays as it is.
-    return os.path.join(root, os.path.expanduser(text) if text[:1] == "~" else text)
-
-
 def _path_of_url(text: str, scheme: str) -> str:
     if scheme == "data":
         raise ImageError("data: addresses are not read: decode them to bytes first")
@@ -124,20 +151,20 @@ def _read_file(name: str) -> tuple[bytes, bytes | None]:
     path = Path(name)
     try:
         before = path.stat()
-        _check_readable(before, path)
-        data, after = _not_empty(path.read_bytes(), f"the file is empty: {path}"), path.stat()
-        state = fingerprint.state(name, after)
-        unchanged = state == fingerprint.state(name, before)
-        return data, state if unchanged and fingerprint.is_settled(after) else None
-    except (FileNotFoundError, NotADirectoryError):
-        reason = "no such file"
-    except PermissionError:
-        reason = "permission denied"
-    except OSError as error:
-        reason = (error.strerror or type(error).__name__).lower()
-    except ValueError:  # raised before the system is asked: a NUL, or a character that file names cannot hold
-        reason = "the path holds a character that no file name can"
-    raise ImageError(short(f"{reason}: {redact_url(name) if '://' in name else path}"))
+        if not stat.S_ISREG(before.st_mode):  # opening a pipe waits for ever, and opening a device may do anything
+            kind = "a folder" if stat.S_ISDIR(before.st_mode) else "a pipe, socket or device"
+            raise ImageError(f"{kind}, not a file: {path}")
+        if objection := decode.size_objection(before.st_size, MOST_BYTES):
+            raise ImageError(f"{objection}: {path}")
+        data, after = path.read_bytes(), path.stat()
+    except (OSError, ValueError) as error:
+        where = redact_url(name) if "://" in name else path
+        raise ImageError(f"{decode.file_reason(error)}: {where}") from None
+    if not data:
+        raise ImageError(f"the file is empty: {path}")
+    state = fingerprint.state(name, after)
+    is_sure = state == fingerprint.state(name, before) and fingerprint.is_settled(after)
+    return data, state if is_sure else None
 
 
 def state_of(value: object, root: Path) -> bytes | None:
@@ -147,27 +174,6 @@ def state_of(value: object, root: Path) -> bytes | None:
         return None if path is None else fingerprint.state(path, os.stat(path))
     except (ImageError, OSError, ValueError):
         return None
-
-
-def _check_readable(status: os.stat_result, path: Path) -> None:
-    # Opening a pipe waits for its other end for ever, and opening a device may do anything.
-    if stat.S_ISDIR(status.st_mode):
-        reason = f"a folder, not a file: {path}"
-    elif not stat.S_ISREG(status.st_mode):
-        reason = f"a pipe, socket or device, not a file: {path}"
-    elif not status.st_size:
-        reason = f"the file is empty: {path}"
-    elif status.st_size > MOST_BYTES:
-        reason = f"too large for an image ({status.st_size:,} bytes): {path}"
-    else:
-        return
-    raise ImageError(short(reason))
-
-
-def _not_empty(data: bytes, reason: str) -> bytes:
-    if not data:
-        raise ImageError(short(reason))
-    return data
 
 
 def name_of(value: object) -> str:
@@ -198,32 +204,43 @@ def image_column(frame: pd.DataFrame, asked: Hashable | None) -> Hashable:
     """Return the label of the column `asked` for, or of the one column that looks like images.
 
     A column looks like images where at least 9 of 10 do among 50 values spread over the frame, missing ones aside.
-
-    Raises
-    ------
-    RequestError
-        Where there is no such column, or none or several look like images; it names them with their first values.
+    Raises RequestError where there is none or several; it names them with their first values.
     """
-    if asked is not None:
-        return _asked(frame, asked)
-    likely = likely_columns(frame)
-    if len(likely) == 1:
-        return _asked(frame, frame.columns[likely[0]])
-    redact_url = _described(frame, likely or list(range(frame.shape[1])))
+    if asked is None:
+        likely = likely_columns(frame)
+        if len(likely) != 1:
+            raise RequestError(_undecided(frame, likely))
+        asked = frame.columns[likely[0]]
+    same = [label for label in frame.columns if label == asked]
+    same = same or [label for label in frame.columns if str(label) == str(asked)]
+    if len(same) == 1:
+        return same[0]
+    if same:
+        raise RequestError(f"{len(same)} columns are called {asked!s}: rename all but one.")
+    likely, names = likely_columns(frame), [str(label) for label in frame.columns]
+    which = "Columns that look like images" if likely else "Its columns"
+    known = f"{which}: {_described(frame, likely) or 'none'}."
+    raise RequestError(sentences(f"The frame has no column {asked!s}.", near(str(asked), names), known))
+
+
+def _undecided(frame: pd.DataFrame, likely: list[int]) -> str:
+    known = _described(frame, likely)
     if likely:
-        message = f"{len(likely)} columns look like images: {redact_url}. Name one with --images COLUMN."
-    elif len(frame):
-        message = (
-            f"No column looks like images: {redact_url or 'there is none'}. Name the right one with --images COLUMN."
-        )
-    else:
-        message = "The frame has no rows to tell the image column by. Name it with --images COLUMN."
-    raise RequestError(message)
+        return f"{len(likely)} columns look like images: {known}. Name one with --images COLUMN."
+    if len(frame):
+        return f"No column looks like images: {known or 'there is none'}. Name the right one with --images COLUMN."
+    return "The frame has no rows to tell the image column by. Name it with --images COLUMN."
 
 
 def likely_columns(frame: pd.DataFrame) -> list[int]:
     """Return the positions of the columns that look like images."""
-    return [place for place in possible_columns(frame) if _look_like_images(_sample(frame, place))]
+    rows = spread(len(frame), 50)
+    found = []
+    for place in possible_columns(frame):
+        values = [value for value in frame.iloc[rows, place].tolist() if not is_missing(value)]
+        if values and sum(map(_looks_like_image, values)) >= 0.9 * len(values):
+            found.append(place)
+    return found
 
 
 def possible_columns(frame: pd.DataFrame) -> list[int]:
@@ -231,47 +248,27 @@ def possible_columns(frame: pd.DataFrame) -> list[int]:
     return [place for place, dtype in enumerate(frame.dtypes) if getattr(dtype, "kind", "O") not in "biufcmM"]
 
 
-def _asked(frame: pd.DataFrame, asked: Hashable) -> Hashable:
-    same = [label for label in frame.columns if label == asked]
-    same = same or [label for label in frame.columns if str(label) == str(asked)]
-    if len(same) == 1:
-        return same[0]
-    if same:
-        raise RequestError(f"{len(same)} columns are called {asked!s}: rename all but one.")
-    names = [str(label) for label in frame.columns]
-    likely = likely_columns(frame)
-    known = _described(frame, likely or list(range(len(names)))) or "none"
-    which = "Columns that look like images" if likely else "Its columns"
-    raise RequestError(sentences(f"The frame has no column {asked!s}.", near(str(asked), names), f"{which}: {known}."))
-
-
-def _sample(frame: pd.DataFrame, place: int) -> list[object]:
-    """Return up to 50 values of a column, evenly spread, missing ones left out unless all are."""
-    rows = spread(len(frame), 50)
-    values = frame.iloc[rows, place].tolist()
-    return [value for value in values if not is_missing(value)]
-
-
-def _look_like_images(values: list[object]) -> bool:
-    return bool(values) and sum(map(_looks_like_image, values)) >= 0.9 * len(values)
-
-
 def _looks_like_image(value: object) -> bool:
     if isinstance(value, (str, os.PathLike)):
         text = _text_of(value)
         scheme = scheme_of(text)
-        return scheme == "file" or (
-            scheme in {"", *public_hosts.PROTOCOLS} and public_hosts.suffix(text, scheme).lower() in SUFFIXES
-        )
+        if scheme == public_hosts.ARCHIVE:
+            text = text.partition("::")[0]
+        elif scheme in public_hosts.FETCHED:
+            text = re.split(r"[?#]", text, maxsplit=1)[0]
+        elif scheme:
+            return scheme == "file"
+        return os.path.splitext(text)[1].lower() in decode.SUFFIXES
     if isinstance(value, (bytes, bytearray, memoryview)):
-        return kind_of(bytes(value)) is not None
+        return decode.kind_of(bytes(value)) is not None
     if isinstance(value, np.ndarray):
         return value.dtype == np.uint8 and value.ndim in {2, 3}
     return isinstance(value, Image.Image) or (isinstance(value, Mapping) and bool({"bytes", "path"} & set(value)))
 
 
-def _described(frame: pd.DataFrame, places: list[int], most: int = 10) -> str:
-    """Name columns with the first value of each, as a sentence does."""
+def _described(frame: pd.DataFrame, places: Sequence[int], most: int = 10) -> str:
+    """Name columns, all where there are no `places`, with the first value of each, as a sentence does."""
+    places = places or range(frame.shape[1])
     parts = [f"{frame.columns[place]!s} ({_first_value(frame, place)})" for place in places[:most]]
     more = len(places) - len(parts)
     return listing([*parts, f"{more:,} more"] if more else parts)

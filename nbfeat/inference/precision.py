@@ -22,9 +22,8 @@ from numpy.typing import NDArray
 
 from nbfeat.errors import ImageError, NetworkError
 from nbfeat.extraction.network_state import NetworkState
-from nbfeat.images.decode import read_pixels
 from nbfeat.images.remote import Access, Fetcher
-from nbfeat.images.sources import spread
+from nbfeat.images.sources import read_pixels, spread
 from nbfeat.inference.engines import Asked, Engine, Pixels, Precision, Vectors, vectors_of
 from nbfeat.inference.engines.cpu_count import available_cores
 from nbfeat.inference.model import NUMERICS

@@ -19,8 +19,8 @@ from nbfeat.backbones import bundled, pocket
 from nbfeat.backbones.catalog import CATALOG
 from nbfeat.backbones.pocket_training import components
 from nbfeat.backbones.state_dict import LayerWeights
-from nbfeat.images.decode import read_pixels
 from nbfeat.images.resize import PixelSpec
+from nbfeat.images.sources import read_pixels
 from tests import keras_child
 from tests.conftest import ROOT
 from tests.faces import Face, same

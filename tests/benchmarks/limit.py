@@ -15,8 +15,8 @@ from typing import Any
 import pandas as pd
 
 from nbfeat import Extraction, FeatureBlock
-from nbfeat.images.decode import read_pixels
 from nbfeat.images.resize import PixelSpec
+from nbfeat.images.sources import read_pixels
 from nbfeat.inference.compiled_models import Preparing
 from nbfeat.inference.engines import Precision
 from nbfeat.inference.engines.cpu_count import available_cores

@@ -27,7 +27,7 @@ from nbfeat.cache.storage import KINDS
 from nbfeat.extraction import network_state, pipeline
 from nbfeat.extraction.normalize import Normalizer
 from nbfeat.extraction.run import Progress
-from nbfeat.images import decode, fingerprint, formats, resize, sources
+from nbfeat.images import decode, fingerprint, resize, sources
 from nbfeat.inference import model
 from tests import fake
 from tests.faces import Face, same
@@ -283,7 +283,7 @@ def test_what_cannot_be_decoded_is_not_tried_again_until_the_decoders_change(
     run(photos)
     original, decoded = decode.pixels_of, list[object]()
 
-    def counted(source: sources.Source, specs: Any) -> Any:
+    def counted(source: decode.Source, specs: Any) -> Any:
         decoded.append(source)
         return original(source, specs)
 
@@ -310,7 +310,7 @@ def test_what_is_missing_is_tried_every_time(photos: pd.DataFrame, tmp_path: Pat
 def test_want_of_memory_is_not_remembered(photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(resize, "fitted", lambda *_: (_ for _ in ()).throw(MemoryError))
-        with pytest.raises(nbfeat.ExtractionError, match=formats.OUT_OF_MEMORY):
+        with pytest.raises(nbfeat.ExtractionError, match=decode.OUT_OF_MEMORY):
             run(photos)
     assert run(photos).failures.empty
 

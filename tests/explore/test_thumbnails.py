@@ -18,7 +18,7 @@ from PIL import Image
 import nbfeat
 from nbfeat import RequestError
 from nbfeat.explore.tile import MOST_BYTES, SIDE
-from nbfeat.images.decode import read_thumbnail
+from nbfeat.images.sources import read_thumbnail
 from tests.look import HOSTILE
 
 BUDGET = 300_000  # bytes of html for two dozen

@@ -11,7 +11,7 @@ from unittest import mock
 
 from nbfeat import Extraction, ImageFeatures
 from nbfeat.extraction import pipeline
-from nbfeat.images import decode, sources
+from nbfeat.images import decode
 from nbfeat.inference import engines
 from nbfeat.inference.engines import cpu_count
 from tests.fake import FakeNetwork
@@ -23,7 +23,7 @@ class Watched(ImageFeatures):
     def _run(self, *args: Any, **options: Any) -> Extraction:
         original = decode.pixels_of
 
-        def watched(source: sources.Source, specs: Any) -> Any:
+        def watched(source: decode.Source, specs: Any) -> Any:
             assert isinstance(source, bytes)
             with _log().open("a") as log:
                 log.write(f"{os.getpid()} {hashlib.sha256(source).hexdigest()}\n")

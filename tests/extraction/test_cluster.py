@@ -29,8 +29,8 @@ import nbfeat
 from nbfeat import Extraction, ExtractionError, NetworkError, RequestError
 from nbfeat.extraction import ray_session, ray_surroundings, ray_workers, worker
 from nbfeat.extraction.ray_session import Share
-from nbfeat.images import archives, fingerprint, public_hosts, remote
-from nbfeat.images.download import Limits
+from nbfeat.images import fingerprint, public_hosts, remote
+from nbfeat.images.remote import Limits
 from nbfeat.inference.engines import cpu_count
 from nbfeat.inference.model import NetworkSpec
 from nbfeat.parquet import tally
@@ -581,10 +581,10 @@ def test_workers_obey_the_limits_of_this_process(
 
 def test_archives_are_named_so_that_any_process_finds_them(tmp_path: Path) -> None:
     for text in ("zip://a/b.png", "zip://b::c::d", "zip://b::s3://c", "https://x/b::c", "/a::b"):
-        assert archives.absolute(text, tmp_path) == text
+        assert remote.absolute(text, tmp_path) == text
     home = os.path.expanduser("~")
-    assert archives.absolute("ZIP://a b::~/c.zip", tmp_path) == f"zip://a b::{home}/c.zip"
-    assert archives.absolute("zip://a::/c.zip", tmp_path) == "zip://a::/c.zip"
+    assert remote.absolute("ZIP://a b::~/c.zip", tmp_path) == f"zip://a b::{home}/c.zip"
+    assert remote.absolute("zip://a::/c.zip", tmp_path) == "zip://a::/c.zip"
 
 
 def test_any_text_arrives_as_it_is(photos: pd.DataFrame, here: type[HereSession]) -> None:

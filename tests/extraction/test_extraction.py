@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from nbfeat import Extraction, ExtractionError, FeatureBlock, RequestError
-from nbfeat.images.decode import read_pixels
 from nbfeat.images.resize import PixelSpec
+from nbfeat.images.sources import read_pixels
 from nbfeat.inference.model import Cut
 from tests import fake
 from tests.faces import Face, same

@@ -21,8 +21,8 @@ import pytest
 
 import nbfeat
 from nbfeat import ExtractionError, RequestError, WeightsError
-from nbfeat.images.decode import read_pixels
 from nbfeat.images.resize import PixelSpec
+from nbfeat.images.sources import read_pixels
 from tests.faces import Face, same
 
 SMALL = "MobileNet --alpha 0.25 --size 64 --weights random"

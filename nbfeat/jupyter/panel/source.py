@@ -19,9 +19,16 @@ from PIL import Image
 from nbfeat.errors import ImageError, NbfeatError, RequestError
 from nbfeat.extraction.request import check_frame
 from nbfeat.html import Html, escape
-from nbfeat.images.decode import read_pixels
 from nbfeat.images.resize import PixelSpec
-from nbfeat.images.sources import is_missing, likely_columns, name_of, path_of, possible_columns, spread
+from nbfeat.images.sources import (
+    is_missing,
+    likely_columns,
+    name_of,
+    path_of,
+    possible_columns,
+    read_pixels,
+    spread,
+)  # fmt: skip
 from nbfeat.jupyter import grammar
 from nbfeat.jupyter.background import in_background
 from nbfeat.jupyter.panel.widgets import DEFAULT, LABELS, Choice, Kit, offer
