@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbfeat.backbones.catalog import find
-from nbfeat.backbones.state_dict import Arrays, Convolution, LayerWeights, StateDict
+from nbfeat.backbones.torch_weights import Arrays, Convolution, LayerWeights, StateDict
 
 if TYPE_CHECKING:
     import keras

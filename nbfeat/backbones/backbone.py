@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from nbfeat.errors import RequestError
 
@@ -38,7 +39,7 @@ class Backbone:
     weights.
 
     A network of the user's own has no `module`: its `package` is ``file`` and its name the path of a ``.keras`` file,
-    or ``registered`` for what a function of the user's builds. Its width and parameters are 0, not being known before
+    or ``registered`` for what its `function` builds. Its width and parameters are 0, not being known before
     it is built; so is its size, where it takes images of any. One that `is_fixed` takes images of its size alone.
     """
 
@@ -58,9 +59,10 @@ class Backbone:
     alphas: tuple[float, ...] = ()
     default_weights: str = "imagenet"
     is_fixed: bool = False
+    function: Callable[[int], Any] | None = None
 
     @property
-    def is_own(self) -> bool:
+    def is_user_model(self) -> bool:
         """Whether it is a network of the user's own."""
         return self.package in {"file", "registered"}
 

@@ -1,32 +1,36 @@
-"""The table of backbones: what each network is called, takes and gives, and where it is built.
+"""Which backbones there are: the table of published ones, those that were registered, and finding one by its name.
 
-Written by hand, so that help, completion and checks never wait for Keras; a test builds every network and compares.
+The table is written by hand, so that help, completion and checks never wait for Keras; a test builds every network and
+compares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nbfeat.backbones import model_file
-from nbfeat.backbones.backbone import Backbone, Layer, Package, Scaling
-from nbfeat.errors import RequestError, near, sentences
+from nbfeat.backbones.backbone import SCALINGS, Backbone, Layer, Scaling
+from nbfeat.backbones.user_models import LARGEST, SUFFIXES, backbone_at
+from nbfeat.errors import RequestError, listing, near, sentences
 
 if TYPE_CHECKING:
+    import keras
     import pandas as pd
 
 
 def find(name: str) -> Backbone:
     """Return the backbone called `name`, whatever its case, or the one in the ``.keras`` file of that path."""
-    if name.endswith(model_file.SUFFIXES):
-        return model_file.backbone_at(name)
-    if name in CATALOG:
-        return CATALOG[name]
-    for known, backbone in CATALOG.items():
-        if known.casefold() == name.casefold():
-            return backbone
+    if name.endswith(SUFFIXES):
+        return backbone_at(name)
+    if known := _known(name):
+        return CATALOG[known]
     raise RequestError(sentences(f"There is no backbone {name!r}.", near(name, CATALOG), "`%backbones` lists all."))
+
+
+def _known(name: str) -> str:
+    """Return how the catalog spells `name`; "" where it has no such backbone."""
+    return next((known for known in CATALOG if known.casefold() == name.casefold()), "")
 
 
 def backbones(pattern: str = "*") -> pd.DataFrame:
@@ -73,40 +77,80 @@ def backbones(pattern: str = "*") -> pd.DataFrame:
     return pd.DataFrame(columns, index=pd.Index([each.name for each in chosen], name="backbone"))
 
 
+def register_backbone(
+    name: str,
+    build: Callable[[int], keras.Model],
+    *,
+    input_size: int,
+    scaling: Scaling,
+    layers: Iterable[str] = (),
+) -> None:
+    """Add a network of your own to the backbones, for this session.
+
+    Parameters
+    ----------
+    name
+        What to call it; the name of a published backbone is refused, one that was registered before is replaced.
+    build
+        Takes the side of the images in pixels and returns a functional or Sequential Keras model without classifier
+        whose input is ``(size, size, 3)``, with the weights it is to have. It is called each time that features are
+        extracted, so that what is kept is told by its weights and never by its name.
+    input_size
+        The side of its images in pixels, where ``--size`` does not say otherwise.
+    scaling
+        How pixels are prepared: ``"tf"``, ``"torch"``, ``"caffe"``, or ``"none"`` for 0 … 255.
+    layers
+        Names of the layers that completion offers to cut at.
+
+    Raises
+    ------
+    RequestError
+        Where a value cannot be.
+
+    Examples
+    --------
+    >>> def build(size):
+    ...     image = keras.Input((size, size, 3))
+    ...     return keras.Model(image, keras.layers.Conv2D(32, 3, name="conv")(image))
+    >>> nbfeat.register_backbone("MyNet", build, input_size=96, scaling="tf", layers=["conv"])  # doctest: +SKIP
+    """
+    known = _known(str(name))
+    if not isinstance(name, str) or not name.isidentifier():
+        raise RequestError(
+            f"A backbone's name is letters, digits and underscores, not {name!r}. Choose one such as 'MyNet'."
+        )
+    if known and CATALOG[known].package != "registered":
+        raise RequestError(f"{known} is a published backbone. Choose another name, such as 'My{known}'.")
+    if not callable(build):
+        raise RequestError(f"build must be a function of the size that returns a model, not {type(build).__name__}.")
+    if scaling not in SCALINGS:
+        raise RequestError(f"scaling cannot be {scaling!r}. Choose {listing(SCALINGS, 'or')}.")
+    if isinstance(input_size, bool) or not isinstance(input_size, int) or not 1 <= input_size <= LARGEST:
+        raise RequestError(f"input_size takes a whole number of pixels from 1 to {LARGEST:,}, not {input_size!r}.")
+    names = (None,) if isinstance(layers, str) else tuple(layers)
+    if not all(isinstance(layer, str) for layer in names):
+        raise RequestError(f"layers takes names of layers, such as ['conv5'], not {layers!r}.")
+    if known:
+        del CATALOG[known]
+    CATALOG[name] = Backbone(
+        name=name, family="own", module="", size=input_size, smallest=1, width=0, scaling=scaling, parameters=0,
+        layers=tuple(Layer(str(layer), 0, 0) for layer in names), package="registered", default_weights="own",
+        function=build,
+    )  # fmt: skip
+
+
 Row = tuple[str, int, int, int, int, str]  # name, input size, smallest input size, width, parameters, layers
 
 
-def _family(
-    family: str,
-    module: str,
-    scaling: Scaling,
-    rows: Iterable[Row],
-    alphas: tuple[float, ...] = (),
-    package: Package = "keras.applications",
-    end: str = "",
-    published: str = "",
-    bundled: str = "",
-) -> tuple[Backbone, ...]:
-    return tuple(
+def _family(family: str, module: str, scaling: Scaling, rows: Iterable[Row], **more: Any) -> list[Backbone]:
+    """Spell out the rows of one family; `more` is what they have in common and other families have not."""
+    return [
         Backbone(
-            name=name,
-            family=family,
-            module=module,
-            size=size,
-            smallest=smallest,
-            width=width,
-            scaling=scaling,
-            parameters=parameters,
-            layers=tuple(_layers(layers)),
-            package=package,
-            end=end,
-            published=published,
-            bundled=bundled,
-            default_weights="bundled" if bundled else "imagenet",
-            alphas=alphas,
+            name=name, family=family, module=module, size=size, smallest=smallest, width=width, scaling=scaling,
+            parameters=parameters, layers=tuple(_layers(layers)), **more,
         )
         for name, size, smallest, width, parameters, layers in rows
-    )
+    ]  # fmt: skip
 
 
 def _layers(text: str) -> Iterator[Layer]:
@@ -181,14 +225,15 @@ _CONVNEXT = (
     "convnext_{0}_downsampling_block_2 32 {4}"
 )
 _POCKET = "conv1 2 24, block1_out 4 64, block3_out 8 128, block5_out 16 256, top_conv 16 512"
-_HERE: Package = "nbfeat.backbones"
+_POCKET_SHA256 = "a25f674d6e7ba92138bb18c67eab6426148d134b2442ceab61c7ccbe804e5c19"
+_HERE = "nbfeat.backbones"
 
 # Scaling is what the published weights expect, in Keras' words; "none" where the network's first layers do it.
 # fmt: off
 _FAMILIES = (
     _family("Pocket", "pocket", "torch", [
         ("Pocket",             80, 32,  512,   1_062_624, _POCKET),
-    ], package=_HERE, bundled="a25f674d6e7ba92138bb18c67eab6426148d134b2442ceab61c7ccbe804e5c19"),
+    ], package=_HERE, default_weights="bundled", bundled=_POCKET_SHA256),
     _family("AlexNet", "alexnet", "torch", [
         ("AlexNet",           224, 63,  256,  57_003_840, _ALEXNET),
     ], package=_HERE, end="pool5", published="alexnet-owt-7be5be79.pth"),

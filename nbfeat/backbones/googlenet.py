@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from nbfeat.backbones.catalog import find
-from nbfeat.backbones.state_dict import Arrays, Convolution, LayerWeights, StateDict
+from nbfeat.backbones.torch_weights import Arrays, Convolution, LayerWeights, StateDict
 
 if TYPE_CHECKING:
     import keras

@@ -14,9 +14,7 @@ from typing import Any
 
 import h5py
 
-from nbfeat.backbones.archive import check_archive
-from nbfeat.backbones.hdf5 import check_hdf5
-from nbfeat.backbones.refusal import refusing
+from nbfeat.backbones.hdf5 import check_archive, check_hdf5, refusing
 from nbfeat.errors import WeightsError
 
 

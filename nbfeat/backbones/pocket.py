@@ -21,11 +21,21 @@ web show them, and inherits what is uneven in those.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import io
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbfeat.errors import WeightsError
 
 if TYPE_CHECKING:
     import keras
+
+WEIGHTS = Path(__file__).with_suffix(".npz")
 
 
 class Convolution(NamedTuple):
@@ -91,3 +101,29 @@ def build(size: int) -> keras.Model:
             x = layers.ReLU(name=each.out)(x)
         given[each.name] = x
     return keras.Model(pixels, x, name="Pocket")
+
+
+def read(sha256: str) -> dict[str, list[NDArray[np.float32]]]:
+    """Return what each layer's `set_weights` takes: the kernel (rows, columns, inputs, outputs) and the bias.
+
+    Raises
+    ------
+    WeightsError
+        Where the file beside this module is missing, or its SHA-256 is not the one that is asked for.
+    """
+    advice = "Install nbfeat again: `pip install --force-reinstall --no-deps nbfeat`."
+    try:
+        content = WEIGHTS.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"The weights of Pocket cannot be read ({error}). {advice}") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise WeightsError(
+            f"The weights of Pocket in {WEIGHTS} are not those of this release: their SHA-256 begins with {found[:8]}, "
+            f"not with {sha256[:8]}. {advice}"
+        )
+    weights: dict[str, list[NDArray[np.float32]]] = {}
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        for key in arrays:  # the kernel of each layer first
+            weights.setdefault(key.partition("/")[0], []).append(arrays[key].astype(np.float32))
+    return weights

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbfeat.backbones.catalog import find
-from nbfeat.backbones.model_file import NAME, SUFFIXES
+from nbfeat.backbones.user_models import NAME, SUFFIXES
 from nbfeat.errors import listing
 from nbfeat.extraction.columns import spanned
 from nbfeat.extraction.options import quoted
