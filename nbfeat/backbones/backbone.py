@@ -18,10 +18,7 @@ Package = Literal["keras.applications", "nbfeat.backbones", "file", "registered"
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A customary cut point: `channels` (at alpha 1) for every `stride` by `stride` pixels; stride 0 is a vector.
-
-    Both are 0 in a network of the user's own, where they are not known before it is built.
-    """
+    """A customary cut point: `channels` (at alpha 1) for every `stride` pixels; 0 is a vector, or is not known yet."""
 
     name: str
     stride: int

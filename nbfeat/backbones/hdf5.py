@@ -35,7 +35,7 @@ class Refused(Exception):  # noqa: N818 - it is the reason why, before it has th
 
 
 def damaged(what: str) -> Refused:
-    """Make the refusal of a file that is not as it was written."""
+    """Refuse a file that is not as it was written."""
     return Refused(f"{what}. Download it again.")
 
 
@@ -76,13 +76,10 @@ def _line(error: Exception) -> str:
 
 
 def check_hdf5(path: Path) -> None:
-    """Refuse an HDF5 file that leads out of itself, that no walk would end in, or that is larger than it looks.
+    """Raise WeightsError where a file is no HDF5, leads out of itself, holds other things than numbers, or expands.
 
-    Raises
-    ------
-    WeightsError
-        Where it has external links or storage, virtual datasets, datasets that are not numbers or are stored in a way
-        that h5py does not know by itself, more than `MOST_RATIO` times its own size in numbers, or is no HDF5 file.
+    That is: external links or storage, virtual datasets, filters that h5py does not bring, more than `MOST_RATIO` times
+    its own size in numbers.
     """
     import h5py
 
@@ -132,13 +129,7 @@ def _bytes_declared(dataset: Any) -> int:
 
 
 def check_archive(path: Path) -> None:
-    """Refuse a ``.keras`` file with other parts than a model's, or parts that lead elsewhere or become much larger.
-
-    Raises
-    ------
-    WeightsError
-        With the reason.
-    """
+    """Raise WeightsError where a ``.keras`` file has other parts than a model, or they lead elsewhere or expand."""
     with _opened(path) as archive, tempfile.TemporaryDirectory(prefix="nbfeat-") as folder:
         whole = Path(folder, _WEIGHTS)
         with archive.open(_WEIGHTS) as packed, whole.open("wb") as out:
@@ -149,9 +140,7 @@ def check_archive(path: Path) -> None:
 def description(path: Path) -> dict[str, Any]:
     """Return what a ``.keras`` file says of its model, without Keras; WeightsError where it cannot be read."""
     with _opened(path) as archive:
-        found = json.loads(archive.read("config.json"))
-        if not isinstance(found, dict):
-            raise damaged("its config.json describes no model")
+        found: dict[str, Any] = json.loads(archive.read("config.json"))
         return found
 
 

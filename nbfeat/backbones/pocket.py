@@ -22,7 +22,6 @@ web show them, and inherits what is uneven in those.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -47,11 +46,6 @@ class Convolution(NamedTuple):
     side: int = 3  # of the kernel, in pixels
     stride: int = 1
     shortcut: str = ""
-
-    @property
-    def out(self) -> str:
-        """The name of the layer that ends it."""
-        return self.name.partition("_")[0] + "_out" if self.shortcut else self.name
 
 
 CONVOLUTIONS = (
@@ -80,36 +74,29 @@ CONVOLUTIONS = (
 
 def build(size: int) -> keras.Model:
     """Build Pocket for square images of `size` pixels scaled as `torch`; weights are as Keras initializes them."""
-    keras: Any = importlib.import_module("keras")
-    layers = keras.layers
+    import keras
+    from keras import layers
+
     x = pixels = keras.Input((size, size, 3))
     given: dict[str, Any] = {}
     for each in CONVOLUTIONS:
         if each.stride > 1:
             # Even padding on all sides, as PyTorch has it: Keras' "same" pads unevenly where a kernel takes steps.
             x = layers.ZeroPadding2D(each.side // 2, name=f"{each.name}_pad")(x)
-        x = layers.Conv2D(
-            each.after,
-            each.side,
-            strides=each.stride,
-            padding="valid" if each.stride > 1 else "same",
-            activation=None if each.shortcut else "relu",
-            name=each.name,
-        )(x)
+        how = {"padding": "valid" if each.stride > 1 else "same", "activation": None if each.shortcut else "relu"}
+        x = layers.Conv2D(each.after, each.side, strides=each.stride, name=each.name, **how)(x)
         if each.shortcut:
-            x = layers.Add(name=each.out.replace("out", "add"))([x, given[each.shortcut]])
-            x = layers.ReLU(name=each.out)(x)
+            block = each.name.partition("_")[0]
+            x = layers.Add(name=f"{block}_add")([x, given[each.shortcut]])
+            x = layers.ReLU(name=f"{block}_out")(x)
         given[each.name] = x
     return keras.Model(pixels, x, name="Pocket")
 
 
 def read(sha256: str) -> dict[str, list[NDArray[np.float32]]]:
-    """Return what each layer's `set_weights` takes: the kernel (rows, columns, inputs, outputs) and the bias.
+    """Return each layer's kernel (rows, columns, inputs, outputs) and bias, from the file beside this module.
 
-    Raises
-    ------
-    WeightsError
-        Where the file beside this module is missing, or its SHA-256 is not the one that is asked for.
+    Raises WeightsError where it is missing, or its SHA-256 is not the one that is asked for.
     """
     advice = "Install nbfeat again: `pip install --force-reinstall --no-deps nbfeat`."
     try:

@@ -97,7 +97,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def read_lessons(path: Path, teachers: Path, kept: Path) -> Lessons:
     """Read the photographs, and let the teachers look at them unless `kept` has what they saw."""
+    import pandas as pd
     from PIL import Image
+
+    import nbfeat
 
     def class_and_number(name: str) -> tuple[str, int]:
         return name.partition("/")[0], int(name.removesuffix(".JPEG").rpartition("_")[2])
@@ -110,7 +113,9 @@ def read_lessons(path: Path, teachers: Path, kept: Path) -> Lessons:
     held_out = np.arange(len(names)) % each >= each - HELD_OUT
     if not kept.exists():
         blocks = [f"{name} --weights {teachers / file} --size {TEACHER_SIZE}" for name, file in TEACHERS.items()]
-        np.save(kept, np.hstack([_features(files, block) for block in blocks]))
+        frame = pd.DataFrame({"file": files})
+        found = [nbfeat.extract(frame, one, images="file", precision="bfloat16", cache=False) for one in blocks]
+        np.save(kept, np.hstack([one.features.to_numpy(np.float16) for one in found]))
     seen = np.split(np.load(kept), [1280], axis=1)  # MobileNetV2's width
     return Lessons(
         np.stack([np.asarray(Image.open(BytesIO(file)).convert("RGB")) for file in files]),
@@ -118,17 +123,6 @@ def read_lessons(path: Path, teachers: Path, kept: Path) -> Lessons:
         tuple(components(one.astype(np.float32), ~held_out) for one in seen),
         held_out,
     )
-
-
-def _features(files: list[bytes], block: str) -> NDArray[np.float16]:
-    """Return the features that a teacher gives of each file."""
-    import pandas as pd
-
-    import nbfeat
-
-    found = nbfeat.extract(pd.DataFrame({"file": files}), block, images="file", precision="bfloat16", cache=False)
-    print(found, flush=True)
-    return found.features.to_numpy(np.float16)
 
 
 def components(features: Floats, learn: NDArray[np.bool_]) -> Floats:
@@ -140,8 +134,7 @@ def components(features: Floats, learn: NDArray[np.bool_]) -> Floats:
     variances, vectors = np.linalg.eigh(x[learn].T @ x[learn] / learn.sum())
     largest = np.argsort(variances)[::-1][:TARGETS]
     y = x @ (vectors[:, largest] * variances[largest] ** -0.25).astype(np.float32)
-    rows: Floats = y / np.linalg.norm(y, axis=1, keepdims=True)
-    return rows
+    return np.asarray(y / np.linalg.norm(y, axis=1, keepdims=True))
 
 
 def train(recipe: Recipe, lessons: Lessons) -> Iterator[tuple[dict[str, Any], Weights]]:
@@ -190,7 +183,7 @@ def _loss(student: Any, lessons: Lessons, rows: NDArray[np.int64], recipe: Recip
     side = recipe.sides[int(torch.randint(len(recipe.sides), (), generator=random))]
     x = augmented(scaled(lessons.pixels[rows]), side, recipe.smallest_crop, random)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        maps = student[0](x.to(memory_format=torch.channels_last))
+        maps = maps_of(student[0], x.to(memory_format=torch.channels_last))
     right, near = losses(student[1], maps.float().mean((2, 3)), lessons, rows, recipe.smoothing)
     return right + recipe.teaching * near
 
@@ -209,33 +202,25 @@ def losses(heads: Any, features: Any, lessons: Lessons, rows: NDArray[np.int64],
 
 
 def make_network() -> Any:
-    """Make Pocket with a batch norm after each convolution; (n, 3, side, side) → (n, 512, side / 16, side / 16)."""
-    import torch
+    """Make Pocket's convolutions, each with a batch norm after it."""
     from torch import nn
 
-    class Pocket(nn.Module):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.steps = nn.ModuleList(
-                nn.Sequential(
-                    nn.Conv2d(each.before, each.after, each.side, each.stride, each.side // 2, bias=False),
-                    nn.BatchNorm2d(each.after),
-                )
-                for each in CONVOLUTIONS
-            )
-            for each, (_, norm) in zip(CONVOLUTIONS, self.steps, strict=True):
-                if each.shortcut:  # at first the shortcut alone passes (Goyal et al. 2017)
-                    nn.init.zeros_(norm.weight)
+    steps = nn.ModuleList()
+    for each in CONVOLUTIONS:
+        convolution = nn.Conv2d(each.before, each.after, each.side, each.stride, each.side // 2, bias=False)
+        steps.append(nn.Sequential(convolution, nn.BatchNorm2d(each.after)))
+        if each.shortcut:  # at first the shortcut alone passes (Goyal et al. 2017)
+            nn.init.zeros_(steps[-1][1].weight)
+    return steps
 
-        def forward(self, x: Any) -> Any:
-            given: dict[str, Any] = {}
-            for each, step in zip(CONVOLUTIONS, self.steps, strict=True):
-                x = step(x)
-                x = torch.relu(x + given[each.shortcut] if each.shortcut else x)
-                given[each.name] = x
-            return x
 
-    return Pocket()
+def maps_of(network: Any, x: Any) -> Any:
+    """Run what `make_network` made; (n, 3, side, side) → (n, 512, side / 16, side / 16)."""
+    given: dict[str, Any] = {}
+    for each, step in zip(CONVOLUTIONS, network, strict=True):
+        x = step(x)
+        given[each.name] = x = (x + given[each.shortcut] if each.shortcut else x).relu()
+    return x
 
 
 def make_heads(lessons: Lessons) -> Any:
@@ -284,7 +269,7 @@ def check(student: Any, lessons: Lessons) -> dict[str, float]:
     right, near = [], []
     with torch.inference_mode():
         for rows in np.array_split(held_out, math.ceil(len(held_out) / _CHECKED_AT_ONCE)):
-            features = student[0](scaled(lessons.pixels[rows])).mean((2, 3))
+            features = maps_of(student[0], scaled(lessons.pixels[rows])).mean((2, 3))
             guessed = student[1][0](features).argmax(1).numpy()
             right.append(guessed == lessons.labels[rows])
             near += [float(losses(student[1], features, lessons, rows, 0.0)[1])] * len(rows)
@@ -294,12 +279,11 @@ def check(student: Any, lessons: Lessons) -> dict[str, float]:
 def folded(network: Any) -> Weights:
     """Fold each batch norm into its convolution: a kernel (rows, columns, inputs, outputs) and a bias for each."""
     found: Weights = {}
-    for each, (convolution, norm) in zip(CONVOLUTIONS, network.steps, strict=True):
+    for each, (convolution, norm) in zip(CONVOLUTIONS, network, strict=True):
         gain = norm.weight / (norm.running_var + norm.eps).sqrt()
         kernel = (convolution.weight * gain[:, None, None, None]).permute(2, 3, 1, 0).contiguous()
-        bias = norm.bias - norm.running_mean * gain
-        found[f"{each.name}/kernel"] = kernel.detach().numpy().astype(np.float16)
-        found[f"{each.name}/bias"] = bias.detach().numpy().astype(np.float16)
+        for part, value in (("kernel", kernel), ("bias", norm.bias - norm.running_mean * gain)):
+            found[f"{each.name}/{part}"] = value.detach().numpy().astype(np.float16)
     return found
 
 

@@ -48,6 +48,8 @@ _MEMBER = re.compile(
     r"(data\.pkl|data/[0-9]{1,20}|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id)"
 )
 _InPython: Any = pickle._Unpickler  # each step is a method, which the one in C lacks
+# None is of protocol 0: its numbers are decimal text, which takes quadratic time to read.
+_STEPS = b"\x80(.N\x88\x89KMJ\x8aGUTX\x8c]})t\x85\x86\x87hjqr\x94c\x93QRae"
 _HARMLESS_FLAGS = 0x0808  # sizes follow the data, names are UTF-8
 
 
@@ -55,12 +57,8 @@ def read(path: Path) -> Arrays:
     """Return the tensors of a state dict by name, in the file's order.
 
     Arrays have the shapes and types of the tensors; bfloat16, which NumPy lacks, becomes float32 without loss. Names of
-    one tensor (tied weights) have one array. A state dict under ``state_dict`` or ``model`` is found there.
-
-    Raises
-    ------
-    WeightsError
-        Where the file cannot be read, is damaged, or holds or asks for anything that the weights alone do not need.
+    one tensor (tied weights) have one array. A state dict under ``state_dict`` or ``model`` is found there. Raises
+    WeightsError where the file is damaged, or holds or asks for anything that the weights alone do not need.
     """
     with refusing(path, "PyTorch weights"), path.open("rb") as file:
         head, size = file.read(20), os.fstat(file.fileno()).st_size
@@ -84,7 +82,6 @@ def read(path: Path) -> Arrays:
 
 
 def _unwanted(what: str) -> Refused:
-    """Make the refusal of a checkpoint that may be whole, but holds what is not read."""
     return Refused(f"{what}. Save the weights alone, with torch.save(model.state_dict(), ...), or download them again.")
 
 
@@ -148,7 +145,6 @@ def _read_row(file: BinaryIO, size: int) -> tuple[object, Places]:
 
 
 def _bytes_at(file: BinaryIO, start: int, count: int) -> bytes:
-    """Return `count` bytes of the file, or fewer where it ends."""
     file.seek(start)
     return file.read(count)
 
@@ -199,18 +195,13 @@ class _Steps(dict[int, Any]):
 
     def __getitem__(self, step: int) -> Any:
         self.left -= 1
-        if self.left < 0:
-            raise _unwanted(f"its pickle has more than {MOST_STEPS:,} steps")
-        if step not in self:
-            raise _unwanted(f"its pickle has a step, {quote(bytes([step]))}, that no state dict needs")
+        if self.left < 0 or step not in self:
+            raise _unwanted(f"its pickle has a step, {quote(bytes([step]))}, that no state dict needs, or too many")
         return super().__getitem__(step)
 
 
 class _Unpickler(_InPython):  # type: ignore[misc]
-    """Reads pickles that follow one another in `data`: plain data, and tensors as `_Tensor`.
-
-    Nothing here recurses into what a pickle made, sets attributes of it, or hashes more than text and small numbers.
-    """
+    """Reads pickles in a row; it recurses into nothing, sets no attributes, hashes only text and small numbers."""
 
     def __init__(self, data: bytes) -> None:
         self.file = io.BytesIO(data)
@@ -255,14 +246,9 @@ class _Unpickler(_InPython):  # type: ignore[misc]
             made[_key(key)] = value
         return made
 
-    def _set_items(self) -> None:
-        items = self.pop_mark()
+    def _fill(self, items: list[Any]) -> None:
         for key, value in zip(items[::2], items[1::2], strict=True):
             self.stack[-1][_key(key)] = value
-
-    def _set_item(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self.stack[-1][_key(key)] = value
 
     def _build(self) -> None:
         """Leave out the state of an OrderedDict, which is the `_metadata` of a state dict."""
@@ -270,14 +256,10 @@ class _Unpickler(_InPython):  # type: ignore[misc]
         if type(self.stack[-1]) is not dict:
             raise damaged("its pickle sets what has no state")
 
-    # No step of protocol 0 is among these: its numbers are decimal text, which takes quadratic time to read.
     _KNOWN: ClassVar[dict[int, Any]] = {
-        **{
-            step: _InPython.dispatch[step]
-            for step in b"\x80(.N\x88\x89KMJ\x8aGUTX\x8c]})t\x85\x86\x87hjqr\x94c\x93QRae"
-        },
-        pickle.SETITEM[0]: _set_item,
-        pickle.SETITEMS[0]: _set_items,
+        **{step: _InPython.dispatch[step] for step in _STEPS},
+        pickle.SETITEM[0]: lambda self: self._fill([self.stack.pop(-2), self.stack.pop()]),
+        pickle.SETITEMS[0]: lambda self: self._fill(self.pop_mark()),
         pickle.BUILD[0]: _build,
         pickle.FRAME[0]: lambda self: self.read(8),  # how long a frame is
     }
@@ -293,15 +275,15 @@ def _key(key: Any) -> Any:
 def _rebuild_tensor(
     storage: Any, offset: Any, shape: Any, strides: Any, _gradient: Any = None, _hooks: Any = None, metadata: Any = None
 ) -> _Tensor:
-    """Describe a tensor once it is sure that it lies within its storage and has no more elements."""
-    is_view = type(storage) is _Storage and type(shape) is tuple and type(strides) is tuple
-    if not is_view or not len(shape) == len(strides) <= MOST_AXES or not _naturals(offset, *shape, *strides):
+    """Describe a tensor that lies within its storage and has no more elements."""
+    if not (
+        type(storage) is _Storage and type(shape) is tuple and type(strides) is tuple
+        and len(shape) == len(strides) <= MOST_AXES and _naturals(offset, *shape, *strides)
+        and math.prod(length or 1 for length in shape) <= MOST_ELEMENTS  # NumPy checks those beside a zero too
+    ):  # fmt: skip
         raise damaged("a tensor in it has an impossible shape")
     if metadata:
         raise _unwanted("a tensor in it is to be conjugated or negated")
-    # NumPy checks the lengths beside a zero too.
-    if math.prod(length or 1 for length in shape) > MOST_ELEMENTS:
-        raise damaged("a tensor in it has an impossible shape")
     last = sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
     span = 0 if 0 in shape else last + 1
     if math.prod(shape) > storage.count or (span and offset + span > storage.count):
@@ -331,31 +313,13 @@ class Convolution(NamedTuple):
     side: int
 
 
-@dataclass(frozen=True, slots=True)
-class StateDict:
-    """Arrays by PyTorch's names, which should be those that are published for `backbone`, given in Keras' layout."""
-
-    arrays: Arrays
-    backbone: Backbone
-
-    def take(self, key: str, *shape: int) -> NDArray[np.float32]:
-        """Return one array as float32; raise WeightsError where it is missing or of another shape than `shape`."""
-        name, advice = self.backbone.name, f"Take the file that torchvision publishes, {self.backbone.published}."
-        if key not in self.arrays:
-            raise WeightsError(f"There is no {key} among these weights, so they are not {name}'s. {advice}")
-        array = self.arrays[key]
-        if array.shape != shape:
-            raise WeightsError(f"{key} is {_sides(array.shape)}; {name} has {_sides(shape)} there. {advice}")
-        return np.ascontiguousarray(array, np.float32)
-
-    def kernel(self, name: str, before: int, after: int, side: int) -> NDArray[np.float32]:
-        """Return the kernel of a convolution: (outputs, inputs, rows, columns) → (rows, columns, inputs, outputs)."""
-        return np.ascontiguousarray(self.take(f"{name}.weight", after, before, side, side).transpose(2, 3, 1, 0))
-
-    def batch_norm(self, name: str, channels: int) -> list[NDArray[np.float32]]:
-        """Return gamma, beta, moving mean and moving variance."""
-        return [self.take(f"{name}.{part}", channels) for part in ("weight", "bias", "running_mean", "running_var")]
-
-
-def _sides(shape: tuple[int, ...]) -> str:
-    return " × ".join(f"{side:,}" for side in shape) or "a single number"
+def array_of(arrays: Arrays, backbone: Backbone, key: str, *shape: int) -> NDArray[np.float32]:
+    """Return one array of what is published for `backbone`, as float32; WeightsError where it is not of this shape."""
+    advice = f"Take the file that torchvision publishes, {backbone.published}."
+    if key not in arrays:
+        raise WeightsError(f"There is no {key} among these weights, so they are not {backbone.name}'s. {advice}")
+    if arrays[key].shape != shape:
+        both = arrays[key].shape, shape
+        found, wanted = (" × ".join(f"{side:,}" for side in one) or "a single number" for one in both)
+        raise WeightsError(f"{key} is {found}; {backbone.name} has {wanted} there. {advice}")
+    return np.ascontiguousarray(arrays[key], np.float32)

@@ -60,8 +60,8 @@ def backbone_at(name: str) -> Backbone:
 @functools.lru_cache(maxsize=32)
 def _read(path: Path, *_state: int) -> Backbone:
     model = description(path)
-    model.pop("compile_config", None)  # how it was trained; it is not loaded
     try:
+        model.pop("compile_config", None)  # how it was trained; it is not loaded
         _refuse_what_is_not_keras(path.name, model)
         size = _side(path.name, _input_shape(path.name, model))
         names = [layer["config"]["name"] for layer in model["config"]["layers"] if layer["class_name"] != "InputLayer"]
@@ -128,26 +128,16 @@ def _objects(model: Any) -> Iterator[tuple[dict[str, Any], str]]:
 def _input_shape(title: str, model: dict[str, Any]) -> list[Any]:
     """Return the shape of the one input, with the batch."""
     config = model["config"]
-    if model["class_name"] == "Sequential":
-        shape = config["layers"][0]["config"].get("batch_shape") or config.get("build_input_shape")
-        if shape is None:
+    inputs = [each["config"]["batch_shape"] for each in config["layers"] if each["class_name"] == "InputLayer"]
+    if model["class_name"] == "Sequential" and not inputs:
+        inputs = [config.get("build_input_shape")]
+        if inputs == [None]:
             raise RequestError(
                 f"{title} has no input yet. Begin it with keras.Input((224, 224, 3)), and save it again."
             )
-        return list(shape)
-    inputs = list(_ends(config["input_layers"]))
     if len(inputs) != 1:
         raise RequestError(f"{title} has {len(inputs)} inputs. Save a model with one input, of images.")
-    return next(list(each["config"]["batch_shape"]) for each in config["layers"] if each["config"]["name"] == inputs[0])
-
-
-def _ends(ends: Any) -> Iterator[str]:
-    """Give the names of the layers in what Keras writes of inputs: [name, 0, 0], in lists or a dict or alone."""
-    if isinstance(ends, list) and ends and isinstance(ends[0], str):
-        yield ends[0]
-        return
-    for one in ends.values() if isinstance(ends, dict) else ends:
-        yield from _ends(one)
+    return list(inputs[0])
 
 
 def _side(title: str, shape: list[Any]) -> int:

@@ -63,12 +63,15 @@ def load(
 
     network = make(None)
     if weights == "bundled":
-        _set(network, pocket.read(backbone.bundled))
+        for layer, arrays in pocket.read(backbone.bundled).items():
+            network.get_layer(layer).set_weights(arrays)
         return network, Loaded("bundled", backbone.bundled)
     if weights == "random":
         random_weights.draw(network, backbone.scaling)
         return network, Loaded("random", digest_of_arrays(network.get_weights()))
-    path = published_file(backbone) if weights == "imagenet" else weights_file(weights)
+    path = on_this_machine(backbone) if weights == "imagenet" else weights_file(weights)
+    if path is None:
+        raise _not_here(backbone, "they were not downloaded")
     if path.suffix in CHECKPOINTS:
         _load_checkpoint(backbone, network, path)
     else:
@@ -115,23 +118,20 @@ def _load_checkpoint(backbone: Backbone, network: Any, path: Path) -> None:
     from nbfeat.backbones import torch_weights
 
     module: Any = importlib.import_module(f"{backbone.package}.{backbone.module}")
-    _set(network, module.weights_from(torch_weights.read(path)))
-
-
-def _set(network: Any, weights: dict[str, list[NDArray[np.float32]]]) -> None:
-    for layer, arrays in weights.items():
+    for layer, arrays in module.weights_from(torch_weights.read(path)).items():
         network.get_layer(layer).set_weights(arrays)
 
 
 @contextmanager
 def _files_told(tell: Tell) -> Iterator[list[str]]:
     """Watch Keras' `get_file`: tell of downloads, and turn a failed one into a sentence that helps."""
-    file_utils: Any = importlib.import_module("keras.src.utils.file_utils")
-    home = importlib.import_module("keras.src.backend.config").keras_home()
+    from keras.src.backend import config
+    from keras.src.utils import file_utils
+
     original, files = file_utils.get_file, list[str]()
 
     def get_file(fname: str, origin: str, *args: Any, **kwargs: Any) -> str:
-        place = Path(home, "models", fname)
+        place = Path(config.keras_home(), "models", fname)
         if not place.exists():
             tell(f"downloading {fname} (once; it stays in {place.parent})")
         try:
@@ -152,14 +152,6 @@ def _files_told(tell: Tell) -> Iterator[list[str]]:
         file_utils.get_file = original
 
 
-def published_file(backbone: Backbone) -> Path:
-    """Return where PyTorch's published weights of `backbone` are on this machine; WeightsError where they are not."""
-    path = on_this_machine(backbone)
-    if path is None:
-        raise _not_here(backbone, "they were not downloaded")
-    return path
-
-
 def on_this_machine(backbone: Backbone) -> Path | None:
     """Return a whole file of the published weights of `backbone`, or None."""
     torch_home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch"
@@ -176,12 +168,7 @@ def on_this_machine(backbone: Backbone) -> Path | None:
 def fetch(backbone: Backbone, folder: Path) -> Generator[str, None, Path]:
     """Return where the published weights of `backbone` are; download them to `folder` where they are not here yet.
 
-    Yields how far it is. Nothing is left of half a file.
-
-    Raises
-    ------
-    WeightsError
-        Where the file cannot be had, or is not the one that was published; it says where to get it and put it.
+    Yields how far it is. Nothing is left of half a file. WeightsError says where to get the file and where to put it.
     """
     if here := on_this_machine(backbone):
         return here

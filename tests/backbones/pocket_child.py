@@ -28,8 +28,8 @@ def folded(out: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
     with torch.no_grad():
         for _ in range(30):
-            network(pocket_training.scaled(pixels))
-        maps = network.eval()(pocket_training.scaled(pixels))
+            pocket_training.maps_of(network, pocket_training.scaled(pixels))
+        maps = pocket_training.maps_of(network.eval(), pocket_training.scaled(pixels))
     arrays: dict[str, Any] = {
         "pixels": pixels,
         "maps": maps.permute(0, 2, 3, 1).numpy(),

@@ -174,10 +174,10 @@ def test_a_file_that_is_here_needs_no_network(
     torchs.write_bytes(server.data[:-1])
     assert weights.on_this_machine(backbone) is None, "it is not whole"
     torchs.write_bytes(server.data)
-    assert weights.published_file(backbone) == torchs
+    assert weights.on_this_machine(backbone) == torchs
     by_hand = own_cache / "weights" / backbone.published
     shutil.copy(torchs, by_hand)
-    assert weights.published_file(backbone) == by_hand
+    assert weights.on_this_machine(backbone) == by_hand
     assert server.asked == 0
     assert list(folder.iterdir()) == [by_hand]
 
