@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
-    from nbfeat.backbones.registered import register_backbone as register_backbone
+    from nbfeat.backbones.catalog import register_backbone as register_backbone
     from nbfeat.cache.storage import storage as storage
     from nbfeat.errors import ExtractionError as ExtractionError
     from nbfeat.errors import ImageError as ImageError
@@ -51,7 +51,7 @@ _PUBLIC = {
     "similar": "nbfeat.explore.neighbors",
     "duplicates": "nbfeat.explore.duplicates",
     "scatter": "nbfeat.explore.scatter",
-    "register_backbone": "nbfeat.backbones.registered",
+    "register_backbone": "nbfeat.backbones.catalog",
     "storage": "nbfeat.cache.storage",
     "Panel": "nbfeat.jupyter.panel.panel",
     "NbfeatError": "nbfeat.errors",

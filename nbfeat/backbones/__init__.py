@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import pandas as pd
+from typing import Any
 
 
 class _Listing(ModuleType):
     """A package that can be called; Python lets a module choose its class."""
 
-    def __call__(self, pattern: str = "*") -> pd.DataFrame:
+    def __call__(self, pattern: str = "*") -> Any:
         """List the backbones whose names match `pattern`: see `nbfeat.backbones.catalog.backbones`."""
         from nbfeat.backbones.catalog import backbones
 

@@ -7,13 +7,11 @@ local response normalization, fewer kernels than the network of 2012. Sizes and 
 
 from __future__ import annotations
 
-import importlib
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from nbfeat.backbones.catalog import find
-from nbfeat.backbones.state_dict import Arrays, Convolution, LayerWeights, StateDict
+from nbfeat.backbones.torch_weights import Arrays, Convolution, LayerWeights, array_of
 
 if TYPE_CHECKING:
     import keras
@@ -32,12 +30,10 @@ _POOLED = {"conv1": "pool1", "conv2": "pool2", "conv5": "pool5"}
 
 
 def build(size: int) -> keras.Model:
-    """Build AlexNet up to `fc7`, for square images of `size` pixels scaled as `torch`; `pool5` ends its convolutions.
+    """Build AlexNet up to `fc7`, for square images of `size` pixels scaled as `torch`; `pool5` ends convolutions."""
+    import keras
+    from keras import layers
 
-    Weights are as Keras initializes them, or `weights_from`'s.
-    """
-    keras: Any = importlib.import_module("keras")
-    layers = keras.layers
     pixels = keras.Input((size, size, 3))
     # PyTorch pads evenly on all sides. So does Keras' "same", but only where a kernel takes steps of one.
     x = layers.ZeroPadding2D(2, name="conv1_pad")(pixels)
@@ -46,18 +42,12 @@ def build(size: int) -> keras.Model:
         x = layers.Conv2D(after, side, activation="relu", name=name, **steps)(x)
         if name in _POOLED:
             x = layers.MaxPooling2D(3, strides=2, name=_POOLED[name])(x)
-    x = layers.Flatten(name="flatten")(_on_grid(layers, x))
+    # At 224 pixels every window is one cell; where the map is one cell, Keras' adaptive pooling fails on TensorFlow.
+    average = layers.UpSampling2D if x.shape[1] == 1 else layers.AdaptiveAveragePooling2D
+    x = layers.Flatten(name="flatten")(average(GRID, name="avgpool")(x))
     x = layers.Dense(WIDTH, activation="relu", name="fc6")(x)
     x = layers.Dense(WIDTH, activation="relu", name="fc7")(x)
     return keras.Model(pixels, x, name="AlexNet")
-
-
-def _on_grid(layers: Any, x: Any) -> Any:
-    """Average over `GRID` × `GRID` windows, as PyTorch's AdaptiveAvgPool2d; at 224 pixels every window is one cell."""
-    if x.shape[1] == 1:
-        # Every window is that one cell. Keras' adaptive pooling fails here on TensorFlow.
-        return layers.UpSampling2D(GRID, name="avgpool")(x)
-    return layers.AdaptiveAveragePooling2D(GRID, name="avgpool")(x)
 
 
 def weights_from(state: Arrays) -> LayerWeights:
@@ -66,16 +56,14 @@ def weights_from(state: Arrays) -> LayerWeights:
     What else is in it, such as the classifier of 1,000 classes, is left alone. Raises WeightsError naming the first
     array that is missing or of another shape.
     """
-    read = StateDict(state, find("AlexNet"))
-    found: LayerWeights = {
-        name: [read.kernel(key, before, after, side), read.take(f"{key}.bias", after)]
-        for name, key, before, after, side in _CONVOLUTIONS
-    }
-    channels = _CONVOLUTIONS[-1].after
-    fc6 = read.take("classifier.1.weight", WIDTH, channels * GRID * GRID)
+    take = partial(array_of, state, find("AlexNet"))
+    found: LayerWeights = {}
+    for name, key, before, after, side in _CONVOLUTIONS:
+        kernel = take(f"{key}.weight", after, before, side, side).transpose(2, 3, 1, 0)
+        found[name] = [kernel, take(f"{key}.bias", after)]
     # PyTorch flattens channels, rows, columns; Keras' Flatten rows, columns, channels, whichever layout it is fed.
-    fc6 = fc6.reshape(WIDTH, channels, GRID, GRID).transpose(2, 3, 1, 0).reshape(-1, WIDTH)
-    fc7 = np.ascontiguousarray(read.take("classifier.4.weight", WIDTH, WIDTH).T)
-    found["fc6"] = [fc6, read.take("classifier.1.bias", WIDTH)]
-    found["fc7"] = [fc7, read.take("classifier.4.bias", WIDTH)]
+    fc6 = take("classifier.1.weight", WIDTH, 256 * GRID * GRID)
+    fc6 = fc6.reshape(WIDTH, 256, GRID, GRID).transpose(2, 3, 1, 0).reshape(-1, WIDTH)
+    found["fc6"] = [fc6, take("classifier.1.bias", WIDTH)]
+    found["fc7"] = [take("classifier.4.weight", WIDTH, WIDTH).T, take("classifier.4.bias", WIDTH)]
     return found

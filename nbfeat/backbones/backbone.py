@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from nbfeat.errors import RequestError
 
@@ -17,10 +18,7 @@ Package = Literal["keras.applications", "nbfeat.backbones", "file", "registered"
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A customary cut point: `channels` (at alpha 1) for every `stride` by `stride` pixels; stride 0 is a vector.
-
-    Both are 0 in a network of the user's own, where they are not known before it is built.
-    """
+    """A customary cut point: `channels` (at alpha 1) for every `stride` pixels; 0 is a vector, or is not known yet."""
 
     name: str
     stride: int
@@ -38,7 +36,7 @@ class Backbone:
     weights.
 
     A network of the user's own has no `module`: its `package` is ``file`` and its name the path of a ``.keras`` file,
-    or ``registered`` for what a function of the user's builds. Its width and parameters are 0, not being known before
+    or ``registered`` for what its `function` builds. Its width and parameters are 0, not being known before
     it is built; so is its size, where it takes images of any. One that `is_fixed` takes images of its size alone.
     """
 
@@ -58,9 +56,10 @@ class Backbone:
     alphas: tuple[float, ...] = ()
     default_weights: str = "imagenet"
     is_fixed: bool = False
+    function: Callable[[int], Any] | None = None
 
     @property
-    def is_own(self) -> bool:
+    def is_user_model(self) -> bool:
         """Whether it is a network of the user's own."""
         return self.package in {"file", "registered"}
 

@@ -11,17 +11,18 @@ then, by ``transform_input``, x * 0.229 / 0.5 + (0.485 - 0.5) / 0.5, which toget
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from nbfeat.backbones.catalog import find
-from nbfeat.backbones.state_dict import Arrays, Convolution, LayerWeights, StateDict
+from nbfeat.backbones.torch_weights import Arrays, Convolution, LayerWeights, array_of
 
 if TYPE_CHECKING:
     import keras
 
 EPSILON = 0.001  # of every batch norm
+_NORM = ("weight", "bias", "running_mean", "running_var")  # gamma, beta, moving mean and variance
 _STEM = (
     # Of the names, `_conv`, `_bn` and `_relu` are left away, and so is `.conv` or `.bn` of the keys.
     Convolution("conv1", "conv1", 3, 64, 7),
@@ -40,41 +41,39 @@ _INCEPTIONS = {
     "5a": (832, 256, 160, 320, 32, 128, 128),
     "5b": (832, 384, 192, 384, 48, 128, 128),
 }
-_POOLED = {"3b": ("pool3", 3), "4e": ("pool4", 2)}  # name and side of the pooling that follows
+_POOLED = {"3b": (3, "pool3"), "4e": (2, "pool4")}  # side and name of the pooling that follows
 
 
 def build(size: int) -> keras.Model:
-    """Build GoogLeNet up to `inception_5b`, for square images of `size` pixels scaled as `tf`, without its classifiers.
+    """Build GoogLeNet up to `inception_5b`, for square images of `size` pixels scaled as `tf`, without classifiers."""
+    import keras
 
-    Weights are as Keras initializes them, or `weights_from`'s.
-    """
-    keras: Any = importlib.import_module("keras")
-    layers = keras.layers
     conv1, conv2, conv3 = _STEM
     pixels = keras.Input((size, size, 3))
     # PyTorch pads evenly on all sides. So does Keras' "same", but only where a kernel takes steps of one.
-    x = layers.ZeroPadding2D(3, name="conv1_pad")(pixels)
-    x = _convolve(layers, x, conv1, strides=2, padding="valid")
-    x = _pool(layers, x, 3, "pool1")
-    x = _convolve(layers, _convolve(layers, x, conv2), conv3)
-    x = _pool(layers, x, 3, "pool2")
+    x = keras.layers.ZeroPadding2D(3, name="conv1_pad")(pixels)
+    x = _pool(_convolve(x, conv1, strides=2, padding="valid"), 3, "pool1")
+    x = _pool(_convolve(_convolve(x, conv2), conv3), 3, "pool2")
     for part in _INCEPTIONS:
-        x = _inception(layers, x, part)
+        x = _inception(x, part)
         if part in _POOLED:
-            name, side = _POOLED[part]
-            x = _pool(layers, x, side, name)
+            x = _pool(x, *_POOLED[part])
     return keras.Model(pixels, x, name="GoogLeNet")
 
 
-def _convolve(layers: Any, x: Any, convolution: Convolution, strides: int = 1, padding: str = "same") -> Any:
+def _convolve(x: Any, convolution: Convolution, strides: int = 1, padding: str = "same") -> Any:
+    from keras import layers
+
     name, _, _, after, side = convolution
     x = layers.Conv2D(after, side, strides=strides, padding=padding, use_bias=False, name=f"{name}_conv")(x)
     x = layers.BatchNormalization(epsilon=EPSILON, name=f"{name}_bn")(x)
     return layers.Activation("relu", name=f"{name}_relu")(x)
 
 
-def _pool(layers: Any, x: Any, side: int, name: str) -> Any:
+def _pool(x: Any, side: int, name: str) -> Any:
     """Take maxima in steps of two, also of a last window that is only partly inside (PyTorch's ``ceil_mode``)."""
+    from keras import layers
+
     # With steps of two that window lacks one row at most, so it begins inside, as PyTorch demands. PyTorch fills up
     # with minus infinity; zeros are as good, because no value is below zero after a ReLU.
     if lacking := (x.shape[1] - side) % 2:
@@ -82,15 +81,13 @@ def _pool(layers: Any, x: Any, side: int, name: str) -> Any:
     return layers.MaxPooling2D(side, strides=2, name=name)(x)
 
 
-def _inception(layers: Any, x: Any, part: str) -> Any:
+def _inception(x: Any, part: str) -> Any:
+    from keras import layers
+
     one, three_reduce, three, five_reduce, five, projection = _branches(part)
     pooled = layers.MaxPooling2D(3, strides=1, padding="same", name=f"inception_{part}_pool")(x)
-    branches = [
-        _convolve(layers, x, one),
-        _convolve(layers, _convolve(layers, x, three_reduce), three),
-        _convolve(layers, _convolve(layers, x, five_reduce), five),
-        _convolve(layers, pooled, projection),
-    ]
+    branches = [_convolve(x, one), _convolve(_convolve(x, three_reduce), three)]  # the order decides that of weights
+    branches += [_convolve(_convolve(x, five_reduce), five), _convolve(pooled, projection)]
     return layers.Concatenate(name=f"inception_{part}")(branches)
 
 
@@ -107,21 +104,15 @@ def _branches(part: str) -> tuple[Convolution, ...]:
     )
 
 
-def _convolutions() -> Iterator[Convolution]:
-    yield from _STEM
-    for part in _INCEPTIONS:
-        yield from _branches(part)
-
-
 def weights_from(state: Arrays) -> LayerWeights:
     """Convert torchvision's state dict to what each layer's `set_weights` takes.
 
     What else is in it, such as the classifiers, is left alone. Raises WeightsError naming the first array that is
     missing or of another shape.
     """
-    read = StateDict(state, find("GoogLeNet"))
+    take = partial(array_of, state, find("GoogLeNet"))
     found: LayerWeights = {}
-    for name, key, before, after, side in _convolutions():
-        found[f"{name}_conv"] = [read.kernel(f"{key}.conv", before, after, side)]
-        found[f"{name}_bn"] = read.batch_norm(f"{key}.bn", after)
+    for name, key, before, after, side in chain(_STEM, *map(_branches, _INCEPTIONS)):
+        found[f"{name}_conv"] = [take(f"{key}.conv.weight", after, before, side, side).transpose(2, 3, 1, 0)]
+        found[f"{name}_bn"] = [take(f"{key}.bn.{part}", after) for part in _NORM]
     return found

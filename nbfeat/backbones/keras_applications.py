@@ -27,8 +27,7 @@ def build(backbone: Backbone, *, size: int, alpha: float | None = None, weights:
     """
     check(backbone, size=size, alpha=alpha, weights=weights)
     if backbone.package == "nbfeat.backbones":
-        own: keras.Model = importlib.import_module(f"{backbone.package}.{backbone.module}").build(size)
-        return own
+        return importlib.import_module(f"{backbone.package}.{backbone.module}").build(size)
     application = getattr(importlib.import_module("keras").applications, backbone.name)
     width = {} if alpha is None else {"alpha": alpha}
     with warnings.catch_warnings():

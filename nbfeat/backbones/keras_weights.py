@@ -14,24 +14,18 @@ from typing import Any
 
 import h5py
 
-from nbfeat.backbones.archive import check_archive
-from nbfeat.backbones.hdf5 import check_hdf5
-from nbfeat.backbones.refusal import refusing
+from nbfeat.backbones.hdf5 import check_archive, check_hdf5, refusing
 from nbfeat.errors import WeightsError
 
 
 def load(network: Any, path: Path) -> None:
     """Give `network` the weights in the file at `path`; raise WeightsError where they are not its own."""
-    if path.suffix == ".keras":
-        check_archive(path)
-        by_name = {}
-    else:
-        check_hdf5(path)
-        by_name = _by_name(network, path)
+    (check_archive if path.suffix == ".keras" else check_hdf5)(path)
+    by_name = {"by_name": True} if path.suffix != ".keras" and _is_by_name(network, path) else {}
     try:
         network.load_weights(path, **by_name)
     except (ValueError, OSError, KeyError) as error:
-        raise _do_not_fit(network, path, _told_by_keras(str(error))) from error
+        raise _do_not_fit(network, path, _first_difference(str(error))) from error
 
 
 def copy(network: Any, twin: Any) -> None:
@@ -53,12 +47,12 @@ def leaves(layer: Any) -> Iterator[Any]:
         yield layer
 
 
-def _by_name(network: Any, path: Path) -> dict[str, bool]:
-    """Return how a file is to be loaded; one of the older kind is compared first, since Keras passes over gaps."""
+def _is_by_name(network: Any, path: Path) -> bool:
+    """Tell whether a file is of the older kind; such a one is compared here, since Keras passes over gaps."""
     with refusing(path, "weights in HDF5"), h5py.File(path, "r") as file:
         group = file.get("model_weights", file)
         if "layer_names" not in group.attrs:
-            return {}
+            return False
         saved = {_text(name): group[_text(name)] for name in group.attrs["layer_names"]}
         for layer in network.layers:
             if not layer.weights:
@@ -68,11 +62,14 @@ def _by_name(network: Any, path: Path) -> dict[str, bool]:
             here = [tuple(weight.shape) for weight in layer.weights]
             there = [tuple(saved[layer.name][_text(name)].shape) for name in saved[layer.name].attrs["weight_names"]]
             if here != there:
-                raise _do_not_fit(network, path, f"{layer.name}: {_shapes(here)} here, {_shapes(there)} in the file")
-    return {"by_name": True}
+                ours, theirs = (
+                    " and ".join(_sides(str(one)) for one in shapes) or "nothing" for shapes in (here, there)
+                )
+                raise _do_not_fit(network, path, f"{layer.name}: {ours} here, {theirs} in the file")
+    return True
 
 
-def _told_by_keras(text: str) -> str:
+def _first_difference(text: str) -> str:
     """Find the first layer that differs, and how, in what Keras says at length."""
     name = re.search(r"<\w+ name=([^,>]+)", text)
     shapes = re.search(r"variable\.shape=(\([^)]*\)), Received: value\.shape=(\([^)]*\))", text)
@@ -89,10 +86,6 @@ def _do_not_fit(network: Any, path: Path, first: str) -> WeightsError:
         f"The weights in {path.name} do not fit {network.name}: the first layer that differs is {first}. Name the "
         "backbone they were saved from, with its --alpha."
     )
-
-
-def _shapes(shapes: list[tuple[int, ...]]) -> str:
-    return " and ".join(_sides(str(shape)) for shape in shapes) or "nothing"
 
 
 def _sides(shape: str) -> str:

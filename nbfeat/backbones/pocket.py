@@ -21,11 +21,20 @@ web show them, and inherits what is uneven in those.
 
 from __future__ import annotations
 
-import importlib
+import hashlib
+import io
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbfeat.errors import WeightsError
 
 if TYPE_CHECKING:
     import keras
+
+WEIGHTS = Path(__file__).with_suffix(".npz")
 
 
 class Convolution(NamedTuple):
@@ -37,11 +46,6 @@ class Convolution(NamedTuple):
     side: int = 3  # of the kernel, in pixels
     stride: int = 1
     shortcut: str = ""
-
-    @property
-    def out(self) -> str:
-        """The name of the layer that ends it."""
-        return self.name.partition("_")[0] + "_out" if self.shortcut else self.name
 
 
 CONVOLUTIONS = (
@@ -70,24 +74,43 @@ CONVOLUTIONS = (
 
 def build(size: int) -> keras.Model:
     """Build Pocket for square images of `size` pixels scaled as `torch`; weights are as Keras initializes them."""
-    keras: Any = importlib.import_module("keras")
-    layers = keras.layers
+    import keras
+    from keras import layers
+
     x = pixels = keras.Input((size, size, 3))
     given: dict[str, Any] = {}
     for each in CONVOLUTIONS:
         if each.stride > 1:
             # Even padding on all sides, as PyTorch has it: Keras' "same" pads unevenly where a kernel takes steps.
             x = layers.ZeroPadding2D(each.side // 2, name=f"{each.name}_pad")(x)
-        x = layers.Conv2D(
-            each.after,
-            each.side,
-            strides=each.stride,
-            padding="valid" if each.stride > 1 else "same",
-            activation=None if each.shortcut else "relu",
-            name=each.name,
-        )(x)
+        how = {"padding": "valid" if each.stride > 1 else "same", "activation": None if each.shortcut else "relu"}
+        x = layers.Conv2D(each.after, each.side, strides=each.stride, name=each.name, **how)(x)
         if each.shortcut:
-            x = layers.Add(name=each.out.replace("out", "add"))([x, given[each.shortcut]])
-            x = layers.ReLU(name=each.out)(x)
+            block = each.name.partition("_")[0]
+            x = layers.Add(name=f"{block}_add")([x, given[each.shortcut]])
+            x = layers.ReLU(name=f"{block}_out")(x)
         given[each.name] = x
     return keras.Model(pixels, x, name="Pocket")
+
+
+def read(sha256: str) -> dict[str, list[NDArray[np.float32]]]:
+    """Return each layer's kernel (rows, columns, inputs, outputs) and bias, from the file beside this module.
+
+    Raises WeightsError where it is missing, or its SHA-256 is not the one that is asked for.
+    """
+    advice = "Install nbfeat again: `pip install --force-reinstall --no-deps nbfeat`."
+    try:
+        content = WEIGHTS.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"The weights of Pocket cannot be read ({error}). {advice}") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise WeightsError(
+            f"The weights of Pocket in {WEIGHTS} are not those of this release: their SHA-256 begins with {found[:8]}, "
+            f"not with {sha256[:8]}. {advice}"
+        )
+    weights: dict[str, list[NDArray[np.float32]]] = {}
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        for key in arrays:  # the kernel of each layer first
+            weights.setdefault(key.partition("/")[0], []).append(arrays[key].astype(np.float32))
+    return weights

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import importlib
 import zlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.backbones.backbone import Scaling
+from nbfeat.backbones.keras_weights import leaves
 
 if TYPE_CHECKING:
     import keras
@@ -34,7 +34,7 @@ _RANGES: dict[Scaling, tuple[float, float]] = {
 def draw(network: keras.Model, scaling: Scaling) -> None:
     """Give `network` seeded random weights whose features have a sane scale, the same on every backend."""
     layers = importlib.import_module("keras").layers
-    for layer in _leaves(network):
+    for layer in leaves(network):
         for variable in layer.weights:
             if "kernel" not in variable.name:
                 continue
@@ -46,16 +46,11 @@ def draw(network: keras.Model, scaling: Scaling) -> None:
     _calibrate(network, scaling)
 
 
-def _leaves(network: Any) -> Iterator[Any]:
-    for layer in network.layers:
-        yield from _leaves(layer) if hasattr(layer, "layers") else [layer]
-
-
 def _calibrate(network: keras.Model, scaling: Scaling) -> None:
     """Set the statistics of every batch norm from one pass over smooth noise."""
     keras: Any = importlib.import_module("keras")
     kind = keras.layers.BatchNormalization
-    if not any(isinstance(layer, kind) for layer in network.layers):
+    if not (norms := [layer for layer in network.layers if isinstance(layer, kind)]):
         return
 
     def moments(x: Any) -> tuple[Any, Any]:
@@ -71,7 +66,6 @@ def _calibrate(network: keras.Model, scaling: Scaling) -> None:
         return OfThisBatch(name=layer.name) if isinstance(layer, kind) else type(layer).from_config(layer.get_config())
 
     twin = keras.models.clone_model(network, clone_function=swap)
-    norms = [layer for layer in network.layers if isinstance(layer, kind)]
     for layer in network.layers:
         if layer.weights and not isinstance(layer, kind):
             twin.get_layer(layer.name).set_weights(layer.get_weights())

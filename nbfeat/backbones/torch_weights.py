@@ -1,192 +1,325 @@
 """The weights in a PyTorch checkpoint (``.pth``), read without PyTorch and without running what the file says.
 
 A checkpoint is a pickle that describes tensors, and beside it the bytes of their storages: since PyTorch 1.6 as members
-of a zip, before that in a row. Whatever a file holds, reading it runs nothing, opens no other file, and takes no more
-memory than the tensors do that its own bytes can fill, a copy of one of them, and some 50 MB.
+of a zip, before that in a row. Python's own unpickler, the one in Python, reads it with the steps and names that state
+dicts need and no others. Whatever a file holds, reading it runs nothing, opens no other file, and takes no more memory
+than the tensors do that its own bytes can fill, a copy of one of them, and some 50 MB.
 
-Sources: ``torch/serialization.py`` for both layouts, PKWARE's APPNOTE.TXT for the zip.
+Sources: ``pickle.py`` for the steps, ``torch/_utils.py`` and ``torch/serialization.py`` for names and layouts.
 """
 
 from __future__ import annotations
 
+import io
+import math
 import os
+import pickle
 import re
 import struct
-import zlib
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
-from nbfeat.backbones.refusal import damaged, quote, refusing
-from nbfeat.backbones.torch_pickle import MOST_BYTES, Machine
-from nbfeat.backbones.torch_tensor import Tensor, unwanted
+from nbfeat.backbones.backbone import Backbone
+from nbfeat.backbones.hdf5 import Refused, damaged, quote, refusing
+from nbfeat.errors import WeightsError
 
-Arrays: TypeAlias = dict[str, NDArray[Any]]
-Places: TypeAlias = dict[str, "_Place"]
+Arrays = dict[str, NDArray[Any]]
+LayerWeights = dict[str, list[NDArray[np.float32]]]  # what each layer's `set_weights` takes, by the layer's name
+Places = dict[str, tuple[int, int]]  # where the bytes of each storage begin in the file, and how many they are
 
+MOST_BYTES = 4 << 20  # of a pickle, in which a tensor takes about 100, and of a zip's table of contents
+MOST_STEPS = 500_000  # a tensor takes about 50; a step takes up to 100 bytes of memory
+MOST_AXES = 32  # NumPy 1's limit
+MOST_ELEMENTS = 1 << 48  # more than any file has, and far from where 64 bits overflow
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
+_TYPES = {
+    "Double": "<f8", "Float": "<f4", "Half": "<f2", "BFloat16": "V2", "Long": "<i8", "Int": "<i4", "Short": "<i2",
+    "Char": "|i1", "Byte": "|u1", "Bool": "|b1", "ComplexFloat": "<c8", "ComplexDouble": "<c16",
+}  # fmt: skip
+_STORAGES = {f"{module}.{kind}Storage": np.dtype(_TYPES[kind]) for kind in _TYPES for module in ("torch", "torch.cuda")}
 _MEMBER = re.compile(
-    rb"((?!\.\.?/)[^/\\\0]+)/"
-    rb"(data\.pkl|data/[0-9]{1,20}|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id)"
+    r"((?!\.\.?/)[^/\\\0]+)/"
+    r"(data\.pkl|data/[0-9]{1,20}|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id)"
 )
-# The end of a zip: entries, bytes and start of its table. An entry there: flags, compression, CRC-32, bytes as stored,
-# bytes before, bytes of name, extra and comment, start of the member. A member's beginning: bytes of name and extra.
-_END, _ENTRY, _HEADER = struct.Struct("<4s6xH2L2x"), struct.Struct("<4s4x2H4x3L3H8xL"), struct.Struct("<4s22x2H")
-_NO_COMPRESSION, _HARMLESS_FLAGS = 0, 0x0808  # sizes follow the data, names are UTF-8
-_MOST_ZIP = 0xFFFF_FFFE  # longer ones have their sizes elsewhere
-_PART = 1 << 20  # bytes that are summed at a time
-
-
-class _Place(NamedTuple):
-    """Where bytes lie in the file."""
-
-    start: int
-    size: int
+_InPython: Any = pickle._Unpickler  # each step is a method, which the one in C lacks
+# None is of protocol 0: its numbers are decimal text, which takes quadratic time to read.
+_STEPS = b"\x80(.N\x88\x89KMJ\x8aGUTX\x8c]})t\x85\x86\x87hjqr\x94c\x93QRae"
+_HARMLESS_FLAGS = 0x0808  # sizes follow the data, names are UTF-8
 
 
 def read(path: Path) -> Arrays:
     """Return the tensors of a state dict by name, in the file's order.
 
     Arrays have the shapes and types of the tensors; bfloat16, which NumPy lacks, becomes float32 without loss. Names of
-    one tensor (tied weights) have one array. A state dict under ``state_dict`` or ``model`` is found there.
-
-    Raises
-    ------
-    WeightsError
-        Where the file cannot be read, is damaged, or holds or asks for anything that the weights alone do not need.
+    one tensor (tied weights) have one array. A state dict under ``state_dict`` or ``model`` is found there. Raises
+    WeightsError where the file is damaged, or holds or asks for anything that the weights alone do not need.
     """
     with refusing(path, "PyTorch weights"), path.open("rb") as file:
-        return _read(file, os.fstat(file.fileno()).st_size)
+        head, size = file.read(20), os.fstat(file.fileno()).st_size
+        if not head.startswith((b"PK\3\4", b"\x80")):
+            raise _unwanted(f"it is no checkpoint of PyTorch's (it begins with {quote(head)})")
+        value, places = _read_zip(file) if head.startswith(b"PK") else _read_row(file, size)
+        arrays, by_name, room = Arrays(), Arrays(), size
+        for name, tensor in _state_dict(value).items():
+            # Text has a hash that the file cannot foresee, to make all its tensors collide.
+            one, storage = f"{tensor.storage.key} {tensor.offset} {tensor.shape} {tensor.strides}", tensor.storage
+            if one not in arrays:
+                start, length = places.get(storage.key, (0, -1))
+                if length != storage.count * storage.dtype.itemsize:
+                    raise damaged(f"its storage {storage.key} is missing or has another size than its pickle says")
+                room -= tensor.span * storage.dtype.itemsize
+                if room < 0:
+                    raise _unwanted("its tensors share their bytes and would take more memory than the file has bytes")
+                arrays[one] = tensor.read(file, start)
+            by_name[name] = arrays[one]
+        return by_name
 
 
-def _read(file: BinaryIO, size: int) -> Arrays:
-    head = _bytes_at(file, 0, 20)
-    if head.startswith(b"PK\3\4"):
-        value, places = _read_zip(file, size)
-    elif head.startswith(b"\x80"):
-        value, places = _read_row(file, size)
-    else:
-        raise unwanted(f"it is no checkpoint of PyTorch's (it begins with {quote(head)})")
-    arrays, given, room = dict[int, NDArray[Any]](), Arrays(), size
-    for name, tensor in _state_dict(value).items():
-        if id(tensor) not in arrays:
-            place, storage = places.get(tensor.storage.key), tensor.storage
-            if place is None or place.size != storage.count * storage.item:
-                raise damaged(f"its storage {storage.key} is missing or has another size than its pickle says")
-            room -= tensor.span * storage.item
-            if room < 0:
-                raise unwanted("its tensors share their bytes and would take more memory than the file has bytes")
-            arrays[id(tensor)] = tensor.read(file, place.start)
-        given[name] = arrays[id(tensor)]
-    return given
+def _unwanted(what: str) -> Refused:
+    return Refused(f"{what}. Save the weights alone, with torch.save(model.state_dict(), ...), or download them again.")
 
 
-def _bytes_at(file: BinaryIO, start: int, count: int) -> bytes:
-    """Return `count` bytes of the file, or fewer where it ends."""
-    file.seek(start)
-    return file.read(count)
-
-
-def _read_zip(file: BinaryIO, size: int) -> tuple[object, Places]:
+def _read_zip(file: BinaryIO) -> tuple[object, Places]:
     """Return what the checkpoint describes, and where its storages lie, by their keys."""
-    if size > _MOST_ZIP:
-        raise unwanted(f"it has {size:,} bytes, and zips of more than {_MOST_ZIP:,} are not read")
-    members = dict(_members(file, size))
-    if "data.pkl" not in members:
-        raise unwanted("it is a zip without the data.pkl of a checkpoint")
-    if "byteorder" in members and _bytes_at(file, *members["byteorder"]) != b"little":
-        raise unwanted("its numbers are not little-endian")
-    if members["data.pkl"].size > MOST_BYTES:
-        raise unwanted(f"its data.pkl has {members['data.pkl'].size:,} bytes; up to {MOST_BYTES:,} are read")
-    machine = Machine(_bytes_at(file, *members["data.pkl"]))
-    value = machine.load()
-    if machine.at != members["data.pkl"].size:
+    places = _members(file)
+    if not 0 < places.get("data.pkl", (0, 0))[1] <= MOST_BYTES:
+        raise _unwanted(f"it is a zip without the data.pkl of a checkpoint, or with one of over {MOST_BYTES:,} bytes")
+    if "byteorder" in places and _bytes_at(file, *places["byteorder"]) != b"little":
+        raise _unwanted("its numbers are not little-endian")
+    unpickler = _Unpickler(_bytes_at(file, *places["data.pkl"]))
+    value = unpickler.load()
+    if unpickler.file.read(1):
         raise damaged("its data.pkl goes on after its end")
-    return value, {name.removeprefix("data/"): place for name, place in members.items()}
+    return value, {name.removeprefix("data/"): place for name, place in places.items()}
 
 
-def _members(file: BinaryIO, size: int) -> Iterator[tuple[str, _Place]]:
-    """Give the members of a zip once it is sure that they lie apart, within the file, and as they were written."""
-    table_start, entries = _entries(file, size)
-    free = 0
-    for start, length, checksum, path in sorted(entries):
-        header = _bytes_at(file, start, _HEADER.size + len(path))
-        if len(header) < _HEADER.size + len(path) or not (header.startswith(b"PK\3\4") and header.endswith(path)):
-            raise damaged(f"its member {quote(path)} is not where its table of contents says")
-        _, name_length, extra_length = _HEADER.unpack_from(header)
-        first = start + _HEADER.size + name_length + extra_length
-        if start < free or name_length != len(path) or first + length > table_start:
-            raise damaged(f"its member {quote(path)} overlaps another")
-        free = first + length
-        if _checksum(file, first, length) != checksum:
-            raise damaged(f"the bytes of its member {quote(path)} are not those that were written")
-        yield path.partition(b"/")[2].decode(), _Place(first, length)
-
-
-def _entries(file: BinaryIO, size: int) -> tuple[int, list[tuple[int, int, int, bytes]]]:
-    """Return where the table of contents of a zip begins, and start, bytes, CRC-32 and path of each member."""
-    end = _bytes_at(file, max(size - _END.size, 0), _END.size)
-    if len(end) < _END.size or not end.startswith(b"PK\5\6"):
-        raise damaged("it ends before the table of contents of its zip")
-    _, count, length, table_start = _END.unpack(end)
-    if table_start + length > size or length > MOST_BYTES:
-        raise damaged("the table of contents of its zip is not where it should be")
-    table, at, entries = _bytes_at(file, table_start, length), 0, dict[bytes, tuple[int, int, int, bytes]]()
-    for _ in range(count):
-        if at + _ENTRY.size > length:
-            raise damaged("the table of contents of its zip ends early")
-        mark, flags, method, checksum, stored, whole, *lengths, start = _ENTRY.unpack_from(table, at)
-        path = table[at + _ENTRY.size : at + _ENTRY.size + lengths[0]]
-        at += _ENTRY.size + sum(lengths)
-        if mark != b"PK\1\2" or path in entries:
-            raise damaged("the table of contents of its zip is not one")
-        if method != _NO_COMPRESSION or flags & ~_HARMLESS_FLAGS or stored != whole:
-            raise unwanted(f"its member {quote(path)} is compressed or encrypted")
-        if not (known := _MEMBER.fullmatch(path)) or not path.startswith(next(iter(entries), path)[: known.end(1) + 1]):
-            raise unwanted(f"its member {quote(path)} is none that a checkpoint has")
-        entries[path] = start, stored, checksum, path
-    return table_start, list(entries.values())
-
-
-def _checksum(file: BinaryIO, start: int, length: int) -> int:
-    checksum = 0
-    file.seek(start)
-    for at in range(0, length, _PART):
-        checksum = zlib.crc32(file.read(min(_PART, length - at)), checksum)
-    return checksum
+def _members(file: BinaryIO) -> Places:
+    """Return where the members of a zip lie, once it is sure that they lie apart, and as they were written."""
+    end = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # ZipFile would read a table of any size
+    if not end or end[5] > MOST_BYTES or end[8]:
+        raise damaged("it does not end with the table of contents of its zip")
+    with zipfile.ZipFile(file, metadata_encoding="utf-8") as archive:
+        places, free, folders = Places(), 0, set[str]()
+        for member in sorted(archive.infolist(), key=lambda member: member.header_offset):
+            known, name = _MEMBER.fullmatch(member.orig_filename), quote(member.orig_filename)
+            if member.compress_type or member.flag_bits & ~_HARMLESS_FLAGS or member.file_size != member.compress_size:
+                raise _unwanted(f"its member {name} is compressed or encrypted")
+            if not known or len(folders | {known[1]}) > 1:
+                raise _unwanted(f"its member {name} is none that a checkpoint has")
+            folders.add(known[1])
+            start = member.header_offset + 30 + sum(struct.unpack("<2H", _bytes_at(file, member.header_offset + 26, 4)))
+            if member.header_offset < free or known[2] in places or (member.header_offset and not places):
+                raise damaged(f"its member {name} overlaps another")
+            places[known[2]], free = (start, member.file_size), start + member.file_size
+        if free > archive.start_dir or len(places) != end[4]:
+            raise damaged("its table of contents is not that of its members")
+        if bad := archive.testzip():
+            raise damaged(f"the bytes of its member {quote(bad)} are not those that were written")
+    return places
 
 
 def _read_row(file: BinaryIO, size: int) -> tuple[object, Places]:
     """Return what a checkpoint from before PyTorch 1.6 describes, and where its storages lie, by their keys."""
-    machine = Machine(_bytes_at(file, 0, MOST_BYTES))
-    if machine.load() != _MAGIC or machine.load() != _VERSION:
-        raise unwanted("it is a pickle, but none that PyTorch wrote")
-    system, value, keys = machine.load(), machine.load(), machine.load()
+    unpickler = _Unpickler(_bytes_at(file, 0, MOST_BYTES))
+    if unpickler.load() != _MAGIC or unpickler.load() != _VERSION:
+        raise _unwanted("it is a pickle, but none that PyTorch wrote")
+    system, value, keys = unpickler.load(), unpickler.load(), unpickler.load()
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise unwanted("its numbers are not little-endian")
-    if not isinstance(keys, list):
-        raise damaged("it does not say in which order its storages come")
-    places, at = Places(), machine.at
+        raise _unwanted("its numbers are not little-endian")
+    places, at = Places(), unpickler.file.tell()
     for key in keys:
-        storage = machine.storages.get(key) if isinstance(key, str) else None
+        storage = unpickler.storages.get(key) if isinstance(key, str) else None
         if storage is None or _bytes_at(file, at, 8) != storage.count.to_bytes(8, "little"):
             raise damaged("its storages are not those that its pickle describes")
-        places[storage.key] = _Place(at + 8, storage.count * storage.item)
-        at += 8 + places[storage.key].size
+        places[storage.key] = at + 8, storage.count * storage.dtype.itemsize
+        at += 8 + places[storage.key][1]
     if at > size:
         raise damaged(f"it should have {at:,} bytes and has {size:,}")
     return value, places
 
 
-def _state_dict(value: object) -> dict[str, Tensor]:
+def _bytes_at(file: BinaryIO, start: int, count: int) -> bytes:
+    file.seek(start)
+    return file.read(count)
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    key: str
+    dtype: np.dtype[Any]  # two plain bytes for bfloat16, which NumPy has not
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A view that lies within its storage; offset, strides and span, from its first to its last, count elements."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    span: int
+
+    def read(self, file: BinaryIO, start: int) -> NDArray[Any]:
+        """Return its elements from a file where its storage begins at byte `start`, as an array in C order."""
+        item = self.storage.dtype.itemsize
+        file.seek(start + self.offset * item)
+        elements = np.fromfile(file, self.storage.dtype, self.span)
+        # NumPy too refuses a view that leaves `elements`. An axis of length 1 may have any stride.
+        steps = [step * item if length > 1 else 0 for length, step in zip(self.shape, self.strides, strict=True)]
+        array = np.ndarray(self.shape, elements.dtype, elements, 0, steps).astype(elements.dtype, "C", copy=False)
+        if array.dtype.kind == "b":
+            array = array.view("u1") != 0
+        if array.dtype.kind != "V":
+            return array
+        wide = array.view("<u2").astype("<u4")  # bfloat16 is the upper half of a float32
+        wide <<= 16
+        return wide.view("<f4")
+
+
+def _naturals(*numbers: object) -> bool:
+    """Tell whether all are ints that a file may have so many elements; NumPy takes no bool for a length."""
+    return all(type(number) is int and 0 <= number < MOST_ELEMENTS for number in numbers)
+
+
+class _Steps(dict[int, Any]):
+    """What each step of a pickle does; any other step, and one too many, is refused."""
+
+    left = MOST_STEPS
+
+    def __getitem__(self, step: int) -> Any:
+        self.left -= 1
+        if self.left < 0 or step not in self:
+            raise _unwanted(f"its pickle has a step, {quote(bytes([step]))}, that no state dict needs, or too many")
+        return super().__getitem__(step)
+
+
+class _Unpickler(_InPython):  # type: ignore[misc]
+    """Reads pickles in a row; it recurses into nothing, sets no attributes, hashes only text and small numbers."""
+
+    def __init__(self, data: bytes) -> None:
+        self.file = io.BytesIO(data)
+        super().__init__(self.file, encoding="utf-8")
+        self.dispatch, self.storages = _Steps(self._KNOWN), dict[str, _Storage]()
+
+    def load(self) -> Any:
+        self.memo: dict[int, Any] = {}
+        return super().load()
+
+    def find_class(self, module: str, name: str) -> Any:
+        match f"{module}.{name}":
+            case "collections.OrderedDict":
+                return self._ordered_dict
+            case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2":
+                return _rebuild_tensor
+            case "torch._utils._rebuild_parameter":
+                return lambda tensor, _gradient, _hooks: tensor
+            case full if full in _STORAGES:
+                return _STORAGES[full]
+            case full:
+                raise _unwanted(f"it asks for {quote(full)}, which weights do not need and which was not run")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        match pid:
+            case ("storage", np.dtype() as dtype, str(key), str(), count, *view) if view in ([], [None]):
+                storage = _Storage(key, dtype, count)
+            case _:
+                raise _unwanted("its pickle refers to what is not the storage of a tensor")
+        # The key is in the text of every tensor, so it is kept short.
+        if not re.fullmatch(r"[0-9]{1,20}", key, re.ASCII) or not _naturals(count):
+            raise damaged("a storage in it has an impossible name or size")
+        if self.storages.setdefault(key, storage) != storage:
+            raise damaged(f"it describes storage {key} in two ways")
+        return storage
+
+    def _ordered_dict(self, pairs: Iterable[Any] = ()) -> dict[Any, Any]:
+        """Make a dict of nothing, or of a list of pairs, as Python 2 wrote it; one list may be given many times."""
+        made = dict[Any, Any]()
+        for key, value in pairs:
+            self.dispatch.left -= 1
+            made[_key(key)] = value
+        return made
+
+    def _fill(self, items: list[Any]) -> None:
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            self.stack[-1][_key(key)] = value
+
+    def _build(self) -> None:
+        """Leave out the state of an OrderedDict, which is the `_metadata` of a state dict."""
+        self.stack.pop()
+        if type(self.stack[-1]) is not dict:
+            raise damaged("its pickle sets what has no state")
+
+    _KNOWN: ClassVar[dict[int, Any]] = {
+        **{step: _InPython.dispatch[step] for step in _STEPS},
+        pickle.SETITEM[0]: lambda self: self._fill([self.stack.pop(-2), self.stack.pop()]),
+        pickle.SETITEMS[0]: lambda self: self._fill(self.pop_mark()),
+        pickle.BUILD[0]: _build,
+        pickle.FRAME[0]: lambda self: self.read(8),  # how long a frame is
+    }
+
+
+def _key(key: Any) -> Any:
+    # Text is hashed with a secret of the process and small numbers do not collide; other keys could take for ever.
+    if not (type(key) is str or _naturals(key)):
+        raise _unwanted("a dict in its pickle has a key that is neither text nor a number")
+    return key
+
+
+def _rebuild_tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, _gradient: Any = None, _hooks: Any = None, metadata: Any = None
+) -> _Tensor:
+    """Describe a tensor that lies within its storage and has no more elements."""
+    if not (
+        type(storage) is _Storage and type(shape) is tuple and type(strides) is tuple
+        and len(shape) == len(strides) <= MOST_AXES and _naturals(offset, *shape, *strides)
+        and math.prod(length or 1 for length in shape) <= MOST_ELEMENTS  # NumPy checks those beside a zero too
+    ):  # fmt: skip
+        raise damaged("a tensor in it has an impossible shape")
+    if metadata:
+        raise _unwanted("a tensor in it is to be conjugated or negated")
+    last = sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+    span = 0 if 0 in shape else last + 1
+    if math.prod(shape) > storage.count or (span and offset + span > storage.count):
+        raise damaged("a tensor in it reaches beyond its storage")
+    return _Tensor(storage, offset, shape, strides, span)
+
+
+def _state_dict(value: object) -> dict[str, _Tensor]:
     """Return the state dict that a checkpoint is or, beside what training needs, has."""
     if isinstance(value, dict):
         value = next((value[name] for name in ("state_dict", "model") if isinstance(value.get(name), dict)), value)
     if not isinstance(value, dict) or not value:
-        raise unwanted("it holds no state dict")
+        raise _unwanted("it holds no state dict")
     for name, tensor in value.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise unwanted(f"its entry {quote(str(name))} is no tensor")
+        if type(name) is not str or type(tensor) is not _Tensor:
+            raise _unwanted(f"its entry {quote(str(name))} is no tensor")
     return value
+
+
+class Convolution(NamedTuple):
+    """A convolution: its name in Keras, its key in a state dict, channels before and after, the side of its kernel."""
+
+    name: str
+    key: str
+    before: int
+    after: int
+    side: int
+
+
+def array_of(arrays: Arrays, backbone: Backbone, key: str, *shape: int) -> NDArray[np.float32]:
+    """Return one array of what is published for `backbone`, as float32; WeightsError where it is not of this shape."""
+    advice = f"Take the file that torchvision publishes, {backbone.published}."
+    if key not in arrays:
+        raise WeightsError(f"There is no {key} among these weights, so they are not {backbone.name}'s. {advice}")
+    if arrays[key].shape != shape:
+        both = arrays[key].shape, shape
+        found, wanted = (" × ".join(f"{side:,}" for side in one) or "a single number" for one in both)
+        raise WeightsError(f"{key} is {found}; {backbone.name} has {wanted} there. {advice}")
+    return np.ascontiguousarray(arrays[key], np.float32)

@@ -1,19 +1,157 @@
-"""A network of the user's own in Keras: loaded without running code from its file, and made to fit the images."""
+"""Networks of the user's own: what a ``.keras`` file says of its network, loading it, and what a function builds.
+
+A file is read without Keras first, and only what Keras itself can build is taken. Anything else would need code that is
+not in the file, or run code that is.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbfeat.backbones import keras_weights, model_file
-from nbfeat.backbones.backbone import Backbone, Scaling
-from nbfeat.errors import RequestError, WeightsError, near, sentences
+from nbfeat.backbones.backbone import Backbone, Layer, Scaling
+from nbfeat.backbones.hdf5 import check_archive, description, quote
+from nbfeat.errors import NetworkError, RequestError, WeightsError, near, sentences
 
 if TYPE_CHECKING:
     import keras
+
+NAME = "Keras model"  # what the network of any file is called where its path must not matter
+SUFFIXES = (".keras", ".h5", ".hdf5")  # the others are refused, with the way to a .keras file
+REGISTER = "Register the function that builds it instead: nbfeat.register_backbone('MyNet', build, …)."
+LARGEST = 4096  # pixels, as --size
+
+_MODULES = re.compile(
+    r"keras(\.(src\.)?(models|layers|ops|activations|initializers|regularizers|constraints|random|dtype_policies)(\..+)?)?"
+)
+# Stock layers that run code from the file, or read other files.
+_RUN_CODE = {"Lambda", "__lambda__", "TorchModuleWrapper", "JaxLayer", "FlaxLayer", "TFSMLayer"}
+_READ_FILES = {"StringLookup", "IntegerLookup", "TextVectorization"}
+
+
+def backbone_at(name: str) -> Backbone:
+    """Return the backbone in the file `name`, whose name is its absolute path; nothing of it is built.
+
+    Raises
+    ------
+    RequestError
+        Where there is no such file, or its network does not take square RGB images, or is not of Keras' own layers.
+    WeightsError
+        Where the file is damaged, or not what Keras writes.
+    """
+    path = Path(name).expanduser().absolute()
+    if not path.is_file():
+        siblings = [one.name for one in path.parent.glob("*.keras")] if path.parent.is_dir() else []
+        way = near(path.name, siblings) or f"Relative paths start at {Path.cwd()}; check this one."
+        raise RequestError(f"There is no file {name!r}. {way}")
+    if path.suffix != ".keras":
+        older = "a model in the older format, which may run code"
+        what = "weights alone" if path.name.endswith(".weights.h5") else older
+        raise RequestError(f"{path.name} holds {what}. Save it as .keras with model.save('model.keras').")
+    state = path.stat()
+    return _read(path, state.st_size, state.st_mtime_ns, state.st_ino)
+
+
+@functools.lru_cache(maxsize=32)
+def _read(path: Path, *_state: int) -> Backbone:
+    model = description(path)
+    try:
+        model.pop("compile_config", None)  # how it was trained; it is not loaded
+        _refuse_what_is_not_keras(path.name, model)
+        size = _side(path.name, _input_shape(path.name, model))
+        names = [layer["config"]["name"] for layer in model["config"]["layers"] if layer["class_name"] != "InputLayer"]
+    except (LookupError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+        raise WeightsError(
+            f"{path.name} describes no model that could be read. Save it anew with model.save('model.keras')."
+        ) from error
+    return Backbone(
+        name=str(path), family="own", module="", size=size, smallest=1, width=0, scaling="none", parameters=0,
+        layers=tuple(Layer(str(name), 0, 0) for name in names), package="file", default_weights="own",
+        is_fixed=bool(size),
+    )  # fmt: skip
+
+
+def _refuse_what_is_not_keras(title: str, model: dict[str, Any]) -> None:
+    if model["class_name"] not in {"Functional", "Model", "Sequential"}:
+        kind = quote(str(model["class_name"]))
+        raise RequestError(f"{title} is a {kind}, not a functional or Sequential model. {REGISTER}")
+    for thing, layer in _objects(model):
+        kind, where = str(thing["class_name"]), quote(layer)
+        if kind in _RUN_CODE:
+            what = "Lambda" if "ambda" in kind else kind
+            raise RequestError(
+                f"{title} has a {what} layer, whose code would run unseen: replace the {what} layer {where} by a layer "
+                "of Keras."
+            )
+        if kind in _READ_FILES:
+            raise RequestError(f"{title} has the layer {where} ({kind}), which is none for images: save it without.")
+        if foreign := _foreign(thing):
+            raise RequestError(
+                f"{title} has, in its layer {where}, {quote(foreign)}, whose code is not in the file. {REGISTER}"
+            )
+
+
+def _foreign(thing: dict[str, Any]) -> str:
+    """Return what an object, or a function that it uses, is called where it is not Keras' own; else ""."""
+    kind, module, config = str(thing["class_name"]), thing.get("module"), thing.get("config")
+    # Keras writes its own functions by name, those of the user's as code that even Keras cannot read again.
+    for name, value in config.items() if isinstance(config, dict) else ():
+        if name.endswith("activation") and isinstance(value, dict) and "class_name" not in value:
+            return f"an {name} of your own"
+    if (kind.startswith("__") and module is None) or (kind, module) == ("function", "builtins"):
+        return ""  # Keras' own way to write tuples, slices and tensors, and the functions that it has itself
+    if isinstance(module, str) and _MODULES.fullmatch(module) and ">" not in str(thing.get("registered_name")):
+        return ""
+    return f"{module}.{kind}" if module else kind
+
+
+def _objects(model: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Give everything in a description that Keras would make an object of, with the layer it is in."""
+    left: list[tuple[Any, str]] = [(model, "")]
+    while left:
+        thing, layer = left.pop()
+        if isinstance(thing, dict):
+            config = thing.get("config")
+            if "module" in thing and isinstance(config, dict) and "name" in config:
+                layer = str(config["name"])
+            if "class_name" in thing:
+                yield thing, layer
+        if isinstance(thing, dict | list):
+            left += [(value, layer) for value in (thing.values() if isinstance(thing, dict) else thing)]
+
+
+def _input_shape(title: str, model: dict[str, Any]) -> list[Any]:
+    """Return the shape of the one input, with the batch."""
+    config = model["config"]
+    inputs = [each["config"]["batch_shape"] for each in config["layers"] if each["class_name"] == "InputLayer"]
+    if model["class_name"] == "Sequential" and not inputs:
+        inputs = [config.get("build_input_shape")]
+        if inputs == [None]:
+            raise RequestError(
+                f"{title} has no input yet. Begin it with keras.Input((224, 224, 3)), and save it again."
+            )
+    if len(inputs) != 1:
+        raise RequestError(f"{title} has {len(inputs)} inputs. Save a model with one input, of images.")
+    return list(inputs[0])
+
+
+def _side(title: str, shape: list[Any]) -> int:
+    """Return the side of the images that an input of `shape` takes; 0 where it takes any."""
+    match shape:
+        case [_, None, None, 3]:
+            return 0
+        case [_, int(rows), columns, 3] if rows == columns and 1 <= rows <= LARGEST:
+            return rows
+    sides = " × ".join("any" if side is None else str(side) for side in shape[1:])
+    raise RequestError(
+        f"{title} takes inputs of {sides}, not square RGB images with channels last. Save a model whose input is "
+        "keras.Input((224, 224, 3)), of any size."
+    )
 
 
 def check(
@@ -39,28 +177,52 @@ def check(
 
 def load(path: Path, size: int) -> keras.Model:
     """Load the network in a ``.keras`` file, for images of `size` pixels; WeightsError where Keras cannot."""
-    from nbfeat.backbones.archive import check_archive
-
     check_archive(path)
-    model_file.backbone_at(str(path))  # the file may be another one by now
+    backbone_at(str(path))  # the file may be another one by now
     keras: Any = importlib.import_module("keras")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             network = keras.models.load_model(path, safe_mode=True, compile=False)
     except Exception as error:  # whatever a description makes Keras raise is about the file
-        told = str(error).strip()
-        missing = re.search(r"Could not locate \w+ '[^']*'", told)
-        reason = missing[0] if missing else (told.splitlines() or [type(error).__name__])[0].rstrip(".")
+        text = str(error).strip()
+        missing = re.search(r"Could not locate \w+ '[^']*'", text)
+        reason = missing[0] if missing else (text.splitlines() or [type(error).__name__])[0].rstrip(".")
         raise WeightsError(
             f"Keras {keras.__version__} cannot load {path.name}: {reason[:200]}. Save it anew with model.save, with "
             "layers and functions of Keras alone."
         ) from error
-    return fitted(network, size, path.name)
+    return _functional(network, size, path.name)
 
 
-def fitted(network: Any, size: int, title: str) -> keras.Model:
+def build(backbone: Backbone, size: int) -> keras.Model:
+    """Build a registered network for images of `size` pixels, as the function gives it.
+
+    Raises RequestError where it gives something else than a model for such images, NetworkError where it fails.
+    """
+    import numpy as np
+
+    state = np.random.get_state()
+    try:
+        assert backbone.function is not None
+        network = backbone.function(size)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".rstrip(".")
+        raise NetworkError(
+            f"The function that builds {backbone.name} failed: {reason}. Call it with {size} to see where."
+        ) from error
+    finally:
+        np.random.set_state(state)
+    if not isinstance(network, importlib.import_module("keras").Model):
+        kind = type(network).__name__
+        raise RequestError(f"The function that builds {backbone.name} must return a Keras model, not {kind}.")
+    return _functional(network, size, backbone.name)
+
+
+def _functional(network: Any, size: int, title: str) -> keras.Model:
     """Return `network` as a functional model of one input (None, size, size, 3), with the same weights."""
+    from nbfeat.backbones import keras_weights
+
     keras: Any = importlib.import_module("keras")
     inputs = getattr(network, "inputs", None) or []
     if len(inputs) != 1 or not getattr(network, "outputs", None):

@@ -1,30 +1,40 @@
-"""Weights for a network: published ones, bundled ones, a file, or drawn from a seed.
+"""Weights for a network: published ones, bundled ones, a file, or drawn from a seed; found, downloaded, verified.
 
 Published weights of Keras' own networks come from the address and with the check that Keras gives them, into Keras' own
-folder; those of the networks written here from where PyTorch publishes them. Files are looked at before they are
-loaded: none may run code, or lead its reader to another file.
+folder; those of the networks written here from where PyTorch publishes them, checked by the hash in their name: once,
+into the home folder, or from where PyTorch itself left them. Files are looked at before they are loaded: none may run
+code, or lead its reader to another file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Callable, Iterator
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.backbones.backbone import Backbone
 from nbfeat.errors import RequestError, WeightsError
+from nbfeat.paths import home
 
 if TYPE_CHECKING:
     import keras
 
-    from nbfeat.backbones.state_dict import LayerWeights
+HOST = "https://download.pytorch.org/models"
+PATIENCE = 30.0  # seconds without a byte
+NOTE_EVERY = 1.0  # seconds
+LARGEST = 1_000_000_000  # bytes; AlexNet's have 244 million
+_PART = 1 << 20  # bytes that are read at a time
 
 Tell = Callable[[str], None]
 CHECKPOINTS = (".pth", ".pt")
@@ -49,22 +59,25 @@ def load(
             network = make("imagenet")
         return network, Loaded("imagenet", digest(Path(files[-1])))
     # Reading files takes more imports than a notebook needs.
-    from nbfeat.backbones import bundled, keras_weights, published, random_weights
+    from nbfeat.backbones import keras_weights, pocket, random_weights
 
     network = make(None)
     if weights == "bundled":
-        _set(network, bundled.read(backbone))
+        for layer, arrays in pocket.read(backbone.bundled).items():
+            network.get_layer(layer).set_weights(arrays)
         return network, Loaded("bundled", backbone.bundled)
     if weights == "random":
         random_weights.draw(network, backbone.scaling)
         return network, Loaded("random", digest_of_arrays(network.get_weights()))
-    path = published.found(backbone) if weights == "imagenet" else weights_file(weights)
+    path = on_this_machine(backbone) if weights == "imagenet" else weights_file(weights)
+    if path is None:
+        raise _not_here(backbone, "they were not downloaded")
     if path.suffix in CHECKPOINTS:
         _load_checkpoint(backbone, network, path)
     else:
         keras_weights.load(network, path)
-    found = digest(path)
-    return network, Loaded("imagenet" if published.is_published(backbone, path.name, found) else path.name, found)
+    sha256 = digest(path)
+    return network, Loaded("imagenet" if _is_published(backbone, path.name, sha256) else path.name, sha256)
 
 
 def weights_file(weights: str) -> Path:
@@ -105,23 +118,20 @@ def _load_checkpoint(backbone: Backbone, network: Any, path: Path) -> None:
     from nbfeat.backbones import torch_weights
 
     module: Any = importlib.import_module(f"{backbone.package}.{backbone.module}")
-    _set(network, module.weights_from(torch_weights.read(path)))
-
-
-def _set(network: Any, weights: LayerWeights) -> None:
-    for layer, arrays in weights.items():
+    for layer, arrays in module.weights_from(torch_weights.read(path)).items():
         network.get_layer(layer).set_weights(arrays)
 
 
 @contextmanager
 def _files_told(tell: Tell) -> Iterator[list[str]]:
     """Watch Keras' `get_file`: tell of downloads, and turn a failed one into a sentence that helps."""
-    file_utils: Any = importlib.import_module("keras.src.utils.file_utils")
-    home = importlib.import_module("keras.src.backend.config").keras_home()
+    from keras.src.backend import config
+    from keras.src.utils import file_utils
+
     original, files = file_utils.get_file, list[str]()
 
     def get_file(fname: str, origin: str, *args: Any, **kwargs: Any) -> str:
-        place = Path(home, "models", fname)
+        place = Path(config.keras_home(), "models", fname)
         if not place.exists():
             tell(f"downloading {fname} (once; it stays in {place.parent})")
         try:
@@ -140,3 +150,81 @@ def _files_told(tell: Tell) -> Iterator[list[str]]:
         yield files
     finally:
         file_utils.get_file = original
+
+
+def on_this_machine(backbone: Backbone) -> Path | None:
+    """Return a whole file of the published weights of `backbone`, or None."""
+    torch_home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch"
+    folders = (home() / "weights", Path(torch_home).expanduser() / "hub" / "checkpoints")
+    for path in (folder / backbone.published for folder in folders):
+        try:
+            if _is_published(backbone, path.name, digest(path)):
+                return path
+        except OSError:
+            continue
+    return None
+
+
+def fetch(backbone: Backbone, folder: Path) -> Generator[str, None, Path]:
+    """Return where the published weights of `backbone` are; download them to `folder` where they are not here yet.
+
+    Yields how far it is. Nothing is left of half a file. WeightsError says where to get the file and where to put it.
+    """
+    if here := on_this_machine(backbone):
+        return here
+    name = backbone.published
+    yield f"downloading {name} (once; it stays in {folder})"
+    handle, half = tempfile.mkstemp(prefix=f".{name[:24]}-", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            sha256 = yield from _download(backbone, file)
+        if not _is_published(backbone, name, sha256):
+            raise _not_here(backbone, f"what came is another file: its SHA-256 begins with {sha256[:8]}")
+        return Path(half).replace(folder / name)
+    finally:
+        Path(half).unlink(missing_ok=True)
+
+
+def _download(backbone: Backbone, file: IO[bytes]) -> Generator[str, None, str]:
+    """Write the published weights to `file`; yield how far it is and return the SHA-256."""
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    hasher, done, noted_at = hashlib.sha256(), 0, time.monotonic()
+    try:
+        with urllib.request.urlopen(f"{HOST}/{backbone.published}", timeout=PATIENCE) as answer:
+            total = int(answer.headers.get("Content-Length") or 0)
+            while part := answer.read1(_PART):
+                file.write(part)
+                hasher.update(part)
+                done += len(part)
+                if done > LARGEST:
+                    raise _not_here(backbone, f"it is larger than {LARGEST:,} bytes")
+                if total and time.monotonic() - noted_at >= NOTE_EVERY:
+                    noted_at = time.monotonic()
+                    yield f"downloading {backbone.published}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
+            if done < total:
+                raise _not_here(backbone, f"the connection ended after {done:,} of {total:,} bytes")
+    except TimeoutError as error:
+        raise _not_here(backbone, f"nothing came for {PATIENCE:g} seconds") from error
+    except urllib.error.HTTPError as error:
+        error.close()  # it holds the connection
+        raise _not_here(backbone, f"the server answered {error.code} {error.reason}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _not_here(backbone, str(getattr(error, "reason", error)) or type(error).__name__) from error
+    return hasher.hexdigest()
+
+
+def _is_published(backbone: Backbone, name: str, sha256: str) -> bool:
+    """Tell whether a file of this name, in which PyTorch puts digits of the SHA-256, is the one for `backbone`."""
+    digits = re.search(r"-([0-9a-f]{8,})\.pth$", name)
+    return name == backbone.published and digits is not None and sha256.startswith(digits[1])
+
+
+def _not_here(backbone: Backbone, reason: str) -> WeightsError:
+    return WeightsError(
+        f"The weights {backbone.published} are not on this machine and could not be downloaded ({reason}). "
+        f"Download {HOST}/{backbone.published} and put it at {home() / 'weights' / backbone.published}, or use "
+        "--weights random to try things out."
+    )

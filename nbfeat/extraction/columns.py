@@ -73,7 +73,7 @@ class FeatureColumns:
     @property
     def is_sized(self) -> bool:
         """Whether its width is known, as it is not of a network of the user's own before that is built."""
-        return bool(self.lane or self.repeats) or not find(self.block.backbone).is_own
+        return bool(self.lane or self.repeats) or not find(self.block.backbone).is_user_model
 
     @property
     def names(self) -> list[str]:

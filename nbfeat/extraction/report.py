@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbfeat.backbones.catalog import find
-from nbfeat.backbones.model_file import NAME, SUFFIXES
+from nbfeat.backbones.user_models import NAME, SUFFIXES
 from nbfeat.errors import listing
 from nbfeat.extraction.columns import FeatureColumns
 from nbfeat.extraction.options import FeatureBlock, quoted

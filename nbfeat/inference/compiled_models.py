@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nbfeat import errors, isolation
-from nbfeat.backbones import model_file, weights
+from nbfeat.backbones import user_models, weights
 from nbfeat.backbones.catalog import find
 from nbfeat.inference.export import versions
 from nbfeat.inference.model import NetworkSpec, Output
@@ -76,7 +76,7 @@ class Preparing:
 
     def _checked(self, found: Stored) -> Stored:
         """Refuse a network of the user's own whose file was another one when it was loaded than when it was named."""
-        if self.spec.backbone == model_file.NAME and found.weights.sha256 != weights.digest(Path(self.spec.weights)):
+        if self.spec.backbone == user_models.NAME and found.weights.sha256 != weights.digest(Path(self.spec.weights)):
             shutil.rmtree(found.folder, ignore_errors=True)
             raise errors.WeightsError(f"{self.spec.title} changed while it was read. Run it again when it is saved.")
         return found
@@ -87,8 +87,6 @@ def located(spec: NetworkSpec) -> Generator[str, None, tuple[NetworkSpec, object
     if spec.weights != "imagenet" or not find(spec.backbone).published:
         return spec, None
     backbone = find(spec.backbone)
-    from nbfeat.backbones import published
-
     owner = None
     try:
         folder = keep("weights")
@@ -96,7 +94,7 @@ def located(spec: NetworkSpec) -> Generator[str, None, tuple[NetworkSpec, object
         owner = TemporaryFolder()
         folder = owner.path
     remove_abandoned(folder)
-    path = yield from published.fetch(backbone, folder)
+    path = yield from weights.fetch(backbone, folder)
     return replace(spec, weights=str(path)), owner
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbfeat import errors, isolation
-from nbfeat.backbones.model_file import REGISTER
+from nbfeat.backbones.user_models import REGISTER
 from nbfeat.backbones.weights import digest
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def export(spec: NetworkSpec, out: Path, tell: Any) -> None:
     try:
         write(built, out / "network.xml")
     except Exception as error:
-        if not spec.network.is_own:
+        if not spec.network.is_user_model:
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise errors.NetworkError(
@@ -107,7 +107,7 @@ def describe(spec: NetworkSpec, out: Path, tell: Any) -> None:
     tell(f"building {backbone.title} to see its layers")
     network: Any = (
         load_base(spec, tell)[0]
-        if backbone.is_own
+        if backbone.is_user_model
         else keras_applications.build(backbone, size=spec.size, alpha=spec.alpha)
     )
     (out / "layers.json").write_text(json.dumps(rows_of(network)), encoding="utf-8")

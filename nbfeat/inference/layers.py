@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nbfeat.backbones import keras_applications, user_models
 from nbfeat.backbones.backbone import Backbone
 from nbfeat.backbones.catalog import find
-from nbfeat.backbones.model_file import NAME
+from nbfeat.backbones.user_models import NAME
 from nbfeat.errors import NbfeatError, NetworkError
 from nbfeat.extraction.options import FeatureBlock, alpha_of, whole
 from nbfeat.inference.channels_first import MAP_RANK
@@ -92,7 +92,7 @@ def expected_width(block: FeatureBlock) -> tuple[int, bool] | None:
     backbone = find(block.backbone)
     if block.components:
         return block.components, True
-    if backbone.is_own:
+    if backbone.is_user_model:
         return None
     rows = _seen(backbone, block.alpha, block.size)
     name = block.layer or backbone.end or next(reversed(rows), "")
@@ -113,7 +113,7 @@ def expected_width(block: FeatureBlock) -> tuple[int, bool] | None:
 
 def _seen(backbone: Backbone, alpha: float | None = None, size: int | None = None) -> dict[str, dict[str, Any]]:
     """Return the layers of a backbone by name, where they were looked at before."""
-    if backbone.is_own:  # a file tells all of them, and reading it whole would take long
+    if backbone.is_user_model:  # a file tells all of them, and reading it whole would take long
         return {}
     try:
         rows = known_layers(spec_of(backbone, alpha, size))
@@ -126,7 +126,7 @@ def spec_of(backbone: Backbone, alpha: float | None = None, size: int | None = N
     """Describe the network whose layers are asked for; its weights do not matter."""
     side = whole("size")(size) if size is not None else backbone.size
     width = alpha_of(alpha) if alpha is not None else None
-    if backbone.is_own:
+    if backbone.is_user_model:
         side = user_models.check(backbone, size=size and side, alpha=width, weights=None, scaling="none")
         name, weights = (NAME, backbone.name) if backbone.package == "file" else (backbone.name, "own")
         return NetworkSpec(backbone=name, alpha=None, weights=weights, scaling="none", size=side, cuts=())

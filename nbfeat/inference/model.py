@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from nbfeat.backbones import keras_applications, model_file, registered, user_models, weights
+from nbfeat.backbones import keras_applications, user_models, weights
 from nbfeat.backbones.backbone import Backbone, Scaling
 from nbfeat.backbones.catalog import find
 from nbfeat.errors import RequestError, near, sentences
@@ -75,7 +75,7 @@ class NetworkSpec:
         blocks = list(blocks)
         first, backbone = blocks[0], find(blocks[0].backbone)
         cuts = tuple(sorted({cut_of(block) for block in blocks}))
-        if backbone.is_own:
+        if backbone.is_user_model:
             return cls._of_own(backbone, first, cuts)
         chosen = first.weights or backbone.default_weights
         spec = cls(
@@ -94,7 +94,7 @@ class NetworkSpec:
         given = {name: getattr(block, name) for name in ("size", "alpha", "weights", "scaling")}
         size, is_file = user_models.check(backbone, **given), backbone.package == "file"
         return cls(
-            backbone=model_file.NAME if is_file else backbone.name,
+            backbone=user_models.NAME if is_file else backbone.name,
             alpha=None,
             weights=backbone.name if is_file else backbone.default_weights,
             scaling=block.scaling or backbone.scaling,
@@ -105,7 +105,7 @@ class NetworkSpec:
     @property
     def network(self) -> Backbone:
         """The backbone that is built."""
-        return find(self.weights if self.backbone == model_file.NAME else self.backbone)
+        return find(self.weights if self.backbone == user_models.NAME else self.backbone)
 
     @property
     def is_registered(self) -> bool:
@@ -160,7 +160,7 @@ def build(spec: NetworkSpec, tell: weights.Tell, *, channels_first: bool = False
     base = base or load_base(spec, tell)
     if not channels_first:
         return _assembled(spec, base)
-    if not spec.network.is_own:
+    if not spec.network.is_user_model:
         return _assembled(spec, base, turn_channels_first(base[0]))
     straight = _assembled(spec, base)
     # Of what layers like these do in the other layout nothing is known: some work along the last axis, whatever it is.
@@ -185,7 +185,7 @@ def _assembled(spec: NetworkSpec, base: Base, turned: keras.Model | None = None)
         pooling = _pooling(cut, tensor, backbone)
         # In mixed precision a network gives fewer bits than pooling is to have.
         tensor = tensor if tensor.dtype == "float32" else keras.ops.cast(tensor, "float32")  # noqa: PLW2901
-        norm = trunk.layers[-1] if ends_in_norm and not backbone.is_own and not cut.layer else None
+        norm = trunk.layers[-1] if ends_in_norm and not backbone.is_user_model and not cut.layer else None
         norm = norm if pooling in {"avg", "max"} else None
         head = pool(trunk.layers[-1].input if norm else tensor, pooling, channels_first=turned is not None)
         # Keras' ConvNeXt normalizes *after* pooling when it is asked to pool.
@@ -205,7 +205,7 @@ def load_base(spec: NetworkSpec, tell: weights.Tell) -> Base:
     """Build the backbone without classifier and give it its weights."""
     backbone = spec.network
     if backbone.package == "registered":
-        network = registered.build(backbone, spec.size)
+        network = user_models.build(backbone, spec.size)
         loaded = weights.Loaded(backbone.name, weights.digest_of_arrays(network.get_weights()))
     elif backbone.package == "file":
         path = Path(backbone.name)
@@ -266,7 +266,7 @@ def _pooling(cut: Cut, tensor: Any, backbone: Backbone) -> Pooling | None:
 
 
 def _tensor_at(network: Any, cut: Cut, backbone: Backbone) -> Any:
-    if backbone.is_own:
+    if backbone.is_user_model:
         return user_models.output_of(network, cut.layer, backbone.title)
     names = [layer.name for layer in network.layers[1:]]
     if cut.layer and cut.layer not in names:

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from nbfeat.backbones import model_file
+from nbfeat.backbones import user_models
 from nbfeat.errors import NbfeatError
 from nbfeat.inference.compiled_models import TemporaryFolder
 from nbfeat.inference.engines import Engine, vectors_of
 from nbfeat.inference.engines.session import in_a_fresh_session
 from nbfeat.inference.model import Base, NetworkSpec, load_base
 
-FILE_ADVICE = f"{model_file.REGISTER} Keras then runs it."  # which does not help where it is registered
+FILE_ADVICE = f"{user_models.REGISTER} Keras then runs it."  # which does not help where it is registered
 _SEED = 9
 _IMAGES = 16  # to tell networks apart by
 _DIGITS = 3  # the same network gives others from run to run only beyond these
@@ -56,16 +56,16 @@ def make(spec: NetworkSpec, device: str) -> Made:
     if why_not:
         return Made(base, None, why_not)
     try:
-        model_file.backbone_at(str(path))
+        user_models.backbone_at(str(path))
     except NbfeatError as error:
         return Made(base, None, why_not_as_file(error, spec.backbone))
     _write_without_dates(path)
-    return Made(base, replace(spec, backbone=model_file.NAME, weights=str(path)), owner=owner)
+    return Made(base, replace(spec, backbone=user_models.NAME, weights=str(path)), owner=owner)
 
 
 def why_not_as_file(error: NbfeatError, name: str) -> str:
     """Return what is told of a file as a clause about what was registered as `name`, without the next step."""
-    told = str(error).removesuffix(FILE_ADVICE).removesuffix(model_file.REGISTER).partition(": replace")[0]
+    told = str(error).removesuffix(FILE_ADVICE).removesuffix(user_models.REGISTER).partition(": replace")[0]
     return told.replace(f"{name}.keras", name).rstrip(" .")
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nbfeat.backbones.model_file import SUFFIXES
+from nbfeat.backbones.user_models import SUFFIXES
 from nbfeat.cache.storage import KINDS
 from nbfeat.errors import RequestError, listing, near, sentences
 from nbfeat.extraction.extraction import Extraction

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from nbfeat.backbones import pocket_student
+from nbfeat.backbones import pocket_training
 from nbfeat.backbones.pocket_training import Lessons, Recipe
 
 
 def folded(out: Path) -> None:
     """Give the batch norms something to do, and keep what the network gives with and without them."""
     torch.manual_seed(0)
-    network = pocket_student.make_network()
+    network = pocket_training.make_network()
     for part in network.modules():
         if isinstance(part, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(part.weight, 0.5, 1.5)
@@ -28,12 +28,12 @@ def folded(out: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
     with torch.no_grad():
         for _ in range(30):
-            network(pocket_student.scaled(pixels))
-        maps = network.eval()(pocket_student.scaled(pixels))
+            pocket_training.maps_of(network, pocket_training.scaled(pixels))
+        maps = pocket_training.maps_of(network.eval(), pocket_training.scaled(pixels))
     arrays: dict[str, Any] = {
         "pixels": pixels,
         "maps": maps.permute(0, 2, 3, 1).numpy(),
-        **pocket_student.folded(network),
+        **pocket_training.folded(network),
     }
     np.savez(out / "network.npz", **arrays)
 
@@ -47,7 +47,7 @@ def learned() -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         image[..., label if label < 3 else slice(None)] += 100
     target = np.eye(4, dtype=np.float32)[labels]
     lessons = Lessons(pixels, labels, (target, target), np.arange(96) >= 80)
-    epochs = list(pocket_student.train(Recipe(epochs=6, batch=16, average=0.5), lessons))
+    epochs = list(pocket_training.train(Recipe(epochs=6, batch=16, average=0.5), lessons))
     return [figures for figures, _ in epochs], dict(epochs[-1][1])
 
 

@@ -20,8 +20,7 @@ from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 
 import nbfeat
-from nbfeat.backbones.catalog import CATALOG, find
-from nbfeat.backbones.registered import register_backbone
+from nbfeat.backbones.catalog import CATALOG, find, register_backbone
 from nbfeat.errors import NbfeatError, RequestError, WeightsError
 from nbfeat.extraction.options import FeatureBlock
 from nbfeat.inference.model import NetworkSpec

@@ -15,10 +15,10 @@ import pytest
 
 import nbfeat
 from nbfeat import RequestError, WeightsError
-from nbfeat.backbones import bundled, pocket
+from nbfeat.backbones import pocket
 from nbfeat.backbones.catalog import CATALOG
 from nbfeat.backbones.pocket_training import components
-from nbfeat.backbones.state_dict import LayerWeights
+from nbfeat.backbones.torch_weights import LayerWeights
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import read_pixels
 from tests import keras_child
@@ -29,14 +29,14 @@ POCKET = CATALOG["Pocket"]
 
 
 def test_it_is_small() -> None:
-    assert bundled.file_of(POCKET).stat().st_size <= 2_500_000
+    assert pocket.WEIGHTS.stat().st_size <= 2_500_000
     assert POCKET.parameters <= 1_200_000
     assert 64 <= POCKET.size <= 112
     assert POCKET.width <= 512
 
 
 def test_its_weights_are_whole_half_precision_and_of_the_shapes_of_its_layers() -> None:
-    weights = bundled.read(POCKET)
+    weights = pocket.read(POCKET.bundled)
     assert list(weights) == [each.name for each in pocket.CONVOLUTIONS]
     for each in pocket.CONVOLUTIONS:
         kernel, bias = weights[each.name]
@@ -62,13 +62,13 @@ def test_a_file_that_is_not_the_release_s_is_refused_in_a_sentence(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "pocket.npz"
-    content = bytearray(bundled.file_of(POCKET).read_bytes())
+    content = bytearray(pocket.WEIGHTS.read_bytes())
     content[len(content) // 2] ^= 1
     if change != "missing":
         copy.write_bytes(content if change == "another byte" else content[:1000])
-    monkeypatch.setattr(bundled, "file_of", lambda _: copy)
+    monkeypatch.setattr(pocket, "WEIGHTS", copy)
     with pytest.raises(WeightsError) as caught:
-        bundled.read(POCKET)
+        pocket.read(POCKET.bundled)
     text = str(caught.value)
     assert str(copy) in text
     assert "Install nbfeat again" in text
@@ -81,7 +81,7 @@ def test_features_are_what_the_convolutions_give(photos: pd.DataFrame) -> None:
         photos, "Pocket", "Pocket --layer block1_out --pooling max", images="path", precision="float32"
     )
     pixels = [read_pixels(path, [PixelSpec(POCKET.size, "squash", "bilinear")], Path())[0] for path in photos["path"]]
-    maps = by_hand(np.stack(pixels[:4]), bundled.read(POCKET))
+    maps = by_hand(np.stack(pixels[:4]), pocket.read(POCKET.bundled))
     close(result["pocket"].to_numpy()[:4], maps["top_conv"].mean((1, 2)))
     close(result["pocket_block1_out_max"].to_numpy()[:4], maps["block1_conv4"].max((1, 2)))
 
@@ -220,7 +220,7 @@ def test_the_wheel_has_the_weights_and_their_terms(tmp_path: Path) -> None:
         pytest.skip("hatchling is not installed here")
     subprocess.run([*pip, str(ROOT)], check=True, capture_output=True)
     shutil.unpack_archive(next(tmp_path.glob("*.whl")), tmp_path, "zip")
-    assert (tmp_path / "nbfeat/backbones/pocket.npz").read_bytes() == bundled.file_of(POCKET).read_bytes()
+    assert (tmp_path / "nbfeat/backbones/pocket.npz").read_bytes() == pocket.WEIGHTS.read_bytes()
     metadata = next(tmp_path.glob("*.dist-info"))
     assert "non-commercial" in (metadata / "licenses/nbfeat/backbones/POCKET-LICENSE").read_text()
     assert "License-File: nbfeat/backbones/POCKET-LICENSE" in (metadata / "METADATA").read_text()

@@ -18,7 +18,7 @@ import pytest
 
 import nbfeat
 from nbfeat import WeightsError
-from nbfeat.backbones import published
+from nbfeat.backbones import weights
 from nbfeat.backbones.backbone import Backbone
 from nbfeat.backbones.catalog import CATALOG
 from nbfeat.inference.compiled_models import located
@@ -69,9 +69,9 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     with Server(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        monkeypatch.setattr(published, "HOST", f"http://127.0.0.1:{server.server_address[1]}")
-        monkeypatch.setattr(published, "PATIENCE", 0.5)
-        monkeypatch.setattr(published, "TOLD_EVERY", 0.0)
+        monkeypatch.setattr(weights, "HOST", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setattr(weights, "PATIENCE", 0.5)
+        monkeypatch.setattr(weights, "NOTE_EVERY", 0.0)
         monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         yield server
@@ -94,7 +94,7 @@ def publish(server: Server, monkeypatch: pytest.MonkeyPatch) -> Backbone:
 
 
 def fetched(backbone: Backbone, folder: Path) -> tuple[list[str], Path]:
-    told, fetching = list[str](), published.fetch(backbone, folder)
+    told, fetching = list[str](), weights.fetch(backbone, folder)
     while True:
         try:
             told.append(next(fetching))
@@ -141,16 +141,16 @@ def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(
     if way == "another file":
         server.data = server.data[::-1]
     elif way == "too large":
-        monkeypatch.setattr(published, "LARGEST", 60_000)
+        monkeypatch.setattr(weights, "LARGEST", 60_000)
     elif way == "nobody there":
-        monkeypatch.setattr(published, "HOST", "http://127.0.0.1:9")
+        monkeypatch.setattr(weights, "HOST", "http://127.0.0.1:9")
     with pytest.raises(WeightsError) as caught:
         fetched(backbone, folder)
     text = str(caught.value)
     assert reason in text
     assert "\n" not in text
     assert text.endswith(
-        f"Download {published.HOST}/{backbone.published} and put it at {folder / backbone.published}, or use --weights "
+        f"Download {weights.HOST}/{backbone.published} and put it at {folder / backbone.published}, or use --weights "
         "random to try things out."
     )
     assert not list(folder.iterdir())
@@ -158,7 +158,7 @@ def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(
 
 def test_a_download_that_is_stopped_leaves_nothing(backbone: Backbone, server: Server, folder: Path) -> None:
     server.way = "slow"
-    fetching = published.fetch(backbone, folder)
+    fetching = weights.fetch(backbone, folder)
     assert len(list(itertools.islice(fetching, 2))) == 2
     assert len(list(folder.iterdir())) == 1
     fetching.close()
@@ -168,16 +168,16 @@ def test_a_download_that_is_stopped_leaves_nothing(backbone: Backbone, server: S
 def test_a_file_that_is_here_needs_no_network(
     backbone: Backbone, server: Server, folder: Path, tmp_path: Path, own_cache: Path
 ) -> None:
-    assert published.on_this_machine(backbone) is None
+    assert weights.on_this_machine(backbone) is None
     torchs = tmp_path / "torch" / "hub" / "checkpoints" / backbone.published
     torchs.parent.mkdir(parents=True)
     torchs.write_bytes(server.data[:-1])
-    assert published.on_this_machine(backbone) is None, "it is not whole"
+    assert weights.on_this_machine(backbone) is None, "it is not whole"
     torchs.write_bytes(server.data)
-    assert published.found(backbone) == torchs
+    assert weights.on_this_machine(backbone) == torchs
     by_hand = own_cache / "weights" / backbone.published
     shutil.copy(torchs, by_hand)
-    assert published.found(backbone) == by_hand
+    assert weights.on_this_machine(backbone) == by_hand
     assert server.asked == 0
     assert list(folder.iterdir()) == [by_hand]
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pytest
 
 from nbfeat.backbones import torch_weights
-from nbfeat.backbones.refusal import quote
+from nbfeat.backbones.hdf5 import quote
 from nbfeat.errors import WeightsError
 from tests.backbones import hostile_checkpoints
 from tests.backbones.torch_files import (

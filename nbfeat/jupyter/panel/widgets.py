@@ -156,7 +156,7 @@ def chosen(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def weights_of(backbone: Backbone) -> list[str]:
     """Return the weights that can be chosen by name."""
-    if backbone.is_own:
+    if backbone.is_user_model:
         return []
     return list(dict.fromkeys(["bundled" if backbone.bundled else "imagenet", "random"]))
 
