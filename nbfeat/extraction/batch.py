@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nbfeat.cache.keys import News
+from nbfeat.cache.database import CacheEntries
 from nbfeat.extraction.lane import NetworkState
 from nbfeat.inference.engines import Vectors
 
@@ -36,9 +36,9 @@ class Batch:
         return self
 
     @property
-    def news(self) -> News:
+    def news(self) -> CacheEntries:
         """What the cache should keep of it."""
-        news = News(files=self.files, failures=self.undecodable)
+        news = CacheEntries(files=self.files, failures=self.undecodable)
         if self.lane is not None and not (self.cached or self.computed_elsewhere):
             news.vectors = [(kept, self.images, self.vectors[key]) for key, kept in self.lane.kept.items()]
         return news

@@ -90,25 +90,26 @@ class NetworkState:
         return self.opening.weights
 
     def _kept(self, cut: Cut) -> CacheKey:
-        """Name everything that changes the numbers that `cut` gives for an image."""
+        """Return what the features of `cut` are kept under."""
         output = self.outputs[cut.key]
-        key_fields = {
-            "backbone": self.spec.backbone,
-            "alpha": self.spec.alpha,
-            "weights": self.weights.sha256,
-            "layer": cut.layer,
-            "pooling": output.pooling,
-            "scaling": self.spec.scaling,
-            "size": self.pixels.size,
-            "resize": self.pixels.resize,
-            "interpolation": self.pixels.interpolation,
-            "least_reduced": resize.LEAST_REDUCED,
-            "decoders": decoders(),
-            "keras": version("keras"),
-            **self.opening.key_fields(self.precision),
-            "numerics": NUMERICS,
-        }
-        return CacheKey(key_fields, {"weights_name": self.weights.name}, output.width)
+        return CacheKey(
+            backbone=self.spec.backbone,
+            alpha=self.spec.alpha,
+            weights=self.weights.sha256,
+            layer=cut.layer,
+            pooling=output.pooling,
+            scaling=self.spec.scaling,
+            size=self.pixels.size,
+            resize=self.pixels.resize,
+            interpolation=self.pixels.interpolation,
+            least_reduced=resize.LEAST_REDUCED,
+            decoders=decoders(),
+            keras=version("keras"),
+            engine=self.opening.key_fields(self.precision),
+            numerics=NUMERICS,
+            width=output.width,
+            weights_name=self.weights.name,
+        )
 
 
 def decoders() -> str:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import re
 import shutil
 import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import fields
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,15 +26,17 @@ from PIL import Image
 
 import nbfeat
 from nbfeat import Extraction, RequestError, paths
-from nbfeat.cache import database, tables
+from nbfeat.cache import database
+from nbfeat.cache.keys import CacheKey
 from nbfeat.cache.storage import KINDS
-from nbfeat.extraction import lane, pipeline, progress
+from nbfeat.extraction import pipeline, progress
 from nbfeat.extraction.normalize import Normalizer
 from nbfeat.images import decode, fingerprint, formats, resize, sources
 from nbfeat.inference import model
 from tests import fake
 from tests.faces import Face, same
 from tests.fake import FakeEngine, FakeNetwork
+from tests.mutations import mutated
 
 pytestmark = pytest.mark.usefixtures("fake_network")
 BLOCK = "MobileNet --size 32"
@@ -63,6 +69,12 @@ def computed(work: Callable[[], object]) -> int:
     return FakeEngine.computed - before
 
 
+def rows(file: Path, query: str) -> list[Any]:
+    """Return what `query` finds in a database."""
+    with closing(sqlite3.connect(file)) as db:
+        return db.execute(query).fetchall()
+
+
 def file_of(folder: Path) -> Path:
     """Return the one database in a home folder."""
     (file,) = (folder / "features").glob("*.sqlite")
@@ -72,46 +84,62 @@ def file_of(folder: Path) -> Path:
 # What is found again
 
 
-def test_the_same_cell_again_computes_nothing(extract: Face, photos: pd.DataFrame) -> None:
+def test_the_same_cell_again_computes_nothing(extract: Face, photos: pd.DataFrame, own_cache: Path) -> None:
+    assert extract(photos, BLOCK, images="path", cache=False).keeps is False
+    assert not (own_cache / "features").exists()
     first = extract(photos, BLOCK, images="path")
-    assert (first.cached, FakeEngine.computed) == (0, 20)
+    assert (first.cached, FakeEngine.computed) == (0, 40)
     again = extract(photos, BLOCK, images="path")
-    assert (again.cached, again.done, FakeEngine.computed, FakeEngine.opened) == (20, 20, 20, 1)
+    assert (again.cached, again.done, FakeEngine.computed, FakeEngine.opened) == (20, 20, 40, 2)
     same(again.features, first.features)
     assert re.search(r"from 20 images in \d\.\d s, all from the cache\n", repr(again))
     assert again.profile["bottleneck"] is None
     assert "bounded by" not in repr(again)
+    assert extract(photos, BLOCK, images="path", cache=False).cached == 0
 
 
-def test_without_the_cache_everything_is_computed_and_nothing_is_kept(
-    extract: Face, photos: pd.DataFrame, own_cache: Path
-) -> None:
-    assert computed(lambda: extract(photos, BLOCK, images="path", cache=False)) == 20
-    assert computed(lambda: extract(photos, BLOCK, images="path", cache=False)) == 20
-    assert not (own_cache / "features").exists()
-
-
-def test_normalization_and_names_do_not_compute_again(extract: Face, photos: pd.DataFrame) -> None:
-    raw = extract(photos, BLOCK, images="path").features.to_numpy()
-    for options in ({"normalize": "l2"}, {"normalize": "standard"}, {"components": 3}, {"prefix": "other"}):
-        assert computed(lambda options=options: extract(photos, BLOCK, images="path", **options)) == 0  # type: ignore[misc]
-    learned = extract(photos, BLOCK, images="path", normalize="standard", fit_on="split == 'train'")
+def test_normalization_and_names_do_not_compute_again(photos: pd.DataFrame) -> None:
+    raw = run(photos).features.to_numpy()
+    options: list[dict[str, Any]] = [{"normalize": "l2"}, {"normalize": "standard"}, {"components": 3}, {"prefix": "x"}]
+    assert [run(photos, **each).cached for each in options] == [20] * 4
+    learned = run(photos, normalize="standard", fit_on="split == 'train'")
     assert learned.cached == 20
     np.testing.assert_allclose(learned.features.to_numpy()[:14].mean(axis=0), 0, atol=1e-4)
-    np.testing.assert_array_equal(extract(photos, BLOCK, images="path").features.to_numpy(), raw)
+    np.testing.assert_array_equal(run(photos).features.to_numpy(), raw)
 
 
-@pytest.mark.parametrize(
-    "change",
-    ["--size 48", "--resize pad", "--interpolation nearest", "--layer conv1_relu", "--scaling none", "--alpha 0.5"],
-)
-def test_what_changes_the_numbers_is_computed_again(photos: pd.DataFrame, change: str) -> None:
+# The key
+
+
+def test_what_changes_the_numbers_is_computed_again(photos: pd.DataFrame) -> None:
     run(photos)
-    assert computed(lambda: run(photos, f"{BLOCK} {change}".replace("--size 32 --size", "--size"))) == 20
+    assert run(photos).cached == 20
+    for change in ("", " --resize pad", " --interpolation nearest", " --layer x", " --scaling none", " --alpha 0.5"):
+        assert run(photos, f"MobileNet --size 48{change}").cached == 0
 
 
-@pytest.mark.parametrize("change", ["weights", "engine", "numerics", "decoders", "reduction", "precision", "pooling"])
-def test_so_is_what_the_versions_change(photos: pd.DataFrame, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_field_is_in_the_key() -> None:
+    values: dict[str, Any] = dict.fromkeys((field.name for field in fields(CacheKey)), "")
+    values["engine"] = {"precision": "float32"}
+    key = CacheKey(**values)
+    assert key.key == CacheKey(**values).key
+    for name in values.keys() - {"width", "weights_name"}:
+        other = CacheKey(**{**values, name: {"precision": "bfloat16"} if name == "engine" else "other"})
+        assert other.key != key.key, name
+
+
+def test_a_run_gives_each_field_its_value(photos: pd.DataFrame) -> None:
+    run(photos)
+    (block,) = nbfeat.storage.features.to_dict("records")
+    assert set(block) > {field.name for field in fields(CacheKey)} - {"engine"}
+    assert (block["numerics"], block["least_reduced"]) == (model.NUMERICS, resize.LEAST_REDUCED)
+    assert block["decoders"] == f"pillow {version('pillow')}, simplejpeg {version('simplejpeg')}"
+    assert (block["keras"], block["engine"], block["precision"]) == (version("keras"), "fake", "float32")
+    assert (block["weights"], block["weights_name"], block["width"]) == ("0" * 64, "random", 48)
+
+
+@pytest.mark.parametrize("change", ["weights", "engine", "precision", "pooling"])
+def test_another_network_computes_again(photos: pd.DataFrame, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run(photos)
     made = FakeNetwork.__init__
 
@@ -126,18 +154,11 @@ def test_so_is_what_the_versions_change(photos: pd.DataFrame, change: str, monke
             self.outputs = {key: model.Output(48, "max", (2, 2, 48), negative=False)}
 
     monkeypatch.setattr(FakeNetwork, "__init__", other)
-    if change == "numerics":
-        monkeypatch.setattr(lane, "NUMERICS", model.NUMERICS + 1)
-    elif change == "decoders":
-        monkeypatch.setattr(lane, "decoders", lambda: "another pillow")
-    elif change == "reduction":
-        monkeypatch.setattr(resize, "LEAST_REDUCED", 2)
-    precision = "auto"
-    if change == "precision":
-        precision = "bfloat16"
-        run(photos, precision=precision, cache=False)  # it is compared with float32, once
-    assert computed(lambda: run(photos, precision=precision)) == 20
-    assert computed(lambda: run(photos, precision=precision)) == 0
+    precision = "bfloat16" if change == "precision" else "auto"
+    assert [run(photos, precision=precision).cached for _ in range(2)] == [0, 20]
+
+
+# Files
 
 
 @pytest.mark.usefixtures("settled")
@@ -155,19 +176,18 @@ def test_a_file_that_changed_is_computed_again_alone(photos: pd.DataFrame) -> No
 
 
 @pytest.mark.usefixtures("settled")
-def test_files_that_moved_or_were_touched_are_read_but_not_computed(photos: pd.DataFrame, tmp_path: Path) -> None:
+def test_files_are_read_where_their_state_is_new_and_computed_where_their_content_is(
+    photos: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = run(photos)
-    moved = [shutil.move(path, str(tmp_path / f"moved {Path(path).name}")) for path in photos["path"]]
-    after = run(photos.assign(path=moved))
+    moved = photos.assign(
+        path=[shutil.move(path, str(tmp_path / f"moved {Path(path).name}")) for path in photos["path"]]
+    )
+    after = run(moved)
     assert (after.cached, FakeEngine.computed) == (20, 20)
     same(after.features, before.features)
-
-
-@pytest.mark.usefixtures("settled")
-def test_files_in_a_known_state_are_not_even_read(photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = run(photos)
     monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("read a file that it knew"))
-    same(run(photos).features, before.features)
+    same(run(moved).features, before.features)
 
 
 def test_a_file_that_has_just_changed_is_not_known_by_its_state(photos: pd.DataFrame) -> None:
@@ -175,8 +195,9 @@ def test_a_file_that_has_just_changed_is_not_known_by_its_state(photos: pd.DataF
     assert not fingerprint.is_settled(status)
     assert sources.load(photos["path"].iloc[0], Path())[1] is None
     run(photos)
-    with sqlite3.connect(database.Cache.at_home().path) as db:
-        assert db.execute("SELECT COUNT(*) FROM files").fetchone() == (0,)
+    kept = database.Cache.at_home()
+    assert rows(kept.path, "SELECT COUNT(*) FROM entries") == [(20,)], "features alone"
+    kept.close()
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_known_by_its_state(
@@ -238,10 +259,10 @@ def test_another_backbone_beside_a_known_one_is_computed_alone(photos: pd.DataFr
 # Equal images
 
 
-def test_equal_images_are_computed_once(extract: Face, photos: pd.DataFrame, tmp_path: Path) -> None:
+def test_equal_images_are_computed_once(photos: pd.DataFrame, tmp_path: Path) -> None:
     copies = [str(shutil.copy(path, tmp_path / f"copy {Path(path).name}")) for path in photos["path"]]
     many = pd.concat([photos, photos.assign(path=copies), photos])
-    result = extract(many, BLOCK, images="path", cache=False)
+    result = run(many, cache=False)
     assert (FakeEngine.computed, result.equal, result.done) == (20, 40, 60)
     assert "40 images are equal to others and share their features" in repr(result)
     same(result.features.iloc[20:40], result.features.iloc[:20])
@@ -413,31 +434,28 @@ def test_steps_that_nobody_asks_for_any_more_leave_nothing_open(photos: pd.DataF
 # Trouble
 
 
-def hurt(path: Path, kind: str) -> None:
-    """Spoil the database."""
-    data = path.read_bytes()
-    if kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "text":
-        path.write_text("not a database\n" * 100)
-    elif kind.startswith("cut at"):
-        path.write_bytes(data[: len(data) * int(kind.split()[2]) // 100])
-    else:
-        generator = np.random.default_rng(int(kind.split()[1]))
-        spoiled = bytearray(data)
-        for start in generator.integers(0, len(data), 40):
-            spoiled[start : start + 300] = generator.bytes(len(spoiled[start : start + 300]))
-        path.write_bytes(spoiled)
+def hurt(data: bytes, kind: str) -> bytes:
+    """Spoil a database."""
+    match kind.split():
+        case ["empty"]:
+            return b""
+        case ["text"]:
+            return b"not a database\n" * 100
+        case ["cut", share]:
+            return data[: len(data) * int(share) // 100]
+        case [*_, seed]:
+            chance = random.Random(int(seed))
+            for _ in range(20):  # apart from the header, where another format may come to stand
+                data = data[:100] + mutated(data[100:], chance, 4096)
+    return data
 
 
-SPOILED = ["empty", "text", *(f"cut at {share} %" for share in (1, 20, 50, 90)), *(f"random {n}" for n in range(20))]
-
-
-@pytest.mark.parametrize("kind", SPOILED)
+@pytest.mark.parametrize("kind", ["empty", "text", *(f"cut {share}" for share in (1, 20, 90)), *map(str, range(8))])
 @pytest.mark.usefixtures("settled")
 def test_a_damaged_database_costs_time_and_nothing_else(photos: pd.DataFrame, own_cache: Path, kind: str) -> None:
     before = run(photos)
-    hurt(file_of(own_cache), kind)
+    file = file_of(own_cache)
+    file.write_bytes(hurt(file.read_bytes(), kind))
     after = run(photos)
     same(after.features, before.features)
     assert all("was damaged" in note and "begun anew" in note for note in after.notes)
@@ -447,9 +465,7 @@ def test_a_damaged_database_costs_time_and_nothing_else(photos: pd.DataFrame, ow
 
 def test_a_newer_format_is_left_alone(photos: pd.DataFrame, own_cache: Path) -> None:
     run(photos)
-    with sqlite3.connect(file_of(own_cache)) as db:
-        db.execute("PRAGMA user_version = 99")
-    db.close()
+    rows(file_of(own_cache), "PRAGMA user_version = 99")
     again = run(photos)
     assert (again.cached, again.keeps) == (0, False)
     assert "written by a newer nbfeat, in format 99" in again.notes[0]
@@ -462,7 +478,7 @@ def test_a_locked_database_is_read_and_not_written(
     photos: pd.DataFrame, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(photos.iloc[:10])
-    monkeypatch.setattr(tables, "PATIENCE", 0.1)
+    monkeypatch.setattr(database, "PATIENCE", 0.1)
     other = sqlite3.connect(file_of(own_cache), isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     locked = run(photos)
@@ -529,8 +545,7 @@ def test_on_a_network_file_system_it_works_and_says_that_it_is_slower(
     monkeypatch.setattr(database, "file_system", lambda _: "nfs4")
     first = run(photos)
     assert "network file system (nfs4)" in first.notes[0]
-    with sqlite3.connect(file_of(own_cache)) as db:
-        assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    assert rows(file_of(own_cache), "PRAGMA journal_mode") == [("delete",)]
     assert run(photos).cached == 20
 
 
@@ -572,9 +587,8 @@ def test_the_block_longest_unused_is_evicted_whole_and_the_disk_given_back(many:
     assert set(nbfeat.storage.features["backbone"]) == {"MobileNet", "VGG19"}
     assert file_of(own_cache).stat().st_size < 140_000
     assert run(many, blocks[0]).cached == run(many, blocks[2]).cached == 150
-    with sqlite3.connect(file_of(own_cache)) as db:
-        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        assert db.execute("PRAGMA freelist_count").fetchone() == (0,)
+    assert rows(file_of(own_cache), "PRAGMA integrity_check") == [("ok",)]
+    assert rows(file_of(own_cache), "PRAGMA freelist_count") == [(0,)]
 
 
 @pytest.mark.usefixtures("small")
@@ -595,7 +609,7 @@ def test_the_limit_is_a_tenth_of_what_would_be_free(own_cache: Path, monkeypatch
     kept = database.Cache.at_home()
     disk = shutil.disk_usage(own_cache)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: disk._replace(free=1_000_000))
-    assert kept.limit() == (1_000_000 + kept.size()) // 10
+    assert kept.limit() == (1_000_000 + nbfeat.storage.bytes) // 10
     monkeypatch.setattr(shutil, "disk_usage", lambda _: disk._replace(free=10**13))
     assert kept.limit() == 20 * 10**9
     kept.close()
@@ -670,14 +684,9 @@ def test_clearing_networks_and_weights_removes_them(own_cache: Path) -> None:
     assert not (own_cache / "weights").exists()
 
 
-def test_features_are_what_the_network_gave(photos: pd.DataFrame) -> None:
+def test_features_are_what_the_network_gave(photos: pd.DataFrame, own_cache: Path) -> None:
     run(photos)
-    kept = database.Cache.at_home()
-    digest = fingerprint.digest(Path(photos["path"].iloc[0]).read_bytes())
-    (block,) = kept.blocks()
-    assert (block["backbone"], block["rows"], block["width"]) == ("MobileNet", 20, 48)
-    pixels = decode.pixels_of(Path(photos["path"].iloc[0]).read_bytes(), [resize.PixelSpec(32)])[0]
-    with sqlite3.connect(kept.path) as db:
-        vector = db.execute("SELECT vector FROM features WHERE image = ?", (digest,)).fetchone()[0]
-    kept.close()
-    np.testing.assert_array_equal(np.frombuffer(vector, np.float32), fake.features(pixels[None], model.Cut())[0])
+    data = Path(photos["path"].iloc[0]).read_bytes()
+    stored = dict(rows(file_of(own_cache), "SELECT key, value FROM entries"))[fingerprint.digest(data)]
+    pixels = decode.pixels_of(data, [resize.PixelSpec(32)])[0]
+    np.testing.assert_array_equal(np.frombuffer(stored[4:], np.float32), fake.features(pixels[None], model.Cut())[0])
