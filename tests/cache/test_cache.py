@@ -272,7 +272,7 @@ def test_what_cannot_be_decoded_is_not_tried_again_until_the_decoders_change(
     photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("row 3", "row 4", "row 11"):
-        Path(photos.loc[name, "path"]).write_text("text")
+        Path(str(photos.loc[name, "path"])).write_text("text")
     first = run(photos)
     assert list(first.failures["position"]) == [3, 4, 11], "equals of an image that fails fail, too"
     original, decoded = decode.pixels_of, list[object]()
@@ -431,7 +431,7 @@ def test_a_locked_database_is_read_and_not_written(
 UNUSABLE: dict[str, Callable[[Path, pytest.MonkeyPatch], object]] = {
     "no access": lambda _, patch: patch.setattr(os, "access", lambda *_: False),  # as if read-only; root may write all
     "a file in the way": lambda folder, _: folder.write_text(""),
-    "open to others": lambda folder, _: (folder.mkdir(), folder.chmod(0o777)),
+    "open to others": lambda folder, _: folder.parent.chmod(0o777),
     "another owner": lambda _, patch: patch.setattr(os, "getuid", lambda: 12_345),
 }
 
