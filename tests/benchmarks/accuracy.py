@@ -10,9 +10,7 @@ import pandas as pd
 
 from nbfeat import Extraction
 from nbfeat.extraction import report
-from tests.benchmarks.rounds import MissingError, progress, why
-from tests.benchmarks.setting import Setting, weights_of
-from tests.benchmarks.table import Row, Table
+from tests.benchmarks.measure import MissingError, Row, Setting, Table, progress, weights_of, why
 from tests.conftest import DATA
 
 NETWORKS = (("MobileNetV2", None), ("MobileNet", 0.25), ("MobileNet", 0.5), ("MobileNet", 0.75))

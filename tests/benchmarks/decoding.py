@@ -14,11 +14,23 @@ from PIL import Image
 import nbfeat
 from nbfeat.images.resize import PixelSpec, reduction
 from nbfeat.inference.engines.cpu_count import available_cores
-from tests.benchmarks.child import keras_child
-from tests.benchmarks.limit import decode
-from tests.benchmarks.rounds import Found, in_rounds, progress, why
-from tests.benchmarks.setting import Setting, numbered, sources, titled, weights_of
-from tests.benchmarks.table import Row, Table, rate, times
+from tests.benchmarks.measure import (
+    Row,
+    Setting,
+    Table,
+    in_rounds,
+    numbered,
+    progress,
+    rate,
+    source,
+    times,
+    titled,
+    weights_of,
+    why,
+)  # fmt: skip
+from tests.benchmarks.processes import Child
+from tests.benchmarks.ways import decode
+from tests.conftest import DATA
 
 WIDTH, HEIGHT, SIDE = 4_000, 3_000, 224
 BACKBONE = "MobileNetV2"
@@ -32,7 +44,7 @@ def tables(setting: Setting) -> Iterator[Table]:
     progress(f"decoding: drawing {count} photographs of 12 megapixels")
     files = photographs(setting.folder / "large", count)
     megabytes = sum(Path(file).stat().st_size for file in files) / len(files) / 2**20
-    origin = "photographs enlarged, with grain" if sources() else "smooth noise, with grain"
+    origin = "photographs enlarged, with grain" if (DATA / "photos").is_dir() else "smooth noise, with grain"
     yield Table(
         f"Decoding {count} JPEGs of {WIDTH:,} × {HEIGHT:,} to {SIDE} × {SIDE}",
         HEAD,
@@ -43,7 +55,7 @@ def tables(setting: Setting) -> Iterator[Table]:
 
 def speeds(files: list[str], rounds: int) -> list[Row]:
     """Measure nbfeat and `load_img`, on one thread and on as many as there are cores."""
-    cores, keras = available_cores(), keras_child()
+    cores, keras = available_cores(), Child()
 
     def ours(threads: int) -> float:
         start = perf_counter()
@@ -59,15 +71,10 @@ def speeds(files: list[str], rounds: int) -> list[Row]:
         found = in_rounds({way: measured for way, (measured, _) in ways.items()}, rounds)
     finally:
         keras.close()
-    return [row(found, way, threads) for way, (_, threads) in ways.items()]
-
-
-def row(found: Found, way: str, threads: int) -> Row:
-    """Show one way."""
-    if way in found.missing:
-        return way, found.missing[way]
-    value = found.typical(way)
-    return way, rate(value), times(found.ratio(way, LOAD_IMG)) if found.has(LOAD_IMG) else "", rate(value / threads)
+    return [
+        (*found.row(way, (way, LOAD_IMG, times)), *([rate(found.typical(way) / threads)] if found.has(way) else []))
+        for way, (_, threads) in ways.items()
+    ]
 
 
 def losses(files: list[str]) -> str:
@@ -104,14 +111,10 @@ def features(frame: pd.DataFrame) -> np.ndarray:
 def photographs(folder: Path, count: int) -> list[str]:
     """Write JPEGs of 12 megapixels with grain, as a camera's have: without it they would decode faster."""
     folder.mkdir(parents=True)
-    found, generator, files = sources(), np.random.default_rng(0), []
+    generator, files = np.random.default_rng(0), []
     grain = generator.normal(0, 5, (HEIGHT // 6, WIDTH // 5, 3)).round().astype(np.int16)
     for number in range(count):
-        if found:
-            source = Image.open(found[number * len(found) // count]).convert("RGB")
-        else:
-            source = Image.fromarray(generator.integers(0, 256, (30, 40, 3), dtype=np.uint8))
-        smooth = np.asarray(source.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), np.int16)
+        smooth = np.asarray(source(number, count).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), np.int16)
         grained = smooth + np.tile(np.roll(grain, 7 * number, axis=0), (6, 5, 1))
         files.append(numbered(folder, number))
         Image.fromarray(grained.clip(0, 255).astype(np.uint8)).save(files[-1], quality=90)
