@@ -70,13 +70,11 @@ def of_network(frame: pd.DataFrame, name: str, backbone: str, options: dict[str,
 
 
 def said(result: Extraction) -> list[str]:
-    """Return what the report says of precision."""
     notes = report.summarize(result)["notes"]
     return [note for note in notes if any(word in note for word in ("float32", "bfloat16", "float16"))]
 
 
 def cross_validated(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the accuracy in each fold."""
     from sklearn.model_selection import RepeatedStratifiedKFold, cross_val_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

@@ -16,21 +16,7 @@ import numpy as np
 import simplejpeg
 
 from nbfeat.inference.engines.cpu_count import available_cores
-from tests.benchmarks.measure import (
-    MissingError,
-    Row,
-    Setting,
-    Table,
-    in_rounds,
-    numbered,
-    progress,
-    rate,
-    share,
-    times,
-    titled,
-    weights_of,
-    why,
-)  # fmt: skip
+from tests.benchmarks import measure
 from tests.benchmarks.processes import fresh
 
 Told = dict[str, Any]
@@ -49,13 +35,13 @@ GROWTH_HEAD = (
 )  # fmt: skip
 
 
-def request_of(setting: Setting, count: int) -> Told:
+def request_of(setting: measure.Setting, count: int) -> Told:
     """Return what `fresh` is asked for: the first images that all sections share."""
-    options = {"weights": weights_of(BACKBONE)}
+    options = {"weights": measure.weights_of(BACKBONE)}
     return {"folder": str(Path(setting.files[0]).parent), "count": count, "block": BACKBONE, "options": options}
 
 
-def start_tables(setting: Setting) -> Iterator[Table]:
+def start_tables(setting: measure.Setting) -> Iterator[measure.Table]:
     """Measure a fresh kernel, with nothing on disk and with the network there, in turn."""
     request = request_of(setting, IMAGES)
     ways: dict[str, Told] = {
@@ -69,18 +55,18 @@ def start_tables(setting: Setting) -> Iterator[Table]:
         home = setting.folder / "cold"  # the warm start finds there what the cold one built
         for way, more in ways.items():
             if way not in missing:
-                progress(f"start: round {number + 1} of {setting.rounds}: {way}")
+                measure.progress(f"start: round {number + 1} of {setting.rounds}: {way}")
                 try:
                     told[way].append(fresh({**request, **more}, NBFEAT_HOME=str(home)))
                 except Exception as error:  # the row says it
-                    missing[way] = why(error)
+                    missing[way] = measure.why(error)
         shutil.rmtree(home, ignore_errors=True)
     rows = [(way, missing[way]) if way in missing else start_row(way, told[way]) for way in ways]
     note = "From `import` on; pandas and its pyarrow are in it. The medians of rounds."
-    yield Table(f"Start: {titled(BACKBONE)}", START_HEAD, rows, note)
+    yield measure.Table(f"Start: {measure.titled(BACKBONE)}", START_HEAD, rows, note)
 
 
-def start_row(way: str, told: list[dict[str, Any]]) -> Row:
+def start_row(way: str, told: list[dict[str, Any]]) -> measure.Row:
     """Show one kind of start; a tutorial's import cannot be told from the rest."""
     middle = {what: median(each[what] for each in told) for what in ("total", "peak")}
     imported = f"{1000 * median(each['import'] for each in told):.0f} ms" if told[0]["import"] else ""
@@ -88,20 +74,21 @@ def start_row(way: str, told: list[dict[str, Any]]) -> Row:
     return way, imported, f"{middle['total']:.2f} s", f"{middle['peak']:,.0f} MB", heavy
 
 
-def cores_tables(setting: Setting) -> Iterator[Table]:
+def cores_tables(setting: measure.Setting) -> Iterator[measure.Table]:
     """Measure one core and all, each in a fresh process."""
-    progress("cores")
+    measure.progress("cores")
     if not hasattr(os, "sched_setaffinity"):
-        raise MissingError("this system cannot tell a process which cores to use")
+        raise measure.MissingError("this system cannot tell a process which cores to use")
     cores = sorted(os.sched_getaffinity(0))
     if available_cores() == 1:
-        raise MissingError("there is only one core")
+        raise measure.MissingError("there is only one core")
     note = f"In fresh processes; the network is on disk. {len(setting.files)} images, medians of rounds."
-    yield Table(f"One core against all: {titled(BACKBONE)}", CORES_HEAD, cores_rows(setting, cores), note)
+    yield measure.Table(
+        f"One core against all: {measure.titled(BACKBONE)}", CORES_HEAD, cores_rows(setting, cores), note
+    )
 
 
-def cores_rows(setting: Setting, cores: list[int]) -> list[Row]:
-    """Measure, and compare."""
+def cores_rows(setting: measure.Setting, cores: list[int]) -> list[measure.Row]:
     one, every = "1 core", f"{available_cores()} cores"
     request = request_of(setting, len(setting.files))
     precisions: dict[str, str] = {}  # should `auto` choose another one on one core
@@ -114,22 +101,22 @@ def cores_rows(setting: Setting, cores: list[int]) -> list[Row]:
     ways = {one: partial(steady, one, cores[:1]), every: partial(steady, every, cores)}
     for measured in reversed(ways.values()):
         measured()  # builds the network, and settles the precision
-    found = in_rounds(ways, setting.rounds)
+    found = measure.in_rounds(ways, setting.rounds)
     if found.has(every):
         found.values[f"{every}, each"] = [value / available_cores() for value in found.values[every]]
     return [
-        found.row(way, (way, one, times), (each, one, share), name=f"{way}, {precisions[way]}")
+        found.row(way, (way, one, measure.times), (each, one, measure.share), name=f"{way}, {precisions[way]}")
         for way, each in ((one, one), (every, f"{every}, each"))
     ]
 
 
-def growth_tables(setting: Setting) -> Iterator[Table]:
+def growth_tables(setting: measure.Setting) -> Iterator[measure.Table]:
     """Measure each number of images in fresh processes."""
     sizes = [size for size in SIZES if size <= MANY] if setting.quick else list(SIZES)
     folder = setting.folder / "small"
-    progress(f"growth: drawing {sizes[-1]:,} images")
+    measure.progress(f"growth: drawing {sizes[-1]:,} images")
     draw(folder, sizes[-1])
-    real = weights_of("MobileNetV2", ALPHA) == "imagenet"
+    real = measure.weights_of("MobileNetV2", ALPHA) == "imagenet"
     block = f"MobileNetV2 --alpha {ALPHA}" if real else "Pocket"
     request: Told = {
         "folder": str(folder),
@@ -141,10 +128,10 @@ def growth_tables(setting: Setting) -> Iterator[Table]:
     for number in range(setting.rounds):
         for size in sizes:
             if number == 0 or size < MANY:
-                progress(f"  round {number + 1} of {setting.rounds}: {size:,} images")
+                measure.progress(f"  round {number + 1} of {setting.rounds}: {size:,} images")
                 told[size].append(fresh({**request, "count": size}))
     seconds, memory, before = (typical(told, what) for what in ("run", "working", "before"))
-    yield Table(
+    yield measure.Table(
         f"Growth: {block}, 64 × 64 JPEGs, no two alike",
         GROWTH_HEAD,
         growth_rows(seconds, typical(told, "cpu"), typical(told, "peak"), memory),
@@ -162,14 +149,13 @@ def typical(told: Mapping[int, Sequence[Told]], what: str) -> dict[int, float]:
 
 def growth_rows(
     seconds: Mapping[int, float], cpu: Mapping[int, float], peaks: Mapping[int, float], memory: Mapping[int, float]
-) -> list[Row]:
-    """Show what each number of images took."""
+) -> list[measure.Row]:
     fixed, each = line(seconds)
     return [
         (
             f"{size:,}",
             f"{took:,.2f}",
-            rate(size / took),
+            measure.rate(size / took),
             f"{1000 * cpu[size] / size:.2f}",
             f"{took / (fixed + each * size) - 1:+.1%}",
             f"{peaks[size]:,.0f}",
@@ -215,4 +201,4 @@ def _draw(folder: Path, ground: np.ndarray, number: int) -> None:
     places = GROUND - SIDE
     top, left = divmod(number * 7_919 % places**2, places)  # a prime: each number has a place of its own
     patch = np.ascontiguousarray(ground[top : top + SIDE, left : left + SIDE])
-    Path(numbered(folder, number)).write_bytes(simplejpeg.encode_jpeg(patch, quality=70))
+    Path(measure.numbered(folder, number)).write_bytes(simplejpeg.encode_jpeg(patch, quality=70))

@@ -65,7 +65,6 @@ def weights_of(backbone: str, alpha: float = 1.0) -> str:
 
 
 def titled(backbone: str) -> str:
-    """Name a network and its weights."""
     return f"{backbone} ({ {'imagenet': 'ImageNet', 'random': 'random'}.get(weights_of(backbone), 'bundled') } weights)"
 
 
@@ -78,7 +77,7 @@ def source(number: int, count: int) -> Image.Image:
     """Return one of `count` images to draw from: a photograph of the test data where there are any, else noise."""
     found = sorted((DATA / "photos").rglob("*.jpg"))
     if found:
-        return Image.open(found[number % len(found)]).convert("RGB")
+        return Image.open(found[number * max(1, len(found) // count) % len(found)]).convert("RGB")
     return Image.fromarray(np.random.default_rng(number).integers(0, 256, (30, 40, 3), dtype=np.uint8))
 
 
@@ -123,7 +122,6 @@ class MissingError(Exception):
 
 
 def progress(text: str) -> None:
-    """Tell what is going on, apart from the results."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
@@ -144,15 +142,12 @@ class Found:
         self.missing: dict[str, str] = {}
 
     def has(self, *ways: str) -> bool:
-        """Tell whether all of these were measured."""
         return all(way in self.values for way in ways)
 
     def typical(self, way: str) -> float:
-        """Return the median."""
         return median(self.values[way])
 
     def ratio(self, way: str, to: str) -> float:
-        """Return the median of the ratios within a round."""
         return median(mine / other for mine, other in zip(self.values[way], self.values[to], strict=True))
 
     def row(self, way: str, *compared: tuple[str, str, Callable[[float], str]], name: str = "") -> Row:
@@ -205,15 +200,12 @@ class Table:
 
 
 def rate(value: float) -> str:
-    """Show images per second."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def times(value: float) -> str:
-    """Show a ratio of speeds."""
     return f"{value:.0f}×" if value >= 100 else f"{value:.1f}×" if value >= 2 else f"{value:.2f}×"
 
 
 def share(value: float) -> str:
-    """Show a part of something."""
     return f"{value:.0%}"

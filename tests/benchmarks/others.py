@@ -72,12 +72,17 @@ def answer(ways: Mapping[str, Callable[..., Answer | None]], request: dict[str, 
 
 
 @cache
+def import_keras() -> Any:
+    os.environ["TF_CPP_MIN_LOG_LEVEL"], os.environ["KERAS_BACKEND"] = "3", "tensorflow"
+    return importlib.import_module("keras")
+
+
+@cache
 def keras_model(backbone: str, weights: str) -> tuple[Any, Callable[..., Any], int]:
     """Return a Keras model with average pooling, how its pixels are prepared, and their size."""
     from nbfeat.backbones.catalog import CATALOG
 
-    os.environ["TF_CPP_MIN_LOG_LEVEL"], os.environ["KERAS_BACKEND"] = "3", "tensorflow"
-    keras: Any = importlib.import_module("keras")
+    keras = import_keras()
     row = CATALOG[backbone]
     weights_or_none = None if weights == "random" else weights
     model = getattr(keras.applications, backbone)(include_top=False, pooling="avg", weights=weights_or_none)
@@ -85,8 +90,7 @@ def keras_model(backbone: str, weights: str) -> tuple[Any, Callable[..., Any], i
 
 
 def pixels_of(file: str, side: int) -> Any:
-    """Load one image as the tutorials do."""
-    utils: Any = importlib.import_module("keras").utils
+    utils = import_keras().utils
     return utils.img_to_array(utils.load_img(file, target_size=(side, side)))
 
 
@@ -124,7 +128,6 @@ def optional(name: str) -> Any:
 
 
 def library(*preferred: str) -> str:
-    """Return the first of two libraries of networks that can be imported."""
     for name in preferred:
         try:
             optional(name)
@@ -136,7 +139,6 @@ def library(*preferred: str) -> str:
 
 @cache
 def whole(backbone: str, origin: str) -> Any:
-    """Return a network with its classifier."""
     in_timm, in_torchvision = NAMES[backbone]
     if origin == "timm":
         return optional("timm").create_model(in_timm, pretrained=False).eval()
@@ -165,12 +167,10 @@ def features(backbone: str, *, compiled: bool) -> Callable[[Any], Any]:
 
 
 def loaded(file: str) -> np.ndarray:
-    """Read, decode and resize an image."""
     return np.asarray(Image.open(file).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
 def in_batches(files: list[str]) -> Iterator[np.ndarray]:
-    """Load batches ahead, in as many threads as there are cores."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         ahead = pool.map(loaded, files)
         for start in range(0, len(files), BATCH):
@@ -178,7 +178,6 @@ def in_batches(files: list[str]) -> Iterator[np.ndarray]:
 
 
 def torch_batches(files: list[str], backbone: str, precision: str, *, compiled: bool) -> Answer:
-    """Run batches of 32, decoded ahead by threads."""
     torch: Any = importlib.import_module("torch")
     pooled, half = features(backbone, compiled=compiled), precision == "bfloat16"
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):

@@ -68,7 +68,6 @@ class Child:
         return {"failed": f"its process ended with {process.returncode}"}
 
     def close(self) -> None:
-        """End the process."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()

@@ -28,20 +28,7 @@ from nbfeat.inference.engines import Precision
 from nbfeat.inference.engines.cpu_count import available_cores
 from nbfeat.inference.engines.openvino import OpenVINOEngine
 from nbfeat.inference.model import Cut, NetworkSpec
-from tests.benchmarks.measure import (
-    Found,
-    MissingError,
-    Row,
-    Setting,
-    Table,
-    in_rounds,
-    progress,
-    share,
-    times,
-    titled,
-    weights_of,
-    why,
-)  # fmt: skip
+from tests.benchmarks import measure
 from tests.benchmarks.processes import Child, torch_child
 
 LOOP = "tutorial loop: `load_img`, `model.predict`, one image at a time"
@@ -58,7 +45,7 @@ class Ours:
     def __init__(self, files: list[str], block: str, precision: str, **options: Any) -> None:
         self.files, self.block = files, block
         self.options: dict[str, Any] = {"precision": precision, "cache": False, **options}
-        self.options.setdefault("weights", weights_of(block))
+        self.options.setdefault("weights", measure.weights_of(block))
         self._whole = 0.0
         self.last: Extraction | None = None
 
@@ -70,27 +57,22 @@ class Ours:
         return self.last.rate
 
     def whole(self) -> float:
-        """Return images per second of the last run, from start to end."""
         if self.last is None:
-            raise MissingError("not measured: the run failed")
+            raise measure.MissingError("not measured: the run failed")
         return self._whole
 
     @property
     def precision(self) -> str:
-        """The precision that the last run computed in."""
         assert self.last is not None
         return self.last.precision
 
 
 class Limit:
-    """The limit for one network in one precision."""
-
     def __init__(self, files: list[str], backbone: str, precision: Precision) -> None:
         self.files, self.backbone, self.precision = files, backbone, precision
 
     def rate(self) -> float:
-        """Measure both parts, and return images per second."""
-        spec = NetworkSpec.of(FeatureBlock.parse(self.backbone, {"weights": weights_of(self.backbone)}))
+        spec = NetworkSpec.of(FeatureBlock.parse(self.backbone, {"weights": measure.weights_of(self.backbone)}))
         preparing = Preparing(replace(spec, cuts=(Cut(),)))
         list(preparing)
         engine = OpenVINOEngine(preparing.result, precision=self.precision, batch_size=None)
@@ -100,7 +82,6 @@ class Limit:
 
 
 def decode(files: list[str], size: int, threads: int) -> None:
-    """Read, decode and resize, and do nothing with the pixels."""
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(lambda file: read_pixels(file, [PixelSpec(size)], Path()), files))
 
@@ -142,10 +123,10 @@ QUICK = Counts(4, 4, 1, 32)
 Way = Callable[[], float]
 
 
-def tables(setting: Setting) -> Iterator[Table]:
+def tables(setting: measure.Setting) -> Iterator[measure.Table]:
     """Measure each backbone in every way."""
     for backbone, counts in COUNTS.items():
-        progress(f"ways: {backbone}")
+        measure.progress(f"ways: {backbone}")
         few = QUICK if setting.quick else counts
         files = setting.files[: few.ours]
         with closing(Child()) as keras, closing(torch_child(setting.folder)) as torch:
@@ -154,12 +135,13 @@ def tables(setting: Setting) -> Iterator[Table]:
                 **with_torch(torch, files, backbone, few),
                 **with_nbfeat(files, backbone),
             }
-            rows = shown(in_rounds(ways, setting.rounds), list(ways))
-            yield Table(f"From files to features: {titled(backbone)}", HEAD, rows, note(setting, few, torch))
+            rows = shown(measure.in_rounds(ways, setting.rounds), list(ways))
+            yield measure.Table(
+                f"From files to features: {measure.titled(backbone)}", HEAD, rows, note(setting, few, torch)
+            )
 
 
-def note(setting: Setting, counts: Counts, torch: Child) -> str:
-    """Say what was measured, and with what."""
+def note(setting: measure.Setting, counts: Counts, torch: Child) -> str:
     if torch.told:
         with_what = f"PyTorch {torch.told['torch']} with {torch.told['networks']}, random weights, as fast as others."
     else:
@@ -174,8 +156,7 @@ def note(setting: Setting, counts: Counts, torch: Child) -> str:
 
 
 def with_keras(keras: Child, files: list[str], backbone: str, counts: Counts) -> dict[str, Way]:
-    """Return what is done with Keras on TensorFlow."""
-    rated = partial(keras.rate, backbone=backbone, weights=weights_of(backbone))
+    rated = partial(keras.rate, backbone=backbone, weights=measure.weights_of(backbone))
     return {
         LOOP: partial(rated, "tutorial", files[: counts.loop], first=2),
         "Keras `predict`, batches of 32": partial(rated, "keras_batches", files[: 32 * counts.batches]),
@@ -183,7 +164,6 @@ def with_keras(keras: Child, files: list[str], backbone: str, counts: Counts) ->
 
 
 def with_torch(torch: Child, files: list[str], backbone: str, counts: Counts) -> dict[str, Way]:
-    """Return what is done with PyTorch."""
     few, many = files[: counts.single], files[: 32 * counts.batches]
     batches = partial(torch.rate, "torch_batches", many, backbone=backbone)
     return {
@@ -196,9 +176,8 @@ def with_torch(torch: Child, files: list[str], backbone: str, counts: Counts) ->
 
 
 def compiled(batches: Callable[..., float]) -> float:
-    """Measure what PyTorch compiles, where it can."""
     if not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
-        raise MissingError("not installed: a C++ compiler")
+        raise measure.MissingError("not installed: a C++ compiler")
     return batches(precision="bfloat16", compiled=True)
 
 
@@ -210,7 +189,7 @@ def with_nbfeat(files: list[str], backbone: str) -> dict[str, Way]:
         auto.steady()
         chosen = auto.precision
     except Exception as error:  # its row says so, and says it again
-        progress(f"  nbfeat auto: {why(error)}")
+        measure.progress(f"  nbfeat auto: {measure.why(error)}")
         chosen = "float32"
     for asked, precision in (("float32", "float32"), ("bfloat16", "bfloat16"), ("auto", chosen)):
         if precision in {"float32", "bfloat16"}:
@@ -224,34 +203,31 @@ def with_nbfeat(files: list[str], backbone: str) -> dict[str, Way]:
 
 
 def precision_in(way: str) -> str:
-    """Return in which precision a way computes."""
     return "bfloat16" if "bfloat16" in way else "float16" if "float16" in way else "float32"
 
 
-def shown(found: Found, ways: list[str]) -> list[Row]:
-    """Turn what was measured into rows, limits last."""
+def shown(found: measure.Found, ways: list[str]) -> list[measure.Row]:
     rows = []
     for way in sorted(ways, key=lambda way: way.startswith("limit")):
         limit = LIMIT.format(precision_in(way))
-        rows.append(found.row(way, (way, LOOP, times), (way, "" if way == limit else limit, share)))
+        rows.append(found.row(way, (way, LOOP, measure.times), (way, "" if way == limit else limit, measure.share)))
     return rows
 
 
 # The cache
 
 
-def cache_tables(setting: Setting) -> Iterator[Table]:
+def cache_tables(setting: measure.Setting) -> Iterator[measure.Table]:
     """Measure one backbone without the cache, with an empty one, and with a full one."""
-    progress("cache")
+    measure.progress("cache")
     note = (
         f"{len(setting.files)} images; whole runs, the network on disk. The share of the limit is of the steady part "
         "of a run, without opening the network and attaching columns."
     )
-    yield Table(f"The cache: {titled(CACHED)}", CACHE_HEAD, cache_rows(setting), note)
+    yield measure.Table(f"The cache: {measure.titled(CACHED)}", CACHE_HEAD, cache_rows(setting), note)
 
 
-def cache_rows(setting: Setting) -> list[Row]:
-    """Measure, and compare."""
+def cache_rows(setting: measure.Setting) -> list[measure.Row]:
     without = Ours(setting.files, CACHED, "auto")
     kept = Ours(setting.files, CACHED, "auto", cache=True)
     without.steady()  # builds the network, and settles the precision
@@ -270,8 +246,9 @@ def cache_rows(setting: Setting) -> list[Row]:
 
     limit = Limit(setting.files, CACHED, without.precision)  # type: ignore[arg-type]
     ways = {WITHOUT: lambda: run(WITHOUT, without), FIRST: first, AGAIN: again, BEST: limit.rate}
-    found = in_rounds(ways, setting.rounds)
+    found = measure.in_rounds(ways, setting.rounds)
     found.values |= {f"{way}, steady": values for way, values in steady.items() if found.has(way)}
     return [
-        found.row(way, (way, "" if way == BEST else WITHOUT, times), (f"{way}, steady", BEST, share)) for way in ways
+        found.row(way, (way, "" if way == BEST else WITHOUT, measure.times), (f"{way}, steady", BEST, measure.share))
+        for way in ways
     ]
