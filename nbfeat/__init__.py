@@ -76,8 +76,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """List the public names, those not imported yet too."""
-    return sorted({*globals(), *__all__})
+    """List the public names."""
+    return sorted(__all__)
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:

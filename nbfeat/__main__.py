@@ -17,8 +17,6 @@ from nbfeat.errors import NbfeatError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from nbfeat.extraction.extraction import Extraction
-
 # Digits are strokes, not things, so an earlier layer beside the end.
 BLOCKS = ("Pocket", "Pocket --layer block3_out")
 SIZE = 64  # pixels, as the files have: more would only be blur
@@ -28,6 +26,8 @@ SEED = 0
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the demonstration and print what it does."""
+    from nbfeat.extraction.extraction import Extraction
+
     parser = argparse.ArgumentParser(prog="python -m nbfeat", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--images", type=int, default=IMAGES, help="how many digits to use, from 50 to 1,797")
     count = max(50, min(1797, parser.parse_args(arguments).images))
@@ -35,7 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
         digits = write_digits(Path(folder), count)
         print(f"{len(digits):,} handwritten digits written as image files; the dataframe has columns path and label.\n")
         try:
-            result = features(digits)
+            result = Extraction(digits, *BLOCKS, images="path", size=SIZE)
+            for step in result.steps():
+                if step.note:
+                    print(f"… {step.note}")
         except NbfeatError as error:
             print(error)
             return 1
@@ -62,17 +65,6 @@ def write_digits(folder: Path, count: int) -> pd.DataFrame:
         image.resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(path)
         rows.append({"path": str(path), "label": int(label)})
     return pd.DataFrame(rows)
-
-
-def features(digits: pd.DataFrame) -> Extraction:
-    """Extract both blocks, printing what is being done."""
-    from nbfeat.extraction.extraction import Extraction
-
-    extraction = Extraction(digits, *BLOCKS, images="path", size=SIZE)
-    for step in extraction.steps():
-        if step.note:
-            print(f"… {step.note}")
-    return extraction
 
 
 def accuracy(columns: pd.DataFrame, labels: pd.Series[int]) -> float:

@@ -1,16 +1,4 @@
-"""What can go wrong, as a tree.
-
-::
-
-    NbfeatError
-    ├── RequestError      what was asked for cannot be: an unknown name, a clash, a bad value (also a ValueError)
-    ├── WeightsError      pretrained weights could not be had, or do not fit the network
-    ├── NetworkError      a network could not be built, exported, compiled or run
-    ├── ExtractionError   a run could not give a result: every image failed, memory would not do, it is not finished
-    └── ImageError        one image could not be read; a run turns it into a row of `failures`
-
-Every message is a sentence with the value in question, and ends with the next step.
-"""
+"""What can go wrong: NbfeatError and its kinds. Each message names the value, and ends with the next step."""
 
 from __future__ import annotations
 
@@ -30,11 +18,11 @@ class NbfeatError(Exception):
 
 
 class RequestError(NbfeatError, ValueError):
-    """What was asked for cannot be done; nothing was started."""
+    """What was asked for cannot be: an unknown name, a clash, a bad value; nothing was started."""
 
 
 class WeightsError(NbfeatError):
-    """Weights could not be downloaded, read or fitted to the network."""
+    """Weights could not be downloaded or read, or do not fit the network."""
 
 
 class NetworkError(NbfeatError):
@@ -42,7 +30,7 @@ class NetworkError(NbfeatError):
 
 
 class ExtractionError(NbfeatError):
-    """A run could not give a result."""
+    """A run could not give a result: every image failed, memory would not do, it is not finished."""
 
 
 class ImageError(NbfeatError):

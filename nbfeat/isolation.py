@@ -8,22 +8,17 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
+_FAST_MATH = "ONEDNN_DEFAULT_FPMATH_MODE"
 # Keras and OpenVINO import these only because they are there: seconds of start-up, 600 MB, telemetry, a font cache.
 _NOT_NEEDED_BY_A_CHILD = {
-    "openvino_telemetry",
-    "tensorflow",
-    "torch",
-    "jax",
-    "matplotlib",
-    "pandas",
-    "sklearn",
-    "IPython",
-}
+    "openvino_telemetry", "tensorflow", "torch", "jax", "matplotlib", "pandas", "sklearn", "IPython",
+}  # fmt: skip
 
 
 def import_openvino() -> Any:
@@ -44,13 +39,12 @@ def import_openvino() -> Any:
 @contextmanager
 def without_fast_math() -> Iterator[None]:
     """Hide the variable that makes oneDNN compute "float32" in bfloat16."""
-    name = "ONEDNN_DEFAULT_FPMATH_MODE"
-    value = os.environ.pop(name, None)
+    value = os.environ.pop(_FAST_MATH, None)
     try:
         yield
     finally:
         if value is not None:
-            os.environ[name] = value
+            os.environ[_FAST_MATH] = value
 
 
 def quiet_child() -> None:
@@ -81,7 +75,7 @@ class _Refuse(MetaPathFinder):
 def child_environment() -> dict[str, str]:
     """Return the environment of a child that builds networks with Keras' OpenVINO backend."""
     environment = {**os.environ, "KERAS_BACKEND": "openvino", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    environment.pop("ONEDNN_DEFAULT_FPMATH_MODE", None)
+    environment.pop(_FAST_MATH, None)
     return environment
 
 
@@ -95,29 +89,32 @@ def keras_defaults() -> Iterator[None]:
 
     keras: Any = importlib.import_module("keras")
     state: Any = importlib.import_module("keras.src.backend.common.global_state")
-    layout, floatx, policy = keras.config.image_data_format(), keras.config.floatx(), keras.config.dtype_policy()
-    logging, seeds = keras.config.is_interactive_logging_enabled(), random.getstate()
-    names = state.get_global_attribute("object_name_uids")
+    interactive = keras.config.is_interactive_logging_enabled()
+    set_names = partial(state.set_global_attribute, "object_name_uids")
+    before = (
+        (keras.config.set_image_data_format, keras.config.image_data_format()),
+        (keras.config.set_floatx, keras.config.floatx()),
+        (keras.config.set_dtype_policy, keras.config.dtype_policy()),
+        (set_names, state.get_global_attribute("object_name_uids")),
+        (random.setstate, random.getstate()),
+    )
     try:
         keras.config.set_image_data_format("channels_last")
         keras.config.set_floatx("float32")
         keras.config.set_dtype_policy("float32")
         keras.config.disable_interactive_logging()
-        state.set_global_attribute("object_name_uids", None)
+        set_names(None)
         yield
     finally:
-        keras.config.set_image_data_format(layout)
-        keras.config.set_floatx(floatx)
-        keras.config.set_dtype_policy(policy)
-        if logging:
+        for set_back, value in before:
+            set_back(value)
+        if interactive:
             keras.config.enable_interactive_logging()
-        state.set_global_attribute("object_name_uids", names)
-        random.setstate(seeds)
 
 
 _lock = threading.Lock()
 _users = 0
-_kept: list[tuple[Any, str, Any]] = []
+_undo = ExitStack()
 
 
 @contextmanager
@@ -138,23 +135,18 @@ def pillow_defaults() -> Iterator[None]:
         with _lock:
             _users -= 1
             if _users == 0:
-                _reset_pillow()
+                _undo.close()
 
 
 def _set_pillow() -> None:
-    image: Any = importlib.import_module("PIL.Image")
-    file: Any = importlib.import_module("PIL.ImageFile")
-    for module, name, value in ((image, "MAX_IMAGE_PIXELS", 89_478_485), (file, "LOAD_TRUNCATED_IMAGES", False)):
-        _kept.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
+    for module, name, value in (
+        ("Image", "MAX_IMAGE_PIXELS", 89_478_485),
+        ("ImageFile", "LOAD_TRUNCATED_IMAGES", False),
+    ):
+        holder: Any = importlib.import_module(f"PIL.{module}")
+        _undo.callback(setattr, holder, name, getattr(holder, name))
+        setattr(holder, name, value)
     warnings.filterwarnings("ignore", module=r"PIL(\..*)?$")
-    _kept.append((warnings.filters, "", warnings.filters[0]))
-
-
-def _reset_pillow() -> None:
-    while _kept:
-        holder, name, value = _kept.pop()
-        if name:
-            setattr(holder, name, value)
-        elif value in holder:
-            holder.remove(value)
+    filters: Any = warnings.filters
+    added = filters[0]
+    _undo.callback(lambda: added in filters and filters.remove(added))

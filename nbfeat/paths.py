@@ -36,11 +36,9 @@ def keep(name: str) -> Path:
     """
     top = home()
     try:
-        top.mkdir(mode=0o700, parents=True, exist_ok=True)
-        check_private(top)
-        folder = top / name
-        folder.mkdir(mode=0o700, exist_ok=True)
-        check_private(folder)
+        for folder in (top, top / name):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            check_private(folder)
     except HomeError:
         raise
     except OSError as error:

@@ -10,13 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.benchmarks import accuracy, cache, growth, serve, ways
-from tests.benchmarks.child import Child
-from tests.benchmarks.limit import Limit, Ours
-from tests.benchmarks.rounds import MissingError, in_rounds
-from tests.benchmarks.setting import Setting
+from tests.benchmarks import accuracy, fresh, others, ways
+from tests.benchmarks.measure import MissingError, Setting, Table, in_rounds
+from tests.benchmarks.processes import Child
 from tests.benchmarks.speed import printed
-from tests.benchmarks.table import Table
+from tests.benchmarks.ways import Limit, Ours
 from tests.fake import FakeEngine
 
 
@@ -82,9 +80,9 @@ def test_the_cache_is_measured_empty_and_full(
     monkeypatch.setattr(Limit, "rate", staticmethod(failing(MissingError("not here"))))
     setting = Setting(tmp_path, rounds=2)
     setting.files = sorted(map(str, pictures.glob("*.png")))
-    without, first, again, limit = cache.rows(setting)
-    assert (without[2], limit) == ("1.00×", (cache.LIMIT, "not here"))
-    assert first[0] == cache.FIRST
+    without, first, again, limit = ways.cache_rows(setting)
+    assert (without[2], limit) == ("1.00×", (ways.BEST, "not here"))
+    assert first[0] == ways.FIRST
     assert again[3] == ""
     assert fake_network.computed == 20 * (1 + 2 + 2), "of seven runs and more, those with a full cache compute nothing"
 
@@ -105,21 +103,21 @@ def test_a_section_that_cannot_run_says_why() -> None:
 
 
 def test_the_images_that_growth_draws_are_all_different(tmp_path: Path) -> None:
-    growth.draw(tmp_path / "small", 500)
+    fresh.draw(tmp_path / "small", 500)
     files = sorted((tmp_path / "small").iterdir())
     assert [file.name for file in files[:2]] == ["000000.jpg", "000001.jpg"]
     assert len({file.read_bytes() for file in files}) == len(files) == 500
 
 
 def test_growth_tells_a_bend_and_memory_that_grows() -> None:
-    straight = {size: 2 + size / 500 for size in growth.SIZES}
+    straight = {size: 2 + size / 500 for size in fresh.SIZES}
     flat = dict.fromkeys(straight, 100.0)
-    assert {row[4] for row in growth.rows(straight, straight, flat, flat)} <= {"+0.0%", "-0.0%"}
-    assert "at most 0.0% beside" in growth.note(straight, flat, flat)
-    assert "+0.0 MB from 1,000 to 100,000 images" in growth.note(straight, flat, flat)
+    assert {row[4] for row in fresh.growth_rows(straight, straight, flat, flat)} <= {"+0.0%", "-0.0%"}
+    assert "at most 0.0% beside" in fresh.growth_note(straight, flat, flat)
+    assert "+0.0 MB from 1,000 to 100,000 images" in fresh.growth_note(straight, flat, flat)
     bent = {**straight, 100_000: 400.0}
-    assert "at most 0.0% beside" not in growth.note(bent, flat, flat)
-    assert "+99.0 MB" in growth.note(straight, {size: size / 1_000 for size in straight}, flat)
+    assert "at most 0.0% beside" not in fresh.growth_note(bent, flat, flat)
+    assert "+99.0 MB" in fresh.growth_note(straight, {size: size / 1_000 for size in straight}, flat)
 
 
 def test_accuracy_says_which_precision_auto_chose(fake_network: type[FakeEngine], pictures: Path) -> None:
@@ -142,7 +140,7 @@ def test_precisions_are_compared_fold_by_fold() -> None:
 def test_a_way_answers_with_seconds_or_what_it_lacks_and_warms_up_once() -> None:
     given: list[list[str]] = []
 
-    def way(files: list[str], precision: str) -> serve.Answer:
+    def way(files: list[str], precision: str) -> others.Answer:
         given.append(files)
         if precision == "none":
             raise ImportError("", name="timm")
@@ -150,10 +148,10 @@ def test_a_way_answers_with_seconds_or_what_it_lacks_and_warms_up_once() -> None
 
     warm: set[str] = set()
     request = {"way": "way", "files": ["a", "b"], "first": 1, "precision": "float32"}
-    answers = [serve.answer({"way": way}, dict(request), warm) for _ in range(2)]
+    answers = [others.answer({"way": way}, dict(request), warm) for _ in range(2)]
     assert given == [["a"], ["a", "b"], ["a", "b"]]
     assert all(answer["torch"] == "float32 3" and answer["seconds"] >= 0 for answer in answers)
-    assert serve.answer({"way": way}, {**request, "precision": "none"}, warm) == {"missing": "timm"}
+    assert others.answer({"way": way}, {**request, "precision": "none"}, warm) == {"missing": "timm"}
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def test_importing_nbfeat_imports_nothing_heavy() -> None:
 def test_every_public_name_can_be_had_and_says_what_it_is() -> None:
     for name in nbfeat.__all__:
         assert getattr(nbfeat, name).__doc__, name
-    assert set(nbfeat.__all__) <= set(dir(nbfeat))
+    assert set(nbfeat.__all__) == set(dir(nbfeat))
     with pytest.raises(AttributeError, match="nosuch"):
         nbfeat.nosuch  # noqa: B018 - to see it fail
 

@@ -242,9 +242,8 @@ def test_a_recipe_that_says_something_else_is_taken_or_refused(photos: pd.DataFr
 def spots(file: Path) -> list[tuple[int, int]]:
     """Return where in a database the values of its rows lie, and their lengths."""
     data = file.read_bytes()
-    columns = {"files": "state, image", "failures": "image, reason", "features": "image, vector"}
     with contextlib.closing(sqlite3.connect(file)) as db:
-        rows = [row for table, names in columns.items() for row in db.execute(f"SELECT {names} FROM {table}")]  # noqa: S608
+        rows = db.execute("SELECT key, value FROM entries").fetchall()
     values = {value for row in rows for value in row}
     return sorted((data.index(value), len(value)) for value in values if value in data)
 

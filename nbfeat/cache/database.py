@@ -1,4 +1,4 @@
-"""Features that were computed before, by image content and block, in one SQLite file.
+"""Features that were computed before, by image content and cache key, in one SQLite file.
 
 A run never fails because of its cache. What goes wrong becomes one sentence in `note`: a full disk or a locked file
 stops the writing, a damaged file is begun anew, and what cannot be opened is not used.
@@ -11,45 +11,78 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nbfeat.cache import tables
-from nbfeat.cache.keys import CacheKey, News, checked, summed
+from nbfeat.cache.keys import CacheKey
 from nbfeat.errors import printable
 from nbfeat.paths import HomeError, file_system, is_remote, keep
 
 LARGEST = 20_000_000_000  # bytes
 SHARE_OF_DISK = 10  # one part in so many of what is free
 LOOK_EVERY = 64_000_000  # bytes written between two looks at the size
-MOST_AT_ONCE = 500  # rows in one query
-BYTES_AT_ONCE = 8_000_000
+MOST_AT_ONCE = 500  # rows in one query or deletion
+BYTES_AT_ONCE = 8_000_000  # in one query
+PATIENCE = 10.0  # seconds to wait for another process that writes
+
+FORMAT = 2  # of the schema; raised with every change of it
+# Entries are evicted by owners: a cache key, whose entries are features by image; FILES, what files hold by their
+# state; FAILURES and the decoders, the reasons why images cannot be decoded. The first tables are those of format 1.
+SCHEMA = f"""
+BEGIN IMMEDIATE;
+DROP TABLE IF EXISTS features; DROP TABLE IF EXISTS blocks; DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS failures;
+CREATE TABLE IF NOT EXISTS owners (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT UNIQUE NOT NULL, description BLOB, used REAL);
+CREATE TABLE IF NOT EXISTS entries (owner INTEGER, key BLOB, value BLOB);
+CREATE UNIQUE INDEX IF NOT EXISTS keys ON entries (owner, key);
+PRAGMA user_version = {FORMAT};
+COMMIT
+"""
+FILES, FAILURES = "files", "failures by "
+_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+# SQLITE_ERROR is what a table or column that is not there gives.
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
+_ERRORS = (sqlite3.Error, OSError, ValueError, TypeError)
 
 Vector = NDArray[np.float32]
-_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class CacheEntries:
+    """What a run has found out, to be kept in one transaction."""
+
+    vectors: list[tuple[CacheKey, Sequence[bytes], Vector]] = field(default_factory=list)  # images, a row for each
+    files: dict[bytes, bytes] = field(default_factory=dict)  # state of a file → what it holds
+    failures: dict[bytes, str] = field(default_factory=dict)  # an image that cannot be decoded → the reason
+
+    def __bool__(self) -> bool:
+        return bool(self.vectors or self.files or self.failures)
 
 
 class Cache:
     """The features kept on this machine. With ``folder=None`` nothing is kept, and nothing found."""
 
-    note = ""  # what went wrong, and what to do
-
-    def __init__(self, folder: Path | None, decoders: str = "") -> None:
-        self.decoders = decoders
+    def __init__(self, folder: Path | None, decoders: str = "", note: str = "") -> None:
+        self.note = note  # what went wrong, and what to do
         self.writes = False
+        self._folder, self.path = folder, Path()
+        self._failures = FAILURES + decoders
         self._db: sqlite3.Connection | None = None
         self._lock = threading.RLock()
-        self._mine: dict[str, CacheKey] = {}
+        self._in_use: set[str] = set()  # keys
         self._unmeasured = LOOK_EVERY
-        self._folder = folder
-        self._path = Path()
         if folder is not None:
-            self._try(self._open, None, "opened")
+            try:
+                self._open(folder)
+            except _ERRORS as error:
+                self._give_up(error, "opened")
 
     @classmethod
     def at_home(cls, decoders: str = "") -> Cache:
@@ -57,221 +90,162 @@ class Cache:
         try:
             return cls(keep("features"), decoders)
         except HomeError as error:
-            cache = cls(None)
-            cache.note = f"{error} Features are not kept."
-            return cache
-
-    @property
-    def path(self) -> Path:
-        """The file; a damaged one is left behind for one of the next number."""
-        assert self._folder is not None
-        return max(self._folder.glob("features-*.sqlite"), key=_number, default=self._folder / "features-0.sqlite")
-
-    # Reading
+            return cls(None, note=f"{error} Features are not kept.")
 
     def images(self, states: Iterable[bytes]) -> dict[bytes, bytes]:
         """Return what the files in these states hold, for those that were read before."""
-        query = "SELECT state, image FROM files WHERE state IN ({})"
-        found = ((state, checked(kept, state)) for state, kept in self._find(query, states))
-        return {state: image for state, image in found if image is not None}
+        return self._find(FILES, states)
 
     def failures(self, images: Iterable[bytes]) -> dict[bytes, str]:
         """Return the reasons why images could not be decoded, for those that were tried with these decoders."""
-        query = "SELECT image, reason FROM failures WHERE image IN ({}) AND decoders = ?"
-        found = ((image, checked(kept, self._tried(image))) for image, kept in self._find(query, images, self.decoders))
-        return {image: reason.decode() for image, reason in found if reason is not None}
+        return {image: reason.decode() for image, reason in self._find(self._failures, images).items()}
 
     def vectors(self, block: CacheKey, images: Iterable[bytes]) -> dict[bytes, Vector]:
         """Return the features that `block` has of these images; rows that are damaged are as good as none."""
-        query = (
-            "SELECT image, vector, sum FROM features WHERE image IN ({}) "
-            "AND block = (SELECT id FROM blocks WHERE key = ?)"
-        )
-        size = 4 * block.width
-        return {
-            image: np.frombuffer(vector, np.float32)
-            for image, vector, sum_ in self._find(query, images, block.key, size=size)
-            if isinstance(vector, bytes) and len(vector) == size and block.sum(image, vector) == sum_
-        }
+        found = self._find(block.key, images, 4 * block.width)
+        return {image: np.frombuffer(vector, np.float32) for image, vector in found.items()}
 
-    def _tried(self, image: bytes) -> bytes:
-        """Return what a failure is about."""
-        return image + self.decoders.encode()
-
-    def _find(self, query: str, keys: Iterable[bytes], *more: str, size: int = 1) -> Iterator[Any]:
-        """Yield the rows that `query` finds for `keys`, so many at a time that rows of `size` bytes stay few."""
+    def _find(self, owner: str, keys: Iterable[bytes], size: int = 1) -> dict[bytes, bytes]:
+        """Return undamaged values, read so many at a time that those of `size` bytes stay few."""
         wanted, most = list(keys), max(1, min(MOST_AT_ONCE, BYTES_AT_ONCE // size))
-        for start in range(0, len(wanted), most):
-            some = wanted[start : start + most]
-            text, values = query.format(",".join("?" * len(some))), (*some, *more)
-            yield from self._try(lambda db: db.execute(text, values).fetchall(), [], "read")  # noqa: B023 - used at once
+        query = "SELECT key, value FROM entries WHERE owner = (SELECT id FROM owners WHERE name = ?) AND key IN ({})"
+        found: dict[bytes, bytes] = {}
 
-    # Writing
+        def select(db: sqlite3.Connection) -> None:
+            for start in range(0, len(wanted), most):
+                some = wanted[start : start + most]
+                for key, stored in db.execute(query.format(",".join("?" * len(some))), (owner, *some)).fetchall():
+                    if (value := checked(stored, key, owner)) is not None:
+                        found[key] = value
+
+        self._try("read", select)
+        return found
 
     def use(self, blocks: Iterable[CacheKey]) -> None:
         """Say which blocks a run is about: they are the last to be evicted."""
-        self._mine = {block.key: block for block in blocks}
+        owners = {block.key: block.description for block in blocks}
+        self._in_use = set(owners)
+        self._try("written", lambda db: _touch(db, {**owners, FILES: "", self._failures: ""}))
 
-        def work(db: sqlite3.Connection) -> None:
-            with tables.transaction(db):
-                self._touch(db, self._mine.values())
-
-        self._write(work)
-
-    def keep(self, news: News) -> None:
+    def keep(self, entries: CacheEntries) -> None:
         """Keep what was found out, whole or not at all."""
-        if not self.writes or not news:
+        if not self.writes or not entries:
             return
-        self._unmeasured += sum(4 * block.width * len(images) for block, images, _ in news.vectors)
+        self._unmeasured += sum(4 * block.width * len(images) for block, images, _ in entries.vectors)
         if self._unmeasured >= LOOK_EVERY:
-            self._write(self._make_room)
+            self._try("written", self._make_room)
             self._unmeasured = 0
-        self._write(lambda db: self._insert(db, news))
+        self._try("written", lambda db: self._insert(db, entries))
 
-    def _insert(self, db: sqlite3.Connection, news: News) -> None:
-        now = time.time()
-        with tables.transaction(db):
-            for block, images, vectors in news.vectors:
-                number = self._id(db, block)
-                rows = [
-                    (number, image, data, block.sum(image, data))
-                    for image, data in zip(images, map(np.ndarray.tobytes, vectors), strict=True)
-                ]
-                db.executemany("INSERT OR REPLACE INTO features VALUES (?, ?, ?, ?)", rows)
-            files = [(state, summed(image, state), now) for state, image in news.files.items()]
-            db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", files)
-            failures = [
-                (image, self.decoders, summed(reason.encode(), self._tried(image)), now)
-                for image, reason in news.failures.items()
-            ]
-            db.executemany("INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?)", failures)
-
-    def _id(self, db: sqlite3.Connection, block: CacheKey) -> int:
-        """Return the number of a block, which another process may just have evicted."""
-        query = "SELECT id FROM blocks WHERE key = ?"
-        found = db.execute(query, (block.key,)).fetchone()
-        if found is None:
-            self._touch(db, [block])
-            found = db.execute(query, (block.key,)).fetchone()
-        return int(found[0])
-
-    def _touch(self, db: sqlite3.Connection, blocks: Iterable[CacheKey]) -> None:
-        now = time.time()
-        db.executemany(
-            "INSERT INTO blocks (key, recipe, width, used) VALUES (?, ?, ?, ?) "
-            "ON CONFLICT (key) DO UPDATE SET used = excluded.used",
-            [
-                (block.key, summed(block.recipe.encode(), _about(block.key, block.width)), block.width, now)
-                for block in blocks
-            ],
-        )
-
-    # Size
+    def _insert(self, db: sqlite3.Connection, entries: CacheEntries) -> None:
+        owners: list[tuple[str, str, Iterable[tuple[bytes, bytes]]]] = [
+            (FILES, "", entries.files.items()),
+            (self._failures, "", [(image, reason.encode()) for image, reason in entries.failures.items()]),
+        ]
+        for block, images, vectors in entries.vectors:
+            owners.append((block.key, block.description, zip(images, map(np.ndarray.tobytes, vectors), strict=True)))
+        with db:  # kept whole or not at all
+            db.execute("BEGIN IMMEDIATE")  # a lock taken later could not be waited for
+            for owner, description, values in owners:
+                _touch(db, {owner: description})  # another process may just have evicted it
+                [number] = db.execute("SELECT id FROM owners WHERE name = ?", (owner,)).fetchone()
+                rows = ((number, key, with_checksum(value, key, owner)) for key, value in values)
+                db.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", rows)
 
     def limit(self) -> int:
         """Return how many bytes the cache may take: its share of what would be free without it, LARGEST at most."""
         assert self._folder is not None
-        return min(LARGEST, (shutil.disk_usage(self._folder).free + self.size()) // SHARE_OF_DISK)
-
-    def size(self) -> int:
-        """Return the bytes on disk."""
-        return sum(file.stat().st_size for file in _files(self.path) if file.exists())
+        return min(LARGEST, (shutil.disk_usage(self._folder).free + bytes_in(self._folder)) // SHARE_OF_DISK)
 
     def blocks(self) -> list[dict[str, Any]]:
-        """Return a recipe for each block, with its key, width, rows and last use."""
-        query = "SELECT key, recipe, width, used, (SELECT COUNT(*) FROM features WHERE block = id) FROM blocks"
-        none: list[tuple[Any, ...]] = []
-        found = self._try(lambda db: db.execute(f"{query} ORDER BY used DESC").fetchall(), none, "read")
-        told = (
-            (checked(recipe, _about(key, width)), key, width, used, rows) for key, recipe, width, used, rows in found
+        """Return a description of each block, with its key, number of images, last use and bytes."""
+        query = (
+            "SELECT name, description, used, (SELECT COUNT(*) FROM entries WHERE owner = id) "
+            "FROM owners ORDER BY used DESC"
         )
+        found: list[tuple[Any, ...]] = []
+        self._try("read", lambda db: found.extend(db.execute(query).fetchall()))
         return [
-            {**json.loads(recipe), "key": key, "width": width, "rows": rows, "used": used}
-            for recipe, key, width, used, rows in told
-            if recipe and rows
+            {**block, "key": key, "images": images, "used": used, "bytes": 4 * block["width"] * images}
+            for key, stored, used, images in found
+            if images and (description := checked(stored, b"", key)) and (block := json.loads(description))
         ]
 
     def clear(self) -> None:
         """Forget everything, and give the disk back."""
-        self._write(tables.clear)
+        everything = "BEGIN IMMEDIATE; DELETE FROM entries; DELETE FROM owners; COMMIT; PRAGMA wal_checkpoint(TRUNCATE)"
+        self._try("written", lambda db: db.executescript(everything))
 
     def _make_room(self, db: sqlite3.Connection) -> None:
-        """Evict whole blocks, the one longest unused first, until the rest is within the limit."""
-        limit, tried = self.limit(), set[int]()
-        while tables.used_bytes(db) > limit:
-            every = db.execute("SELECT id, used, key FROM blocks ORDER BY used").fetchall()
-            others = [(number, used) for number, used, key in every if key not in self._mine and number not in tried]
-            if not others:
-                self.writes = False
-                self.note = (
-                    f"The cache is full with this run alone ({limit / 1e9:,.1f} GB, a tenth of the free disk): further "
-                    "features are not kept. Set NBFEAT_HOME to a folder on a larger disk."
-                )
-                return
-            tried.add(others[0][0])
-            tables.evict(db, *others[0])
+        """Evict owners whole, the one longest unused first, until the rest is within the limit."""
+        limit, used = self.limit(), "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
+        for number, name in db.execute("SELECT id, name FROM owners ORDER BY used").fetchall():
+            if db.execute(used).fetchone()[0] > limit and name not in self._in_use:
+                _evict(db, number)
+        if db.execute(used).fetchone()[0] > limit:
+            self.writes = False
+            self.note = (
+                f"The cache is full with this run alone ({limit / 1e9:,.1f} GB, a tenth of the free disk): further "
+                "features are not kept. Set NBFEAT_HOME to a folder on a larger disk."
+            )
 
-    # Trouble
-
-    def _open(self, _: None = None) -> None:
-        assert self._folder is not None
-        kind = file_system(self._folder)
-        self._path = self.path
-        db = sqlite3.connect(self._path, timeout=tables.PATIENCE, isolation_level=None, check_same_thread=False)
-        try:
-            # A write-ahead log needs memory that all processes share, which those of two machines do not.
-            tables.prepare(db, "DELETE" if is_remote(kind) else "WAL")
-        except BaseException:
-            db.close()
-            raise
-        self._db, self.writes = db, True
+    def _open(self, folder: Path) -> None:
+        kind = file_system(folder)
+        self.path = max(folder.glob("features-*.sqlite"), default=folder / "features-000000.sqlite")
+        self._db = db = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
+        [found] = db.execute("PRAGMA user_version").fetchone()
+        if found > FORMAT:
+            raise sqlite3.NotSupportedError(
+                f"it was written by a newer nbfeat, in format {found}; this one reads {FORMAT}"
+            )
+        if found < FORMAT:  # these two count for a new file only
+            db.execute("PRAGMA page_size = 4096")  # larger ones write up to four times as much per batch
+            db.execute("PRAGMA auto_vacuum = FULL")
+        # A write-ahead log needs memory that all processes share, which those of two machines do not.
+        with suppress(sqlite3.OperationalError):  # where another process makes it at once, that one sees to this
+            db.execute(f"PRAGMA journal_mode = {'DELETE' if is_remote(kind) else 'WAL'}")
+        db.execute("PRAGMA synchronous = NORMAL")
+        if found < FORMAT:
+            db.executescript(SCHEMA)
+        self.writes = True
         if is_remote(kind):
             self.note = f"The cache is on a network file system ({kind}); a local folder in NBFEAT_HOME is faster."
 
-    def _write(self, work: Callable[[sqlite3.Connection], None]) -> None:
-        if self.writes:
-            self._try(work, None, "written")
-
-    def _try(self, work: Callable[[Any], _T], nothing: _T, verb: str) -> _T:
-        """Do `work`; where that fails, say so in `note`, do without, and return `nothing`."""
+    def _try(self, verb: str, work: Callable[[sqlite3.Connection], object]) -> None:
+        """Do `work`; where that fails, say so in `note`, and do without."""
         with self._lock:
-            if self._db is None and verb != "opened":
-                return nothing
+            if self._db is None or (verb == "written" and not self.writes):
+                return
             try:
-                return work(self._db)
-            except (sqlite3.Error, tables.NewerError, OSError, ValueError, TypeError) as error:
+                work(self._db)
+            except _ERRORS as error:
                 self._give_up(error, verb)
-            return nothing
 
     def _give_up(self, error: Exception, verb: str) -> None:
-        """Stop writing, or begin anew where the file is damaged."""
+        """Begin anew where the file is damaged, else stop writing; say so in `note`."""
         why, way = printable(str(error)), "Free some disk, or set NBFEAT_HOME to another folder."
-        if tables.is_damage(error):
-            self._begin_anew(error)
+        code = getattr(error, "sqlite_errorcode", None)
+        if code is None and isinstance(error, sqlite3.OperationalError | ValueError | TypeError):
+            code = sqlite3.SQLITE_CORRUPT  # Python finds text that is none, in errors that quote the file, too
+        if code == sqlite3.SQLITE_IOERR_SHORT_READ or (code or 0) & 0xFF in _DAMAGED:
+            damaged = self.path
+            self.close()
+            with suppress(*_ERRORS):
+                damaged.with_name(f"features-{int(damaged.stem.rpartition('-')[2]) + 1:06}.sqlite").touch()
+                for file in damaged.parent.glob(f"{damaged.name}*"):  # which others may have open
+                    file.unlink(missing_ok=True)
+                self._open(damaged.parent)
+            tail = "It was begun anew" if self.writes else "Features are not kept: delete that folder"
+            self.note = f"The cache in {self._folder} was damaged ({why}). {tail}."
             return
-        if tables.is_busy(error):
+        if (code or 0) & 0xFF in _BUSY:
             why, way = "another program has locked it", "Close it, and run the cell again."
-        elif isinstance(error, tables.NewerError):
+        elif isinstance(error, sqlite3.NotSupportedError):
             way = "Update nbfeat, or set NBFEAT_HOME to another folder."
         self.writes = False
         if verb == "opened":
             self.close()
         self.note = f"The cache in {self._folder} cannot be {verb} ({why}): features are not kept from here on. {way}"
-
-    def _begin_anew(self, error: Exception) -> None:
-        """Leave a damaged file to the processes that have it open, and begin one of the next number."""
-        damaged = self._path
-        self.close()
-        try:
-            (damaged.parent / f"features-{_number(damaged) + 1}.sqlite").touch()
-            for file in _files(damaged):
-                file.unlink(missing_ok=True)
-            self._open()
-            self._unmeasured = LOOK_EVERY
-        except (OSError, sqlite3.Error, tables.NewerError):
-            self.close()
-        tail = "It was begun anew" if self._db else "Features are not kept: delete that folder"
-        self.note = f"The cache in {self._folder} was damaged ({printable(str(error))}). {tail}."
 
     def close(self) -> None:
         """Let the file go; the cache then finds and keeps nothing."""
@@ -282,14 +256,43 @@ class Cache:
         self._db = None
 
 
-def _files(path: Path) -> list[Path]:
-    return [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm", "-journal")]
+def with_checksum(value: bytes, key: bytes, owner: str) -> bytes:
+    """Return `value` after a checksum, which SQLite has not; it covers its place, too, which damage may exchange."""
+    return zlib.crc32(value, zlib.crc32(key + owner.encode())).to_bytes(4, "big") + value
 
 
-def _about(key: object, width: object) -> bytes:
-    return f"{key} {width}".encode()
+def checked(stored: object, key: bytes, owner: str) -> bytes | None:
+    """Return the value that was stored with its checksum; None where it is damaged, or belongs elsewhere."""
+    value = stored[4:] if isinstance(stored, bytes) else b""
+    return value if stored == with_checksum(value, key, owner) else None
 
 
-def _number(path: Path) -> int:
-    digits = path.stem.rpartition("-")[2]
-    return int(digits) if digits.isdigit() else -1
+def _touch(db: sqlite3.Connection, owners: dict[str, str]) -> None:
+    """Note that owners, given with their descriptions, are used now."""
+    now = time.time()
+    db.executemany(
+        "INSERT INTO owners (name, description, used) VALUES (?, ?, ?) "
+        "ON CONFLICT (name) DO UPDATE SET used = excluded.used",
+        [(name, with_checksum(description.encode(), b"", name), now) for name, description in owners.items()],
+    )
+
+
+def _evict(db: sqlite3.Connection, owner: int) -> None:
+    """Delete an owner with its entries, in short transactions, and give the disk back."""
+    some = "DELETE FROM entries WHERE rowid IN (SELECT rowid FROM entries WHERE owner = ? LIMIT ?)"
+    while db.execute(some, (owner, MOST_AT_ONCE)).rowcount:
+        pass
+    with db:
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("DELETE FROM entries WHERE owner = ?", (owner,))  # which came meanwhile
+        db.execute("DELETE FROM owners WHERE id = ?", (owner,))
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
+def bytes_in(folder: Path) -> int:
+    """Return how much disk a file or folder takes."""
+    total = 0
+    for path in (folder, *folder.rglob("*")):
+        with suppress(OSError):  # just removed
+            total += path.stat().st_size if path.is_file() else 0
+    return total

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbfeat.cache.database import Cache
+from nbfeat.cache.database import Cache, bytes_in
 from nbfeat.errors import NbfeatError, RequestError, format_bytes, listing
 from nbfeat.html import Html, paragraph, table, text_table
 from nbfeat.paths import home
@@ -18,12 +18,8 @@ from nbfeat.paths import home
 if TYPE_CHECKING:
     import pandas as pd
 
-KINDS = ("features", "networks", "weights", "precisions", "all")
-_HEADS = {
-    "features": ("features", "images", "bytes", "last used"),
-    "networks": ("networks", "bytes"),
-    "weights": ("weights", "bytes"),
-}
+_FOLDERS = {"networks": ("networks", "layers"), "weights": ("weights",), "precisions": ("precisions",)}
+KINDS = ("features", *_FOLDERS, "all")
 
 
 class Storage:
@@ -44,10 +40,8 @@ class Storage:
         """One row for each block in the cache: its recipe, how many images, how many bytes, when it was last used."""
         import pandas as pd
 
-        with _cache(self.folder) as cache:
-            blocks = cache.blocks() if cache else []
-        rows = [{**block, "bytes": 4 * block["width"] * block["rows"]} for block in blocks]
-        return pd.DataFrame(rows).rename(columns={"rows": "images"})
+        with closing(self._cache()) as cache:
+            return pd.DataFrame(cache.blocks())
 
     @property
     def networks(self) -> pd.DataFrame:
@@ -59,99 +53,80 @@ class Storage:
     @property
     def bytes(self) -> int:
         """How much disk all of it takes."""
-        return _size(self.folder)
+        return bytes_in(self.folder)
 
     def clear(self, what: str = "features") -> None:
-        """Forget one kind of what is kept, and give the disk back: by default the features that were computed.
+        """Forget one kind of what is kept, and give the disk back; what is asked for again is made again.
 
-        Notebooks that run meanwhile go on. What is forgotten is computed, built, loaded or measured again when it is
-        asked for.
-
-        Parameters
-        ----------
-        what
-            ``"features"``, ``"networks"`` that were built, ``"weights"`` that were downloaded, ``"precisions"``: in
-            what each network was found to compute best; or ``"all"``.
+        `what` is ``"features"`` that were computed, ``"networks"`` that were built, ``"weights"`` that were downloaded,
+        ``"precisions"``: in what each network was found to compute best; or ``"all"``. Notebooks that run meanwhile go
+        on.
         """
         if what not in KINDS:
             raise RequestError(f"clear takes {', '.join(KINDS)}, not {what!r}.")
         if what in {"features", "all"}:
-            with _cache(self.folder) as cache:
-                if cache:
-                    cache.clear()
-                    if cache.note and not cache.writes:
-                        raise NbfeatError(cache.note)
-        if what in {"networks", "all"}:
-            for folder in ("networks", "layers"):
+            with closing(self._cache()) as cache:
+                cache.clear()
+                if cache.note and not cache.writes:
+                    raise NbfeatError(cache.note)
+        for kind, folders in _FOLDERS.items():
+            for folder in folders if what in {kind, "all"} else ():
                 shutil.rmtree(self.folder / folder, ignore_errors=True)
-        if what in {"weights", "all"}:
-            shutil.rmtree(self.folder / "weights", ignore_errors=True)
-        if what in {"precisions", "all"}:
-            shutil.rmtree(self.folder / "precisions", ignore_errors=True)
+
+    def _cache(self) -> Cache:
+        """Open the cache if there is one; looking at it makes none."""
+        return Cache.at_home() if (self.folder / "features").is_dir() else Cache(None)
 
     def _networks(self) -> list[dict[str, Any]]:
         rows = []
         for folder in sorted((self.folder / "networks").glob("*")):
-            try:
+            # Without a manifest it is being built, or was left behind by a process that was killed.
+            with suppress(OSError, ValueError, KeyError, TypeError):
                 manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
                 spec, loaded = manifest["spec"], manifest["weights"]
                 cuts = [f"{cut['layer'] or 'end'} {cut['pooling']}".strip() for cut in spec["cuts"]]
                 rows.append(
                     {"backbone": spec["backbone"], "alpha": spec["alpha"], "weights": loaded["name"],
-                     "size": spec["size"], "cuts": cuts, "bytes": _size(folder), "folder": str(folder)}
+                     "size": spec["size"], "cuts": cuts, "bytes": bytes_in(folder), "folder": str(folder)}
                 )  # fmt: skip
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # being built, or left behind by a process that was killed
         return rows
 
-    def _shown(self) -> tuple[str, dict[str, list[tuple[object, ...]]], str]:
-        """Return the heading, the rows of both tables, and what can be done."""
-        networks: list[tuple[object, ...]] = [
+    def _tables(self) -> tuple[str, list[tuple[Sequence[Sequence[object]], Sequence[str]]], str]:
+        """Return the heading, the rows and head of each table, and what can be done."""
+        with closing(self._cache()) as cache:
+            blocks = cache.blocks()
+            limit = f"; features may take up to {format_bytes(cache.limit())}" if cache.writes else ""
+        features = [(_block(row), row["images"], format_bytes(row["bytes"]), _when(row["used"])) for row in blocks]
+        networks = [
             (f"{_backbone(row)}, {row['size']} px: {', '.join(row['cuts'])}", format_bytes(row["bytes"]))
             for row in self._networks()
         ]
-        weights: list[tuple[object, ...]] = [
-            (file.name, format_bytes(_size(file))) for file in sorted((self.folder / "weights").glob("*"))
+        weights = [(file.name, format_bytes(bytes_in(file))) for file in sorted((self.folder / "weights").glob("*"))]
+        tables: list[tuple[Sequence[Sequence[object]], Sequence[str]]] = [
+            (features, ("features", "images", "bytes", "last used")),
+            (networks, ("networks", "bytes")),
+            (weights, ("weights", "bytes")),
         ]
-        with _cache(self.folder) as cache:
-            blocks = cache.blocks() if cache else []
-            limit = f"; features may take up to {format_bytes(cache.limit())}" if cache and cache.writes else ""
-        features: list[tuple[object, ...]] = [
-            (_block(row), row["rows"], format_bytes(4 * row["width"] * row["rows"]), _when(row["used"]))
-            for row in blocks
-        ]
-        head = f"{self.folder}: {format_bytes(self.bytes)}{limit}"
         first, *others = [f'"{kind}"' for kind in KINDS]
         way = f"Clear with nbfeat.storage.clear({first}), {listing(others, 'or')}; NBFEAT_HOME names another folder."
-        return head, {"features": features, "networks": networks, "weights": weights}, way
+        head = f"{self.folder}: {format_bytes(self.bytes)}{limit}"
+        return head, [(rows, names) for rows, names in tables if rows], way
 
     def __repr__(self) -> str:
-        head, tables, way = self._shown()
-        return "\n".join([head, *(text_table(rows, _HEADS[kind]) for kind, rows in tables.items() if rows), way])
+        head, tables, way = self._tables()
+        return "\n".join([head, *(text_table(*each) for each in tables), way])
 
     def _repr_html_(self) -> str:
-        head, tables, way = self._shown()
-        drawn = [table(rows, _HEADS[kind]) for kind, rows in tables.items() if rows]
-        return Html("".join([paragraph(head, strong=True), *drawn, paragraph(way)]))
+        head, tables, way = self._tables()
+        return Html("".join([paragraph(head, strong=True), *(table(*each) for each in tables), paragraph(way)]))
 
 
 storage = Storage()
 
 
-@contextmanager
-def _cache(folder: Path) -> Iterator[Cache | None]:
-    """Open the cache if there is one; looking at it makes none."""
-    if not (folder / "features").is_dir():
-        yield None
-        return
-    with closing(Cache.at_home()) as cache:
-        yield cache
-
-
 def _backbone(row: dict[str, Any]) -> str:
     alpha = f" {row['alpha']:g}" if row["alpha"] else ""
-    weights = row.get("weights_name") or row["weights"]
-    return f"{row['backbone']}{alpha} ({weights} weights)"
+    return f"{row['backbone']}{alpha} ({row.get('weights_name') or row['weights']} weights)"
 
 
 def _block(row: dict[str, Any]) -> str:
@@ -164,13 +139,3 @@ def _when(seconds: float) -> str:
         return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
     except (TypeError, ValueError, OverflowError, OSError):
         return "some time"  # damaged, and no matter
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    for path in [folder, *folder.rglob("*")]:
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:
-            continue  # just removed
-    return total

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.backbones.weights import Loaded
-from nbfeat.cache.database import Cache
-from nbfeat.cache.keys import CacheKey, News
+from nbfeat.cache.database import Cache, CacheEntries
+from nbfeat.cache.keys import CacheKey
 from nbfeat.images import resize
 from nbfeat.inference import engines
 from nbfeat.inference.engines import Vectors
@@ -95,25 +95,26 @@ class NetworkState:
         return self.opening.weights
 
     def _kept(self, cut: Cut) -> CacheKey:
-        """Name everything that changes the numbers that `cut` gives for an image."""
+        """Return what the features of `cut` are kept under."""
         output = self.outputs[cut.key]
-        key_fields = {
-            "backbone": self.spec.backbone,
-            "alpha": self.spec.alpha,
-            "weights": self.weights.sha256,
-            "layer": cut.layer,
-            "pooling": output.pooling,
-            "scaling": self.spec.scaling,
-            "size": self.pixels.size,
-            "resize": self.pixels.resize,
-            "interpolation": self.pixels.interpolation,
-            "least_reduced": resize.LEAST_REDUCED,
-            "decoders": decoders(),
-            "keras": version("keras"),
-            **self.opening.key_fields(self.precision),
-            "numerics": NUMERICS,
-        }
-        return CacheKey(key_fields, {"weights_name": self.weights.name}, output.width)
+        return CacheKey(
+            backbone=self.spec.backbone,
+            alpha=self.spec.alpha,
+            weights=self.weights.sha256,
+            layer=cut.layer,
+            pooling=output.pooling,
+            scaling=self.spec.scaling,
+            size=self.pixels.size,
+            resize=self.pixels.resize,
+            interpolation=self.pixels.interpolation,
+            least_reduced=resize.LEAST_REDUCED,
+            decoders=decoders(),
+            keras=version("keras"),
+            engine=self.opening.key_fields(self.precision),
+            numerics=NUMERICS,
+            width=output.width,
+            weights_name=self.weights.name,
+        )
 
 
 def decoders() -> str:
@@ -150,9 +151,9 @@ class Batch:
         self.failures, self.equal, self.files, self.undecodable = {}, {}, {}, {}
 
     @property
-    def news(self) -> News:
+    def news(self) -> CacheEntries:
         """What the cache should keep of it."""
-        news = News(files=self.files, failures=self.undecodable)
+        news = CacheEntries(files=self.files, failures=self.undecodable)
         if self.lane is not None and not (self.cached or self.computed_elsewhere):
             news.vectors = [(kept, self.images, self.vectors[key]) for key, kept in self.lane.kept.items()]
         return news

@@ -9,9 +9,7 @@ import numpy as np
 import pandas as pd
 
 from nbfeat import Extraction
-from tests.benchmarks.rounds import MissingError, progress, why
-from tests.benchmarks.setting import Setting, weights_of
-from tests.benchmarks.table import Row, Table
+from tests.benchmarks.measure import MissingError, Row, Setting, Table, progress, weights_of, why
 from tests.conftest import DATA
 
 NETWORKS = (("MobileNetV2", None), ("MobileNet", 0.25), ("MobileNet", 0.5), ("MobileNet", 0.75))
@@ -71,13 +69,11 @@ def of_network(frame: pd.DataFrame, name: str, backbone: str, options: dict[str,
 
 
 def said(result: Extraction) -> list[str]:
-    """Return what the report says of precision."""
     notes = result._report().notes
     return [note for note in notes if any(word in note for word in ("float32", "bfloat16", "float16"))]
 
 
 def cross_validated(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the accuracy in each fold."""
     from sklearn.model_selection import RepeatedStratifiedKFold, cross_val_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

@@ -36,7 +36,6 @@ class Memory(threading.Thread):
         self.ended = threading.Event()
 
     def run(self) -> None:
-        """Look every second."""
         while not self.ended.wait(1):
             processes = {os.getpid(): "driver", **descendants()}
             self.all = max(self.all, sum(bytes_of("Pss", pid, "smaps_rollup") for pid in processes))
@@ -52,8 +51,6 @@ class Memory(threading.Thread):
 
 
 class WideWorker(Worker):
-    """A worker with the pretended network."""
-
     def __init__(self, order: Order) -> None:
         engines.PreparedNetwork = WideOpening  # type: ignore[misc,assignment]
         super().__init__(order)

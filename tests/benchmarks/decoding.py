@@ -14,11 +14,10 @@ from PIL import Image
 import nbfeat
 from nbfeat.images.resize import PixelSpec, reduction
 from nbfeat.inference.engines.cpu_count import available_cores
-from tests.benchmarks.child import keras_child
-from tests.benchmarks.limit import decode
-from tests.benchmarks.rounds import Found, in_rounds, progress, why
-from tests.benchmarks.setting import Setting, numbered, sources, titled, weights_of
-from tests.benchmarks.table import Row, Table, rate, times
+from tests.benchmarks import measure
+from tests.benchmarks.processes import Child
+from tests.benchmarks.ways import decode
+from tests.conftest import DATA
 
 WIDTH, HEIGHT, SIDE = 4_000, 3_000, 224
 BACKBONE = "MobileNetV2"
@@ -26,14 +25,14 @@ HEAD = ("files → pixels", "photographs/s", "× `load_img`", "per thread")
 LOAD_IMG = "`load_img`, one thread"
 
 
-def tables(setting: Setting) -> Iterator[Table]:
+def tables(setting: measure.Setting) -> Iterator[measure.Table]:
     """Measure decoding alone, then compare features."""
     count = 4 if setting.quick else 16
-    progress(f"decoding: drawing {count} photographs of 12 megapixels")
+    measure.progress(f"decoding: drawing {count} photographs of 12 megapixels")
     files = photographs(setting.folder / "large", count)
     megabytes = sum(Path(file).stat().st_size for file in files) / len(files) / 2**20
-    origin = "photographs enlarged, with grain" if sources() else "smooth noise, with grain"
-    yield Table(
+    origin = "photographs enlarged, with grain" if (DATA / "photos").is_dir() else "smooth noise, with grain"
+    yield measure.Table(
         f"Decoding {count} JPEGs of {WIDTH:,} × {HEIGHT:,} to {SIDE} × {SIDE}",
         HEAD,
         speeds(files, setting.rounds),
@@ -41,9 +40,9 @@ def tables(setting: Setting) -> Iterator[Table]:
     )
 
 
-def speeds(files: list[str], rounds: int) -> list[Row]:
+def speeds(files: list[str], rounds: int) -> list[measure.Row]:
     """Measure nbfeat and `load_img`, on one thread and on as many as there are cores."""
-    cores, keras = available_cores(), keras_child()
+    cores, keras = available_cores(), Child()
 
     def ours(threads: int) -> float:
         start = perf_counter()
@@ -56,18 +55,14 @@ def speeds(files: list[str], rounds: int) -> list[Row]:
         ways[f"`load_img`, {cores} threads"] = partial(theirs, threads=cores), cores
         ways[f"nbfeat, {cores} threads, as it does"] = partial(ours, cores), cores
     try:
-        found = in_rounds({way: measured for way, (measured, _) in ways.items()}, rounds)
+        found = measure.in_rounds({way: measured for way, (measured, _) in ways.items()}, rounds)
     finally:
         keras.close()
-    return [row(found, way, threads) for way, (_, threads) in ways.items()]
-
-
-def row(found: Found, way: str, threads: int) -> Row:
-    """Show one way."""
-    if way in found.missing:
-        return way, found.missing[way]
-    value = found.typical(way)
-    return way, rate(value), times(found.ratio(way, LOAD_IMG)) if found.has(LOAD_IMG) else "", rate(value / threads)
+    rows = [found.row(way, (way, LOAD_IMG, measure.times)) for way in ways]
+    for number, (way, (_, threads)) in enumerate(ways.items()):
+        if found.has(way):
+            rows[number] += (measure.rate(found.typical(way) / threads),)
+    return rows
 
 
 def losses(files: list[str]) -> str:
@@ -75,11 +70,11 @@ def losses(files: list[str]) -> str:
     try:
         cosines = agreement(files)
     except Exception as error:  # the speeds are there all the same
-        return f"Features were not compared: {why(error)}."
+        return f"Features were not compared: {measure.why(error)}."
     factor = reduction(WIDTH, HEIGHT, PixelSpec(SIDE))
     return (
-        f"nbfeat decodes them at 1/{factor}. Features of {titled(BACKBONE)} against those after decoding in full "
-        f"(Pillow, bilinear): cosine at least {cosines.min():.5f}, {cosines.mean():.5f} in the mean."
+        f"nbfeat decodes them at 1/{factor}. Features of {measure.titled(BACKBONE)} against those after decoding "
+        f"in full (Pillow, bilinear): cosine at least {cosines.min():.5f}, {cosines.mean():.5f} in the mean."
     )
 
 
@@ -93,9 +88,8 @@ def agreement(files: list[str]) -> np.ndarray:
 
 
 def features(frame: pd.DataFrame) -> np.ndarray:
-    """Return features of length 1."""
     result = nbfeat.extract(
-        frame, BACKBONE, images="image", weights=weights_of(BACKBONE), precision="float32", cache=False
+        frame, BACKBONE, images="image", weights=measure.weights_of(BACKBONE), precision="float32", cache=False
     )
     rows = result.features.to_numpy(np.float64)
     return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
@@ -104,15 +98,11 @@ def features(frame: pd.DataFrame) -> np.ndarray:
 def photographs(folder: Path, count: int) -> list[str]:
     """Write JPEGs of 12 megapixels with grain, as a camera's have: without it they would decode faster."""
     folder.mkdir(parents=True)
-    found, generator, files = sources(), np.random.default_rng(0), []
+    generator, files = np.random.default_rng(0), []
     grain = generator.normal(0, 5, (HEIGHT // 6, WIDTH // 5, 3)).round().astype(np.int16)
     for number in range(count):
-        if found:
-            source = Image.open(found[number * len(found) // count]).convert("RGB")
-        else:
-            source = Image.fromarray(generator.integers(0, 256, (30, 40, 3), dtype=np.uint8))
-        smooth = np.asarray(source.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), np.int16)
+        smooth = np.asarray(measure.source(number, count).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), np.int16)
         grained = smooth + np.tile(np.roll(grain, 7 * number, axis=0), (6, 5, 1))
-        files.append(numbered(folder, number))
+        files.append(measure.numbered(folder, number))
         Image.fromarray(grained.clip(0, 255).astype(np.uint8)).save(files[-1], quality=90)
     return files

@@ -1,8 +1,8 @@
 """One extraction in a fresh process, and what it took, as JSON.
 
-`child.fresh` imports nbfeat before anything else, to see how long that takes. The request is JSON, too: `folder` and
-`count` of the images, `block`, `options` of the extraction, and `cores`, the numbers of those that the process may use.
-With `way: "tutorial"` it is the tutorial loop instead.
+`processes.fresh` imports nbfeat before anything else, to see how long that takes, and so this imports little. The
+request is JSON, too: `folder` and `count` of the images, `block`, `options` of the extraction, and `cores`, the numbers
+of those that the process may use. With `way: "tutorial"` it is the tutorial loop instead.
 """
 
 from __future__ import annotations
@@ -19,11 +19,19 @@ from tests.memory import bytes_of
 def main(start: float, imported: float) -> None:
     """Do what is asked for on the command line, and print what it took since `start`."""
     request = json.loads(sys.argv[1])
-    told = tutorial(request) if request.get("way") == "tutorial" else extraction(request)
-    print(json.dumps({"import": imported, "total": time.perf_counter() - start, "peak": megabytes("VmHWM"), **told}))
+    files = [f"{request['folder']}/{number:06d}.jpg" for number in range(request["count"])]
+    told: dict[str, Any] = {"import": imported}
+    if request.get("way") == "tutorial":
+        from tests.benchmarks.others import tutorial
+
+        tutorial(files, request["block"], request["options"]["weights"])
+        told["import"] = None
+    else:
+        told |= extraction(files, request)
+    print(json.dumps({"total": time.perf_counter() - start, "peak": bytes_of("VmHWM") / 2**20, **told}))
 
 
-def extraction(request: dict[str, Any]) -> dict[str, Any]:
+def extraction(files: list[str], request: dict[str, Any]) -> dict[str, Any]:
     """Run nbfeat and return seconds, images per second and megabytes."""
     if request.get("cores"):
         os.sched_setaffinity(0, request["cores"])
@@ -31,33 +39,16 @@ def extraction(request: dict[str, Any]) -> dict[str, Any]:
 
     import nbfeat
 
-    files = [f"{request['folder']}/{number:06d}.jpg" for number in range(request["count"])]
     frame = pd.DataFrame({"path": files})
-    before = megabytes("VmRSS")
+    before = bytes_of("VmRSS") / 2**20
     began, worked = time.perf_counter(), time.process_time()
     result = nbfeat.extract(frame, request["block"], images="path", cache=False, **request["options"])
-    run, cpu = time.perf_counter() - began, time.process_time() - worked
     return {
-        "run": run,
-        "cpu": cpu,
+        "run": time.perf_counter() - began,
+        "cpu": time.process_time() - worked,
         "before": before,
         "rate": result.rate,
         "matrix": 4 * len(frame) * len(result.columns) / 2**20,
         "precision": result.precision,
-        "failed": len(result.failures),
         "heavy": [name for name in ("tensorflow", "keras") if name in sys.modules],
     }
-
-
-def tutorial(request: dict[str, Any]) -> dict[str, Any]:
-    """Do as the tutorials do."""
-    from tests.benchmarks.keras_ways import tutorial
-
-    files = [f"{request['folder']}/{number:06d}.jpg" for number in range(request["count"])]
-    tutorial(files, request["block"], request["options"]["weights"])
-    return {"import": None}
-
-
-def megabytes(what: str) -> float:
-    """Return the memory that this process has, ``VmRSS``, or the most that it has had, ``VmHWM``."""
-    return bytes_of(what) / 2**20

@@ -7,18 +7,24 @@ run, on the same files, and are what can be compared. Everything is kept in a te
 from __future__ import annotations
 
 import argparse
-import importlib
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.benchmarks.rounds import MissingError, progress, why
-from tests.benchmarks.setting import Setting, heading
-from tests.benchmarks.table import Table
+from tests.benchmarks import accuracy, decoding, fresh, ways
+from tests.benchmarks.measure import MissingError, Setting, Table, heading, progress, why
 
-SECTIONS = ("ways", "cores", "growth", "decoding", "start", "cache", "accuracy")
+SECTIONS: dict[str, Callable[[Setting], Iterator[Table]]] = {
+    "ways": ways.tables,
+    "cores": fresh.cores_tables,
+    "growth": fresh.growth_tables,
+    "decoding": decoding.tables,
+    "start": fresh.start_tables,
+    "cache": ways.cache_tables,
+    "accuracy": accuracy.tables,
+}
 
 
 def printed(section: str, tables: Iterator[Table]) -> Iterator[str]:
@@ -34,9 +40,10 @@ def printed(section: str, tables: Iterator[Table]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.speed", description="Measure speed.")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION", help="%(choices)s")
+    parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION", help="%(choices)s"
+    )
     parser.add_argument("--quick", action="store_true", help="few images, one round: whether it works, not how fast")
     parser.add_argument("--rounds", type=int, help="how often everything is measured; by default 3")
     asked = parser.parse_args()
@@ -47,8 +54,7 @@ def main() -> None:
         setting = Setting(Path(name), rounds=asked.rounds or (1 if asked.quick else 3), quick=asked.quick)
         setting.use_own_homes()
         for section in asked.only:
-            module = importlib.import_module(f"tests.benchmarks.{section}")
-            for text in printed(section, module.tables(setting)):
+            for text in printed(section, SECTIONS[section](setting)):
                 print(f"\n{text}", flush=True)
 
 

@@ -1,20 +1,108 @@
-"""``ways``: the same files through nbfeat and through other ways."""
+"""``ways`` and ``cache``: the same files through nbfeat and other ways, against the limit; and again from the cache.
+
+The limit is what the cores could do at best: cores ÷ (processor seconds per image of reading, decoding and resizing,
+plus of the network), both measured in the same round as what is compared with it.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from tests.benchmarks.child import Child, compiler, keras_child, torch_child
-from tests.benchmarks.limit import Limit, Ours
-from tests.benchmarks.rounds import Found, MissingError, in_rounds, progress, why
-from tests.benchmarks.setting import Setting, titled, weights_of
-from tests.benchmarks.table import Row, Table, rate, share, times
+import pandas as pd
+
+import nbfeat
+from nbfeat import Extraction, FeatureBlock
+from nbfeat.images.resize import PixelSpec
+from nbfeat.images.sources import read_pixels
+from nbfeat.inference.compiled_models import Preparing
+from nbfeat.inference.engines import Precision
+from nbfeat.inference.engines.cpu_count import available_cores
+from nbfeat.inference.engines.openvino import OpenVINOEngine
+from nbfeat.inference.model import Cut, NetworkSpec
+from tests.benchmarks import measure
+from tests.benchmarks.processes import Child, torch_child
 
 LOOP = "tutorial loop: `load_img`, `model.predict`, one image at a time"
 HEAD = ("way", "images/s", "× tutorial loop", "of the limit")
 LIMIT = "limit, {}"
+CACHED = "MobileNetV2"
+WITHOUT, FIRST, AGAIN, BEST = "without the cache", "first run, features kept", "run again, features taken", "limit"
+CACHE_HEAD = ("nbfeat, auto", "images/s", "× without the cache", "of the limit")
+
+
+class Ours:
+    """nbfeat on the same files, warm: the network is on disk, and which precision `auto` is has been settled before."""
+
+    def __init__(self, files: list[str], block: str, precision: str, **options: Any) -> None:
+        self.files, self.block = files, block
+        self.options: dict[str, Any] = {"precision": precision, "cache": False, **options}
+        self.options.setdefault("weights", measure.weights_of(block))
+        self._whole = 0.0
+        self.last: Extraction | None = None
+
+    def steady(self) -> float:
+        """Run, and return images per second apart from opening the network and attaching columns."""
+        start = time.perf_counter()
+        self.last = Extraction(pd.DataFrame({"path": self.files}), self.block, images="path", **self.options).run()
+        self._whole = len(self.files) / (time.perf_counter() - start)
+        return self.last.rate
+
+    def whole(self) -> float:
+        if self.last is None:
+            raise measure.MissingError("not measured: the run failed")
+        return self._whole
+
+    @property
+    def precision(self) -> str:
+        assert self.last is not None
+        return self.last.precision
+
+
+class Limit:
+    def __init__(self, files: list[str], backbone: str, precision: Precision) -> None:
+        self.files, self.backbone, self.precision = files, backbone, precision
+
+    def rate(self) -> float:
+        spec = NetworkSpec.of(FeatureBlock.parse(self.backbone, {"weights": measure.weights_of(self.backbone)}))
+        preparing = Preparing(replace(spec, cuts=(Cut(),)))
+        list(preparing)
+        engine = OpenVINOEngine(preparing.result, precision=self.precision, batch_size=None)
+        network_seconds(engine, 4)
+        decoding = decoding_seconds(self.files, spec.size)
+        return available_cores() / (decoding + network_seconds(engine, max(8, len(self.files) // 16)))
+
+
+def decode(files: list[str], size: int, threads: int) -> None:
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda file: read_pixels(file, [PixelSpec(size)], Path()), files))
+
+
+def decoding_seconds(files: list[str], size: int) -> float:
+    """Return processor seconds per image of reading, decoding and resizing, on all cores at once."""
+    start = time.process_time()
+    decode(files, size, available_cores())
+    return (time.process_time() - start) / len(files)
+
+
+def network_seconds(engine: OpenVINOEngine, batches: int) -> float:
+    """Return processor seconds per image of the network, all streams busy."""
+    start = time.process_time()
+    for _ in range(batches):
+        engine.submit(engine.buffer(), engine.batch_size)
+        if engine.is_full:
+            engine.collect()
+    while engine.in_flight:
+        engine.collect()
+    return (time.process_time() - start) / (batches * engine.batch_size)
 
 
 class Counts(NamedTuple):
@@ -35,32 +123,25 @@ QUICK = Counts(4, 4, 1, 32)
 Way = Callable[[], float]
 
 
-def tables(setting: Setting) -> Iterator[Table]:
-    """Measure each backbone."""
+def tables(setting: measure.Setting) -> Iterator[measure.Table]:
+    """Measure each backbone in every way."""
     for backbone, counts in COUNTS.items():
-        progress(f"ways: {backbone}")
-        keras, torch = keras_child(), torch_child(setting.folder)
-        try:
-            yield measured(setting, backbone, QUICK if setting.quick else counts, keras, torch)
-        finally:
-            keras.close()
-            torch.close()
+        measure.progress(f"ways: {backbone}")
+        few = QUICK if setting.quick else counts
+        files = setting.files[: few.ours]
+        with closing(Child()) as keras, closing(torch_child(setting.folder)) as torch:
+            ways = {
+                **with_keras(keras, files, backbone, few),
+                **with_torch(torch, files, backbone, few),
+                **with_nbfeat(files, backbone),
+            }
+            rows = shown(measure.in_rounds(ways, setting.rounds), list(ways))
+            yield measure.Table(
+                f"From files to features: {measure.titled(backbone)}", HEAD, rows, note(setting, few, torch)
+            )
 
 
-def measured(setting: Setting, backbone: str, counts: Counts, keras: Child, torch: Child) -> Table:
-    """Measure one backbone in every way."""
-    files = setting.files[: counts.ours]
-    ways = {
-        **with_keras(keras, files, backbone, counts),
-        **with_torch(torch, files, backbone, counts),
-        **with_nbfeat(files, backbone),
-    }
-    rows = shown(in_rounds(ways, setting.rounds), list(ways))
-    return Table(f"From files to features: {titled(backbone)}", HEAD, rows, note(setting, counts, torch))
-
-
-def note(setting: Setting, counts: Counts, torch: Child) -> str:
-    """Say what was measured, and with what."""
+def note(setting: measure.Setting, counts: Counts, torch: Child) -> str:
     if torch.told:
         with_what = f"PyTorch {torch.told['torch']} with {torch.told['networks']}, random weights, as fast as others."
     else:
@@ -75,18 +156,16 @@ def note(setting: Setting, counts: Counts, torch: Child) -> str:
 
 
 def with_keras(keras: Child, files: list[str], backbone: str, counts: Counts) -> dict[str, Way]:
-    """Return what is done with Keras on TensorFlow."""
-    rated = partial(keras.rate, backbone=backbone, weights=weights_of(backbone))
+    rated = partial(keras.rate, backbone=backbone, weights=measure.weights_of(backbone))
     return {
         LOOP: partial(rated, "tutorial", files[: counts.loop], first=2),
-        "Keras `predict`, batches of 32": partial(rated, "batches", files[: 32 * counts.batches]),
+        "Keras `predict`, batches of 32": partial(rated, "keras_batches", files[: 32 * counts.batches]),
     }
 
 
 def with_torch(torch: Child, files: list[str], backbone: str, counts: Counts) -> dict[str, Way]:
-    """Return what is done with PyTorch."""
     few, many = files[: counts.single], files[: 32 * counts.batches]
-    batches = partial(torch.rate, "batches", many, backbone=backbone)
+    batches = partial(torch.rate, "torch_batches", many, backbone=backbone)
     return {
         "img2vec's way, one image at a time": partial(torch.rate, "img2vec", few, backbone=backbone, first=2),
         "embetter's way, one image at a time": partial(torch.rate, "embetter", few, backbone=backbone, first=2),
@@ -97,9 +176,8 @@ def with_torch(torch: Child, files: list[str], backbone: str, counts: Counts) ->
 
 
 def compiled(batches: Callable[..., float]) -> float:
-    """Measure what PyTorch compiles, where it can."""
-    if compiler() is None:
-        raise MissingError("not installed: a C++ compiler")
+    if not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
+        raise measure.MissingError("not installed: a C++ compiler")
     return batches(precision="bfloat16", compiled=True)
 
 
@@ -111,7 +189,7 @@ def with_nbfeat(files: list[str], backbone: str) -> dict[str, Way]:
         auto.steady()
         chosen = auto.precision
     except Exception as error:  # its row says so, and says it again
-        progress(f"  nbfeat auto: {why(error)}")
+        measure.progress(f"  nbfeat auto: {measure.why(error)}")
         chosen = "float32"
     for asked, precision in (("float32", "float32"), ("bfloat16", "bfloat16"), ("auto", chosen)):
         if precision in {"float32", "bfloat16"}:
@@ -125,19 +203,52 @@ def with_nbfeat(files: list[str], backbone: str) -> dict[str, Way]:
 
 
 def precision_in(way: str) -> str:
-    """Return in which precision a way computes."""
     return "bfloat16" if "bfloat16" in way else "float16" if "float16" in way else "float32"
 
 
-def shown(found: Found, ways: list[str]) -> list[Row]:
-    """Turn what was measured into rows, limits last."""
-    rows: list[Row] = []
+def shown(found: measure.Found, ways: list[str]) -> list[measure.Row]:
+    rows = []
     for way in sorted(ways, key=lambda way: way.startswith("limit")):
-        if way in found.missing:
-            rows.append((way, found.missing[way]))
-            continue
         limit = LIMIT.format(precision_in(way))
-        faster = times(found.ratio(way, LOOP)) if found.has(LOOP) else ""
-        part = share(found.ratio(way, limit)) if found.has(limit) and way != limit else ""
-        rows.append((way, rate(found.typical(way)), faster, part))
+        rows.append(found.row(way, (way, LOOP, measure.times), (way, "" if way == limit else limit, measure.share)))
     return rows
+
+
+# The cache
+
+
+def cache_tables(setting: measure.Setting) -> Iterator[measure.Table]:
+    """Measure one backbone without the cache, with an empty one, and with a full one."""
+    measure.progress("cache")
+    note = (
+        f"{len(setting.files)} images; whole runs, the network on disk. The share of the limit is of the steady part "
+        "of a run, without opening the network and attaching columns."
+    )
+    yield measure.Table(f"The cache: {measure.titled(CACHED)}", CACHE_HEAD, cache_rows(setting), note)
+
+
+def cache_rows(setting: measure.Setting) -> list[measure.Row]:
+    without = Ours(setting.files, CACHED, "auto")
+    kept = Ours(setting.files, CACHED, "auto", cache=True)
+    without.steady()  # builds the network, and settles the precision
+    steady: dict[str, list[float]] = {WITHOUT: [], FIRST: []}
+
+    def run(way: str, ours: Ours) -> float:
+        steady[way].append(ours.steady())
+        return ours.whole()
+
+    def first() -> float:
+        nbfeat.storage.clear()
+        return run(FIRST, kept)
+
+    def again() -> float:
+        return max((kept.steady(), kept.whole())[1] for _ in range(3))
+
+    limit = Limit(setting.files, CACHED, without.precision)  # type: ignore[arg-type]
+    ways = {WITHOUT: lambda: run(WITHOUT, without), FIRST: first, AGAIN: again, BEST: limit.rate}
+    found = measure.in_rounds(ways, setting.rounds)
+    found.values |= {f"{way}, steady": values for way, values in steady.items() if found.has(way)}
+    return [
+        found.row(way, (way, "" if way == BEST else WITHOUT, measure.times), (f"{way}, steady", BEST, measure.share))
+        for way in ways
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 import nbfeat
-from nbfeat import isolation, paths
+from nbfeat import paths
 from nbfeat.inference.compiled_models import Preparing
 from nbfeat.inference.engines.openvino import BATCH
 from tests.faces import same
@@ -48,7 +49,7 @@ def photos(many: list[str]) -> pd.DataFrame:
     return pd.DataFrame({"path": many[:MANY]})
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expected(photos: pd.DataFrame) -> pd.DataFrame:
     return nbfeat.extract(photos, BLOCK, images="path", cache=False).features
 
@@ -110,24 +111,16 @@ def test_a_process_killed_at_any_moment_costs_what_was_in_flight(
     same(last.result(), expected)
 
 
-def test_two_processes_at_once_are_both_right(photos: pd.DataFrame, expected: pd.DataFrame, tmp_path: Path) -> None:
-    halves = [photos.iloc[:3500], photos.iloc[1500:]]
-    children = [Child(half, tmp_path, name) for half, name in zip(halves, "ab", strict=True)]
-    for half, child in zip(halves, children, strict=True):
-        child.steps()
-        same(child.result(), expected.loc[half.index])
-        assert not child.said.strip(), "the cache had something to say"
+def test_processes_at_once_are_all_right(photos: pd.DataFrame, expected: pd.DataFrame, tmp_path: Path) -> None:
+    """Two with much in common; six that all make the cache."""
+    for frames in ([photos.iloc[:50]] * 6, [photos.iloc[:3500], photos.iloc[1500:]]):
+        shutil.rmtree(nbfeat.storage.folder / "features", ignore_errors=True)
+        children = [Child(frame, tmp_path, f"child {number}") for number, frame in enumerate(frames)]
+        for frame, child in zip(frames, children, strict=True):
+            child.steps()
+            same(child.result(), expected.loc[frame.index])
+            assert not child.said.strip(), "the cache had something to say"
     assert nbfeat.extract(photos, BLOCK, images="path").cached == MANY
-
-
-def test_many_processes_that_make_the_cache_at_once_all_can(
-    photos: pd.DataFrame, expected: pd.DataFrame, tmp_path: Path
-) -> None:
-    children = [Child(photos.iloc[:50], tmp_path, f"child {number}") for number in range(6)]
-    for child in children:
-        child.steps()
-        same(child.result(), expected.iloc[:50])
-        assert not child.said.strip()
 
 
 def test_a_full_disk_stops_the_keeping_and_not_the_run(
@@ -150,25 +143,26 @@ def test_a_full_disk_stops_the_keeping_and_not_the_run(
     same(again.features, expected.iloc[:600])
 
 
-def test_a_network_that_is_not_what_its_digest_says_is_built_again(photos: pd.DataFrame, own_cache: Path) -> None:
+def test_networks_that_are_not_what_they_should_be_are_not_used(
+    photos: pd.DataFrame, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those half built, those whose bytes are not what their digest says, those of somebody else."""
     (own_cache / "networks").unlink()
+    old, new = (paths.keep("networks") / name for name in (".half-built", ".being-built"))
+    for folder in (old, new):
+        folder.mkdir()
+    os.utime(old, (0, 0))
     few = photos.iloc[:20]
-    before = nbfeat.extract(few, BLOCK, images="path", cache=False)
+    before = nbfeat.extract(few, BLOCK, images="path")
+    assert not old.exists()
+    assert new.exists()
     (weights,) = (own_cache / "networks").glob("*/network.bin")
     poisoned = bytearray(weights.read_bytes())
     poisoned[len(poisoned) // 2] ^= 1
     weights.write_bytes(poisoned)
-    preparing = Preparing(before._run.lanes[0].spec)
-    assert [text for text in preparing if text.startswith("building")]
+    assert [text for text in Preparing(before._run.lanes[0].spec) if text.startswith("building")]
     same(nbfeat.extract(few, BLOCK, images="path", cache=False).features, before.features)
     assert weights.read_bytes() != poisoned
-
-
-def test_networks_of_another_owner_are_not_used(
-    photos: pd.DataFrame, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    few = photos.iloc[:20]
-    before = nbfeat.extract(few, BLOCK, images="path")
     monkeypatch.setattr(os, "getuid", lambda: 12_345)
     with pytest.raises(paths.HomeError, match="belongs to another user"):
         paths.keep("networks")
@@ -177,19 +171,6 @@ def test_networks_of_another_owner_are_not_used(
     assert after.cached == 0
     same(after.features, before.features)
     assert str(own_cache) in after.notes[0]
-
-
-def test_what_a_killed_build_left_behind_is_removed(own_cache: Path, photos: pd.DataFrame) -> None:
-    (own_cache / "networks").unlink()
-    networks = paths.keep("networks")
-    old, new = networks / ".half-built", networks / ".being-built"
-    for folder in (old, new):
-        folder.mkdir()
-    os.utime(old, (0, 0))
-    nbfeat.extract(photos.iloc[:2], BLOCK, images="path")
-    assert not old.exists()
-    assert new.exists()
-    assert isolation.child_environment()["KERAS_BACKEND"] == "openvino"
 
 
 STOPPED = """

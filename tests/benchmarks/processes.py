@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.rounds import MissingError
+from tests.benchmarks.measure import REASON_SHOWN, MissingError
 from tests.conftest import ROOT
 
 FRESH = """
@@ -26,7 +25,7 @@ LONGEST = 900  # seconds: compiling takes minutes
 class Child:
     """A process that measures ways; it starts when the first is asked for, and again where one has killed it."""
 
-    def __init__(self, module: str, python: str = sys.executable, **environment: str) -> None:
+    def __init__(self, module: str = "others", python: str = sys.executable, **environment: str) -> None:
         self.command = [python, "-W", "ignore", "-m", f"tests.benchmarks.{module}"]
         self.environment = environment
         self.told: dict[str, Any] = {}
@@ -38,12 +37,17 @@ class Child:
         if "missing" in answer:
             raise MissingError(f"not installed: {answer['missing']}")
         if "failed" in answer:
-            raise MissingError(f"failed: {answer['failed']}"[:160])
+            raise MissingError(f"failed: {answer['failed']}"[:REASON_SHOWN])
         self.told |= {name: value for name, value in answer.items() if name != "seconds"}
         return len(files) / float(answer["seconds"])
 
     def _ask(self, request: dict[str, object]) -> dict[str, Any]:
-        process = self._started()
+        if self._process is None:
+            self._process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                cwd=ROOT, env={**os.environ, **self.environment},
+            )  # fmt: skip
+        process = self._process
         assert process.stdin
         assert process.stdout
         timer = threading.Timer(LONGEST, process.kill)
@@ -63,21 +67,7 @@ class Child:
         self.close()
         return {"failed": f"its process ended with {process.returncode}"}
 
-    def _started(self) -> subprocess.Popen[str]:
-        if self._process is None:
-            self._process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                cwd=ROOT,
-                env={**os.environ, **self.environment},
-            )
-        return self._process
-
     def close(self) -> None:
-        """End the process."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -85,33 +75,18 @@ class Child:
                 process.communicate()
 
 
-def keras_child() -> Child:
-    """Return the process for what Keras on TensorFlow does."""
-    return Child("keras_ways")
-
-
 def torch_child(folder: Path) -> Child:
     """Return the process for what PyTorch does, in the Python that NBFEAT_TORCH_PYTHON names, else in this one."""
     python = os.environ.get("NBFEAT_TORCH_PYTHON") or sys.executable
-    compiled = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TORCHINDUCTOR_FREEZING": "1"}
-    return Child("torch_ways", python, **compiled)
-
-
-def compiler() -> str | None:
-    """Return the C++ compiler that PyTorch would compile with."""
-    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    return Child("others", python, TORCHINDUCTOR_CACHE_DIR=str(folder / "inductor"), TORCHINDUCTOR_FREEZING="1")
 
 
 def fresh(request: dict[str, object], **environment: str) -> dict[str, Any]:
     """Run one extraction in a fresh process, as `once` takes it, and return what it tells."""
     done = subprocess.run(
         [sys.executable, "-c", FRESH, json.dumps(request)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-    )
+        capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, **environment},
+    )  # fmt: skip
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
         raise RuntimeError(lines[-1])
