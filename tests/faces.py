@@ -100,9 +100,9 @@ class PanelFace:
         labels = images if isinstance(images, list) else [images]
         pick(panel.source.images, None if images is None else tuple(labels))
         pick(panel.source.rows, options.pop("fit_on", DEFAULT))
-        panel.options.options["no_cache"].value = not options.pop("cache", True)
-        for name in set(options) & set(panel.options.options):
-            pick(panel.options.options[name], options.pop(name))
+        panel.options["no_cache"].value = not options.pop("cache", True)
+        for name in set(options) & set(panel.options):
+            pick(panel.options[name], options.pop(name))
         panel.blocks.cards[0].backbone.value = ""
         for number, block in enumerate(blocks or [""]):
             card = panel.blocks.add() if number else panel.blocks.cards[0]

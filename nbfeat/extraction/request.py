@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from nbfeat.backbones.catalog import find
 from nbfeat.errors import RequestError
-from nbfeat.extraction.options import FeatureBlock, one_of
+from nbfeat.extraction.options import PLACES, FeatureBlock, one_of
 from nbfeat.images.formats import short
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 Blocks = str | FeatureBlock | Sequence[str | FeatureBlock]
 Frame: TypeAlias = "pd.DataFrame | str | Path | Dataset"
 _QUERY = "Compare a column with a value, as in \"split == 'train'\"."
-PLACES = ("ray",)  # to compute at, beside this process
 
 
 def read_blocks(blocks: Sequence[Blocks], defaults: Mapping[str, Any]) -> list[FeatureBlock]:

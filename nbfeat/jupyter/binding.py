@@ -55,14 +55,14 @@ def is_in_a_cell(shell: InteractiveShell) -> bool:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Held:
+class FrameSnapshot:
     """The frame of a name, as it was when work on it began: later changes do not reach `frame`."""
 
     name: str
     frame: pd.DataFrame
 
     @classmethod
-    def of(cls, name: str, names: Mapping[str, Any]) -> Held:
+    def of(cls, name: str, names: Mapping[str, Any]) -> FrameSnapshot:
         """Hold the frame that `name` stands for."""
         frame = grammar.check_name(name, names)
         check_frame(frame)
@@ -76,9 +76,8 @@ class Held:
         now: Any = names.get(self.name)
         if reason := self.why_not(extraction, now):
             raise ExtractionError(reason)
-        parts = extraction.parts
-        places = [part.place_in(now, replace=replace) for part in parts]
-        names[self.name] = attach(now, [part.frame(now.index) for part in parts], places)
+        places = [part.place_in(now, replace=replace) for part in extraction.parts]
+        names[self.name] = attach(now, [part.frame(now.index) for part in extraction.parts], places)
 
     def why_not(self, extraction: Extraction, now: Any) -> str:
         """Say why the features do not belong to `now`; an empty string where they do."""
@@ -87,10 +86,9 @@ class Held:
             return f"There is no {self.name} any more, so nothing was bound. Make it once more. {again}"
         if type(now) is not type(self.frame):
             return f"{self.name} is not a dataframe any more but {type(now).__name__}, so nothing was bound."
-        columns = list(dict.fromkeys(part.column for part in extraction.parts))
         if not now.index.equals(self.frame.index) or not all(
             column in now.columns and _are_same(now[column].tolist(), extraction.images_in(column))
-            for column in columns
+            for column in {part.column for part in extraction.parts}
         ):
             return f"The images of {self.name} are not those that were read, so nothing was bound. {again}"
         return ""

@@ -10,7 +10,7 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 from nbfeat import Extraction, ExtractionError
-from nbfeat.jupyter.binding import Held, between_cells, is_running_a_cell
+from nbfeat.jupyter.binding import FrameSnapshot, between_cells, is_running_a_cell
 from nbfeat.jupyter.job import Job, State
 from tests.fake import FakeEngine, Gate
 
@@ -42,7 +42,7 @@ class Told:
 
 def job_of(extraction: Extraction, bind: Callable[[Extraction], None] = lambda _: None) -> tuple[Job, Told]:
     told = Told()
-    told.job = job = Job(extraction, bind=bind, soon=lambda work: work(), tell=told)
+    told.job = job = Job(extraction, bind=bind, schedule=lambda work: work(), notify=told)
     return job, told
 
 
@@ -132,7 +132,7 @@ def test_cancelled_before_it_is_bound_nothing_is_bound(extraction: Extraction) -
     bound: list[Extraction] = []
     waiting: list[Callable[[], None]] = []
     told = Told()
-    told.job = job = Job(extraction, bind=bound.append, soon=waiting.append, tell=told)
+    told.job = job = Job(extraction, bind=bound.append, schedule=waiting.append, notify=told)
     job.start()
     told.until(lambda: job.is_binding)
     job.cancel()
@@ -178,13 +178,15 @@ def test_work_waits_for_a_cell_that_fails_too(notebook: InteractiveShell) -> Non
 
 
 @pytest.fixture
-def held(photos: pd.DataFrame) -> tuple[dict[str, object], Held, Extraction]:
+def held(photos: pd.DataFrame) -> tuple[dict[str, object], FrameSnapshot, Extraction]:
     names: dict[str, object] = {"photos": photos}
-    held = Held.of("photos", names)
+    held = FrameSnapshot.of("photos", names)
     return names, held, Extraction(held.frame, BLOCK, images="path").run()
 
 
-def test_a_column_that_was_added_meanwhile_is_kept(held: tuple[dict[str, pd.DataFrame], Held, Extraction]) -> None:
+def test_a_column_that_was_added_meanwhile_is_kept(
+    held: tuple[dict[str, pd.DataFrame], FrameSnapshot, Extraction],
+) -> None:
     names, hold, extraction = held
     old = names["photos"]
     names["photos"]["new"] = 1
@@ -195,7 +197,7 @@ def test_a_column_that_was_added_meanwhile_is_kept(held: tuple[dict[str, pd.Data
 
 
 def test_features_never_come_to_stand_beside_other_images(
-    held: tuple[dict[str, pd.DataFrame], Held, Extraction],
+    held: tuple[dict[str, pd.DataFrame], FrameSnapshot, Extraction],
 ) -> None:
     names, hold, extraction = held
     photos = names["photos"]
@@ -214,7 +216,7 @@ def test_features_never_come_to_stand_beside_other_images(
 
 def test_sorting_in_place_meanwhile_mixes_nothing_up(photos: pd.DataFrame) -> None:
     names = {"photos": photos}
-    hold = Held.of("photos", names)
+    hold = FrameSnapshot.of("photos", names)
     extraction = Extraction(hold.frame, BLOCK, images="path")
     backwards = photos.iloc[::-1].copy()
     photos.index = backwards.index  # as sorting in place does
@@ -226,7 +228,7 @@ def test_sorting_in_place_meanwhile_mixes_nothing_up(photos: pd.DataFrame) -> No
 
 
 def test_a_name_that_was_deleted_or_is_no_frame_any_more_is_left_alone(
-    held: tuple[dict[str, object], Held, Extraction],
+    held: tuple[dict[str, object], FrameSnapshot, Extraction],
 ) -> None:
     names, hold, extraction = held
     names["photos"] = 7
@@ -243,7 +245,7 @@ def test_missing_images_and_images_in_memory_are_compared_too(photos: pd.DataFra
     photos.iloc[3, 0] = None
     photos.iloc[4, 0] = b"no image"
     names = {"photos": photos}
-    hold = Held.of("photos", names)
+    hold = FrameSnapshot.of("photos", names)
     extraction = Extraction(hold.frame, BLOCK, images="path").run()
     names["photos"] = photos.copy()
     hold.bind(extraction, names, replace=False)

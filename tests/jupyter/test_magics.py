@@ -14,8 +14,9 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
 from nbfeat import Extraction, ExtractionError
+from nbfeat.extraction.options import OPTIONS
 from nbfeat.jupyter import grammar, progress
-from nbfeat.jupyter.expansion import expand
+from nbfeat.jupyter.grammar import expand
 from nbfeat.jupyter.magics import TRAITS, ExtractMagics
 from tests.faces import run_cell
 
@@ -132,7 +133,7 @@ def test_settings_are_the_defaults_of_cells_and_are_checked(notebook: Interactiv
         magics.set_trait("pooling", "")
         magics.set_trait("backbone", "")
         notebook.config.pop("ExtractMagics", None)  # IPython keeps the setting that was refused there
-    options = {option.name for option in grammar.OPTIONS}
+    options = {option.name for option in OPTIONS}
     assert set(TRAITS) <= options
     for name in TRAITS:
         assert magics.trait_metadata(name, "config")
@@ -223,7 +224,7 @@ def test_progress_is_one_display_and_its_last_text_is_the_end(
         return Handle()
 
     monkeypatch.setattr("IPython.display.display", display)
-    with progress.Live("photos") as display_live:
+    with progress.ProgressDisplay("photos") as display_live:
         for step in Extraction(photos, "MobileNet --size 32", images="path", batch_size=1).steps():
             display_live.show(step)
     assert len(shown) <= 4

@@ -17,14 +17,13 @@ from IPython.utils.capture import capture_output
 
 import nbfeat
 from nbfeat import Panel, RequestError
-from nbfeat.extraction.options import BLOCK_OPTIONS
+from nbfeat.extraction.options import BLOCK_OPTIONS, RUN_OPTIONS
 from nbfeat.jupyter import grammar
-from nbfeat.jupyter.expansion import expand, literal
+from nbfeat.jupyter.grammar import expand, literal
 from nbfeat.jupyter.job import State
 from nbfeat.jupyter.panel import panel, source
 from nbfeat.jupyter.panel.look import LOOKS
-from nbfeat.jupyter.panel.run import OFFERED
-from nbfeat.jupyter.panel.widgets import DEFAULT, descendants
+from nbfeat.jupyter.panel.widgets import DEFAULT, tree
 from tests.faces import run_cell
 from tests.fake import FakeEngine, Gate
 
@@ -49,7 +48,7 @@ def opened(notebook: InteractiveShell) -> Iterator[Callable[..., Panel]]:
         panels.append(Panel(frame))
         card = panels[-1].blocks.cards[0]
         card.backbone.value, card.options["size"].value = SMALL, 32
-        panels[-1].options.options["batch_size"].value = 4
+        panels[-1].options["batch_size"].value = 4
         return panels[-1]
 
     yield open_panel
@@ -164,11 +163,11 @@ def test_while_it_runs_one_widget_changes_a_few_times_and_the_last_state_is_show
     """However many steps there are: above 1,000 messages a second the server drops some, perhaps the last."""
     notebook.user_ns["photos"] = pd.concat([photos] * 50, ignore_index=True)
     one = opened()
-    one.options.options["batch_size"].value = 1
+    one.options["batch_size"].value = 1
     one.source.wait()
     monkeypatch.setattr(panel, "SECONDS_BETWEEN", 1e9)
     changed: list[str] = []
-    for widget in descendants(one.box):
+    for widget in tree(one.box):
         widget.observe(lambda change: changed.append(change["name"]), ["value", "disabled"])
     finished(one)
     check_look(one, State.DONE)
@@ -342,10 +341,10 @@ def test_the_table_of_options_is_what_the_panel_offers(opened: Callable[..., Pan
     elsewhere = {"images", "fit_on"}
     needs_free_text = {"root", "into", "like", "parquet"}
     no_matter_here = {"quiet", "help", "on", "allow_remote"}
-    others = {option.name for option in grammar.RUN_OPTIONS} - {option.name for option in OFFERED} - elsewhere
+    others = {option.name for option in RUN_OPTIONS} - set(one.options) - elsewhere
     assert others <= needs_free_text | no_matter_here
-    for option in (*BLOCK_OPTIONS, *OFFERED):
-        widget = {**one.blocks.cards[0].options, **one.options.options}[option.name]
+    for option in (*BLOCK_OPTIONS, *(option for option in RUN_OPTIONS if option.name in one.options)):
+        widget = {**one.blocks.cards[0].options, **one.options}[option.name]
         if option.choices:
             assert {known for _, known in widget.options} - {DEFAULT} <= set(option.choices)
             assert len(widget.options) == len(option.choices) + (option.default not in option.choices)
@@ -365,7 +364,7 @@ def test_the_code_reads_back_to_what_was_chosen(opened: Callable[..., Panel], se
                 widget.value = chance.choice([value for _, value in widget.options])
             elif name == "prefix":
                 widget.value = chance.choice(["", "a b", "-x", "{y}", "$path", "it's", '"', "#1", "é;", "a;"])
-    for widget in one.options.options.values():
+    for widget in one.options.values():
         choices = [value for _, value in widget.options] if hasattr(widget, "options") else [True, False]
         widget.value = chance.choice(choices)
     one.source.rows.value = chance.choice([value for _, value in one.source.rows.options])
@@ -496,7 +495,7 @@ def test_what_cannot_be_is_told_before_anything_runs(opened: Callable[..., Panel
     photos["mobilenet_0003"] = "mine"
     one._after_a_cell()
     assert "mobilenet_0003" in one._problem.value
-    one.options.options["replace"].value = True
+    one.options["replace"].value = True
     assert not one.extract_button.disabled
 
 
@@ -662,7 +661,7 @@ def test_it_is_shown_with_a_report_that_stays_when_it_is_gone(
     assert "idle" not in seen[0][0]["text/plain"], "what was so when it was shown is saved, and soon wrong"
     still = seen[1][0]["text/html"]
     assert f"nbfeat-still-{one.box.model_id}" in still
-    assert f".nbfeat-still-{one.box.model_id}{{display:none}}" in one._hide.value
+    assert f".nbfeat-still-{one.box.model_id}{{display:none}}" in one._style.value
     finished(one)
     bundle, kind = seen[-1]
     assert kind == "update"
@@ -681,7 +680,7 @@ def test_whatever_comes_from_data_is_escaped(
     one = opened()
     one.blocks.cards[0].options["prefix"].value = EVIL
     finished(one)
-    drawn = [widget.value for widget in descendants(one.box) if isinstance(widget, widgets.HTML)]
+    drawn = [widget.value for widget in tree(one.box) if isinstance(widget, widgets.HTML)]
     for page in (value for _, value in one.results.pages.options):
         one.results.pages.value = page
         one.results.wait()

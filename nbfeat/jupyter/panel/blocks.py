@@ -15,11 +15,10 @@ from nbfeat.extraction.columns import names, prefix_of
 from nbfeat.extraction.options import BLOCK_OPTIONS, FeatureBlock, quoted, spelled
 from nbfeat.html import escape
 from nbfeat.inference.layers import expected_width, layer_names
-from nbfeat.jupyter.panel.widgets import DEFAULT, Kit, chosen, close, obey, offer, weights_of, with_default
+from nbfeat.jupyter.panel.widgets import DEFAULT, Kit, OptionWidgets, offer, tree
 
 FIRST = "MobileNetV2"  # light, and usual
-SHOWN = ("layer", "pooling", "normalize", "components", "prefix")  # the others are folded away
-OPTIONS = {option.name: option for option in BLOCK_OPTIONS}
+ALWAYS_SHOWN = ("layer", "pooling", "normalize", "components", "prefix")  # the others are folded away
 
 
 class Card:
@@ -39,30 +38,23 @@ class Card:
             placeholder=f"one of {len(CATALOG)} networks",
             tooltip="Clear it to see all, or type a part of a name",
         )
-        self.options = {name: kit.option(option, settings) for name, option in OPTIONS.items()}
+        self.options = OptionWidgets(kit, BLOCK_OPTIONS, settings, lambda _: changed())
         self.remove = kit.button("Remove", "quiet", "Remove this block", lambda: removed(self))
         self.expected = kit.html("expected")
-        more = kit.box("fields", [self.options[name] for name in OPTIONS if name not in SHOWN])
-        shown = kit.box("fields", [self.backbone, *(self.options[name] for name in SHOWN)])
-        line = kit.box("line", [self.expected, self.remove])
-        self.box = kit.box("block", [shown, line, kit.fold("More options", more)])
+        more = kit.box("fields", *(widget for name, widget in self.options.items() if name not in ALWAYS_SHOWN))
+        fields = kit.box("fields", self.backbone, *(self.options[name] for name in ALWAYS_SHOWN))
+        self.box = kit.box("block", fields, kit.box("line", self.expected, self.remove), kit.fold("More options", more))
         self._offer()
-        for widget in (self.backbone, *self.options.values()):
-            kit.on_choice(widget, self._chose)
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """The options that were chosen."""
-        return chosen(self.options)
+        kit.on_choice(self._chose_backbone, self.backbone)
 
     @property
     def text(self) -> str:
         """The block's line of the cell."""
-        return " ".join([quoted(self.backbone.value), *spelled(BLOCK_OPTIONS, self.given)])
+        return " ".join([quoted(self.backbone.value), *spelled(BLOCK_OPTIONS, self.options.given)])
 
-    def tell(self, rows: int) -> int:
+    def expect(self, rows: int) -> int:
         """Show which columns the block will make of `rows` images and what memory they take; return how many."""
-        defaults = {name: value for name, value in self.settings.items() if name in OPTIONS}
+        defaults = {name: value for name, value in self.settings.items() if name in self.options}
         try:
             block = FeatureBlock.parse(self.text, defaults)[0]
             column, expected = find(block.backbone).column, expected_width(block)
@@ -77,8 +69,7 @@ class Card:
         width, is_exact = expected
         first, *_, last = names(prefix, max(width, 2))
         size, free = 4 * rows * width, memory.free_bytes()
-        about = "" if is_exact else "about "
-        warning = ""
+        about, warning = "" if is_exact else "about ", ""
         if free is not None and size > memory.SHARE * free:
             warning = f" <b>⚠ more than half of the {format_bytes(free)} of free memory</b>"
         self.expected.value = (
@@ -87,15 +78,14 @@ class Card:
         )
         return width
 
-    def obey(self, settings: Mapping[str, Any]) -> None:
+    def set_defaults(self, settings: Mapping[str, Any]) -> None:
         """Take other defaults."""
         self.settings = settings
         self._offer()
-        obey(self.options, BLOCK_OPTIONS, settings)
+        self.options.set_defaults(settings)
 
-    def _chose(self, widget: Any) -> None:
-        if widget is self.backbone:
-            self._offer()
+    def _chose_backbone(self, _: object) -> None:
+        self._offer()
         self._changed()
 
     def _offer(self) -> None:
@@ -103,15 +93,14 @@ class Card:
         backbone = CATALOG.get(self.backbone.value)
         if backbone is None:
             return
+        channels = {layer.name: f" · {layer.channels:,}" for layer in backbone.layers if layer.channels}
+        layers = [(name + channels.get(name, ""), name) for name in layer_names(backbone)]
+        end = f"the end · {backbone.width:,}" if backbone.width else "the end"
+        weights = [] if backbone.is_own else ["bundled" if backbone.bundled else "imagenet", "random"]
         with self._kit.filling():
-            channels = {layer.name: layer.channels for layer in backbone.layers}
-            layers = [
-                (f"{name} · {channels[name]:,}" if channels.get(name) else name, name) for name in layer_names(backbone)
-            ]
-            end = f"the end · {backbone.width:,}" if backbone.width else "the end"
             offer(self.options["layer"], [(end, DEFAULT), *layers])
-            for name, choices in (("alpha", backbone.alphas), ("weights", weights_of(backbone))):
-                offer(self.options[name], with_default(OPTIONS[name], self.settings, choices))
+            self.options.offer("alpha", backbone.alphas, self.settings)
+            self.options.offer("weights", weights, self.settings)
             self.options["alpha"].disabled = not backbone.alphas
 
 
@@ -123,9 +112,8 @@ class Blocks:
         self.cards: list[Card] = []
         self.more = kit.button("Add a block", "quiet", "Another network, layer or pooling, in the same pass", self.add)
         self.total = kit.html("expected")
-        self._cards = kit.box("blocks", [])
-        line = kit.box("line", [self.more, self.total])
-        self.box = kit.box("part", [kit.heading("Feature blocks"), self._cards, line])
+        self._cards = kit.box("blocks")
+        self.box = kit.part("Feature blocks", self._cards, kit.box("line", self.more, self.total))
         self.add()
 
     def add(self) -> Card:
@@ -145,17 +133,18 @@ class Blocks:
         if len(self.cards) > 1 and card in self.cards:
             self.cards.remove(card)
             self._draw()
-            close(card.box)
+            for widget in list(tree(card.box)):
+                widget.close()
 
-    def obey(self, settings: Mapping[str, Any]) -> None:
+    def set_defaults(self, settings: Mapping[str, Any]) -> None:
         """Take other defaults."""
         self.settings = settings
         for card in self.cards:
-            card.obey(settings)
+            card.set_defaults(settings)
 
-    def tell(self, rows: int, columns: int) -> None:
+    def expect(self, rows: int, columns: int) -> None:
         """Show what each block will give of `rows` rows and `columns` image columns, and all of them."""
-        width = columns * sum([card.tell(rows * columns) for card in self.cards])
+        width = columns * sum([card.expect(rows * columns) for card in self.cards])
         self.total.value = f"{width:,} new columns · {format_bytes(4 * rows * width)}" if len(self.cards) > 1 else ""
 
     def _draw(self) -> None:

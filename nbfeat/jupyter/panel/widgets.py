@@ -11,18 +11,17 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from nbfeat.backbones.backbone import Backbone
 from nbfeat.extraction.options import Option
 
 Choice = tuple[str, Any]  # what is shown, and what is meant by it
 
-# What the panel offers of options that take any number; the written code takes all of them.
-NUMBERS = {
+# What the panel offers of options that take more; the written code takes all of it.
+OFFERED = {
     "components": (2, 8, 16, 32, 50, 64, 100, 128, 256, 512),
     "size": (32, 64, 96, 112, 128, 160, 192, 224, 256, 299, 331, 384, 448, 512),
     "batch_size": (1, 4, 8, 16, 32, 64, 128, 256),
+    "device": ("cpu", "gpu"),
 }
-DEVICES = ("cpu", "gpu")
 DEFAULT = ""  # chosen where an option is not written; None is what a Dropdown has where nothing is chosen
 LABELS = {
     "normalize": "Normalization", "components": "Components (PCA)", "images": "Image column",
@@ -56,15 +55,6 @@ class Kit:
         self._made.add(made)
         return made
 
-    def option(self, option: Option, settings: Mapping[str, Any]) -> Any:
-        """Return a widget that chooses a value of `option`; `settings` are the defaults that were set for it."""
-        told = {"description": LABELS.get(option.name, option.name.capitalize()), "tooltip": option.help}
-        if option.switch:
-            return self.make(widgets.Checkbox, indent=False, **told)
-        if option.name == "prefix":
-            return self.make(widgets.Text, continuous_update=False, **told)
-        return self.dropdown(options=with_default(option, settings), **told)
-
     def dropdown(self, **traits: Any) -> widgets.Dropdown:
         """Return a Dropdown."""
         return self.make(widgets.Dropdown, **traits)
@@ -72,10 +62,6 @@ class Kit:
     def html(self, name: str, value: str = "") -> widgets.HTML:
         """Return a piece of html."""
         return self.make(widgets.HTML, name, value=value)
-
-    def heading(self, text: str) -> widgets.HTML:
-        """Return the heading of a part of the panel."""
-        return self.html("heading", f"<h4>{text}</h4>")
 
     def button(self, text: str, name: str, tooltip: str, pressed: Callable[[], object]) -> widgets.Button:
         """Return a button that calls `pressed`."""
@@ -88,15 +74,28 @@ class Kit:
         made.on_click(click)
         return made
 
-    def on_choice(self, widget: Any, chosen: Callable[[Any], object]) -> None:
+    def box(self, name: str, *children: Any) -> widgets.Box:
+        """Return a box; how it lays things out, the style says."""
+        return self.make(widgets.Box, name, children=children)
+
+    def part(self, title: str, *children: Any) -> widgets.Box:
+        """Return a part of the panel under a heading."""
+        return self.box("part", self.html("heading", f"<h4>{title}</h4>"), *children)
+
+    def fold(self, title: str, child: Any) -> widgets.Accordion:
+        """Return `child` under a title that opens and closes it; closed at first."""
+        return self.make(widgets.Accordion, "fold", children=(child,), titles=(title,), selected_index=None)
+
+    def on_choice(self, chosen: Callable[[Any], object], *of: Any) -> None:
         """Call `chosen` with a widget of which somebody chose another value."""
 
-        def change(_: Mapping[str, Any]) -> None:
+        def change(event: Mapping[str, Any]) -> None:
             with self.turn:
                 if not self._is_filling:
-                    chosen(widget)
+                    chosen(event["owner"])
 
-        widget.observe(change, "value")
+        for widget in of:
+            widget.observe(change, "value")
 
     @contextmanager
     def filling(self) -> Iterator[None]:
@@ -108,27 +107,53 @@ class Kit:
             finally:
                 self._is_filling = before
 
-    def box(self, name: str, children: Sequence[Any]) -> widgets.Box:
-        """Return a box; how it lays things out, the style says."""
-        return self.make(widgets.Box, name, children=tuple(children))
-
-    def fold(self, title: str, child: Any) -> widgets.Accordion:
-        """Return `child` under a title that opens and closes it; closed at first."""
-        return self.make(widgets.Accordion, "fold", children=(child,), titles=(title,), selected_index=None)
-
     def close(self) -> None:
         """Take all widgets out of memory, those that are shown only at times, too, and what they share."""
         for one in (*self._made, self._layout, *self._styles.values()):
             one.close()
 
 
-def with_default(option: Option, settings: Mapping[str, Any], choices: Iterable[Any] | None = None) -> list[Choice]:
+class OptionWidgets(dict[str, Any]):
+    """A widget for each option of a table, by its name; `chosen` is called with one of which a value was chosen."""
+
+    def __init__(
+        self, kit: Kit, table: Iterable[Option], settings: Mapping[str, Any], chosen: Callable[[Any], object]
+    ) -> None:
+        super().__init__()
+        self._table = {option.name: option for option in table}
+        for name, option in self._table.items():
+            label = {"description": LABELS.get(name, name.capitalize()), "tooltip": option.help}
+            if option.switch:
+                self[name] = kit.make(widgets.Checkbox, indent=False, **label)
+            elif name == "prefix":
+                self[name] = kit.make(widgets.Text, continuous_update=False, **label)
+            else:
+                choices = option.choices or OFFERED.get(name, ())
+                self[name] = kit.dropdown(options=with_default(option, choices, settings), **label)
+        kit.on_choice(chosen, *self.values())
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that were chosen, defaults left out."""
+        values = {name: widget.value for name, widget in self.items()}
+        return {name: value for name, value in values.items() if value not in (DEFAULT, None) and value is not False}
+
+    def offer(self, name: str, choices: Iterable[Any], settings: Mapping[str, Any]) -> None:
+        """Offer other choices of an option, and its default."""
+        offer(self[name], with_default(self._table[name], choices, settings))
+
+    def set_defaults(self, settings: Mapping[str, Any]) -> None:
+        """Show other defaults of the options whose choices are always the same."""
+        for name, option in self._table.items():
+            if choices := option.choices or OFFERED.get(name):
+                self.offer(name, choices, settings)
+
+
+def with_default(option: Option, choices: Iterable[Any], settings: Mapping[str, Any]) -> list[Choice]:
     """Return what a Dropdown offers: the default first, which writes nothing, then the other choices."""
-    if choices is None:
-        choices = option.choices or NUMBERS.get(option.name) or (DEVICES if option.name == "device" else ())
     default = settings.get(option.name, option.default)
-    shown = f"{default} (your setting)" if option.name in settings else str(default)
-    return [(shown, DEFAULT), *((str(choice), choice) for choice in choices if str(choice) != str(default))]
+    first = f"{default} (your setting)" if option.name in settings else str(default)
+    return [(first, DEFAULT), *((str(choice), choice) for choice in choices if str(choice) != str(default))]
 
 
 def offer(dropdown: widgets.Dropdown, options: Sequence[Choice]) -> None:
@@ -141,29 +166,9 @@ def offer(dropdown: widgets.Dropdown, options: Sequence[Choice]) -> None:
     dropdown.value = kept if kept in values else values[0] if values else None
 
 
-def obey(options: Mapping[str, Any], table: Iterable[Option], settings: Mapping[str, Any]) -> None:
-    """Show other defaults in the widgets of options that have choices of their own."""
-    for option in table:
-        if option.choices or option.name in {*NUMBERS, "device"}:
-            offer(options[option.name], with_default(option, settings))
-
-
-def chosen(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that were chosen in widgets of options, defaults left out."""
-    values = {name: widget.value for name, widget in options.items()}
-    return {name: value for name, value in values.items() if value not in (DEFAULT, None) and value is not False}
-
-
-def weights_of(backbone: Backbone) -> list[str]:
-    """Return the weights that can be chosen by name."""
-    if backbone.is_own:
-        return []
-    return list(dict.fromkeys(["bundled" if backbone.bundled else "imagenet", "random"]))
-
-
 def style() -> str:
     """Return the style, every rule of which stays within the panel."""
-    return f"<style>{files('nbfeat.jupyter').joinpath('panel.css').read_text(encoding='utf-8')}</style>"
+    return f"<style>{files('nbfeat.jupyter.panel').joinpath('panel.css').read_text(encoding='utf-8')}</style>"
 
 
 def answer_at_once(root: Any) -> None:
@@ -172,18 +177,13 @@ def answer_at_once(root: Any) -> None:
     ipykernel 7.4 takes clicks on a widget in the thread that last published on it, which for one that a cell has made
     or changed is the thread of the cells; before that and after, it is the front end's choice, which is another thread.
     """
-    for widget in (root, *descendants(root)):
-        vars(widget.comm).pop("_reply_subshell_id", None) if widget.comm is not None else None
+    for widget in tree(root):
+        if widget.comm is not None:
+            vars(widget.comm).pop("_reply_subshell_id", None)
 
 
-def close(root: Any) -> None:
-    """Take a widget, and all in it, off the screen and out of memory."""
-    for widget in (*descendants(root), root):
-        widget.close()
-
-
-def descendants(widget: Any) -> Iterable[Any]:
-    """Walk through all widgets within `widget`."""
+def tree(widget: Any) -> Iterator[Any]:
+    """Walk through a widget and all within it."""
+    yield widget
     for child in getattr(widget, "children", ()):
-        yield child
-        yield from descendants(child)
+        yield from tree(child)
