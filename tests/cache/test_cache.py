@@ -29,7 +29,7 @@ from nbfeat.extraction.normalize import Normalizer
 from nbfeat.images import decode, fingerprint, formats, resize, sources
 from nbfeat.inference import model
 from tests import fake
-from tests.faces import Face, same
+from tests.faces import Face, every_face, same
 from tests.fake import FakeEngine, FakeNetwork
 
 pytestmark = pytest.mark.usefixtures("fake_network")
@@ -72,6 +72,7 @@ def file_of(folder: Path) -> Path:
 # What is found again
 
 
+@every_face
 def test_the_same_cell_again_computes_nothing(extract: Face, photos: pd.DataFrame) -> None:
     first = extract(photos, BLOCK, images="path")
     assert (first.cached, FakeEngine.computed) == (0, 20)

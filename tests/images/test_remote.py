@@ -32,7 +32,7 @@ from nbfeat.images import download, public_hosts, remote
 from nbfeat.images.decode import load_image
 from nbfeat.images.download import Limits
 from nbfeat.images.sources import hosts, image_column, load
-from tests.faces import Face
+from tests.faces import Face, every_face
 from tests.fake import FakeEngine
 from tests.web import Request, Web, in_turn, redirect, status, whole
 
@@ -102,6 +102,7 @@ def reason(address: str, limits: Limits | None = None) -> str:
 
 
 @pytest.mark.usefixtures("private", "fake_network")
+@every_face
 def test_every_face_fetches_images(extract: Face, web: Web, photos: pd.DataFrame) -> None:
     frame = photos.assign(path=[web.put(f"/{Path(path).name}", Path(path).read_bytes()) for path in photos["path"]])
     result = extract(frame, BLOCK, images="path", allow_remote=True)
@@ -685,6 +686,7 @@ def test_more_archives_than_stay_open(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fake_network")
+@every_face
 def test_every_face_reads_archives(extract: Face, archive: Path) -> None:
     frame = pd.DataFrame({"path": [f"zip://inner/a.png::{archive}", "zip://b?#.png::many.zip"]})
     result = extract(frame, BLOCK, images="path", allow_remote=True, root=str(archive.parent))
