@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from IPython.core.interactiveshell import InteractiveShell
+
 from nbfeat.errors import ExtractionError
 from nbfeat.extraction.columns import attach
 from nbfeat.extraction.extraction import Extraction
@@ -17,7 +19,6 @@ from nbfeat.jupyter import grammar
 
 if TYPE_CHECKING:
     import pandas as pd
-    from IPython.core.interactiveshell import InteractiveShell
 
 
 def between_cells(shell: InteractiveShell, work: Callable[[], None]) -> None:

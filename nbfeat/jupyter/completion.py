@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
+from IPython.core.interactiveshell import InteractiveShell
 
 from nbfeat.backbones.catalog import CATALOG, find
 from nbfeat.cache.storage import KINDS
@@ -17,9 +18,6 @@ from nbfeat.errors import NbfeatError
 from nbfeat.extraction.options import BLOCK_OPTIONS, OPTIONS, Option, quoted
 from nbfeat.inference.layers import layer_names
 from nbfeat.jupyter.grammar import CODE, PARQUET, frames_in, results_among
-
-if TYPE_CHECKING:
-    from IPython.core.interactiveshell import InteractiveShell
 
 _NAME = "nbfeat"
 # Alone on a line, or on the right of an assignment.

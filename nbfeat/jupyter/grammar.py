@@ -56,19 +56,10 @@ class Request:
     run: Mapping[str, Any]  # options of the run, by name
 
     @property
-    def into(self) -> str:
-        """The name that the new frame is bound to."""
-        return str(self.run.get("into", self.frame))
-
-    @property
     def for_extraction(self) -> dict[str, Any]:
         """The options that Extraction takes."""
         given = {name: value for name, value in self.run.items() if name not in _MAGIC_ONLY}
         return {**given, "cache": False} if self.run.get("no_cache") else given
-
-    def __str__(self) -> str:
-        """Return the cell that reads back to this request."""
-        return written(self.frame, self.run, map(str, self.blocks))
 
 
 def written(frame: str, run: Mapping[str, Any], blocks: Iterable[str]) -> str:
@@ -118,10 +109,10 @@ def _read_blocks(words: list[str], defaults: dict[str, Any], lines: list[str]) -
         return FeatureBlock.from_options(words, defaults)
     if words:
         defaults = {**defaults, "backbone": FeatureBlock.from_options(words, {})[0].backbone}
-    return tuple(block for line in lines for block in read_line(line, defaults))
+    return tuple(block for line in lines for block in _read_line(line, defaults))
 
 
-def read_line(text: str, defaults: Mapping[str, Any]) -> tuple[FeatureBlock, ...]:
+def _read_line(text: str, defaults: Mapping[str, Any]) -> tuple[FeatureBlock, ...]:
     """Read one line of the body; what is neither block nor comment gets an error that says what the body is."""
     words = split_words(text)
     for flag in (word.partition("=")[0] for word in words):

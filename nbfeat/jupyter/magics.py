@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from IPython.core.error import UsageError
+from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
 from IPython.core.magic import line_cell_magic as both
 from traitlets import Bool, TraitError, Unicode, validate
@@ -22,9 +23,6 @@ from nbfeat.extraction.options import OPTIONS
 from nbfeat.extraction.request import check_frame
 from nbfeat.jupyter import completion, grammar
 from nbfeat.jupyter.progress import ProgressDisplay
-
-if TYPE_CHECKING:
-    from IPython.core.interactiveshell import InteractiveShell
 
 # Options whose defaults make sense for every cell of a notebook; the others belong to one block or one run.
 TRAITS = (
@@ -104,7 +102,7 @@ class ExtractMagics(Magics):
         if extraction.written:
             extraction.notes.append(f"Nothing was bound: {request.frame} is as it was.")
         else:
-            self.shell.user_ns[request.into] = extraction.frame
+            self.shell.user_ns[request.run.get("into", request.frame)] = extraction.frame
         # IPython's own way to silence reads the words as Python, and fails over what is none, such as a lone bracket.
         return None if grammar.is_silenced(line if cell is None else cell) else extraction
 

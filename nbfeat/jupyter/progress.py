@@ -6,6 +6,9 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
+from IPython.core.getipython import get_ipython
+from IPython.display import display
+
 from nbfeat.extraction.extraction import Step
 from nbfeat.extraction.report import pace
 from nbfeat.html import Html, bar, escape
@@ -44,9 +47,6 @@ class ProgressDisplay:
             self._draw(step)
 
     def _draw(self, step: Step, end: str = "") -> None:
-        from IPython.core.getipython import get_ipython
-        from IPython.display import display
-
         lines = [f"{self.title}: {self._coming}"]
         if end:
             lines.append(" · ".join([end, *counts(step), f"{time.monotonic() - self._started:,.1f} s"]))

@@ -223,7 +223,7 @@ def test_progress_is_one_display_and_its_last_text_is_the_end(
         shown.append(bundle)
         return Handle()
 
-    monkeypatch.setattr("IPython.display.display", display)
+    monkeypatch.setattr(progress, "display", display)
     with progress.ProgressDisplay("photos") as display_live:
         for step in Extraction(photos, "MobileNet --size 32", images="path", batch_size=1).steps():
             display_live.show(step)

@@ -58,10 +58,17 @@ def opened(notebook: InteractiveShell) -> Iterator[Callable[..., Panel]]:
     assert not [one for one in notebook.events.callbacks["post_run_cell"] if one.__name__ == "_after_a_cell"]
 
 
+def settle() -> None:
+    """Wait until what is shown is of what is chosen."""
+    for thread in threading.enumerate():
+        if thread.name in {"nbfeat-look", "nbfeat-page"}:
+            thread.join(30)
+
+
 def finished(one: Panel) -> Panel:
     one.extract_button.click()
     assert one.wait(30)
-    one.source.wait()
+    settle()
     return one
 
 
@@ -164,7 +171,7 @@ def test_while_it_runs_one_widget_changes_a_few_times_and_the_last_state_is_show
     notebook.user_ns["photos"] = pd.concat([photos] * 50, ignore_index=True)
     one = opened()
     one.options["batch_size"].value = 1
-    one.source.wait()
+    settle()
     monkeypatch.setattr(panel, "SECONDS_BETWEEN", 1e9)
     changed: list[str] = []
     for widget in tree(one.box):
@@ -319,7 +326,7 @@ def test_the_frame_may_be_given_itself_by_name_or_not_at_all(
 
 
 def test_without_a_notebook_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("IPython.core.getipython.get_ipython", lambda: None)
+    monkeypatch.setattr(panel, "get_ipython", lambda: None)
     with pytest.raises(RequestError, match=r"works in a notebook.*nbfeat\.extract"):
         Panel()
 
@@ -536,13 +543,13 @@ def test_thumbnails_and_what_is_missing_are_shown(
     photos.iloc[0, 0] = None
     photos.iloc[1, 0] = "gone.png"
     one = opened()
-    one.source.wait()
+    settle()
     assert one.source.strip.value.count('<img src="data:image/webp') == 11
     assert one.source.strip.value.count("nbfeat-lost") == 1
     assert one.source.missing.value == "20 images · ⚠ 1 without a value · ⚠ 1 file is not there"
     notebook.user_ns["photos"] = photos.iloc[2:]
     one._after_a_cell()
-    one.source.wait()
+    settle()
     assert one.source.missing.value == "18 images · none missing"
 
 
@@ -600,14 +607,14 @@ def test_failures_scatter_and_comparison_are_one_click_away(
     seen = {}
     for page in ("Failures", "Scatter", "Comparison"):
         results.pages.value = page
-        results.wait()
+        settle()
         seen[page] = results.page.value
     assert "no such file" in seen["Failures"]
     assert "row 3" in seen["Failures"]
     assert "data:image/png" in seen["Scatter"]
     assert "accuracy" in seen["Comparison"]
     results.column.value = "split"
-    results.wait()
+    settle()
     assert "split: accuracy" in results.page.value
     results.column.value = "label"  # made before: shown at once
     assert results.page.value == seen["Comparison"]
@@ -617,12 +624,12 @@ def test_a_page_that_cannot_be_made_says_why(opened: Callable[..., Panel], noteb
     notebook.user_ns["photos"] = notebook.user_ns["photos"][["path"]].assign(only="one")
     results = finished(opened()).results
     results.pages.value = "Comparison"
-    results.wait()
+    settle()
     assert results.page.value.count("⚠") == 1
     notebook.user_ns["photos"] = notebook.user_ns["photos"][["path"]]
     results = finished(opened()).results
     results.pages.value = "Comparison"
-    results.wait()
+    settle()
     assert "no column to predict" in results.page.value
 
 
@@ -652,7 +659,7 @@ def test_it_is_shown_with_a_report_that_stays_when_it_is_gone(
         seen.append((bundle, display_id))
         return Handle() if display_id else None
 
-    monkeypatch.setattr("IPython.display.display", display)
+    monkeypatch.setattr(panel, "display", display)
     one = opened()
     one._ipython_display_()
     one._ipython_display_()  # shown twice
@@ -683,7 +690,7 @@ def test_whatever_comes_from_data_is_escaped(
     drawn = [widget.value for widget in tree(one.box) if isinstance(widget, widgets.HTML)]
     for page in (value for _, value in one.results.pages.options):
         one.results.pages.value = page
-        one.results.wait()
+        settle()
         drawn.append(one.results.page.value)
     assert EVIL not in " ".join(drawn)
     assert "&lt;img" in " ".join(drawn)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import ipywidgets as widgets
 
@@ -15,7 +14,7 @@ from nbfeat.extraction.columns import names, prefix_of
 from nbfeat.extraction.options import BLOCK_OPTIONS, FeatureBlock, quoted, spelled
 from nbfeat.html import escape
 from nbfeat.inference.layers import expected_width, layer_names
-from nbfeat.jupyter.panel.widgets import DEFAULT, Kit, OptionWidgets, offer, tree
+from nbfeat.jupyter.panel.widgets import DEFAULT, Kit, OptionWidgets, Settings, offer, tree
 
 FIRST = "MobileNetV2"  # light, and usual
 ALWAYS_SHOWN = ("layer", "pooling", "normalize", "components", "prefix")  # the others are folded away
@@ -25,12 +24,12 @@ class Card:
     """One block: its backbone and its options. `changed` is called after each choice."""
 
     def __init__(
-        self, kit: Kit, settings: Mapping[str, Any], changed: Callable[[], None], removed: Callable[[Card], None]
+        self, kit: Kit, settings: Settings, changed: Callable[[], None], removed: Callable[[Card], None]
     ) -> None:
-        self.settings, self._kit, self._changed = settings, kit, changed
+        self._kit, self._settings, self._changed = kit, settings, changed
         self.backbone = kit.make(
             widgets.Combobox,
-            value=str(settings.get("backbone", FIRST)),
+            value=str(settings().get("backbone", FIRST)),
             options=list(CATALOG),
             ensure_option=True,
             continuous_update=False,
@@ -43,8 +42,9 @@ class Card:
         self.expected = kit.html("expected")
         more = kit.box("fields", *(widget for name, widget in self.options.items() if name not in ALWAYS_SHOWN))
         fields = kit.box("fields", self.backbone, *(self.options[name] for name in ALWAYS_SHOWN))
-        self.box = kit.box("block", fields, kit.box("line", self.expected, self.remove), kit.fold("More options", more))
-        self._offer()
+        fold = kit.make(widgets.Accordion, "fold", children=(more,), titles=("More options",), selected_index=None)
+        self.box = kit.box("block", fields, kit.box("line", self.expected, self.remove), fold)
+        self.refresh()
         kit.on_choice(self._chose_backbone, self.backbone)
 
     @property
@@ -54,7 +54,7 @@ class Card:
 
     def expect(self, rows: int) -> int:
         """Show which columns the block will make of `rows` images and what memory they take; return how many."""
-        defaults = {name: value for name, value in self.settings.items() if name in self.options}
+        defaults = {name: value for name, value in self._settings().items() if name in self.options}
         try:
             block = FeatureBlock.parse(self.text, defaults)[0]
             column, expected = find(block.backbone).column, expected_width(block)
@@ -78,20 +78,15 @@ class Card:
         )
         return width
 
-    def set_defaults(self, settings: Mapping[str, Any]) -> None:
-        """Take other defaults."""
-        self.settings = settings
-        self._offer()
-        self.options.set_defaults(settings)
-
     def _chose_backbone(self, _: object) -> None:
-        self._offer()
+        self.refresh()
         self._changed()
 
-    def _offer(self) -> None:
-        """Offer the layers, multipliers and weights that the backbone has."""
+    def refresh(self) -> None:
+        """Offer the layers, multipliers and weights that the backbone has, and the defaults of now."""
         backbone = CATALOG.get(self.backbone.value)
         if backbone is None:
+            self.options.refresh()
             return
         channels = {layer.name: f" · {layer.channels:,}" for layer in backbone.layers if layer.channels}
         layers = [(name + channels.get(name, ""), name) for name in layer_names(backbone)]
@@ -99,33 +94,32 @@ class Card:
         weights = [] if backbone.is_own else ["bundled" if backbone.bundled else "imagenet", "random"]
         with self._kit.filling():
             offer(self.options["layer"], [(end, DEFAULT), *layers])
-            self.options.offer("alpha", backbone.alphas, self.settings)
-            self.options.offer("weights", weights, self.settings)
+            self.options.refresh(alpha=backbone.alphas, weights=weights)
             self.options["alpha"].disabled = not backbone.alphas
 
 
 class Blocks:
     """All blocks of a panel, at least one."""
 
-    def __init__(self, kit: Kit, settings: Mapping[str, Any], changed: Callable[[], None]) -> None:
-        self.settings, self._kit, self._changed = settings, kit, changed
-        self.cards: list[Card] = []
+    def __init__(self, kit: Kit, settings: Settings, changed: Callable[[], None]) -> None:
+        self._kit, self._settings, self._changed = kit, settings, changed
+        self.cards = [Card(kit, settings, changed, self.remove)]
         self.more = kit.button("Add a block", "quiet", "Another network, layer or pooling, in the same pass", self.add)
         self.total = kit.html("expected")
         self._cards = kit.box("blocks")
         self.box = kit.part("Feature blocks", self._cards, kit.box("line", self.more, self.total))
-        self.add()
+        self._draw()
 
     def add(self) -> Card:
         """Add a block: of the last one's backbone, cut at the next customary layer before the end."""
-        card = Card(self._kit, self.settings, self._changed, self.remove)
-        if self.cards:
-            name = card.backbone.value = self.cards[-1].backbone.value
-            taken = {one.options["layer"].value for one in self.cards if one.backbone.value == name}
-            layers = [layer.name for layer in CATALOG[name].layers[:-1]] if name in CATALOG else []
-            card.options["layer"].value = next((layer for layer in reversed(layers) if layer not in taken), DEFAULT)
+        card = Card(self._kit, self._settings, self._changed, self.remove)
+        name = card.backbone.value = self.cards[-1].backbone.value
+        taken = {one.options["layer"].value for one in self.cards if one.backbone.value == name}
+        layers = [layer.name for layer in CATALOG[name].layers[:-1]] if name in CATALOG else []
+        card.options["layer"].value = next((layer for layer in reversed(layers) if layer not in taken), DEFAULT)
         self.cards.append(card)
         self._draw()
+        self._changed()
         return card
 
     def remove(self, card: Card) -> None:
@@ -133,14 +127,14 @@ class Blocks:
         if len(self.cards) > 1 and card in self.cards:
             self.cards.remove(card)
             self._draw()
+            self._changed()
             for widget in list(tree(card.box)):
                 widget.close()
 
-    def set_defaults(self, settings: Mapping[str, Any]) -> None:
+    def refresh(self) -> None:
         """Take other defaults."""
-        self.settings = settings
         for card in self.cards:
-            card.set_defaults(settings)
+            card.refresh()
 
     def expect(self, rows: int, columns: int) -> None:
         """Show what each block will give of `rows` rows and `columns` image columns, and all of them."""
@@ -151,4 +145,3 @@ class Blocks:
         for card in self.cards:
             card.remove.disabled = len(self.cards) == 1
         self._cards.children = [card.box for card in self.cards]
-        self._changed()

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from IPython.core.getipython import get_ipython
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.display import display
 
 from nbfeat.errors import NbfeatError, RequestError
 from nbfeat.extraction.extraction import Extraction
@@ -21,10 +25,7 @@ from nbfeat.jupyter.panel import look
 from nbfeat.jupyter.panel.blocks import Blocks
 from nbfeat.jupyter.panel.result import Result
 from nbfeat.jupyter.panel.source import Source, frame_to_open
-from nbfeat.jupyter.panel.widgets import Kit, OptionWidgets, answer_at_once, style
-
-if TYPE_CHECKING:
-    from IPython.core.interactiveshell import InteractiveShell
+from nbfeat.jupyter.panel.widgets import STYLE, Kit, OptionWidgets, answer_at_once
 
 SECONDS_BETWEEN = 0.3  # updates of the progress: each is one message, and all others come with a change of state
 LONGEST_REPR = 110
@@ -70,14 +71,12 @@ class Panel:
         self._ran: tuple[str, FrameSnapshot] | None = None  # what the job works at: its code and its frame
         self._drawn_at, self._drawn_state = 0.0, State.IDLE
         self._static: Any = None  # the handle of the static report
-        self._is_ready = False
-
-        settings = self._settings = self._current_settings()
+        self._known_settings = self._settings()
         kit = self._kit = Kit()
-        self.source = Source(kit, self._names, lambda: self._current_settings().get("root", ""), self._changed)
-        self.blocks = Blocks(kit, settings, self._changed)
+        self.source = Source(kit, self._names, self._settings, self._changed)
+        self.blocks = Blocks(kit, self._settings, self._changed)
         table = [option for option in RUN_OPTIONS if option.name in CHOSEN_HERE]
-        self.options = OptionWidgets(kit, table, settings, lambda _: self._changed())
+        self.options = OptionWidgets(kit, table, self._settings, lambda _: self._changed())
         self.results = Result(kit)
         self.extract_button = kit.button("Extract", "go", "Extract the features, beside the notebook", self._pressed)
         self.cancel_button = kit.button(
@@ -88,10 +87,9 @@ class Panel:
         self._buttons = kit.box("buttons", self.extract_button, self.cancel_button)
         self._style = kit.html("style")
         self.box = self._laid_out()
-        hidden = f"<style>.nbfeat-still-{self.box.model_id}{{display:none}}</style>"  # the static report, meanwhile
-        self._style.value = style() + hidden
+        hidden = f".nbfeat-still-{self.box.model_id}{{display:none}}"  # the static report, while the panel lives
+        self._style.value = f"<style>{STYLE}</style><style>{hidden}</style>"
         self.source.refresh(chosen)
-        self._is_ready = True
         self._changed()
         answer_at_once(self.box)
         self._shell.events.register("post_run_cell", self._after_a_cell)
@@ -131,12 +129,11 @@ class Panel:
             try:
                 if not self._can_go_on():
                     self._begin(self._request)
+                assert self.job is not None
+                self.job.start()
             except NbfeatError as error:
                 self.problem = str(error)
                 self._draw()
-                return
-            if self.job is not None:
-                self.job.start()
 
     def cancel(self) -> None:
         """Stop after the batch in hand. Nothing is bound; what is done is kept."""
@@ -167,9 +164,8 @@ class Panel:
         """Make a job of what is asked for."""
         names = self._shell.user_ns
         snapshot = FrameSnapshot.of(request.frame, names)
-        magics = _magics(self._shell)
-        cache = {} if magics is None else {"cache": magics.cache}
-        extraction = Extraction(snapshot.frame, request.blocks, **{**cache, **request.for_extraction})
+        options = {"cache": getattr(_magics(self._shell), "cache", True), **request.for_extraction}
+        extraction = Extraction(snapshot.frame, request.blocks, **options)
         replace = bool(request.run.get("replace"))
         self._ran = self.code, snapshot
         self.job = Job(
@@ -207,14 +203,12 @@ class Panel:
 
     def _changed(self) -> None:
         """Write the code of what is chosen, and say what it will give, or why it cannot be."""
-        if not self._is_ready:
-            return
         run = {**self.source.given, **self.options.given}
         lines = grammar.written(self.source.frame.value or "", run, [card.text for card in self.blocks.cards])
         self.problem, self._request = "", None
         try:
             head, _, body = lines.partition("\n")
-            self._request = grammar.read(head.removeprefix("%%extract "), body, self._current_settings())
+            self._request = grammar.read(head.removeprefix("%%extract "), body, self._settings())
             assert self._request is not None
             frame = grammar.check_name(self._request.frame, self._names())
             Extraction(frame, self._request.blocks, **self._request.for_extraction)  # which has done nothing yet
@@ -229,11 +223,11 @@ class Panel:
     def _after_a_cell(self, *_: object) -> None:
         """Look at the notebook again: a cell may have made, changed or deleted a frame, or set a default."""
         with self._kit.turn:
-            settings, self._settings = self._settings, self._current_settings()
-            if self.source.has_news() or settings != self._settings:
+            settings, self._known_settings = self._known_settings, self._settings()
+            if self.source.has_news() or settings != self._known_settings:
                 self.source.refresh()
-                self.blocks.set_defaults(self._settings)
-                self.options.set_defaults(self._settings)
+                self.blocks.refresh()
+                self.options.refresh()
                 self._changed()
                 answer_at_once(self.box)
 
@@ -242,7 +236,7 @@ class Panel:
     def _names(self) -> MutableMapping[str, Any]:
         return dict(self._shell.user_ns)  # a cell may be changing it just now
 
-    def _current_settings(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         magics = _magics(self._shell)
         return {} if magics is None else magics.defaults()
 
@@ -251,7 +245,8 @@ class Panel:
     def _draw(self) -> None:
         """Show how it stands: while it runs one widget changes, the others with the state."""
         with self._kit.turn:
-            state, shown = self.state, look.LOOKS[self.state]
+            state = self.state
+            shown = look.LOOKS[state]
             self._progress.value = look.progress_of(self.job, self._ran[1].name if self._ran else "")
             self.extract_button.disabled = not shown.can_extract or bool(self.problem)
             self.cancel_button.disabled = not shown.can_cancel
@@ -268,8 +263,6 @@ class Panel:
 
     def _ipython_display_(self) -> None:
         """Show the panel, and beside it, unseen while it lives, the static report that is saved with the notebook."""
-        from IPython.display import display
-
         display({**self.box._repr_mimebundle_(), "text/plain": look.ELSEWHERE}, raw=True)  # type: ignore[no-untyped-call]
         if self._static is None:
             self._static = display(self._report(), raw=True, display_id=True)  # type: ignore[no-untyped-call]
@@ -285,8 +278,6 @@ class Panel:
 
 def _shell() -> InteractiveShell:
     """Return the notebook's shell."""
-    from IPython.core.getipython import get_ipython
-
     shell = get_ipython()
     if shell is None:
         raise RequestError(

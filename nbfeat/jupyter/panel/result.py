@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +23,7 @@ class Result:
 
     def __init__(self, kit: Kit) -> None:
         self.pages = kit.make(widgets.ToggleButtons, "pages", options=[REPORT])
-        self.column = kit.dropdown(description="Color by", tooltip="A column of the dataframe")
+        self.column = kit.make(widgets.Dropdown, description="Color by", tooltip="A column of the dataframe")
         self.page = kit.html("page")
         self._choice = kit.box("fields", self.column)
         self.box = kit.part("Result", self.pages, self._choice, self.page)
@@ -32,7 +31,6 @@ class Result:
         self._of: Extraction | None = None
         self._made: dict[tuple[str, object], Html] = {}  # pages, by what they show
         self._asked: tuple[str, object] | None = None  # for which page: another that gets ready is not shown
-        self._thread: threading.Thread | None = None
         self._kit = kit
         kit.on_choice(lambda _: self._turn(), self.pages, self.column)
 
@@ -51,11 +49,6 @@ class Result:
         """Show nothing."""
         self._of, self.box.children = None, ()
 
-    def wait(self) -> None:
-        """Wait until the page that was chosen is shown."""
-        if self._thread is not None:
-            self._thread.join()
-
     def _turn(self) -> None:
         """Show the page that is chosen; what takes a while is made in a thread."""
         if self._of is None:
@@ -71,7 +64,7 @@ class Result:
             self.page.value = self._made[key]
         else:
             self.page.value = paragraph(f"Making the {page.lower()} …")
-            self._thread = in_background("page", self._make, key, self._of)
+            in_background("page", self._make, key, self._of)
         answer_at_once(self.pages)
 
     def _make(self, key: tuple[str, object], of: Extraction) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import os
-import threading
 import time
 import weakref
 from collections import Counter
@@ -14,6 +13,7 @@ from keyword import iskeyword
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ipywidgets import Dropdown
 from PIL import Image
 
 from nbfeat.errors import ImageError, NbfeatError, RequestError
@@ -24,7 +24,7 @@ from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import is_missing, likely_columns, name_of, path_of, possible_columns, spread
 from nbfeat.jupyter import grammar
 from nbfeat.jupyter.job import in_background
-from nbfeat.jupyter.panel.widgets import DEFAULT, LABELS, Choice, Kit, offer
+from nbfeat.jupyter.panel.widgets import DEFAULT, LABELS, Choice, Kit, Settings, offer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,15 +43,15 @@ class Source:
     """Which frame of `names` and which of its columns; `changed` is called after each choice."""
 
     def __init__(
-        self, kit: Kit, names: Callable[[], Mapping[str, Any]], root: Callable[[], str], changed: Callable[[], None]
+        self, kit: Kit, names: Callable[[], Mapping[str, Any]], settings: Settings, changed: Callable[[], None]
     ) -> None:
-        self._kit, self._names, self._root, self._changed = kit, names, root, changed
-        self.frame = kit.dropdown(description="Dataframe", options=[], tooltip="A dataframe of this notebook")
-        self.images = kit.dropdown(
-            description=LABELS["images"], options=[], tooltip="The column that holds paths, bytes or arrays of images"
+        self._kit, self._names, self._settings, self._changed = kit, names, settings, changed
+        self.frame = kit.make(Dropdown, description="Dataframe", tooltip="A dataframe of this notebook")
+        self.images = kit.make(
+            Dropdown, description=LABELS["images"], tooltip="The column that holds paths, bytes or arrays of images"
         )
-        self.rows = kit.dropdown(
-            description=LABELS["fit_on"], options=[ALL_ROWS],
+        self.rows = kit.make(
+            Dropdown, description=LABELS["fit_on"], options=[ALL_ROWS],
             tooltip="Rows that standard, minmax, whiten and components learn from: name those you train on",
         )  # fmt: skip
         self.strip, self.missing = kit.html("strip"), kit.html("missing")
@@ -61,7 +61,6 @@ class Source:
         self._seen: tuple[object, ...] = ()  # what else those images depend on
         self._known: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {}
         self._looking = 0  # a number for each look at the images; an older one is not shown any more
-        self._thread: threading.Thread | None = None
         kit.on_choice(self._chose, self.frame, self.images, self.rows)
 
     @property
@@ -97,11 +96,6 @@ class Source:
             known[name][0]() is not frame or known[name][1] != frame.shape for name, frame in frames.items()
         )
 
-    def wait(self) -> None:
-        """Wait until the images that are shown are those of what is chosen."""
-        if self._thread is not None:
-            self._thread.join()
-
     def _chose(self, widget: Any) -> None:
         if widget is self.frame:
             self.refresh()
@@ -112,7 +106,8 @@ class Source:
     def _look(self, frame: pd.DataFrame | None) -> None:
         """Show what is in the column, unless that is what is shown already."""
         columns = list(self.images.value or ())
-        seen = (0 if frame is None else len(frame), *map(str, columns), self._root())
+        root = Path(self._settings().get("root", "")).expanduser().absolute()
+        seen = (0 if frame is None else len(frame), *map(str, columns), root)
         if frame is not None and self._frame() is frame and seen == self._seen:
             return
         self._frame, self._seen = (lambda: None) if frame is None else weakref.ref(frame), seen
@@ -127,9 +122,8 @@ class Source:
             return
         missing = sum(map(is_missing, values))
         self.missing.value = _counted(len(values), missing, None)
-        root = Path(self._root() or "").expanduser().absolute()
         # Files may be on a slow disk: the panel does not wait for them.
-        self._thread = in_background("look", self._read, values, missing, root, self._looking)
+        in_background("look", self._read, values, missing, root, self._looking)
 
     def _read(self, values: Sequence[object], missing: int, root: Path, number: int) -> None:
         """Draw some of the images, then count the files that are not there."""

@@ -13,7 +13,9 @@ import ipywidgets as widgets
 
 from nbfeat.extraction.options import Option
 
+Settings = Callable[[], Mapping[str, Any]]  # of `%config ExtractMagics`, as they are now
 Choice = tuple[str, Any]  # what is shown, and what is meant by it
+STYLE = files("nbfeat.jupyter.panel").joinpath("panel.css").read_text(encoding="utf-8")
 
 # What the panel offers of options that take more; the written code takes all of it.
 OFFERED = {
@@ -55,10 +57,6 @@ class Kit:
         self._made.add(made)
         return made
 
-    def dropdown(self, **traits: Any) -> widgets.Dropdown:
-        """Return a Dropdown."""
-        return self.make(widgets.Dropdown, **traits)
-
     def html(self, name: str, value: str = "") -> widgets.HTML:
         """Return a piece of html."""
         return self.make(widgets.HTML, name, value=value)
@@ -81,10 +79,6 @@ class Kit:
     def part(self, title: str, *children: Any) -> widgets.Box:
         """Return a part of the panel under a heading."""
         return self.box("part", self.html("heading", f"<h4>{title}</h4>"), *children)
-
-    def fold(self, title: str, child: Any) -> widgets.Accordion:
-        """Return `child` under a title that opens and closes it; closed at first."""
-        return self.make(widgets.Accordion, "fold", children=(child,), titles=(title,), selected_index=None)
 
     def on_choice(self, chosen: Callable[[Any], object], *of: Any) -> None:
         """Call `chosen` with a widget of which somebody chose another value."""
@@ -114,13 +108,14 @@ class Kit:
 
 
 class OptionWidgets(dict[str, Any]):
-    """A widget for each option of a table, by its name; `chosen` is called with one of which a value was chosen."""
+    """A widget for each option of a table, by its name; `chosen` is called with one of which a value was chosen.
 
-    def __init__(
-        self, kit: Kit, table: Iterable[Option], settings: Mapping[str, Any], chosen: Callable[[Any], object]
-    ) -> None:
+    `settings` returns the user's own defaults.
+    """
+
+    def __init__(self, kit: Kit, table: Iterable[Option], settings: Settings, chosen: Callable[[Any], object]) -> None:
         super().__init__()
-        self._table = {option.name: option for option in table}
+        self._table, self._settings = {option.name: option for option in table}, settings
         for name, option in self._table.items():
             label = {"description": LABELS.get(name, name.capitalize()), "tooltip": option.help}
             if option.switch:
@@ -128,8 +123,7 @@ class OptionWidgets(dict[str, Any]):
             elif name == "prefix":
                 self[name] = kit.make(widgets.Text, continuous_update=False, **label)
             else:
-                choices = option.choices or OFFERED.get(name, ())
-                self[name] = kit.dropdown(options=with_default(option, choices, settings), **label)
+                self[name] = kit.make(widgets.Dropdown, options=self._choices(name), **label)
         kit.on_choice(chosen, *self.values())
 
     @property
@@ -138,22 +132,19 @@ class OptionWidgets(dict[str, Any]):
         values = {name: widget.value for name, widget in self.items()}
         return {name: value for name, value in values.items() if value not in (DEFAULT, None) and value is not False}
 
-    def offer(self, name: str, choices: Iterable[Any], settings: Mapping[str, Any]) -> None:
-        """Offer other choices of an option, and its default."""
-        offer(self[name], with_default(self._table[name], choices, settings))
-
-    def set_defaults(self, settings: Mapping[str, Any]) -> None:
-        """Show other defaults of the options whose choices are always the same."""
+    def refresh(self, **choices: Iterable[Any]) -> None:
+        """Offer the defaults of now, and other `choices` of the options that have none of their own."""
         for name, option in self._table.items():
-            if choices := option.choices or OFFERED.get(name):
-                self.offer(name, choices, settings)
+            if name in choices or option.choices or name in OFFERED:
+                offer(self[name], self._choices(name, choices.get(name)))
 
-
-def with_default(option: Option, choices: Iterable[Any], settings: Mapping[str, Any]) -> list[Choice]:
-    """Return what a Dropdown offers: the default first, which writes nothing, then the other choices."""
-    default = settings.get(option.name, option.default)
-    first = f"{default} (your setting)" if option.name in settings else str(default)
-    return [(first, DEFAULT), *((str(choice), choice) for choice in choices if str(choice) != str(default))]
+    def _choices(self, name: str, choices: Iterable[Any] | None = None) -> list[Choice]:
+        """Return what a Dropdown offers: the default first, which writes nothing, then the other choices."""
+        option, settings = self._table[name], self._settings()
+        default = settings.get(name, option.default)
+        first = f"{default} (your setting)" if name in settings else str(default)
+        choices = choices or option.choices or OFFERED.get(name, ())
+        return [(first, DEFAULT), *((str(choice), choice) for choice in choices if str(choice) != str(default))]
 
 
 def offer(dropdown: widgets.Dropdown, options: Sequence[Choice]) -> None:
@@ -164,11 +155,6 @@ def offer(dropdown: widgets.Dropdown, options: Sequence[Choice]) -> None:
     dropdown.options = options
     values = [value for _, value in options]
     dropdown.value = kept if kept in values else values[0] if values else None
-
-
-def style() -> str:
-    """Return the style, every rule of which stays within the panel."""
-    return f"<style>{files('nbfeat.jupyter.panel').joinpath('panel.css').read_text(encoding='utf-8')}</style>"
 
 
 def answer_at_once(root: Any) -> None:
