@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from nbfeat.errors import ExtractionError
 from nbfeat.extraction.columns import attach
 from nbfeat.extraction.extraction import Extraction
-from nbfeat.extraction.request import check_frame
 from nbfeat.images.sources import is_missing
-from nbfeat.jupyter import grammar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,17 +55,10 @@ def is_in_a_cell(shell: InteractiveShell) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FrameSnapshot:
-    """The frame of a name, as it was when work on it began: later changes do not reach `frame`."""
+    """A shallow copy of the frame of a name, as it was when work on it began: later changes do not reach it."""
 
     name: str
     frame: pd.DataFrame
-
-    @classmethod
-    def of(cls, name: str, names: Mapping[str, Any]) -> FrameSnapshot:
-        """Hold the frame that `name` stands for."""
-        frame = grammar.check_name(name, names)
-        check_frame(frame)
-        return cls(name, frame.copy(deep=False))
 
     def bind(self, extraction: Extraction, names: MutableMapping[str, Any], *, replace: bool) -> None:
         """Attach the features to the frame that the name stands for now, and bind the new one to it.

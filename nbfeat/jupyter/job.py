@@ -41,18 +41,11 @@ class State(Enum):
 
 
 class Job:
-    """`extraction` in a thread of its own.
+    """`extraction` in a thread of its own, whose steps are asked for until they end, or until somebody cancels.
 
-    Parameters
-    ----------
-    extraction
-        What to do. Its `steps()` are asked for until they end, or until somebody cancels.
-    bind
-        What to do with the result. An NbfeatError from it makes the job fail.
-    schedule
-        Calls a function on the kernel's event loop, when no cell is running there.
-    notify
-        Called after every step and every change of state, by whichever thread made it.
+    `bind` gets the result; an NbfeatError from it makes the job fail. `schedule` calls a function on the kernel's event
+    loop, when no cell is running there. `notify` is called after every step and every change of state, by whichever
+    thread made it.
     """
 
     def __init__(

@@ -92,13 +92,11 @@ class ExtractMagics(Magics):
         if "like" in options:
             options["like"] = grammar.result_called(options["like"], names)
         extraction = Extraction(frame, *request.blocks, **options)
-        with ProgressDisplay(request.frame, quiet=request.run.get("quiet", self.quiet)) as display:
-            try:
-                with closing(extraction.steps()) as steps:
-                    for step in steps:
-                        display.show(step)
-            except KeyboardInterrupt:
-                raise stopped(extraction) from None
+        try:
+            with closing(extraction.steps()) as steps:
+                ProgressDisplay(request.frame, quiet=request.run.get("quiet", self.quiet)).follow(steps)
+        except KeyboardInterrupt:
+            raise stopped(extraction) from None
         if extraction.written:
             extraction.notes.append(f"Nothing was bound: {request.frame} is as it was.")
         else:

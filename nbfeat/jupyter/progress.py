@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Iterable
+from typing import Any
 
 from IPython.core.getipython import get_ipython
 from IPython.display import display
@@ -26,27 +26,27 @@ class ProgressDisplay:
         self._handle: Any = None
         self._started, self._drawn_at = time.monotonic(), 0.0
         self._coming = ""
-        self._last: Step | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave a final text, so that a saved notebook does not end at some percentage."""
-        if self._last is not None and not self.quiet:
-            self._draw(self._last, end="done" if kind is None else "stopped" if kind is KeyboardInterrupt else "failed")
-
-    def show(self, step: Step) -> None:
-        """Draw a step, unless one was drawn a moment ago."""
-        self._last = step
-        self._coming = step.note or self._coming
-        if not self.quiet and (step.note or time.monotonic() - self._drawn_at >= SECONDS_BETWEEN):
-            self._drawn_at = time.monotonic()
-            self._draw(step)
+    def follow(self, steps: Iterable[Step]) -> None:
+        """Draw steps as they come, five a second; whatever ends them, leave a final text and not some percentage."""
+        step, end = None, "failed"
+        try:
+            for step in steps:
+                self._coming = step.note or self._coming
+                if step.note or time.monotonic() - self._drawn_at >= SECONDS_BETWEEN:
+                    self._drawn_at = time.monotonic()
+                    self._draw(step)
+            end = "done"
+        except KeyboardInterrupt:
+            end = "stopped"
+            raise
+        finally:
+            if step is not None:
+                self._draw(step, end)
 
     def _draw(self, step: Step, end: str = "") -> None:
+        if self.quiet:
+            return
         lines = [f"{self.title}: {self._coming}"]
         if end:
             lines.append(" · ".join([end, *counts(step), f"{time.monotonic() - self._started:,.1f} s"]))

@@ -210,9 +210,8 @@ def test_progress_is_one_display_and_its_last_text_is_the_end(
         return Handle()
 
     monkeypatch.setattr(progress, "display", display)
-    with progress.ProgressDisplay("photos") as live:
-        for step in Extraction(photos, "MobileNet --size 32", images="path", batch_size=1).steps():
-            live.show(step)
+    steps = Extraction(photos, "MobileNet --size 32", images="path", batch_size=1).steps()
+    progress.ProgressDisplay("photos").follow(steps)
     assert len(shown) <= 4
     assert shown[-1]["text/plain"].splitlines()[-1].startswith("done · 20 of 20 images")
     assert all("<div" in bundle["text/html"] for bundle in shown)

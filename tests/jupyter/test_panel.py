@@ -7,13 +7,13 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import pytest
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
+from ipywidgets import HTML
 
 import nbfeat
 from nbfeat import Panel, RequestError
@@ -333,17 +333,16 @@ def test_the_table_of_options_is_what_the_panel_offers(opened: Open) -> None:
 def test_the_code_reads_back_to_what_was_chosen(opened: Open) -> None:
     chance, one, understood = random.Random(0), opened(), 0
     one.blocks.add()
+    prefixes = ["", "a b", "-x", "{y}", "$path", "it's", '"', "#1", "é;", "a;"]
     for _ in range(12):
         for card in one.blocks.cards:
             card.backbone.value = chance.choice(["VGG16", "MobileNetV2", "Pocket", "ResNet50"])
-            for name, widget in card.options.items():
-                if hasattr(widget, "options"):
-                    widget.value = chance.choice(values_of(widget))
-                elif name == "prefix":
-                    widget.value = chance.choice(["", "a b", "-x", "{y}", "$path", "it's", '"', "#1", "é;", "a;"])
-        for widget in one.options.values():
-            widget.value = chance.choice(values_of(widget) if hasattr(widget, "options") else [True, False])
-        one.source.rows.value = chance.choice(values_of(one.source.rows))
+        with one._kit.filling():  # all at once
+            for widgets in (*(card.options for card in one.blocks.cards), one.options, {"fit_on": one.source.rows}):
+                for name, widget in widgets.items():
+                    others = prefixes if name == "prefix" else [True, False]
+                    widget.value = chance.choice(values_of(widget) if hasattr(widget, "options") else others)
+        one._changed()
         if one._request is None:
             assert one.problem
             assert one.extract_button.disabled
@@ -597,7 +596,7 @@ def test_whatever_comes_from_data_is_escaped(opened: Open, notebook: Interactive
     one = opened()
     one.blocks.cards[0].options["prefix"].value = EVIL
     finished(one)
-    drawn = [widget.value for widget in tree(one.box) if isinstance(widget, widgets.HTML)]
+    drawn = [widget.value for widget in tree(one.box) if isinstance(widget, HTML)]
     drawn += [show_page(one, page) for page in values_of(one.results.pages)]
     assert EVIL not in " ".join(drawn)
     assert "&lt;img" in " ".join(drawn)

@@ -11,12 +11,12 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from IPython.core.getipython import get_ipython
-from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import display
 
 from nbfeat.errors import NbfeatError, RequestError
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.options import RUN_OPTIONS
+from nbfeat.extraction.request import check_frame
 from nbfeat.html import escape
 from nbfeat.jupyter import grammar
 from nbfeat.jupyter.binding import FrameSnapshot, between_cells, is_in_a_cell
@@ -62,7 +62,12 @@ class Panel:
     """
 
     def __init__(self, frame: Any = None) -> None:
-        self._shell = _shell()
+        shell = get_ipython()
+        if shell is None:
+            raise RequestError(
+                "The panel works in a notebook. Elsewhere, use nbfeat.extract(frame, 'ResNet50', images='path')."
+            )
+        self._shell = shell
         chosen = frame_to_open(frame, self._names())
         self.job: Job | None = None
         self.result: Extraction | None = None
@@ -163,8 +168,10 @@ class Panel:
     def _begin(self, request: grammar.Request) -> None:
         """Make a job of what is asked for."""
         names = self._shell.user_ns
-        snapshot = FrameSnapshot.of(request.frame, names)
-        options = {"cache": getattr(_magics(self._shell), "cache", True), **request.for_extraction}
+        frame = grammar.check_name(request.frame, names)
+        check_frame(frame)
+        snapshot = FrameSnapshot(request.frame, frame.copy(deep=False))
+        options = {"cache": getattr(self._magics, "cache", True), **request.for_extraction}
         extraction = Extraction(snapshot.frame, request.blocks, **options)
         replace = bool(request.run.get("replace"))
         self._ran = self.code, snapshot
@@ -215,7 +222,7 @@ class Panel:
         except NbfeatError as error:
             self.problem = str(error)
         self.code = "\n".join(map(grammar.literal, lines.split("\n")))
-        self._code.value = look.code_of(self.code, loaded=_magics(self._shell) is not None)
+        self._code.value = look.code_of(self.code, loaded=self._magics is not None)
         chosen, columns = self.source.chosen, len(self.source.images.value or ())
         self.blocks.expect(0 if chosen is None else len(chosen), columns)
         self._draw()
@@ -236,9 +243,12 @@ class Panel:
     def _names(self) -> MutableMapping[str, Any]:
         return dict(self._shell.user_ns)  # a cell may be changing it just now
 
+    @property
+    def _magics(self) -> Any:
+        return self._shell.magics_manager.registry.get("ExtractMagics")  # None where the extension is not loaded
+
     def _settings(self) -> dict[str, Any]:
-        magics = _magics(self._shell)
-        return {} if magics is None else magics.defaults()
+        return self._magics.defaults() if self._magics else {}
 
     # Showing
 
@@ -274,18 +284,3 @@ class Panel:
         name = self.source.frame.value or "no dataframe"
         text = f"Panel({name}, {self.state.value})"
         return text if len(text) <= LONGEST_REPR else text[: LONGEST_REPR - 1] + "…"
-
-
-def _shell() -> InteractiveShell:
-    """Return the notebook's shell."""
-    shell = get_ipython()
-    if shell is None:
-        raise RequestError(
-            "The panel works in a notebook. Elsewhere, use nbfeat.extract(frame, 'ResNet50', images='path')."
-        )
-    return shell
-
-
-def _magics(shell: InteractiveShell) -> Any:
-    """Return the magics with their settings, None where the extension is not loaded."""
-    return shell.magics_manager.registry.get("ExtractMagics")
