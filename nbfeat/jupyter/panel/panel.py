@@ -25,7 +25,7 @@ from nbfeat.jupyter.panel import look
 from nbfeat.jupyter.panel.blocks import Blocks
 from nbfeat.jupyter.panel.result import Result
 from nbfeat.jupyter.panel.source import Source, frame_to_open
-from nbfeat.jupyter.panel.widgets import STYLE, Kit, OptionWidgets, answer_at_once
+from nbfeat.jupyter.panel.widgets import STYLE, Kit, OptionWidgets
 
 SECONDS_BETWEEN = 0.3  # updates of the progress: each is one message, and all others come with a change of state
 LONGEST_REPR = 110
@@ -89,20 +89,19 @@ class Panel:
         )
         self._progress, self._problem, self._code = map(kit.html, ("progress", "problem", "code"))
         self._spoken = kit.html("spoken")  # for screen readers, which are told of states and not of every step
-        self._buttons = kit.box("buttons", self.extract_button, self.cancel_button)
         self._style = kit.html("style")
         self.box = self._laid_out()
         hidden = f".nbfeat-still-{self.box.model_id}{{display:none}}"  # the static report, while the panel lives
         self._style.value = f"<style>{STYLE}</style><style>{hidden}</style>"
         self.source.refresh(chosen)
         self._changed()
-        answer_at_once(self.box)
         self._shell.events.register("post_run_cell", self._after_a_cell)
 
     def _laid_out(self) -> Any:
         kit = self._kit
         switches = [widget for widget in self.options.values() if isinstance(widget.value, bool)]
         fields = [widget for widget in self.options.values() if widget not in switches]
+        buttons = kit.box("buttons", self.extract_button, self.cancel_button)
         return kit.box(
             "panel",
             self._style,
@@ -110,7 +109,7 @@ class Panel:
             self.source.box,
             self.blocks.box,
             kit.part("Run", kit.box("fields", *fields), kit.box("line", *switches)),
-            kit.box("line", self._buttons, self._progress, self._spoken),
+            kit.box("line", buttons, self._progress, self._spoken),
             self._problem,
             self._code,
             self.results.box,
@@ -125,7 +124,7 @@ class Panel:
 
     def extract(self) -> None:
         """Start, or go on with what was cancelled, where nothing was chosen otherwise meanwhile."""
-        with self._kit.turn:
+        with self._kit.turn():
             if self.state.is_busy:
                 return
             self._changed()  # a choice made just before may be on its way in another thread
@@ -191,7 +190,7 @@ class Panel:
 
     def _moved(self) -> None:
         """Show a step or a change of state; called by the thread that works."""
-        with self._kit.turn:
+        with self._kit.turn():
             is_new, job = self.state is not self._drawn_state, self.job
             is_rare = job is not None and (job.is_binding or (job.step is not None and bool(job.step.note)))
             if is_new or is_rare or time.monotonic() - self._drawn_at >= SECONDS_BETWEEN:
@@ -202,7 +201,6 @@ class Panel:
                 self.result = job.extraction
                 self.results.show(job.extraction)
                 self.source.refresh()
-                answer_at_once(self.box)
             if self._static is not None:
                 self._static.update(self._report(), raw=True)
 
@@ -229,14 +227,13 @@ class Panel:
 
     def _after_a_cell(self, *_: object) -> None:
         """Look at the notebook again: a cell may have made, changed or deleted a frame, or set a default."""
-        with self._kit.turn:
+        with self._kit.turn():
             settings, self._known_settings = self._known_settings, self._settings()
             if self.source.has_news() or settings != self._known_settings:
                 self.source.refresh()
                 self.blocks.refresh()
                 self.options.refresh()
                 self._changed()
-                answer_at_once(self.box)
 
     # The notebook
 
@@ -254,7 +251,7 @@ class Panel:
 
     def _draw(self) -> None:
         """Show how it stands: while it runs one widget changes, the others with the state."""
-        with self._kit.turn:
+        with self._kit.turn():
             state = self.state
             shown = look.LOOKS[state]
             self._progress.value = look.progress_of(self.job, self._ran[1].name if self._ran else "")
@@ -266,7 +263,6 @@ class Panel:
             if state is not self._drawn_state or not self._spoken.value:
                 self._spoken.value = f'<span role="status">{shown.word}</span>'
             self._drawn_at, self._drawn_state = time.monotonic(), state
-            answer_at_once(self._buttons)
 
     def _report(self) -> dict[str, str]:
         return look.static_report(self.job, self.code, self.box.model_id)

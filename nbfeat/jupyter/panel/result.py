@@ -11,7 +11,7 @@ from nbfeat.errors import NbfeatError
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.html import Html, paragraph
 from nbfeat.jupyter.job import in_background
-from nbfeat.jupyter.panel.widgets import Choice, Kit, answer_at_once, offer
+from nbfeat.jupyter.panel.widgets import Choice, Kit, offer
 
 REPORT, FAILURES, SCATTER, COMPARISON = "Report", "Failures", "Scatter", "Comparison"
 FAILURES_SHOWN = 24
@@ -65,7 +65,6 @@ class Result:
         else:
             self.page.value = paragraph(f"Making the {page.lower()} …")
             in_background("page", self._make, key, self._of)
-        answer_at_once(self.pages)
 
     def _make(self, key: tuple[str, object], of: Extraction) -> None:
         page, column = key

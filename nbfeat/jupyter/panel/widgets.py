@@ -36,12 +36,11 @@ LABELS = {
 class Kit:
     """Makes the widgets of one panel, labelled, and of classes that the style knows.
 
-    They share one layout and a style for each kind: that is a third of the models and messages. Clicks come from the
-    thread of the cells and from one of the front end's, steps from the one that works: whoever has `turn` goes on.
+    They share one layout and a style for each kind: that is a third of the models and messages.
     """
 
     def __init__(self) -> None:
-        self.turn = threading.RLock()
+        self._lock = threading.RLock()
         self._is_filling = False
         self._layout = widgets.Layout()
         self._styles: dict[type, Any] = {}
@@ -66,7 +65,7 @@ class Kit:
         made = self.make(widgets.Button, name, description=text, tooltip=tooltip)
 
         def click(_: widgets.Button) -> None:
-            with self.turn:
+            with self.turn():
                 pressed()
 
         made.on_click(click)
@@ -84,7 +83,7 @@ class Kit:
         """Call `chosen` with a widget of which somebody chose another value."""
 
         def change(event: Mapping[str, Any]) -> None:
-            with self.turn:
+            with self.turn():
                 if not self._is_filling:
                     chosen(event["owner"])
 
@@ -92,9 +91,23 @@ class Kit:
             widget.observe(change, "value")
 
     @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Go on while others wait: clicks come from two threads, that of the cells too, steps from the one that works.
+
+        Afterwards, clicks are answered while a cell runs. ipykernel 7.4 takes clicks on a widget in the thread that
+        last published on it, which for one that a cell has made or changed is the thread of the cells; before that and
+        after, it is the front end's choice, which is another thread.
+        """
+        with self._lock:
+            yield
+            for widget in self._made:
+                if widget.comm is not None:
+                    vars(widget.comm).pop("_reply_subshell_id", None)
+
+    @contextmanager
     def filling(self) -> Iterator[None]:
         """Change widgets, which nobody chose."""
-        with self.turn:
+        with self.turn():
             before, self._is_filling = self._is_filling, True
             try:
                 yield
@@ -155,17 +168,6 @@ def offer(dropdown: widgets.Dropdown, options: Sequence[Choice]) -> None:
     dropdown.options = options
     values = [value for _, value in options]
     dropdown.value = kept if kept in values else values[0] if values else None
-
-
-def answer_at_once(root: Any) -> None:
-    """Let clicks be answered while a cell runs.
-
-    ipykernel 7.4 takes clicks on a widget in the thread that last published on it, which for one that a cell has made
-    or changed is the thread of the cells; before that and after, it is the front end's choice, which is another thread.
-    """
-    for widget in tree(root):
-        if widget.comm is not None:
-            vars(widget.comm).pop("_reply_subshell_id", None)
 
 
 def tree(widget: Any) -> Iterator[Any]:
