@@ -15,7 +15,7 @@ from PIL import Image
 from traitlets.config import Config
 
 from nbfeat.inference import engines
-from tests.faces import CellMagic, Face, LineMagic, PanelFace, python
+from tests.faces import FACES, Face
 from tests.fake import FakeEngine, FakeNetwork, Gate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,17 +127,17 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InteractiveShell
         patch.delenv("VIRTUAL_ENV", raising=False)  # IPython warns where another environment is active
         config = Config()
         config.HistoryManager.enabled = False
+        config.InteractiveShell.cache_size = 0  # a reset would search all of memory for garbage
+        config.IPCompleter.use_jedi = False  # which takes seconds, over cells that are none of its business
         shell = InteractiveShell.instance(config=config)
         shell.run_line_magic("load_ext", "nbfeat")
         yield shell
         InteractiveShell.clear_instance()
 
 
-@pytest.fixture(params=["python", "line magic", "cell magic", "panel"])
+@pytest.fixture
 def extract(request: pytest.FixtureRequest, shell: InteractiveShell) -> Face:
-    """Return each face of extraction in turn; a line magic takes one block."""
+    """Return Python's face of extraction, or each of the four in turn in tests marked with `every_face`."""
     shell.reset(new_session=False)
-    faces: dict[str, Face] = {
-        "python": python, "line magic": LineMagic(shell), "cell magic": CellMagic(shell), "panel": PanelFace(shell),
-    }  # fmt: skip
-    return faces[request.param]
+    face: Face = FACES[getattr(request, "param", "python")](shell)
+    return face

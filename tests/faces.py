@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import pandas as pd
+import pytest
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
@@ -28,10 +29,6 @@ class Face(Protocol):
     """Extract `blocks` of `frame`; bad usage raises RequestError, whatever the face makes of it for people."""
 
     def __call__(self, frame: Any, *blocks: str, **options: Any) -> Extraction: ...
-
-
-def python(frame: Any, *blocks: str, **options: Any) -> Extraction:
-    return nbfeat.extract(frame, *blocks, **options)
 
 
 class LineMagic:
@@ -100,9 +97,9 @@ class PanelFace:
         labels = images if isinstance(images, list) else [images]
         pick(panel.source.images, None if images is None else tuple(labels))
         pick(panel.source.rows, options.pop("fit_on", DEFAULT))
-        panel.options.options["no_cache"].value = not options.pop("cache", True)
-        for name in set(options) & set(panel.options.options):
-            pick(panel.options.options[name], options.pop(name))
+        panel.options["no_cache"].value = not options.pop("cache", True)
+        for name in set(options) & set(panel.options):
+            pick(panel.options[name], options.pop(name))
         panel.blocks.cards[0].backbone.value = ""
         for number, block in enumerate(blocks or [""]):
             card = panel.blocks.add() if number else panel.blocks.cards[0]
@@ -110,6 +107,13 @@ class PanelFace:
             card.backbone.value = words[0] if words else ""
             for name, widget in card.options.items():
                 pick(widget, {**options, **given}.get(name, DEFAULT))
+
+
+FACES: dict[str, Callable[[InteractiveShell], Face]] = {
+    "python": lambda _: nbfeat.extract, "line magic": LineMagic, "cell magic": CellMagic, "panel": PanelFace,
+}  # fmt: skip
+# For tests of what faces do: read words, bind, show and report. Without it the fixture `extract` is Python's face.
+every_face = pytest.mark.parametrize("extract", FACES, indirect=True)
 
 
 def pick(widget: Any, value: Any) -> None:

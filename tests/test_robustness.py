@@ -29,12 +29,12 @@ from pyarrow import parquet
 
 import nbfeat
 from nbfeat import Extraction, NbfeatError, RequestError, extract, isolation
+from nbfeat.extraction.options import OPTIONS
 from nbfeat.extraction.packed import Failure, pack
 from nbfeat.images import decode, fingerprint
 from nbfeat.images.decode import NAMES
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import read_pixels
-from nbfeat.jupyter import grammar
 from nbfeat.parquet import tally
 from tests.conftest import ROOT
 from tests.images.images_child import images as image_files
@@ -60,9 +60,9 @@ CHANCE = some.integers(0, 1 << 40).map(random.Random)
 
 # The grammar
 
-FLAGS = [flag for option in grammar.OPTIONS for flag in option.flags if flag != "--on"]  # which takes seconds to import
+FLAGS = [flag for option in OPTIONS for flag in option.flags if flag != "--on"]  # which takes seconds to import
 VALUES = sorted(
-    {choice for option in grammar.OPTIONS for choice in option.choices if choice != "ray"}
+    {choice for option in OPTIONS for choice in option.choices if choice != "ray"}
     | {"path", "label", "photos", "In", "_", "nosuch", "ResNet50", "resnet50", "VGG16", "my.keras", "x.h5", "a,b"}
     | {"1", "0", "-1", "2.5", "nan", "inf", "1e400", "٣", ",", "''", '"', "'", "#", ";", "-", "--", "--=", "(", "\\"}
     | {"9" * 400, "9" * 5000, "\"split == 'train'\"", "split == 'train'", "# a comment", "import os", "a\xa0b", "gpu:1"}

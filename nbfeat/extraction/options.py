@@ -1,7 +1,7 @@
-"""FeatureBlock: one set of features from one cut of one backbone, and BLOCK_OPTIONS, the table of its options.
+"""The one table of options, of a feature block and of a run; and FeatureBlock, one set of features from one backbone.
 
-The table feeds everything: the words of the magics, the keywords of `extract`, the traits of `%config`, completion and
-the README. A block goes to text and back: ``FeatureBlock.parse(str(block)) == (block,)``.
+The table feeds everything: the words of the magics, the keywords of `extract`, the traits of `%config`, completion, the
+panel and the README. A block goes to text and back: ``FeatureBlock.parse(str(block)) == (block,)``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ Pooling = Literal["avg", "max", "gem", "flatten"]
 Normalize = Literal["none", "l2", "standard", "minmax", "whiten"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 NORMALIZES: tuple[Normalize, ...] = get_args(Normalize)
+PLACES = ("ray",)  # to compute at, beside this process
 
 _BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001))))  # those that come along from web pages, too
 LARGEST_SIZE = 4096  # pixels; a batch of eight is then 400 MB, beyond what any backbone was trained for
@@ -128,6 +129,35 @@ BLOCK_OPTIONS: tuple[Option, ...] = (
     Option(name="prefix", short="-x", metavar="TEXT", default="from backbone, layer and pooling",
            help="first part of the column names"),
 )  # fmt: skip
+
+RUN_OPTIONS: tuple[Option, ...] = (
+    Option(name="images", short="-i", metavar="COLUMN", repeat=True, default="the one that looks like images",
+           help="column of the frame that holds images; give it again for a second one"),
+    Option(name="root", metavar="FOLDER", default="the notebook's folder", help="where relative paths start"),
+    Option(name="fit_on", metavar="QUERY", default="all rows",
+           help="rows that learned normalizations learn from, e.g. \"split == 'train'\""),
+    Option(name="like", metavar="RESULT",
+           help="repeat an earlier result, by its name or its Parquet file: same blocks, nothing is learned"),
+    Option(name="into", short="-o", metavar="NAME", default="FRAME",
+           help="bind the new frame to NAME and leave FRAME as it is"),
+    Option(name="batch_size", short="-b", metavar="N", default="auto", help="images per batch"),
+    Option(name="device", short="-d", metavar="DEVICE", default="auto", help="auto, cpu, gpu or gpu:1"),
+    Option(name="precision", metavar="HOW", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+           help="number format that the network computes in; auto is the fastest that agrees with float32"),
+    Option(name="allow_remote", switch=True,
+           help="fetch images by address (http, https, s3, gs, zip); private machines: set NBFEAT_REMOTE_PRIVATE=1"),
+    Option(name="parquet", metavar="PATH",
+           help="write to Parquet files in this folder or at this address, as results larger than memory need; nothing "
+                "is bound, the cache is not used, and the same cell goes on where it was stopped"),
+    Option(name="on", metavar="WHERE", choices=PLACES, default="this process",
+           help="compute on a Ray cluster, whose machines must see the images at the same paths"),
+    Option(name="no_cache", switch=True, help="compute every image again, and keep nothing"),
+    Option(name="replace", switch=True,
+           help="overwrite columns of the same names that no block made, or files of another request"),
+    Option(name="quiet", short="-q", switch=True, help="show no progress"),
+    Option(name="help", short="-h", switch=True, help="show this"),
+)  # fmt: skip
+OPTIONS = (*BLOCK_OPTIONS, *RUN_OPTIONS)
 
 
 class WordParser(argparse.ArgumentParser):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nbfeat.backbones.catalog import find
 from nbfeat.errors import RequestError
 from nbfeat.extraction.columns import FeatureColumns, plan, plan_again
-from nbfeat.extraction.options import FeatureBlock, one_of, whole
+from nbfeat.extraction.options import PLACES, FeatureBlock, one_of, whole
 from nbfeat.extraction.recipe import Like, Recipe, to_repeat
 from nbfeat.images.decode import short
 from nbfeat.images.resize import PixelSpec
@@ -31,7 +31,6 @@ Blocks = str | FeatureBlock | Sequence[str | FeatureBlock]
 Frame: TypeAlias = "pd.DataFrame | str | Path | Dataset"
 _QUERY = "Compare a column with a value, as in \"split == 'train'\"."
 LARGEST_BATCH = 4096
-PLACES = ("ray",)  # to compute at, beside this process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from IPython.core.interactiveshell import InteractiveShell
 
 from nbfeat.errors import ExtractionError
 from nbfeat.extraction.columns import attach
 from nbfeat.extraction.extraction import Extraction
-from nbfeat.extraction.request import check_frame
 from nbfeat.images.sources import is_missing
-from nbfeat.jupyter import grammar
 
 if TYPE_CHECKING:
     import pandas as pd
-    from IPython.core.interactiveshell import InteractiveShell
 
 
 def between_cells(shell: InteractiveShell, work: Callable[[], None]) -> None:
@@ -55,18 +54,11 @@ def is_in_a_cell(shell: InteractiveShell) -> bool:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Held:
-    """The frame of a name, as it was when work on it began: later changes do not reach `frame`."""
+class FrameSnapshot:
+    """A shallow copy of the frame of a name, as it was when work on it began: later changes do not reach it."""
 
     name: str
     frame: pd.DataFrame
-
-    @classmethod
-    def of(cls, name: str, names: Mapping[str, Any]) -> Held:
-        """Hold the frame that `name` stands for."""
-        frame = grammar.check_name(name, names)
-        check_frame(frame)
-        return cls(name, frame.copy(deep=False))
 
     def bind(self, extraction: Extraction, names: MutableMapping[str, Any], *, replace: bool) -> None:
         """Attach the features to the frame that the name stands for now, and bind the new one to it.
@@ -76,9 +68,8 @@ class Held:
         now: Any = names.get(self.name)
         if reason := self.why_not(extraction, now):
             raise ExtractionError(reason)
-        parts = extraction.parts
-        places = [part.place_in(now, replace=replace) for part in parts]
-        names[self.name] = attach(now, [part.frame(now.index) for part in parts], places)
+        places = [part.place_in(now, replace=replace) for part in extraction.parts]
+        names[self.name] = attach(now, [part.frame(now.index) for part in extraction.parts], places)
 
     def why_not(self, extraction: Extraction, now: Any) -> str:
         """Say why the features do not belong to `now`; an empty string where they do."""
@@ -87,10 +78,9 @@ class Held:
             return f"There is no {self.name} any more, so nothing was bound. Make it once more. {again}"
         if type(now) is not type(self.frame):
             return f"{self.name} is not a dataframe any more but {type(now).__name__}, so nothing was bound."
-        columns = list(dict.fromkeys(part.column for part in extraction.parts))
         if not now.index.equals(self.frame.index) or not all(
             column in now.columns and _are_same(now[column].tolist(), extraction.images_in(column))
-            for column in columns
+            for column in {part.column for part in extraction.parts}
         ):
             return f"The images of {self.name} are not those that were read, so nothing was bound. {again}"
         return ""

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
+from IPython.core.interactiveshell import InteractiveShell
 
 from nbfeat.backbones.catalog import CATALOG, find
 from nbfeat.cache.storage import KINDS
 from nbfeat.errors import NbfeatError
-from nbfeat.extraction.options import BLOCK_OPTIONS, Option, quoted
+from nbfeat.extraction.options import BLOCK_OPTIONS, OPTIONS, Option, quoted
 from nbfeat.inference.layers import layer_names
-from nbfeat.jupyter.grammar import CODE, OPTIONS, PARQUET, results_among
-
-if TYPE_CHECKING:
-    from IPython.core.interactiveshell import InteractiveShell
+from nbfeat.jupyter.grammar import CODE, PARQUET, frames_in, results_among
 
 _NAME = "nbfeat"
 # Alone on a line, or on the right of an assignment.
@@ -39,36 +39,30 @@ def candidates(cell: str, line: int, before: str, names: Mapping[str, Any]) -> l
     match = _MAGIC.match(head if in_body else before)
     if match is None:
         return None
-    if match[2] != "extract":
-        return _words_of(match[2], before, names)
+    offered = {
+        "backbones": list(CATALOG),
+        "extract_cache": list(KINDS) if "clear" in before else ["clear"],
+        "extract_panel": [*frames_in(names), CODE],
+    }
+    if match[2] in offered:
+        return offered[match[2]]
     first = (head if in_body else before)[match.end() :].split()
-    words = before.split() if in_body else first
-    known = BLOCK_OPTIONS if in_body else OPTIONS
+    words, known = (before.split(), BLOCK_OPTIONS) if in_body else (first, OPTIONS)
     option = next((one for one in known if words and words[-1] in one.flags and not one.switch), None)
     if option is not None:
         return _values_of(option, words if in_body else words[1:], first, names)
-    flags, plain = [one.flag for one in known], len(_plain(words, known))
+    plain, flags = _count_plain(words, known), [one.flag for one in known]
     if not in_body and not plain:
-        return _frames(names)
+        return list(frames_in(names))
     return flags if plain > (not in_body) else [*CATALOG, *flags]
-
-
-def _words_of(magic: str, before: str, names: Mapping[str, Any]) -> list[str]:
-    if magic == "extract_cache":
-        return [*KINDS] if "clear" in before else ["clear"]
-    return list(CATALOG) if magic == "backbones" else [*_frames(names), CODE]
-
-
-def _frames(names: Mapping[str, Any]) -> list[str]:
-    return [name for name, value in names.items() if type(value).__name__ == "DataFrame" and name[:1] != "_"]
 
 
 def _values_of(option: Option, words: list[str], first: list[str], names: Mapping[str, Any]) -> list[str]:
     if option.choices:
         return list(option.choices)
-    frame = names.get(first[0]) if first else None
-    if option.name == "images" and type(frame).__name__ == "DataFrame":
-        return [quoted(str(column)) for column in frame.select_dtypes(exclude="number").columns]  # type: ignore[union-attr]
+    frame = frames_in(names).get(first[0]) if first else None
+    if option.name == "images" and frame is not None:
+        return [quoted(str(column)) for column in frame.select_dtypes(exclude="number").columns]
     if option.name == "layer":
         return _layers([*words, *first])
     if option.name == "like":
@@ -79,26 +73,15 @@ def _values_of(option: Option, words: list[str], first: list[str], names: Mappin
 def _layers(words: list[str]) -> list[str]:
     """Return all layers of the backbone named, where they were looked at before; else the customary ones."""
     for word in words:
-        try:
-            backbone = find(word)
-        except NbfeatError:
-            continue
-        return layer_names(backbone)
+        with suppress(NbfeatError):
+            return layer_names(find(word))
     return []
 
 
-def _plain(words: Iterable[str], known: Iterable[Option]) -> list[str]:
-    """Return the words that are neither options nor their values."""
-    takes_value = {flag: not option.switch for option in known for flag in option.flags}
-    plain, skip = [], False
-    for word in words:
-        if skip:
-            skip = False
-        elif word.startswith("-"):
-            skip = takes_value.get(word, False)
-        else:
-            plain.append(word)
-    return plain
+def _count_plain(words: Sequence[str], known: Iterable[Option]) -> int:
+    """Count the words that are neither options nor their values."""
+    take_value = {flag for option in known if not option.switch for flag in option.flags}
+    return sum(not word.startswith("-") and before not in take_value for before, word in pairwise(["", *words]))
 
 
 def _matcher(shell: InteractiveShell) -> Any:
@@ -116,15 +99,12 @@ def _matcher(shell: InteractiveShell) -> Any:
 
 def load(shell: InteractiveShell) -> None:
     """Add the matcher."""
-    completer = getattr(shell, "Completer", None)
-    if completer is not None:
+    if completer := getattr(shell, "Completer", None):
         completer.custom_matchers.append(_matcher(shell))
 
 
 def unload(shell: InteractiveShell) -> None:
     """Take the matcher back."""
-    completer = getattr(shell, "Completer", None)
-    if completer is not None:
-        completer.custom_matchers[:] = [
-            one for one in completer.custom_matchers if getattr(one, "matcher_identifier", "") != _NAME
-        ]
+    if completer := getattr(shell, "Completer", None):
+        kept = [one for one in completer.custom_matchers if getattr(one, "matcher_identifier", "") != _NAME]
+        completer.custom_matchers[:] = kept

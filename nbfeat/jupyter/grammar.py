@@ -1,4 +1,4 @@
-"""The grammar of the magics: one table of options → arguments, help and defaults → a Request.
+"""The grammar of the magics: the words of a cell → a Request, and back; help and README from the table of options.
 
 ::
 
@@ -11,9 +11,13 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+from IPython.utils.text import DollarFormatter
 
 from nbfeat.backbones.user_models import SUFFIXES
 from nbfeat.cache.storage import KINDS
@@ -21,6 +25,8 @@ from nbfeat.errors import RequestError, listing, near, sentences
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.options import (
     BLOCK_OPTIONS,
+    OPTIONS,
+    RUN_OPTIONS,
     FeatureBlock,
     Option,
     WordParser,
@@ -29,46 +35,15 @@ from nbfeat.extraction.options import (
     without_comment,
 )
 from nbfeat.extraction.recipe import Recipe, is_result, recipe_of
-from nbfeat.extraction.request import PLACES
-from nbfeat.inference.engines import PRECISIONS
 from nbfeat.parquet.dataset import is_dataset
-
-RUN_OPTIONS: tuple[Option, ...] = (
-    Option(name="images", short="-i", metavar="COLUMN", repeat=True, default="the one that looks like images",
-           help="column of the frame that holds images; give it again for a second one"),
-    Option(name="root", metavar="FOLDER", default="the notebook's folder", help="where relative paths start"),
-    Option(name="fit_on", metavar="QUERY", default="all rows",
-           help="rows that learned normalizations learn from, e.g. \"split == 'train'\""),
-    Option(name="like", metavar="RESULT",
-           help="repeat an earlier result, by its name or its Parquet file: same blocks, nothing is learned"),
-    Option(name="into", short="-o", metavar="NAME", default="FRAME",
-           help="bind the new frame to NAME and leave FRAME as it is"),
-    Option(name="batch_size", short="-b", metavar="N", default="auto", help="images per batch"),
-    Option(name="device", short="-d", metavar="DEVICE", default="auto", help="auto, cpu, gpu or gpu:1"),
-    Option(name="precision", metavar="HOW", choices=("auto", *PRECISIONS), default="auto",
-           help="number format that the network computes in; auto is the fastest that agrees with float32"),
-    Option(name="allow_remote", switch=True,
-           help="fetch images by address (http, https, s3, gs, zip); private machines: set NBFEAT_REMOTE_PRIVATE=1"),
-    Option(name="parquet", metavar="PATH",
-           help="write to Parquet files in this folder or at this address, as results larger than memory need; nothing "
-                "is bound, the cache is not used, and the same cell goes on where it was stopped"),
-    Option(name="on", metavar="WHERE", choices=PLACES, default="this process",
-           help="compute on a Ray cluster, whose machines must see the images at the same paths"),
-    Option(name="no_cache", switch=True, help="compute every image again, and keep nothing"),
-    Option(name="replace", switch=True,
-           help="overwrite columns of the same names that no block made, or files of another request"),
-    Option(name="quiet", short="-q", switch=True, help="show no progress"),
-    Option(name="help", short="-h", switch=True, help="show this"),
-)  # fmt: skip
 
 PARQUET = ".parquet"
 CODE = "--code"  # of %extract_panel
-OPTIONS = (*BLOCK_OPTIONS, *RUN_OPTIONS)
-_BLOCK_NAMES = {option.name for option in BLOCK_OPTIONS}
+_RUN_NAMES = {option.name for option in RUN_OPTIONS}
 _BESIDE_LIKE = ("root", "batch_size", "device", "on")  # settings that say nothing of what is repeated
-_FOR_EXTRACTION = (
-    "images", "root", "fit_on", "like", "batch_size", "device", "precision", "on", "allow_remote", "replace", "parquet",
-)  # fmt: skip
+_MAGIC_ONLY = {"into", "no_cache", "quiet", "help"}  # options that an Extraction has not
+# What DollarFormatter takes for a name: not between single quotes.
+_DOLLAR = re.compile(r"(.*?)\$(\$?[\w.]+)(?=([^']*'[^']*')*[^']*$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +53,12 @@ class Request:
     frame: str  # name of the frame
     blocks: tuple[FeatureBlock, ...]
     run: Mapping[str, Any]  # options of the run, by name
-    quiet: bool = False
-
-    @property
-    def into(self) -> str:
-        """The name that the new frame is bound to."""
-        return str(self.run.get("into", self.frame))
 
     @property
     def for_extraction(self) -> dict[str, Any]:
         """The options that Extraction takes."""
-        given = {name: self.run[name] for name in _FOR_EXTRACTION if name in self.run}
-        return {**given, **({"cache": False} if self.run.get("no_cache") else {})}
-
-    def __str__(self) -> str:
-        """Return the cell that reads back to this request."""
-        return written(self.frame, {**self.run, "quiet": self.quiet}, map(str, self.blocks))
+        given = {name: value for name, value in self.run.items() if name not in _MAGIC_ONLY}
+        return {**given, "cache": False} if self.run.get("no_cache") else given
 
 
 def written(frame: str, run: Mapping[str, Any], blocks: Iterable[str]) -> str:
@@ -108,66 +73,60 @@ def read(line: str, body: str | None, defaults: Mapping[str, Any]) -> Request | 
     block's own line before both.
     """
     given, words = WordParser(OPTIONS).read(_words(line))
-    if given.pop("help", False):
+    if given.get("help"):
         return None
-    quiet = bool(given.pop("quiet", False))
     if not words:
         raise RequestError(
             "%extract needs the name of a dataframe and a backbone: %extract photos ResNet50. `%extract?` tells more."
         )
     frame, *rest = words
     if not frame.isidentifier():
-        written = line.split(maxsplit=1)[0]  # with its quotes
-        raise RequestError(f"The frame must be a name, not {written}. Give it one first: train = {written}.")
+        typed = line.split(maxsplit=1)[0]  # with its quotes
+        raise RequestError(f"The frame must be a name, not {typed}. Give it one first: train = {typed}.")
     if "like" in given:
         defaults = {name: value for name, value in defaults.items() if name in _BESIDE_LIKE}
     known = {**defaults, **given}
-    run = {name: value for name, value in known.items() if name not in _BLOCK_NAMES and name != "backbone"}
+    run = {name: value for name, value in known.items() if name in _RUN_NAMES}
+    block = {name: value for name, value in known.items() if name not in run}
     if not run.get("into", frame).isidentifier():
         raise RequestError(f"--into takes a name, not {run['into']!r}.")
     if "parquet" in run and "into" in run:
         raise RequestError(
             f"--parquet binds nothing, so that there is nothing for --into {run['into']}: leave it away."
         )
-    block = {name: value for name, value in known.items() if name not in run}
     lines = [text for text in _unsilenced(body or "").splitlines() if split_words(text)]  # neither blank nor comment
     if "like" in given:
-        _refuse_beside_like(str(given["like"]), [*rest, *(f"--{name}" for name in block)], lines)
-        return Request(frame, (), run, quiet)
+        if extra := [*rest, *(f"--{name}" for name in block)] or (["the lines of the body"] if lines else []):
+            raise RequestError(f"--like repeats the blocks of {given['like']}: leave {listing(extra)} away.")
+        return Request(frame, (), run)
+    return Request(frame, _read_blocks(rest, block, lines), run)
+
+
+def _read_blocks(words: list[str], defaults: dict[str, Any], lines: list[str]) -> tuple[FeatureBlock, ...]:
+    """Read the backbone on the first line and the blocks of the body, whose default it is where there are any."""
     if not lines:
-        return Request(frame, FeatureBlock.from_options(rest, block), run, quiet)
-    if rest:
-        block["backbone"] = FeatureBlock.from_options(rest, {})[0].backbone
-    return Request(frame, tuple(found for text in lines for found in read_line(text, block)), run, quiet)
+        return FeatureBlock.from_options(words, defaults)
+    if words:
+        defaults = {**defaults, "backbone": FeatureBlock.from_options(words, {})[0].backbone}
+    return tuple(block for line in lines for block in _read_line(line, defaults))
 
 
-def _refuse_beside_like(like: str, words: list[str], lines: list[str]) -> None:
-    if words or lines:
-        named = listing(words) if words else "the lines of the body"
-        raise RequestError(f"--like repeats the blocks of {like}: leave {named} away.")
-
-
-def read_line(text: str, defaults: Mapping[str, Any]) -> tuple[FeatureBlock, ...]:
+def _read_line(text: str, defaults: Mapping[str, Any]) -> tuple[FeatureBlock, ...]:
     """Read one line of the body; what is neither block nor comment gets an error that says what the body is."""
-    parser = WordParser(BLOCK_OPTIONS)
     words = split_words(text)
-    for word in words:
-        flag = word.partition("=")[0]
+    for flag in (word.partition("=")[0] for word in words):
         if any(flag in option.flags for option in RUN_OPTIONS):
             raise RequestError(f"{flag} is an option of the whole run: move it to the first line, after %%extract.")
-    second_is_plain = len(words) > 1 and not words[1].startswith("-")
-    is_file = words[0].endswith(SUFFIXES)  # which may have any sign in its name
-    if not words[0].startswith("-") and (second_is_plain or (_is_code(words[0]) and not is_file)):
-        line = text.strip()
+    first, *others = words
+    is_file = first.endswith(SUFFIXES)  # which may have any sign in its name
+    is_code = bool(re.search(r"[()\[\]{}=:;]", first)) or first in {"import", "from", "def", "for", "print"}
+    second_is_plain = bool(others) and not others[0].startswith("-")
+    if not first.startswith("-") and (second_is_plain or (is_code and not is_file)):
         raise RequestError(
-            f"The body is one feature block per line, not code: {line!r}. Write e.g. `ResNet50 --pooling max`."
+            f"The body is one feature block per line, not code: {text.strip()!r}. Write e.g. `ResNet50 --pooling max`."
         )
-    given, rest = parser.read(words)
+    given, rest = WordParser(BLOCK_OPTIONS).read(words)
     return FeatureBlock.from_options(rest, {**defaults, **given})
-
-
-def _is_code(word: str) -> bool:
-    return any(sign in word for sign in "()[]{}=:;") or word in {"import", "from", "def", "for", "print"}
 
 
 def _words(line: str) -> list[str]:
@@ -188,6 +147,31 @@ def _unsilenced(text: str) -> str:
                 lines[number] = words.removesuffix(";") + lines[number][len(words) :]
             break
     return "".join(lines)
+
+
+def expand(text: str, names: Mapping[str, Any]) -> str:
+    """Put values in for ``$name`` and ``{expression}``; ``$$`` and ``{{ }}`` are literal, unknown names an error."""
+    if "$" not in text and "{" not in text:
+        return text
+    try:
+        return str(DollarFormatter().vformat(text, (), names))
+    except Exception as error:  # an expression of the user's: whatever it raises is about it
+        reason = f"{type(error).__name__}: {error}"
+        raise RequestError(
+            f"{text.strip()!r} could not be expanded ({reason}). Write $$ or {{{{ }}}} for plain signs."
+        ) from error
+
+
+def literal(text: str) -> str:
+    """Write `text` so that `expand` gives it back, whatever signs it holds.
+
+    >>> literal("costs $price"), literal("plain")
+    ('costs $$price', 'plain')
+    """
+    if "$" not in text and "{" not in text:
+        return text
+    pieces = re.split(r"(?<=[{}])", text)  # as string.Formatter takes text apart at braces, and finds $name in each
+    return "".join(re.sub(r"([{}])", r"\1\1", _DOLLAR.sub(r"\1$$\2", piece)) for piece in pieces)
 
 
 def cache_words(line: str) -> str | None:
@@ -234,36 +218,39 @@ def usage() -> str:
     ]
     for head, options in (("Options of a feature block", BLOCK_OPTIONS), ("Options of the run", RUN_OPTIONS)):
         lines.append(f"{head}:")
-        lines += [_usage_of(option) for option in options]
+        for option in options:
+            choices = f" ({', '.join(option.choices)})" if option.choices else ""
+            default = f" [{option.default}]" if option.default else ""
+            lines.append(f"  {_spelling(option):<26} {option.help}{choices}{default}")
         lines.append("")
     return "\n".join(lines)
-
-
-def _usage_of(option: Option) -> str:
-    spelled = ", ".join(option.flags) + ("" if option.switch else f" {option.metavar}")
-    choices = f" ({', '.join(option.choices)})" if option.choices else ""
-    default = f" [{option.default}]" if option.default else ""
-    return f"  {spelled:<26} {option.help}{choices}{default}"
 
 
 def markdown() -> str:
     """Return the table of options for the README; a test compares them."""
     rows = ["| option | of | meaning | default |", "|---|---|---|---|"]
-    for scope, options in (("block", BLOCK_OPTIONS), ("run", RUN_OPTIONS)):
-        for option in options:
-            value = "" if option.switch else f" {option.metavar}"
-            spelled = "`" + ", ".join(option.flags) + value + "`"
-            choices = ": " + " ".join(f"`{choice}`" for choice in option.choices) if option.choices else ""
-            rows.append(f"| {spelled} | {scope} | {option.help}{choices} | {option.default} |")
+    for option in OPTIONS:
+        scope = "block" if option in BLOCK_OPTIONS else "run"
+        choices = ": " + " ".join(f"`{choice}`" for choice in option.choices) if option.choices else ""
+        rows.append(f"| `{_spelling(option)}` | {scope} | {option.help}{choices} | {option.default} |")
     return "\n".join(rows)
+
+
+def _spelling(option: Option) -> str:
+    return ", ".join(option.flags) + ("" if option.switch else f" {option.metavar}")
+
+
+def frames_in(names: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the dataframes of a notebook by name, hidden ones left out."""
+    pandas = sys.modules.get("pandas")  # whoever has a frame has imported it
+    frames = {name: value for name, value in names.items() if pandas and isinstance(value, pandas.DataFrame)}
+    return {name: frame for name, frame in frames.items() if name.isidentifier() and not name.startswith("_")}
 
 
 def check_name(name: str, known: Mapping[str, Any]) -> Any:
     """Return the value that `name` has in a notebook, or say that it has none."""
     if name not in known:
-        frames = [
-            key for key, value in known.items() if type(value).__name__ == "DataFrame" and not key.startswith("_")
-        ]
+        frames = frames_in(known)
         hint = near(name, frames) or (f"Dataframes here: {', '.join(sorted(frames))}." if frames else "")
         raise RequestError(
             sentences(f"There is no {name!r} in this notebook.", hint, "Name a dataframe with a column of images.")
@@ -280,8 +267,10 @@ def result_called(name: str, known: Mapping[str, Any]) -> Recipe:
         return recipe_of(name)
     results = results_among(known)
     hint = near(name, results) or (f"Results here: {listing(results)}." if results else "")
-    what = f"{name} is a {type(known[name]).__name__}, not a result." if name in known else ""
-    what = what or f"There is no {name!r} in this notebook."
+    what = (
+        f"{name} is a {type(known[name]).__name__}, not a result." if name in known
+        else f"There is no {name!r} in this notebook."
+    )  # fmt: skip
     way = (
         "--like takes the name that `result = %extract …` gave, or a .parquet file or a folder that a result was "
         "written to."

@@ -5,6 +5,7 @@ The kernel stays free meanwhile. What the result is for is done by `bind`, on th
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -13,7 +14,15 @@ from enum import Enum
 from nbfeat.errors import NbfeatError
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.run import Step
-from nbfeat.jupyter.background import in_background
+
+
+def in_background(name: str, work: Callable[..., None], *given: object) -> threading.Thread:
+    """Call `work` in a thread that may change widgets and update displays, and that ends with the kernel."""
+    # ipykernel keeps in the context which cell or click a message belongs to; 7.0 fails where there is none.
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(work, *given), name=f"nbfeat-{name}", daemon=True)
+    thread.start()
+    return thread
 
 
 class State(Enum):
@@ -33,18 +42,11 @@ class State(Enum):
 
 
 class Job:
-    """`extraction` in a thread of its own.
+    """`extraction` in a thread of its own, whose steps are asked for until they end, or until somebody cancels.
 
-    Parameters
-    ----------
-    extraction
-        What to do. Its `steps()` are asked for until they end, or until somebody cancels.
-    bind
-        What to do with the result. An NbfeatError from it makes the job fail.
-    soon
-        Calls a function on the kernel's event loop, when no cell is running there.
-    tell
-        Called after every step and every change of state, by whichever thread made it.
+    `bind` gets the result; an NbfeatError from it makes the job fail. `schedule` calls a function on the kernel's event
+    loop, when no cell is running there. `notify` is called after every step and every change of state, by whichever
+    thread made it.
     """
 
     def __init__(
@@ -52,15 +54,15 @@ class Job:
         extraction: Extraction,
         *,
         bind: Callable[[Extraction], None],
-        soon: Callable[[Callable[[], None]], None],
-        tell: Callable[[], None],
+        schedule: Callable[[Callable[[], None]], None],
+        notify: Callable[[], None],
     ) -> None:
         self.extraction = extraction
         self.state = State.IDLE
         self.step: Step | None = None  # the last one
         self.coming = ""  # what is being prepared, or is about to come
         self.error: Exception | None = None
-        self._bind, self._soon, self._tell = bind, soon, tell
+        self._bind, self._schedule, self._notify = bind, schedule, notify
         self._lock, self._finishing = threading.Lock(), threading.Lock()
         self._worked, self._ended = threading.Event(), threading.Event()  # the thread; all that it is for
 
@@ -72,7 +74,7 @@ class Job:
             self.state, self.error = State.RUNNING, None
             self._worked.clear()
             self._ended.clear()
-        self._tell()
+        self._notify()
         in_background("job", self._work)
 
     def cancel(self) -> None:
@@ -81,18 +83,16 @@ class Job:
             if self.state is not State.RUNNING:
                 return
             self.state = State.CANCELLING
-        self._tell()
+        self._notify()
 
     def wait(self, seconds: float | None = None, *, bind: bool = False) -> bool:
         """Wait until it is not busy, and tell whether that came about.
 
         With `bind`, the one who waits binds the result: a cell, for whose end it would wait for ever otherwise.
         """
-        if not self.state.is_busy:
-            return True
         if not bind:
-            return self._ended.wait(seconds)
-        if self._worked.wait(seconds):
+            return not self.state.is_busy or self._ended.wait(seconds)
+        if self.state.is_busy and self._worked.wait(seconds):
             self._finish()
         return not self.state.is_busy
 
@@ -103,26 +103,21 @@ class Job:
 
     def _work(self) -> None:
         try:
-            self._do_steps()
-        finally:
-            self._worked.set()
-
-    def _do_steps(self) -> None:
-        try:
             with closing(self.extraction.steps()) as steps:
                 for step in steps:
                     self.step, self.coming = step, step.note or self.coming
                     if self.state is State.CANCELLING:
                         break
-                    self._tell()
+                    self._notify()
+            if self.extraction.state == "done":
+                self._notify()
+                self._schedule(self._finish)
+            else:
+                self._end(State.CANCELLED)
         except Exception as error:  # whatever it is, it is shown: nobody sees what a thread raises
             self._end(State.FAILED, error)
-            return
-        if self.extraction.state == "done":
-            self._tell()
-            self._soon(self._finish)
-        else:
-            self._end(State.CANCELLED)
+        finally:
+            self._worked.set()
 
     def _finish(self) -> None:
         """Bind the result, once, whoever comes first."""
@@ -143,6 +138,6 @@ class Job:
         with self._lock:
             self.state, self.error = state, error
         try:
-            self._tell()
+            self._notify()
         finally:
             self._ended.set()

@@ -6,24 +6,23 @@ named in `failures`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import Any
 
 from IPython.core.error import UsageError
+from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
 from IPython.core.magic import line_cell_magic as both
 from traitlets import Bool, TraitError, Unicode, validate
-from traitlets.config import Configurable
 
 from nbfeat.errors import NbfeatError, RequestError
 from nbfeat.extraction.extraction import Extraction
+from nbfeat.extraction.options import OPTIONS
 from nbfeat.extraction.request import check_frame
 from nbfeat.jupyter import completion, grammar
-from nbfeat.jupyter.expansion import expand
-from nbfeat.jupyter.progress import Live
-
-if TYPE_CHECKING:
-    from IPython.core.interactiveshell import InteractiveShell
+from nbfeat.jupyter.progress import ProgressDisplay
 
 # Options whose defaults make sense for every cell of a notebook; the others belong to one block or one run.
 TRAITS = (
@@ -32,25 +31,38 @@ TRAITS = (
 )  # fmt: skip
 
 
-def _traits() -> dict[str, Any]:
-    options = {option.name: option for option in grammar.OPTIONS}
-    return {
-        name: Unicode("", help=f"{options[name].help}; empty for the default ({options[name].default})").tag(
-            config=True
-        )
-        for name in TRAITS
-    }
+def reported(magic: Callable[..., Any]) -> Callable[..., Any]:
+    """Make bad usage of a magic a UsageError, and failing work one line unless the whole story is wanted."""
+
+    @wraps(magic)
+    def run(self: ExtractMagics, *words: str) -> Any:
+        try:
+            return magic(self, *words)
+        except RequestError as error:
+            raise UsageError(str(error)) from None
+        except (NbfeatError, KeyboardInterrupt) as error:
+            if self.short_errors:
+                text = f"{type(error).__name__}: {error}"
+                error._render_traceback_ = lambda: [text]  # type: ignore[union-attr]  # IPython's protocol
+            raise
+
+    return run
 
 
 @magics_class
 class ExtractMagics(Magics):
     """Image features as columns of a dataframe."""
 
+    shell: InteractiveShell
     backbone = Unicode("", help="the backbone of cells that name none").tag(config=True)
     cache = Bool(True, help="take features from the cache, and keep new ones there").tag(config=True)
     quiet = Bool(False, help="show no progress").tag(config=True)
     short_errors = Bool(True, help="show failing work as one line; False for the whole traceback").tag(config=True)
-    locals().update(_traits())
+    locals().update(
+        (option.name, Unicode("", help=f"{option.help}; empty for the default ({option.default})").tag(config=True))
+        for option in OPTIONS
+        if option.name in TRAITS
+    )
     _panel: Any = None  # the last one that was opened here
 
     @validate(*TRAITS)
@@ -65,56 +77,11 @@ class ExtractMagics(Magics):
 
     @no_var_expand
     @both
+    @reported
     def extract(self, line: str, cell: str | None = None) -> Extraction | None:
         """Attach features of images as columns; the grammar makes the text that ``%extract?`` shows."""
-        result: Extraction | None = self._answer(lambda: self._extract(line, cell))
-        # IPython's own way to silence reads the words as Python, and fails over what is none, such as a lone bracket.
-        return None if grammar.is_silenced(line if cell is None else cell) else result
-
-    @no_var_expand
-    @line_magic
-    def extract_panel(self, line: str) -> Any:
-        """Choose by clicking: ``%extract_panel [FRAME]``. ``%extract_panel --code`` puts its code into a new cell."""
-        panel = self._answer(lambda: self._extract_panel(line))
-        return None if grammar.is_silenced(line) else panel
-
-    @no_var_expand
-    @line_magic
-    def backbones(self, line: str) -> Any:
-        """List the backbones that match a pattern: ``%backbones Res*``."""
-        from nbfeat.backbones.catalog import backbones
-
-        return self._answer(lambda: backbones(line.strip().removesuffix(";").strip() or "*"))
-
-    @no_var_expand
-    @line_magic
-    def extract_cache(self, line: str) -> Any:
-        """Show what nbfeat keeps here, or clear it: ``clear [features|networks|weights|precisions|all]``."""
-        return self._answer(lambda: self._extract_cache(grammar.cache_words(line)))
-
-    def _extract_cache(self, cleared: str | None) -> Any:
-        from nbfeat.cache.storage import storage
-
-        if cleared:
-            storage.clear(cleared)
-        return storage
-
-    def _extract_panel(self, line: str) -> Any:
-        from nbfeat.jupyter.panel.panel import Panel
-
-        asked = grammar.panel_words(expand(line, dict(self.shell.user_ns)))  # type: ignore[union-attr]  # as below
-        if asked != grammar.CODE:
-            self._panel = Panel(asked)
-            return self._panel
-        if self._panel is None:
-            raise RequestError("There is no panel yet whose code could be taken. `%extract_panel photos` opens one.")
-        self._panel.to_cell()
-        return None
-
-    def _extract(self, line: str, cell: str | None) -> Extraction | None:
-        namespace: dict[str, Any] = self.shell.user_ns  # type: ignore[union-attr]  # magics of a shell have one
-        names = dict(namespace)
-        expanded = [expand(text, names) for text in (line, *(cell or "").splitlines())]
+        names = dict(self.shell.user_ns)
+        expanded = [grammar.expand(text, names) for text in (line, *(cell or "").splitlines())]
         request = grammar.read(expanded[0], "\n".join(expanded[1:]), self.defaults())
         if request is None:
             print(grammar.usage())  # noqa: T201 - what -h does
@@ -125,36 +92,58 @@ class ExtractMagics(Magics):
         if "like" in options:
             options["like"] = grammar.result_called(options["like"], names)
         extraction = Extraction(frame, *request.blocks, **options)
-        with Live(request.frame, quiet=request.quiet or self.quiet) as live:
-            try:
-                with closing(extraction.steps()) as steps:
-                    for step in steps:
-                        live.show(step)
-            except KeyboardInterrupt:
-                raise stopped(extraction) from None
+        try:
+            with closing(extraction.steps()) as steps:
+                ProgressDisplay(request.frame, quiet=request.run.get("quiet", self.quiet)).follow(steps)
+        except KeyboardInterrupt:
+            raise stopped(extraction) from None
         if extraction.written:
             extraction.notes.append(f"Nothing was bound: {request.frame} is as it was.")
         else:
-            namespace[request.into] = extraction.frame
-        return extraction
+            self.shell.user_ns[request.run.get("into", request.frame)] = extraction.frame
+        # IPython's own way to silence reads the words as Python, and fails over what is none, such as a lone bracket.
+        return None if grammar.is_silenced(line if cell is None else cell) else extraction
+
+    @no_var_expand
+    @line_magic
+    @reported
+    def extract_panel(self, line: str) -> Any:
+        """Choose by clicking: ``%extract_panel [FRAME]``. ``%extract_panel --code`` puts its code into a new cell."""
+        from nbfeat.jupyter.panel.panel import Panel
+
+        asked = grammar.panel_words(grammar.expand(line, dict(self.shell.user_ns)))
+        if asked != grammar.CODE:
+            self._panel = Panel(asked)
+            return None if grammar.is_silenced(line) else self._panel
+        if self._panel is None:
+            raise RequestError("There is no panel yet whose code could be taken. `%extract_panel photos` opens one.")
+        self._panel.to_cell()
+        return None
+
+    @no_var_expand
+    @line_magic
+    @reported
+    def backbones(self, line: str) -> Any:
+        """List the backbones that match a pattern: ``%backbones Res*``."""
+        from nbfeat.backbones.catalog import backbones
+
+        return backbones(line.strip().removesuffix(";").strip() or "*")
+
+    @no_var_expand
+    @line_magic
+    @reported
+    def extract_cache(self, line: str) -> Any:
+        """Show what nbfeat keeps here, or clear it: ``clear [features|networks|weights|precisions|all]``."""
+        from nbfeat.cache.storage import storage
+
+        if cleared := grammar.cache_words(line):
+            storage.clear(cleared)
+        return storage
 
     def defaults(self) -> dict[str, Any]:
         """Return the settings that are not empty, as options."""
-        set_here = {name: getattr(self, name) for name in TRAITS if getattr(self, name)}
-        checked = {name: grammar.default_of(name, value) for name, value in set_here.items()}
-        return {**checked, **({"backbone": self.backbone} if self.backbone else {})}
-
-    def _answer(self, work: Any) -> Any:
-        """Do `work`; bad usage becomes UsageError, failing work one line unless the whole story is wanted."""
-        try:
-            return work()
-        except RequestError as error:
-            raise UsageError(str(error)) from None
-        except (NbfeatError, KeyboardInterrupt) as error:
-            if self.short_errors:
-                text = f"{type(error).__name__}: {error}"
-                error._render_traceback_ = lambda: [text]  # type: ignore[union-attr]  # IPython's protocol
-            raise
+        given = {name: grammar.default_of(name, value) for name in TRAITS if (value := getattr(self, name))}
+        return {**given, "backbone": self.backbone} if self.backbone else given
 
 
 ExtractMagics.extract.__doc__ = grammar.usage()
@@ -180,17 +169,13 @@ def load(shell: InteractiveShell) -> None:
 def unload(shell: InteractiveShell) -> None:
     """Take back the magics, the settings and the matcher."""
     completion.unload(shell)
-    registry = shell.magics_manager.registry
-    mine = [key for key, value in registry.items() if _is_mine(value)]
-    for key in mine:
-        del registry[key]
     shell.configurables[:] = [one for one in shell.configurables if not _is_mine(one)]
-    for table in shell.magics_manager.magics.values():
-        for name in [name for name, function in table.items() if _is_mine(getattr(function, "__self__", None))]:
+    for table in (shell.magics_manager.registry, *shell.magics_manager.magics.values()):
+        for name in [name for name, value in table.items() if _is_mine(getattr(value, "__self__", value))]:
             del table[name]
 
 
-def _is_mine(one: Configurable | None) -> bool:
+def _is_mine(one: object) -> bool:
     # By name: after a reload of the module the class of an old instance is not this one any more.
     kind = type(one)
     return kind.__name__ == "ExtractMagics" and kind.__module__ == __name__

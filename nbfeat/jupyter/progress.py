@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Iterable
+from typing import Any
+
+from IPython.core.getipython import get_ipython
+from IPython.display import display
 
 from nbfeat.extraction.report import pace
 from nbfeat.extraction.run import Step
@@ -12,72 +15,56 @@ from nbfeat.html import Html, bar, escape
 
 SECONDS_BETWEEN = 0.2
 WAITED_FOR = {"reading": "files to be read", "decoding": "images to be decoded", "network": "the network"}
+_LINE = "opacity:.7;font-size:90%;line-height:1.5;font-variant-numeric:tabular-nums"
 
 
-class Live:
+class ProgressDisplay:
     """Show Steps under a cell. In a terminal, which cannot redraw, only what is coming and the end are printed."""
 
     def __init__(self, title: str, *, quiet: bool = False) -> None:
         self.title, self.quiet = title, quiet
         self._handle: Any = None
-        self._started, self._shown_at = time.monotonic(), 0.0
+        self._started, self._drawn_at = time.monotonic(), 0.0
         self._coming = ""
-        self._last: Step | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave a final text, so that a saved notebook does not end at some percentage."""
-        if self._last is not None and not self.quiet:
-            self._draw(self._last, end="done" if kind is None else "stopped" if kind is KeyboardInterrupt else "failed")
-
-    def show(self, step: Step) -> None:
-        """Draw a step, unless one was drawn a moment ago."""
-        self._last = step
-        self._coming = step.note or self._coming
-        now = time.monotonic()
-        if self.quiet or (now - self._shown_at < SECONDS_BETWEEN and not step.note):
-            return
-        self._shown_at = now
-        self._draw(step)
+    def follow(self, steps: Iterable[Step]) -> None:
+        """Draw steps as they come, five a second; whatever ends them, leave a final text and not some percentage."""
+        step, end = None, "failed"
+        try:
+            for step in steps:
+                self._coming = step.note or self._coming
+                if step.note or time.monotonic() - self._drawn_at >= SECONDS_BETWEEN:
+                    self._drawn_at = time.monotonic()
+                    self._draw(step)
+            end = "done"
+        except KeyboardInterrupt:
+            end = "stopped"
+            raise
+        finally:
+            if step is not None:
+                self._draw(step, end)
 
     def _draw(self, step: Step, end: str = "") -> None:
-        from IPython.display import display
-
-        lines = [f"{self.title}: {self._coming}"]
-        if step.done or end:  # before, nothing is to be seen but what is being prepared
-            lines.append(f"{end} · {ended(step, self._elapsed())}" if end else progress(step))
-        if in_terminal():
-            if end or step.note:
-                print(lines[-1])  # noqa: T201 - a display there would be printed again at each update
+        if self.quiet:
             return
-        bundle = {"text/plain": "\n".join(lines), "text/html": drawn(lines, None if end else step)}
+        lines = [f"{self.title}: {self._coming}"]
+        if end:
+            lines.append(" · ".join([end, *counts(step), f"{time.monotonic() - self._started:,.1f} s"]))
+        elif step.done:  # before, nothing is to be seen but what is being prepared
+            lines.append(progress(step))
+        # In a terminal a display would be printed again at each update. By name: its module need not be imported.
+        if type(get_ipython()).__name__ == "TerminalInteractiveShell":
+            if end or step.note:
+                print(lines[-1])  # noqa: T201 - it has no other place
+            return
+        parts = [f'<div style="{_LINE}">{escape(line)}</div>' for line in lines]
+        if step.done and not end:
+            parts.insert(1, bar(step.done / step.total))
+        bundle = {"text/plain": "\n".join(lines), "text/html": Html("".join(parts))}
         if self._handle is None:
             self._handle = display(bundle, raw=True, display_id=True)  # type: ignore[no-untyped-call]
         else:
             self._handle.update(bundle, raw=True)
-
-    def _elapsed(self) -> float:
-        return time.monotonic() - self._started
-
-
-def in_terminal() -> bool:
-    """Tell whether this is IPython in a terminal, by the name of its shell: its module need not be imported."""
-    from IPython.core.getipython import get_ipython
-
-    return type(get_ipython()).__name__ == "TerminalInteractiveShell"
-
-
-def drawn(lines: list[str], step: Step | None) -> Html:
-    """Draw the lines, and a bar between them while images are being worked on."""
-    quiet = "opacity:.7;font-size:90%;line-height:1.5;font-variant-numeric:tabular-nums"
-    parts = [f'<div style="{quiet}">{escape(line)}</div>' for line in lines]
-    if step is not None and step.done:
-        parts.insert(1, bar(step.done / step.total))
-    return Html("".join(parts))
 
 
 def progress(step: Step) -> str:
@@ -90,11 +77,6 @@ def progress(step: Step) -> str:
     if step.bottleneck:
         parts.append(f"waiting for {WAITED_FOR[step.bottleneck]}")
     return " · ".join(parts)
-
-
-def ended(step: Step, seconds: float) -> str:
-    """Say in one line how far a run came, and in what time; the report below says more."""
-    return " · ".join([*counts(step), f"{seconds:,.1f} s"])
 
 
 def counts(step: Step) -> list[str]:

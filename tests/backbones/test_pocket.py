@@ -23,7 +23,7 @@ from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import read_pixels
 from tests import keras_child
 from tests.conftest import ROOT
-from tests.faces import Face, same
+from tests.faces import Face, every_face, same
 
 POCKET = CATALOG["Pocket"]
 
@@ -134,6 +134,7 @@ def test_what_it_is_not_is_told(block: str, words: str, photos: pd.DataFrame) ->
         nbfeat.extract(photos, block, images="path")
 
 
+@every_face
 def test_it_is_suggested_and_never_taken_unasked(extract: Face, photos: pd.DataFrame) -> None:
     with pytest.raises(RequestError) as caught:
         extract(photos, "", images="path")

@@ -36,7 +36,7 @@ from nbfeat.extraction.run import Progress
 from nbfeat.images import decode, fingerprint, resize, sources
 from nbfeat.inference import model
 from tests import fake
-from tests.faces import Face, same
+from tests.faces import Face, every_face, same
 from tests.fake import FakeEngine, FakeNetwork
 from tests.mutations import mutated
 
@@ -70,6 +70,7 @@ def file_of(folder: Path) -> Path:
 # What is found again
 
 
+@every_face
 def test_the_same_cell_again_computes_nothing(extract: Face, photos: pd.DataFrame, own_cache: Path) -> None:
     assert extract(photos, BLOCK, images="path", cache=False).keeps is False
     assert not (own_cache / "features").exists()

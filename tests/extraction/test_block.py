@@ -15,8 +15,17 @@ from hypothesis import strategies as some
 import nbfeat
 from nbfeat import Extraction, FeatureBlock, RequestError
 from nbfeat.backbones.backbone import SCALINGS
-from nbfeat.extraction.options import BLOCK_OPTIONS, NORMALIZES, POOLINGS, quoted, split_words
+from nbfeat.extraction.options import (
+    BLOCK_OPTIONS,
+    NORMALIZES,
+    OPTIONS,
+    POOLINGS,
+    RUN_OPTIONS,
+    quoted,
+    split_words,
+)
 from nbfeat.images.resize import INTERPOLATIONS, RESIZES
+from nbfeat.inference.engines import PRECISIONS
 from nbfeat.jupyter import grammar
 from tests.messages import assert_says_what_to_do
 
@@ -94,8 +103,8 @@ def test_a_request_reads_back_from_its_text() -> None:
     )
     head, body = cell.removeprefix("%%extract ").split("\n", 1)
     request = grammar.read(head, body, {})
-    assert str(request) == cell
     assert request is not None
+    assert grammar.written(request.frame, request.run, map(str, request.blocks)) == cell
     assert request.for_extraction == {"images": ["path", "the back"], "root": "a b"}
     assert [block.backbone for block in request.blocks] == ["ResNet50", "VGG16"]
 
@@ -151,10 +160,11 @@ def test_the_table_of_options_is_what_every_face_has() -> None:
     assert names == ["backbone", *(option.name for option in BLOCK_OPTIONS)]
     parameters = set(inspect.signature(Extraction).parameters)
     assert set(inspect.signature(nbfeat.extract).parameters) == parameters
-    assert parameters == {"frame", "blocks", "defaults", "cache", *grammar._FOR_EXTRACTION}
-    run = {option.name for option in grammar.RUN_OPTIONS}
-    assert run == {*grammar._FOR_EXTRACTION, "no_cache", "into", "quiet", "help"}
-    for option in grammar.OPTIONS:
+    run = {option.name: option for option in RUN_OPTIONS}
+    assert parameters - set(run) == {"frame", "blocks", "defaults", "cache"}
+    assert set(run) - parameters == {"no_cache", "into", "quiet", "help"}
+    assert run["precision"].choices == ("auto", *PRECISIONS)
+    for option in OPTIONS:
         assert option.flag in grammar.usage()
 
 
@@ -176,5 +186,5 @@ def test_the_transformer_has_the_same_options_or_a_block_says_them() -> None:
 
 
 def test_no_two_options_share_a_spelling() -> None:
-    spellings = [flag for option in grammar.OPTIONS for flag in option.flags]
+    spellings = [flag for option in OPTIONS for flag in option.flags]
     assert len(spellings) == len(set(spellings))

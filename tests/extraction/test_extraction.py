@@ -15,7 +15,7 @@ from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import read_pixels
 from nbfeat.inference.model import Cut
 from tests import fake
-from tests.faces import Face, same
+from tests.faces import Face, every_face, same
 
 pytestmark = pytest.mark.usefixtures("fake_network")
 BLOCK = "MobileNet --size 32"
@@ -26,6 +26,7 @@ def expected(paths: pd.Series, size: int = 32) -> np.ndarray:
     return fake.features(np.stack(pixels), Cut())
 
 
+@every_face
 def test_features_are_attached_as_float32_columns_and_nothing_else_changes(extract: Face, photos: pd.DataFrame) -> None:
     before = photos.copy(deep=True)
     result = extract(photos, BLOCK, images="path")
@@ -40,6 +41,7 @@ def test_features_are_attached_as_float32_columns_and_nothing_else_changes(extra
     same(result["mobilenet"], result.features)
 
 
+@every_face
 def test_the_same_cell_three_times_gives_the_same_frame(extract: Face, photos: pd.DataFrame) -> None:
     first = extract(photos, BLOCK, images="path").frame
     first.insert(2, "note", "mine")
@@ -89,6 +91,7 @@ def test_batches_stay_full_when_images_fail(photos: pd.DataFrame) -> None:
     assert engine.batches == [4, 4, 4, 1]
 
 
+@every_face
 def test_when_no_image_can_be_read_the_run_fails_and_says_where_it_looked(extract: Face, tmp_path: Path) -> None:
     lost = pd.DataFrame({"path": [f"lost/{number}.png" for number in range(5)]})
     with pytest.raises(ExtractionError, match=r"None of the 5 images could be read.*--root") as caught:
@@ -112,6 +115,7 @@ def test_any_index_is_kept(extract: Face, photos: pd.DataFrame, index: pd.Index)
     np.testing.assert_array_equal(result.features.to_numpy(), expected(photos["path"]))
 
 
+@every_face
 def test_a_clash_of_columns_is_an_error_that_names_them_before_any_work(extract: Face, photos: pd.DataFrame) -> None:
     photos["mobilenet_0000"] = "mine"
     with pytest.raises(RequestError, match=r"mobilenet_0000.*--prefix"):
@@ -134,6 +138,7 @@ def test_an_empty_frame_gets_its_columns(extract: Face, photos: pd.DataFrame) ->
     assert result.failures.empty
 
 
+@every_face
 def test_multiindex_columns_and_other_things_than_frames_are_refused(extract: Face, photos: pd.DataFrame) -> None:
     deep = photos.copy()
     deep.columns = pd.MultiIndex.from_product([["a"], photos.columns])
@@ -143,6 +148,7 @@ def test_multiindex_columns_and_other_things_than_frames_are_refused(extract: Fa
         extract(list(photos["path"]), BLOCK)
 
 
+@every_face
 def test_unknown_names_come_with_near_ones(extract: Face, photos: pd.DataFrame) -> None:
     with pytest.raises(RequestError, match=r"no backbone 'Mobilnet'.*MobileNet"):
         extract(photos, "Mobilnet")
@@ -161,6 +167,7 @@ def test_the_image_column_is_found_or_candidates_are_named(extract: Face, photos
         extract(photos[["label"]], BLOCK)
 
 
+@every_face
 def test_two_image_columns_make_two_sets_of_columns(extract: Face, photos: pd.DataFrame) -> None:
     photos["back"] = list(photos["path"])[::-1]
     photos.loc["row 2", "back"] = None
@@ -174,6 +181,7 @@ def test_two_image_columns_make_two_sets_of_columns(extract: Face, photos: pd.Da
     assert result.ok.sum() == 19
 
 
+@every_face
 def test_normalizations_learn_from_the_rows_of_fit_on_alone(extract: Face, photos: pd.DataFrame) -> None:
     photos.iloc[1, 0] = None
     result = extract(photos, BLOCK, images="path", normalize="standard", fit_on="split == 'train'")

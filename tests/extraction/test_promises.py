@@ -23,7 +23,7 @@ import nbfeat
 from nbfeat import ExtractionError, RequestError, WeightsError
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import read_pixels
-from tests.faces import Face, same
+from tests.faces import Face, every_face, same
 
 SMALL = "MobileNet --alpha 0.25 --size 64 --weights random"
 
@@ -38,6 +38,7 @@ def child(code: str, **environment: str) -> dict[str, Any]:
     return found
 
 
+@every_face
 def test_a_real_network_gives_the_same_through_every_face(extract: Face, photos: pd.DataFrame) -> None:
     result = extract(photos, SMALL, images="path")
     assert result.features.shape == (20, 256)
@@ -53,6 +54,7 @@ def test_an_unknown_layer_comes_with_near_names(extract: Face, photos: pd.DataFr
         extract(photos, f"{SMALL} --layer conv_pw5_relu", images="path")
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_a_vector_is_not_pooled(photos: pd.DataFrame) -> None:
     squeeze = "EfficientNetB0 --size 64 --weights random --layer block1a_se_squeeze"
     assert len(nbfeat.extract(photos, squeeze, images="path").columns) == 32
@@ -86,14 +88,16 @@ def test_weights_that_cannot_be_had_are_one_sentence_with_file_address_and_place
     assert not list((tmp_path / "models").glob("*.h5"))
 
 
-def test_a_file_of_weights_is_taken_and_one_that_does_not_fit_is_refused(
-    photos: pd.DataFrame, tmp_path: Path, keras_home: Path
-) -> None:
+def test_a_file_that_holds_no_weights_is_refused(photos: pd.DataFrame, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="there is no file"):
         nbfeat.extract(photos, "MobileNet --weights nosuch.h5", images="path")
     (tmp_path / "x.weights.h5").write_bytes(b"not hdf5")
     with pytest.raises(WeightsError, match=r"x\.weights\.h5 cannot be read as weights in HDF5"):
         nbfeat.extract(photos, f"MobileNet --size 64 --weights {tmp_path / 'x.weights.h5'}", images="path")
+
+
+@pytest.mark.slow
+def test_a_file_of_weights_is_taken(photos: pd.DataFrame, keras_home: Path) -> None:
     file = keras_home / "models" / "mobilenet_2_5_224_tf_no_top.h5"
     if not file.exists():
         pytest.skip("no real weights on this machine")
@@ -101,7 +105,7 @@ def test_a_file_of_weights_is_taken_and_one_that_does_not_fit_is_refused(
     same(named, nbfeat.extract(photos, "MobileNet --alpha 0.25", images="path", cache=False).features)
 
 
-@pytest.mark.parametrize("kind", ["a file", "open to others"])
+@pytest.mark.parametrize("kind", ["a file", pytest.param("open to others", marks=pytest.mark.slow)])
 def test_a_home_folder_that_cannot_be_used_is_told_and_the_run_goes_on(
     photos: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -119,6 +123,7 @@ def test_a_home_folder_that_cannot_be_used_is_told_and_the_run_goes_on(
     assert home.is_file() or not list(home.iterdir())
 
 
+@pytest.mark.slow
 def test_a_map_that_is_too_large_to_flatten_is_refused_with_the_way_out(
     photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ from nbfeat.extraction import pipeline
 from nbfeat.images import public_hosts, remote
 from nbfeat.images.remote import Limits
 from nbfeat.images.sources import hosts, image_column, load, load_image
-from tests.faces import Face
+from tests.faces import Face, every_face
 from tests.fake import FakeEngine
 from tests.web import Request, Web, in_turn, redirect, status, whole
 
@@ -110,6 +110,7 @@ def frame_of(*cells: object) -> pd.DataFrame:
 
 @allowed
 @fake
+@every_face
 def test_every_face_fetches_images_where_it_is_allowed(
     extract: Face, web: Web, photos: pd.DataFrame, archive: Path
 ) -> None:

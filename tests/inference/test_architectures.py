@@ -21,7 +21,7 @@ import nbfeat
 from tests.backbones.test_alexnet_googlenet import alexnets, googlenets
 from tests.backbones.test_published import drawn
 from tests.backbones.torch_files import checkpoint
-from tests.faces import Face
+from tests.faces import Face, every_face
 
 pytestmark = pytest.mark.slow
 # The layers to cut at, and how many features they give.
@@ -75,6 +75,7 @@ def test_from_pretrained_network_to_svm_and_random_forest(
         assert score >= 0.7, f"{name}: four kinds of pictures are told apart in {score:.0%}"
 
 
+@every_face
 def test_the_same_in_one_line_of_a_notebook(extract: Face, photos: pd.DataFrame) -> None:
     result = extract(photos, "MobileNet --alpha 0.25 --size 96 --weights random --normalize l2", images="path")
     assert result.features.shape == (20, 256)

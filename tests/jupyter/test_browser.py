@@ -34,6 +34,7 @@ def slow(*given):  # a disk of a few hundred images a second at most, so that th
 pipeline.load_image = slow
 %config ExtractMagics.cache = {cache}"""
 PANEL = "%extract_panel photos"
+MOVING = "() => / [1-9]\\d* of 300/.test(document.querySelector('.nbfeat-progress').textContent)"
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +46,31 @@ def chromium() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def lab(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def server(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("lab")
     with browser.site("lab", folder, chromium, KERAS_HOME=str(folder / "keras")) as running:
         yield running
 
 
+@pytest.fixture
+def lab(server: Site) -> Iterator[Site]:
+    yield server
+    for context in server.browser.contexts:
+        context.close()
+
+
 def start(shared_data: Path, seconds: float = 0.05, *, cache: bool = False) -> str:
     return START.format(folder=str(shared_data / "photos" / "flowers5"), seconds=seconds, cache=cache)
+
+
+def begin(lab: Site, name: str, first: str, *cells: str) -> tuple[Any, Any]:
+    """Open a notebook of these cells, the second of which makes a panel; choose Pocket in it."""
+    page = lab.open(lab.write(name, first, PANEL, *cells))
+    run_cell(page, 0)
+    run_cell(page, 1)
+    one = panel(page)
+    choose(one)
+    return page, one
 
 
 def panel(page: Any, number: int = 0) -> Any:
@@ -73,50 +91,41 @@ def until(one: Any, word: str) -> None:
     one.locator(".nbfeat-progress b", has_text=word).wait_for()
 
 
-def press(one: Any, name: str) -> None:
+def press(one: Any, name: str, end: str = "") -> None:
     one.get_by_role("button", name=name, exact=True).click()
+    if end:
+        until(one, end)
 
 
 def test_choosing_running_cancelling_going_on_and_the_same_by_code(lab: Site, shared_data: Path) -> None:
-    name = lab.write("story.ipynb", start(shared_data, cache=True), PANEL, "photos.shape", "%extract_panel --code")
-    page = lab.open(name)
-    for number in range(3):
-        run_cell(page, number)
-    assert output(page, 2) == "(300, 2)"
-    one = panel(page)
-    choose(one)
+    page, one = begin(lab, "story.ipynb", start(shared_data, cache=True), "photos.shape", "%extract_panel --code")
     one.get_by_label("Normalization", exact=True).select_option("l2")
     one.get_by_text("More options").click()
     one.get_by_label("Fitting").select_option("crop")  # pixels that no other test has put into the cache
     assert "512 columns · 614 kB" in one.locator(".nbfeat-block").inner_text()
     press(one, "Extract")
-    page.wait_for_function("() => / [1-9]\\d* of 300/.test(document.querySelector('.nbfeat-progress').textContent)")
+    page.wait_for_function(MOVING)
     early = done_of(page)
     page.wait_for_function(
         f"() => Number(document.querySelector('.nbfeat-progress').textContent.match(/(\\d+) of 300/)[1]) > {early}"
     )
     assert "images/s" in one.locator(".nbfeat-progress").inner_text()
-    press(one, "Cancel")
-    until(one, "Cancelled")
-    stopped = done_of(page)
-    assert early < stopped < 300
+    press(one, "Cancel", "Cancelled")
+    assert early < done_of(page) < 300
     run_cell(page, 2)
     assert output(page, 2) == "(300, 2)", "something was bound"
-    press(one, "Extract")
-    until(one, "Done")
+    press(one, "Extract", "Done")
     run_cell(page, 2)
     assert output(page, 2) == "(300, 514)"
     assert "512 new columns from 300 images" in one.locator(".nbfeat-page").inner_text()
     # The code, in a cell below, gives the same columns.
     run_cell(page, 3)
-    cells = page.locator(".jp-Notebook .jp-Cell")
     page.wait_for_function("() => document.querySelectorAll('.jp-Notebook .jp-Cell').length > 4")
-    written = cells.nth(4).locator(".cm-content").inner_text()
+    written = page.locator(".jp-Notebook .jp-Cell").nth(4).locator(".cm-content").inner_text()
     assert written.splitlines() == ["%%extract photos --images path", "Pocket --normalize l2 --resize crop"]
     run_cell(page, 4)
     assert "all from the cache" in output(page, 4)
     assert not page.errors
-    page.context.close()
 
 
 CHECK = """mine = photos
@@ -125,14 +134,8 @@ SAME = "pd.testing.assert_frame_equal(photos, mine, check_exact=True); print('th
 
 
 def test_the_code_that_is_copied_gives_the_same_columns(lab: Site, shared_data: Path) -> None:
-    name = lab.write("copy.ipynb", start(shared_data, 0), PANEL, CHECK, "", SAME)
-    page = lab.open(name)
-    run_cell(page, 0)
-    run_cell(page, 1)
-    one = panel(page)
-    choose(one)
-    press(one, "Extract")
-    until(one, "Done")
+    page, one = begin(lab, "copy.ipynb", start(shared_data, 0), CHECK, "", SAME)
+    press(one, "Extract", "Done")
     run_cell(page, 2)
     one.locator(".nbfeat-code pre").click()
     assert page.evaluate("() => getSelection().toString()").strip() == "%%extract photos --images path\nPocket"
@@ -142,22 +145,15 @@ def test_the_code_that_is_copied_gives_the_same_columns(lab: Site, shared_data: 
     run_cell(page, 3)
     run_cell(page, 4)
     assert output(page, 4) == "the same"
-    page.context.close()
 
 
 def test_clicks_are_answered_while_a_cell_runs_and_nothing_is_bound_under_it(lab: Site, shared_data: Path) -> None:
     busy = "before = photos\nwhile not Path('go').exists(): time.sleep(.1)\nprint(photos is before)"
-    name = lab.write("busy.ipynb", start(shared_data, 0.02), PANEL, busy, "photos.shape", "time.sleep(0)")
-    page = lab.open(name)
-    run_cell(page, 0)
-    run_cell(page, 1)
-    one = panel(page)
-    choose(one)
+    page, one = begin(lab, "busy.ipynb", start(shared_data, 0.02), busy, "photos.shape")
     run_cell(page, 2, wait=False)
     press(one, "Extract")
-    page.wait_for_function("() => / [1-9]\\d* of 300/.test(document.querySelector('.nbfeat-progress').textContent)")
-    press(one, "Cancel")
-    until(one, "Cancelled")
+    page.wait_for_function(MOVING)
+    press(one, "Cancel", "Cancelled")
     assert page.locator(".jp-InputPrompt", has_text="*").count() == 1, "it was answered after the cell alone"
     press(one, "Extract")
     one.get_by_text("all computed · waiting for the running cell to end").wait_for()
@@ -167,36 +163,25 @@ def test_clicks_are_answered_while_a_cell_runs_and_nothing_is_bound_under_it(lab
     until(one, "Done")
     run_cell(page, 3)
     assert output(page, 3) == "(300, 514)"
-    page.context.close()
 
 
 def test_closing_the_browser_loses_nothing_and_the_panel_comes_back(lab: Site, shared_data: Path) -> None:
-    name = lab.write("closed.ipynb", start(shared_data, 0.02), PANEL, "photos.shape")
-    page = lab.open(name)
-    run_all(page)
-    one = panel(page)
-    choose(one)
+    page, one = begin(lab, "closed.ipynb", start(shared_data, 0.02), "photos.shape")
     page.evaluate("() => jupyterapp.commands.execute('docmanager:save')")
-    press(one, "Extract")
-    until(one, "Running")
+    press(one, "Extract", "Running")
     page.context.close()
-    page = lab.open(name)
+    page = lab.open("closed.ipynb")
     until(panel(page), "Done")
     run_cell(page, 2)
     assert output(page, 2) == "(300, 514)"
-    page.context.close()
 
 
 def test_one_panel_shown_twice_and_a_second_one_and_a_new_kernel(lab: Site, shared_data: Path) -> None:
-    name = lab.write(
-        "twice.ipynb", start(shared_data, 0), "panel = %extract_panel photos\npanel", "panel",
-        "other = photos.head(40)\n%extract_panel other", "photos.shape, other.shape",
-    )  # fmt: skip
-    page = lab.open(name)
-    for number in range(4):
-        run_cell(page, number)
-    first, again, second = (panel(page, number) for number in range(3))
-    choose(first)
+    other = "other = photos.head(40)\n%extract_panel other"
+    page, first = begin(lab, "twice.ipynb", start(shared_data, 0), "_", other, "photos.shape, other.shape")
+    run_cell(page, 2)
+    run_cell(page, 3)
+    again, second = panel(page, 1), panel(page, 2)
     assert again.get_by_label("Backbone").first.input_value() == "Pocket"
     choose(second)
     press(again, "Extract")
@@ -213,16 +198,12 @@ def test_one_panel_shown_twice_and_a_second_one_and_a_new_kernel(lab: Site, shar
     run_cell(page, 0)
     run_cell(page, 1)
     page.locator(".nbfeat-progress b", has_text="Ready").first.wait_for()
-    one = panel(page)
-    choose(one)
-    press(one, "Extract")
-    until(one, "Done")
-    page.context.close()
+    choose(panel(page))
+    press(panel(page), "Extract", "Done")
 
 
 def test_it_is_worked_with_the_keyboard_alone_and_every_field_has_a_label(lab: Site, shared_data: Path) -> None:
-    name = lab.write("keys.ipynb", start(shared_data), PANEL)
-    page = lab.open(name)
+    page = lab.open(lab.write("keys.ipynb", start(shared_data), PANEL))
     run_all(page)
     one = panel(page)
     for field in one.locator("select, input").all():
@@ -248,44 +229,35 @@ def test_it_is_worked_with_the_keyboard_alone_and_every_field_has_a_label(lab: S
     page.wait_for_function("() => document.activeElement.innerText === 'Cancel'")
     page.keyboard.press("Enter")
     until(one, "Cancelled")
-    page.context.close()
 
 
 def test_the_saved_notebook_shows_the_report_without_a_kernel(lab: Site, shared_data: Path) -> None:
-    name = lab.write("saved.ipynb", start(shared_data, 0), PANEL)
-    page = lab.open(name)
-    run_all(page)
-    one = panel(page)
+    page, one = begin(lab, "saved.ipynb", start(shared_data, 0))
     assert page.get_by_text("nothing has run yet").is_hidden()
-    choose(one)
-    press(one, "Extract")
-    until(one, "Done")
+    press(one, "Extract", "Done")
     page.wait_for_function("() => /512 new columns/.test(document.querySelector('[class^=nbfeat-still]').textContent)")
     page.evaluate("async () => { await jupyterapp.commands.execute('docmanager:save') }")
-    saved = (lab.root / name).read_text()
+    saved = (lab.root / "saved.ipynb").read_text()
     assert '"widgets"' not in saved
     assert len(saved) < 20_000
-    page.context.close()
     # Another reader's computer has not seen this notebook run, and trusts nothing in it.
     (lab.root / "sent.ipynb").write_text(saved.replace("photos", "pictures"))
+    page.context.close()
     page = lab.open("sent.ipynb")
     page.get_by_text(re.compile("512 new columns from 300 images")).wait_for()
     assert page.get_by_text("%%extract pictures --images path").is_visible()
     assert not page.locator(".nbfeat-panel").count()
-    page.context.close()
 
 
 @pytest.mark.parametrize("kind", ["notebook", "voila"])
 def test_it_works_elsewhere_too(kind: str, chromium: Any, shared_data: Path, tmp_path: Path) -> None:
     with browser.site(kind, tmp_path / kind, chromium) as running:
-        name = running.write("panel.ipynb", start(shared_data, 0.01), PANEL)
-        page = running.open(name, dark=True)
+        page = running.open(running.write("panel.ipynb", start(shared_data, 0.01), PANEL), dark=True)
         if kind == "notebook":
             run_all(page)
         one = panel(page)
         choose(one)
-        press(one, "Extract")
-        until(one, "Done")
+        press(one, "Extract", "Done")
         assert "512 new columns from 300 images" in one.locator(".nbfeat-page").inner_text()
         background = one.evaluate("one => getComputedStyle(one).backgroundColor.match(/\\d+/g).map(Number)")
         assert max(background) < 80, "not dark"

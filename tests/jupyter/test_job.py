@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import pandas as pd
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 from nbfeat import Extraction, ExtractionError
-from nbfeat.jupyter.binding import Held, between_cells, is_running_a_cell
+from nbfeat.jupyter.binding import FrameSnapshot, between_cells, is_running_a_cell
 from nbfeat.jupyter.job import Job, State
 from tests.fake import FakeEngine, Gate
 
@@ -18,32 +19,30 @@ BLOCK = "MobileNet --size 32"
 pytestmark = pytest.mark.usefixtures("fake_network")
 
 
-class Told:
-    """What a job told: its states, in order, each once."""
+class Watched:
+    """A job, what it bound, and its states, in order, each once."""
 
-    def __init__(self) -> None:
+    def __init__(self, extraction: Extraction, **options: Any) -> None:
         self.states: list[State] = []
-        self.job: Job | None = None
-        self.steps = 0
+        self.bound: list[Extraction] = []
         self.moved = threading.Condition()
+        options = {"bind": self.bound.append, "schedule": lambda work: work(), **options}
+        self.job = Job(extraction, notify=self._notified, **options)
 
-    def __call__(self) -> None:
-        assert self.job is not None
+    def _notified(self) -> None:
         with self.moved:
-            if not self.states or self.states[-1] is not self.job.state:
+            if self.states[-1:] != [self.job.state]:
                 self.states.append(self.job.state)
-            self.steps = self.job.step.done if self.job.step else 0
             self.moved.notify_all()
 
     def until(self, done: Callable[[], bool]) -> None:
         with self.moved:
             assert self.moved.wait_for(done, 30)
 
-
-def job_of(extraction: Extraction, bind: Callable[[Extraction], None] = lambda _: None) -> tuple[Job, Told]:
-    told = Told()
-    told.job = job = Job(extraction, bind=bind, soon=lambda work: work(), tell=told)
-    return job, told
+    def run(self) -> Job:
+        self.job.start()
+        assert self.job.wait(30)
+        return self.job
 
 
 @pytest.fixture
@@ -52,153 +51,120 @@ def extraction(photos: pd.DataFrame) -> Extraction:
 
 
 def test_a_job_runs_to_its_end_in_a_thread_of_its_own(extraction: Extraction) -> None:
-    bound: list[Extraction] = []
-    job, told = job_of(extraction, bound.append)
-    assert job.state is State.IDLE
-    job.start()
-    assert job.wait(30)
-    assert told.states == [State.RUNNING, State.DONE]
-    assert bound == [extraction]
+    watched = Watched(extraction)
+    assert watched.job.state is State.IDLE
+    job = watched.run()
+    assert watched.states == [State.RUNNING, State.DONE]
+    assert watched.bound == [extraction]
     assert job.step is not None
     assert job.step.done == 20
     assert "20 rows" in job.coming
+    job.cancel()  # only what runs can be cancelled
+    assert watched.states == [State.RUNNING, State.DONE]
 
 
 def test_cancelling_asks_for_no_further_step_and_going_on_computes_only_the_rest(
     extraction: Extraction, gate: Gate
 ) -> None:
-    job, told = job_of(extraction)
-    job.start()
-    gate.let(1)
-    told.until(lambda: told.steps == 4)
+    watched = Watched(extraction)
+    job = watched.job
     job.cancel()
-    assert told.states[-1:] == [State.CANCELLING]
+    assert not watched.states
+    job.start()
+    job.start()  # it is at work already
+    gate.let(1)
+    watched.until(lambda: job.step is not None and job.step.done == 4)
+    job.cancel()
+    assert watched.states == [State.RUNNING, State.CANCELLING]
     assert not job.wait(0)
     gate.open()
     assert job.wait(30)
-    assert told.states[-1:] == [State.CANCELLED]
+    assert watched.states[2:] == [State.CANCELLED]
     assert extraction.state == "stopped"
     assert 4 <= extraction.done < 20
-    job.start()
-    assert job.wait(30)
-    assert told.states == [State.RUNNING, State.CANCELLING, State.CANCELLED, State.RUNNING, State.DONE]
+    watched.run()
+    assert watched.states[3:] == [State.RUNNING, State.DONE]
     assert FakeEngine.computed <= 20 + 2 * 4, "more was computed again than what was in flight"
 
 
-def test_only_what_runs_can_be_cancelled_and_only_what_does_not_can_be_started(
-    extraction: Extraction, gate: Gate
+def test_what_goes_wrong_is_kept_to_be_shown(
+    photos: pd.DataFrame, extraction: Extraction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job, told = job_of(extraction)
-    job.cancel()
-    assert not told.states
-    job.start()
-    job.start()
-    gate.open()
-    assert job.wait(30)
-    job.cancel()
-    assert told.states == [State.RUNNING, State.DONE]
-
-
-def test_what_goes_wrong_is_kept_to_be_shown(photos: pd.DataFrame, extraction: Extraction) -> None:
-    job, _ = job_of(Extraction(photos.assign(path="gone.png"), BLOCK, images="path"))
-    job.start()
-    assert job.wait(30)
-    assert job.state is State.FAILED
-    assert isinstance(job.error, ExtractionError)
-
     def refuse(_: Extraction) -> None:
         raise ExtractionError("no such name any more")
 
-    job, told = job_of(extraction, refuse)
-    job.start()
-    assert job.wait(30)
-    assert told.states == [State.RUNNING, State.FAILED]
-    assert str(job.error) == "no such name any more"
-
-
-def test_an_error_that_nobody_thought_of_is_shown_too(extraction: Extraction, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: FakeEngine) -> None:
         raise OSError("a wire is loose")
 
-    monkeypatch.setattr(FakeEngine, "collect", broken)
-    job, _ = job_of(extraction)
-    job.start()
-    assert job.wait(30)
+    job = Watched(Extraction(photos.assign(path="gone.png"), BLOCK, images="path")).run()
+    assert isinstance(job.error, ExtractionError)
+    watched = Watched(extraction, bind=refuse)
+    assert str(watched.run().error) == "no such name any more"
+    assert watched.states == [State.RUNNING, State.FAILED]
+    monkeypatch.setattr(FakeEngine, "collect", broken)  # an error that nobody thought of
+    job = Watched(Extraction(photos, BLOCK, images="path", cache=False)).run()
     assert job.state is State.FAILED
     assert isinstance(job.error, OSError)
 
 
 def test_cancelled_before_it_is_bound_nothing_is_bound(extraction: Extraction) -> None:
-    bound: list[Extraction] = []
     waiting: list[Callable[[], None]] = []
-    told = Told()
-    told.job = job = Job(extraction, bind=bound.append, soon=waiting.append, tell=told)
+    watched = Watched(extraction, schedule=waiting.append)
+    job = watched.job
     job.start()
-    told.until(lambda: job.is_binding)
+    watched.until(lambda: job.is_binding)
     job.cancel()
     waiting.pop()()
     assert job.wait(30)
     assert job.state is State.CANCELLED
-    assert not bound
+    assert not watched.bound
     job.start()  # everything is computed: only the binding is left
-    told.until(lambda: bool(waiting))
+    watched.until(lambda: bool(waiting))
     waiting.pop()()
-    assert bound == [extraction]
+    assert watched.bound == [extraction]
     assert FakeEngine.computed == 20
 
 
-# Between cells
-
-
-@pytest.fixture
-def notebook(shell: InteractiveShell) -> Iterator[InteractiveShell]:
-    shell.reset(new_session=False)
-    yield shell
-    assert not [one for one in shell.events.callbacks["post_run_cell"] if one.__name__ == "once"]
-
-
-def test_work_waits_for_the_end_of_the_running_cell(notebook: InteractiveShell) -> None:
+@pytest.mark.parametrize("end", ["assert not done", "1 / 0"])
+def test_work_waits_for_the_end_of_the_running_cell(notebook: InteractiveShell, end: str) -> None:
     done: list[bool] = []
-    notebook.user_ns["ask"] = lambda: between_cells(notebook, lambda: done.append(is_running_a_cell(notebook)))
-    notebook.user_ns["done"] = done
-    assert notebook.run_cell("ask(); assert not done").success
+    work = lambda: between_cells(notebook, lambda: done.append(is_running_a_cell(notebook)))
+    notebook.user_ns |= {"work": work, "done": done}
+    assert notebook.run_cell(f"work(); {end}").success is ("assert" in end)
     assert done == [False]
-    between_cells(notebook, lambda: done.append(is_running_a_cell(notebook)))
+    work()
     assert done == [False, False]
-
-
-def test_work_waits_for_a_cell_that_fails_too(notebook: InteractiveShell) -> None:
-    done: list[int] = []
-    notebook.user_ns["ask"] = lambda: between_cells(notebook, lambda: done.append(1))
-    notebook.run_cell("ask(); 1 / 0")
-    assert done == [1]
+    assert not [one for one in notebook.events.callbacks["post_run_cell"] if one.__name__ == "once"]
 
 
 # What the frame has become meanwhile
 
-
-@pytest.fixture
-def held(photos: pd.DataFrame) -> tuple[dict[str, object], Held, Extraction]:
-    names: dict[str, object] = {"photos": photos}
-    held = Held.of("photos", names)
-    return names, held, Extraction(held.frame, BLOCK, images="path").run()
+Held = tuple[dict[str, Any], Callable[[], None], Extraction]
 
 
-def test_a_column_that_was_added_meanwhile_is_kept(held: tuple[dict[str, pd.DataFrame], Held, Extraction]) -> None:
-    names, hold, extraction = held
-    old = names["photos"]
-    names["photos"]["new"] = 1
-    hold.bind(extraction, names, replace=False)
+def hold(photos: pd.DataFrame) -> Held:
+    """Extract from a snapshot of the frame, and return the names of the notebook and what binds the result."""
+    names: dict[str, Any] = {"photos": photos}
+    snapshot = FrameSnapshot("photos", photos.copy(deep=False))
+    extraction = Extraction(snapshot.frame, BLOCK, images="path")
+    return names, lambda: snapshot.bind(extraction, names, replace=False), extraction
+
+
+def test_a_column_that_was_added_meanwhile_is_kept(photos: pd.DataFrame) -> None:
+    photos["path"] = photos["path"].astype(object)
+    photos.iloc[3:5, 0] = [None, b"no image"]  # which are compared, too
+    names, bind, extraction = hold(photos)
+    extraction.run()
+    names["photos"] = old = photos.copy().assign(new=1)
+    bind()
     assert list(names["photos"].columns) == ["path", "label", "split", "new", *extraction.columns]
     assert names["photos"] is not old
     assert list(old.columns) == ["path", "label", "split", "new"]
 
 
-def test_features_never_come_to_stand_beside_other_images(
-    held: tuple[dict[str, pd.DataFrame], Held, Extraction],
-) -> None:
-    names, hold, extraction = held
-    photos = names["photos"]
+def test_features_never_come_to_stand_beside_other_images(photos: pd.DataFrame) -> None:
+    names, bind, extraction = hold(photos)
+    extraction.run()
     for change in (
         lambda frame: frame.iloc[::-1],
         lambda frame: frame.iloc[:10],
@@ -208,43 +174,23 @@ def test_features_never_come_to_stand_beside_other_images(
     ):
         names["photos"] = changed = change(photos.copy())
         with pytest.raises(ExtractionError, match="not those that were read, so nothing was bound"):
-            hold.bind(extraction, names, replace=False)
+            bind()
         assert names["photos"] is changed
+    names["photos"] = 7
+    with pytest.raises(ExtractionError, match="photos is not a dataframe any more but int"):
+        bind()
+    del names["photos"]
+    with pytest.raises(ExtractionError, match="There is no photos any more"):
+        bind()
+    assert names == {}
 
 
 def test_sorting_in_place_meanwhile_mixes_nothing_up(photos: pd.DataFrame) -> None:
-    names = {"photos": photos}
-    hold = Held.of("photos", names)
-    extraction = Extraction(hold.frame, BLOCK, images="path")
+    _, bind, extraction = hold(photos)
     backwards = photos.iloc[::-1].copy()
     photos.index = backwards.index  # as sorting in place does
     photos["path"] = list(backwards["path"])
     extraction.run()
     assert list(extraction.frame.index) == [f"row {number}" for number in range(20)]
     with pytest.raises(ExtractionError, match="nothing was bound"):
-        hold.bind(extraction, names, replace=False)
-
-
-def test_a_name_that_was_deleted_or_is_no_frame_any_more_is_left_alone(
-    held: tuple[dict[str, object], Held, Extraction],
-) -> None:
-    names, hold, extraction = held
-    names["photos"] = 7
-    with pytest.raises(ExtractionError, match="photos is not a dataframe any more but int"):
-        hold.bind(extraction, names, replace=False)
-    del names["photos"]
-    with pytest.raises(ExtractionError, match="There is no photos any more"):
-        hold.bind(extraction, names, replace=False)
-    assert names == {}
-
-
-def test_missing_images_and_images_in_memory_are_compared_too(photos: pd.DataFrame) -> None:
-    photos["path"] = photos["path"].astype(object)
-    photos.iloc[3, 0] = None
-    photos.iloc[4, 0] = b"no image"
-    names = {"photos": photos}
-    hold = Held.of("photos", names)
-    extraction = Extraction(hold.frame, BLOCK, images="path").run()
-    names["photos"] = photos.copy()
-    hold.bind(extraction, names, replace=False)
-    assert len(names["photos"].columns) == 3 + 48
+        bind()

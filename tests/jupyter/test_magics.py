@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from itertools import islice
 from typing import Any
@@ -14,20 +15,12 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
 from nbfeat import Extraction, ExtractionError
+from nbfeat.extraction.options import OPTIONS
 from nbfeat.jupyter import grammar, progress
-from nbfeat.jupyter.expansion import expand
 from nbfeat.jupyter.magics import TRAITS, ExtractMagics
 from tests.faces import run_cell
 
 pytestmark = pytest.mark.usefixtures("fake_network")
-
-
-@pytest.fixture
-def notebook(shell: InteractiveShell, photos: pd.DataFrame) -> InteractiveShell:
-    """Return the shell with a frame called photos."""
-    shell.reset(new_session=False)
-    shell.user_ns["photos"] = photos
-    return shell
 
 
 def magics_of(shell: InteractiveShell) -> ExtractMagics:
@@ -38,17 +31,14 @@ def magics_of(shell: InteractiveShell) -> ExtractMagics:
 
 def test_the_frame_is_rebound_and_other_references_keep_the_old_one(notebook: InteractiveShell) -> None:
     old = notebook.user_ns["photos"]
+    run_cell(notebook, "%extract photos MobileNet --size 32 --into more")
+    assert notebook.user_ns["photos"] is old
+    assert notebook.user_ns["more"].shape == (20, 51)
     result = run_cell(notebook, "other = photos\n%extract photos MobileNet --size 32")
     assert isinstance(result, Extraction)
     assert notebook.user_ns["photos"] is result.frame
     assert notebook.user_ns["other"] is old
     assert old.shape == (20, 3)
-
-
-def test_into_binds_another_name_and_leaves_the_frame(notebook: InteractiveShell) -> None:
-    run_cell(notebook, "%extract photos MobileNet --size 32 --into more")
-    assert notebook.user_ns["photos"].shape == (20, 3)
-    assert notebook.user_ns["more"].shape == (20, 51)
 
 
 def test_the_result_can_be_kept_and_silenced(notebook: InteractiveShell) -> None:
@@ -63,29 +53,32 @@ def test_the_result_can_be_kept_and_silenced(notebook: InteractiveShell) -> None
 
 def test_bad_usage_is_usage_error_itself_and_binds_nothing(notebook: InteractiveShell) -> None:
     before = notebook.user_ns["photos"]
-    with pytest.raises(UsageError, match=r"no 'foto'.*photos") as caught:
-        run_cell(notebook, "%extract foto MobileNet")
-    assert type(caught.value) is UsageError
-    with pytest.raises(UsageError, match="no backbone"):
-        run_cell(notebook, "%extract photos MobilNet")
+    for line, words in (
+        ("%extract foto MobileNet", r"no 'foto'.*photos"),
+        ("%extract photos MobilNet", "no backbone"),
+        ("%backbones Nothing*", "Nothing"),
+        ("%extract_cache wipe", "takes nothing, or clear"),
+    ):
+        with pytest.raises(UsageError, match=words) as caught:
+            run_cell(notebook, line)
+        assert type(caught.value) is UsageError
     assert notebook.user_ns["photos"] is before
+    assert list(run_cell(notebook, "%backbones VGG*").index) == ["VGG16", "VGG19"]
 
 
-def test_failing_work_is_one_line_and_still_an_error(notebook: InteractiveShell) -> None:
+def test_failing_work_is_one_line_and_still_an_error(
+    notebook: InteractiveShell, monkeypatch: pytest.MonkeyPatch
+) -> None:
     notebook.user_ns["photos"] = notebook.user_ns["photos"].assign(path="gone.png")
-    with capture_output() as shown:
-        outcome = notebook.run_cell("%extract photos MobileNet --size 32 --images path")
-    assert isinstance(outcome.error_in_exec, ExtractionError)
-    assert shown.stdout.strip().splitlines()[-1].startswith("ExtractionError: None of the 20 images")
-    assert "Traceback" not in shown.stdout
-    assert list(notebook.user_ns["photos"].columns) == ["path", "label", "split"]
-    magics_of(notebook).short_errors = False
-    try:
+    for is_short in (True, False):
+        monkeypatch.setattr(magics_of(notebook), "short_errors", is_short)
         with capture_output() as shown:
-            notebook.run_cell("%extract photos MobileNet --size 32 --images path")
-        assert "Traceback" in shown.stdout
-    finally:
-        magics_of(notebook).short_errors = True
+            outcome = notebook.run_cell("%extract photos MobileNet --size 32 --images path")
+        assert isinstance(outcome.error_in_exec, ExtractionError)
+        last = shown.stdout.strip().splitlines()[-1]
+        assert re.sub("\\x1b\\[[0-9;]*m", "", last).startswith("ExtractionError: None of the 20 images")
+        assert ("Traceback" not in shown.stdout) is is_short
+    assert list(notebook.user_ns["photos"].columns) == ["path", "label", "split"]
 
 
 def test_an_interrupt_binds_nothing_says_how_far_it_came_and_stops(
@@ -112,12 +105,10 @@ def test_names_and_expressions_are_expanded_and_unknown_ones_are_errors(notebook
     result = run_cell(notebook, "%extract photos $name --size {sizes[0]} --prefix {{x}}$$y")
     assert result.parts[0].prefix == "{x}$y"
     assert result.blocks[0].size == 32
-    result = run_cell(notebook, "%%extract photos\n$name --size {sizes[1]}")
-    assert result.blocks[0].size == 64
+    assert run_cell(notebook, "%%extract photos\n$name --size {sizes[1]}").blocks[0].size == 64
     for line in ("%extract photos $nosuch", "%%extract photos\n{nosuch}"):
         with pytest.raises(UsageError, match="nosuch"):
             run_cell(notebook, line)
-    assert expand("plain", {}) == "plain"
 
 
 def test_settings_are_the_defaults_of_cells_and_are_checked(notebook: InteractiveShell) -> None:
@@ -132,10 +123,8 @@ def test_settings_are_the_defaults_of_cells_and_are_checked(notebook: Interactiv
         magics.set_trait("pooling", "")
         magics.set_trait("backbone", "")
         notebook.config.pop("ExtractMagics", None)  # IPython keeps the setting that was refused there
-    options = {option.name for option in grammar.OPTIONS}
-    assert set(TRAITS) <= options
-    for name in TRAITS:
-        assert magics.trait_metadata(name, "config")
+    assert set(TRAITS) <= {option.name for option in OPTIONS}
+    assert all(magics.trait_metadata(name, "config") for name in TRAITS)
 
 
 def test_help_is_one_text(notebook: InteractiveShell) -> None:
@@ -145,46 +134,43 @@ def test_help_is_one_text(notebook: InteractiveShell) -> None:
     assert ExtractMagics.extract.__doc__ == grammar.usage()
 
 
-def test_the_backbones_magic_lists_what_matches(notebook: InteractiveShell) -> None:
-    assert list(run_cell(notebook, "%backbones VGG*").index) == ["VGG16", "VGG19"]
-    with pytest.raises(UsageError, match="Nothing"):
-        run_cell(notebook, "%backbones Nothing*")
+def offered(notebook: InteractiveShell, cell: str) -> list[str]:
+    """Return what of ours Tab offers at the end of a cell."""
+    with provisionalcompleter():
+        return [one.text for one in notebook.Completer.completions(cell, len(cell)) if one.type == "nbfeat"]
 
 
 @pytest.mark.parametrize(
     ("cell", "first"),
     [
-        ("%extract ", {"photos"}),
-        ("%extract pho", {"photos"}),
-        ("%extract_panel pho", {"photos"}),
-        ("%extract_panel --c", {"--code"}),
-        ("%extract photos ResNet5", {"ResNet50", "ResNet50V2"}),
-        ("%extract photos VGG16 --lay", {"--layer"}),
-        ("%extract photos VGG16 --layer block5_", {"block5_pool"}),
-        ("%extract photos VGG16 --layer block4_pool,block5_", {"block5_pool"}),
-        ("%extract photos VGG16 -p ", {"avg", "max", "gem", "flatten"}),
-        ("%extract photos VGG16 --images ", {"path", "label", "split"}),
-        ("%extract photos VGG16 --precision b", {"bfloat16"}),
-        ("%extract photos VGG16 --precision float32 -w ran", {"random"}),
-        ("%%extract photos -i path\nVGG1", {"VGG16", "VGG19"}),
-        ("%%extract photos VGG16\n--layer block5_", {"block5_pool"}),
-        ("%%extract photos\nVGG16 --qui", set()),
-        ("x = 1\n%extract photos VGG1", {"VGG16", "VGG19"}),
-        ("%backbones Xz", set()),
-        ("result = %extract photos VGG1", {"VGG16", "VGG19"}),
-        ("%backbones Xce", {"Xception"}),
+        ("%extract ", "photos"),
+        ("%extract pho", "photos"),
+        ("%extract_panel pho", "photos"),
+        ("%extract_panel --c", "--code"),
+        ("%extract_cache clear feat", "features"),
+        ("%extract photos ResNet5", "ResNet50 ResNet50V2"),
+        ("%extract photos VGG16 --lay", "--layer"),
+        ("%extract photos VGG16 --layer block5_", "block5_pool"),
+        ("%extract photos VGG16 --layer block4_pool,block5_", "block5_pool"),
+        ("%extract photos VGG16 -p ", "avg max gem flatten"),
+        ("%extract photos VGG16 --images ", "path label split"),
+        ("%extract photos VGG16 --precision b", "bfloat16"),
+        ("%extract photos VGG16 --precision float32 -w ran", "random"),
+        ("%%extract photos -i path\nVGG1", "VGG16 VGG19"),
+        ("%%extract photos VGG16\n--layer block5_", "block5_pool"),
+        ("%%extract photos\nVGG16 --qui", ""),
+        ("x = 1\n%extract photos VGG1", "VGG16 VGG19"),
+        ("%backbones Xz", ""),
+        ("result = %extract photos VGG1", "VGG16 VGG19"),
+        ("%backbones Xce", "Xception"),
+        ("photos.sha", ""),
     ],
 )
-def test_tab_offers_what_can_stand_there(notebook: InteractiveShell, cell: str, first: set[str]) -> None:
-    with provisionalcompleter():
-        found = {one.text for one in notebook.Completer.completions(cell, len(cell)) if one.type == "nbfeat"}
-    assert found == first or (first and first <= found and cell[-1] in "_ ")
-
-
-def test_tab_leaves_other_cells_alone(notebook: InteractiveShell) -> None:
-    with provisionalcompleter():
-        found = list(notebook.Completer.completions("photos.sha", 10))
-    assert not [one for one in found if one.type == "nbfeat"]
+def test_tab_offers_what_can_stand_there_and_leaves_other_cells_alone(
+    notebook: InteractiveShell, cell: str, first: str
+) -> None:
+    found, expected = set(offered(notebook, cell)), set(first.split())
+    assert found == expected or (expected and expected <= found and cell[-1] in "_ ")
 
 
 def test_two_reloads_leave_one_of_each_and_unloading_leaves_none(notebook: InteractiveShell) -> None:
@@ -219,20 +205,18 @@ def test_progress_is_one_display_and_its_last_text_is_the_end(
             shown.append(bundle)
 
     def display(bundle: dict[str, str], **_: Any) -> Handle:
+        assert not shown, "a second display"
         shown.append(bundle)
         return Handle()
 
-    monkeypatch.setattr("IPython.display.display", display)
-    with progress.Live("photos") as display_live:
-        for step in Extraction(photos, "MobileNet --size 32", images="path", batch_size=1).steps():
-            display_live.show(step)
+    monkeypatch.setattr(progress, "display", display)
+    steps = Extraction(photos, "MobileNet --size 32", images="path", batch_size=1).steps()
+    progress.ProgressDisplay("photos").follow(steps)
     assert len(shown) <= 4
     assert shown[-1]["text/plain"].splitlines()[-1].startswith("done · 20 of 20 images")
     assert all("<div" in bundle["text/html"] for bundle in shown)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1:00 min"), (125, "2:05 min"), (4210, "1:10 h")]
-)
-def test_durations_read_as_people_write_them(seconds: float, text: str) -> None:
-    assert progress.clock(seconds) == text
+def test_durations_read_as_people_write_them() -> None:
+    texts = {0.4: "0 s", 59.4: "59 s", 59.6: "1:00 min", 125: "2:05 min", 4210: "1:10 h"}
+    assert {seconds: progress.clock(seconds) for seconds in texts} == texts

@@ -9,7 +9,7 @@ from nbfeat.html import Html, bar, escape, paragraph
 from nbfeat.jupyter.job import Job, State
 from nbfeat.jupyter.progress import counts, progress
 
-ELSEWHERE = "A panel is here while the notebook runs. What is saved of it:"  # and then what `still` returns
+ELSEWHERE = "A panel is here while the notebook runs. What is saved of it:"  # and then the static report
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Look:
 
     sign: str
     word: str
-    says: str  # filled with what `_facts` gives
+    text: str  # filled with what `_facts` gives
     can_extract: bool = True
     can_cancel: bool = False
     has_bar: bool = False
@@ -39,29 +39,25 @@ LOOKS: dict[State, Look] = {
 def progress_of(job: Job | None, name: str) -> Html:
     """Draw how `job`, whose frame is called `name`, stands: a bar, the sign and word of its state, more words."""
     look, step = LOOKS[job.state if job else State.IDLE], job.step if job else None
-    said = look.says.format_map(_facts(job, name)) if job else look.says
-    line = f'<b class="nbfeat-{look.word.lower()}">{look.sign} {look.word}</b> {escape(said)}'
+    text = look.text.format_map(_facts(job, name)) if job else look.text
+    line = f'<b class="nbfeat-{look.word.lower()}">{look.sign} {look.word}</b> {escape(text)}'
     share = step.done / step.total if step and step.total else 0.0
     return Html((bar(share) if look.has_bar else "") + f"<div>{line}</div>")
 
 
 def _facts(job: Job, name: str) -> dict[str, object]:
     """Return what the words of a Look are filled with."""
-    done, step = job.extraction, job.step
-    told = progress(step) if step and step.done else job.coming or "starting"
+    extraction, step, error = job.extraction, job.step, job.error
+    now = progress(step) if step and step.done else job.coming or "starting"
     return {
         "name": name,
-        "width": f"{len(done.columns):,}" if done.state == "done" else "",
+        "width": f"{len(extraction.columns):,}" if extraction.state == "done" else "",
         "counts": " · ".join(counts(step)) if step else "no images",
-        "progress": "all computed · waiting for the running cell to end" if job.is_binding else told,
-        "kept": ", what is done is kept" if done.keeps else "",
-        "error": _sentence(job.error),
+        "progress": "all computed · waiting for the running cell to end" if job.is_binding else now,
+        "kept": ", what is done is kept" if extraction.keeps else "",
+        # Of an error that is none of nbfeat's own, its kind too.
+        "error": error if error is None or isinstance(error, NbfeatError) else f"{type(error).__name__}: {error}",
     }
-
-
-def _sentence(error: Exception | None) -> str:
-    """Say what went wrong; what is none of nbfeat's own errors, with its kind."""
-    return str(error) if error is None or isinstance(error, NbfeatError) else f"{type(error).__name__}: {error}"
 
 
 def code_of(code: str, *, loaded: bool) -> Html:
@@ -73,12 +69,12 @@ def code_of(code: str, *, loaded: bool) -> Html:
     )
 
 
-def still(job: Job | None, code: str, number: str) -> dict[str, str]:
+def static_report(job: Job | None, code: str, number: str) -> dict[str, str]:
     """Return what stands for the panel of that `number` where there is no kernel: the report, and the code."""
-    shown = job.extraction if job and job.state is not State.IDLE else None
-    report = shown._repr_html_() if shown else escape("A panel of nbfeat in which nothing has run yet.")
+    extraction = job.extraction if job and job.state is not State.IDLE else None
+    report = extraction._repr_html_() if extraction else escape("A panel of nbfeat in which nothing has run yet.")
     cell = f'{paragraph("Same as")}<pre style="opacity:.8;font-size:90%">{escape(code)}</pre>'
     return {
         "text/html": f'<div class="nbfeat-still-{number}">{report}{cell}</div>',
-        "text/plain": f"{shown!r}\nSame as\n{code}" if shown else code,
+        "text/plain": f"{extraction!r}\nSame as\n{code}" if extraction else code,
     }

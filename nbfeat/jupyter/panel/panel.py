@@ -1,35 +1,37 @@
 """Panel: the choices of %%extract as widgets, the same work, and the code of what was clicked.
 
-How each state of the work looks is in one table, `panel_look.LOOKS`. The parts are modules of their own:
-`panel_source`, `panel_blocks`, `panel_run`, `panel_result`. The work is a Job in a thread, whose result is bound
-between cells.
+How each state of the work looks is in one table, `look.LOOKS`. The parts are modules of their own: `source`, `blocks`
+and `result`. The work is a Job in a thread, whose result is bound between cells.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from IPython.core.getipython import get_ipython
+from IPython.display import display
 
 from nbfeat.errors import NbfeatError, RequestError
 from nbfeat.extraction.extraction import Extraction
+from nbfeat.extraction.options import RUN_OPTIONS
+from nbfeat.extraction.request import check_frame
 from nbfeat.html import escape
 from nbfeat.jupyter import grammar
-from nbfeat.jupyter.binding import Held, between_cells, is_in_a_cell
-from nbfeat.jupyter.expansion import literal
+from nbfeat.jupyter.binding import FrameSnapshot, between_cells, is_in_a_cell
 from nbfeat.jupyter.job import Job, State
 from nbfeat.jupyter.panel import look
 from nbfeat.jupyter.panel.blocks import Blocks
 from nbfeat.jupyter.panel.result import Result
-from nbfeat.jupyter.panel.run import RunOptions
 from nbfeat.jupyter.panel.source import Source, frame_to_open
-from nbfeat.jupyter.panel.widgets import Kit, answer_at_once, style
-
-if TYPE_CHECKING:
-    from IPython.core.interactiveshell import InteractiveShell
+from nbfeat.jupyter.panel.widgets import STYLE, Kit, OptionWidgets
 
 SECONDS_BETWEEN = 0.3  # updates of the progress: each is one message, and all others come with a change of state
 LONGEST_REPR = 110
+# Options of the run that are chosen here; others are chosen elsewhere in the panel, or need free text, which is what
+# the grammar is for.
+CHOSEN_HERE = {"batch_size", "device", "precision", "allow_remote", "no_cache", "replace"}
 
 
 class Panel:
@@ -60,22 +62,26 @@ class Panel:
     """
 
     def __init__(self, frame: Any = None) -> None:
-        self._shell = _shell()
+        shell = get_ipython()
+        if shell is None:
+            raise RequestError(
+                "The panel works in a notebook. Elsewhere, use nbfeat.extract(frame, 'ResNet50', images='path')."
+            )
+        self._shell = shell
         chosen = frame_to_open(frame, self._names())
         self.job: Job | None = None
         self.result: Extraction | None = None
         self.code, self.problem = "", ""
         self._request: grammar.Request | None = None
-        self._ran: tuple[str, Held] | None = None  # what the job works at
+        self._ran: tuple[str, FrameSnapshot] | None = None  # what the job works at: its code and its frame
         self._drawn_at, self._drawn_state = 0.0, State.IDLE
-        self._still: Any = None  # the handle of the static report
-        self._is_ready = False
-
-        settings = self._known_settings = self._settings()
+        self._static: Any = None  # the handle of the static report
+        self._known_settings = self._settings()
         kit = self._kit = Kit()
-        self.source = Source(kit, self._names, lambda: str(self._settings().get("root", "")), self._changed)
-        self.blocks = Blocks(kit, settings, self._changed)
-        self.options = RunOptions(kit, settings, self._changed)
+        self.source = Source(kit, self._names, self._settings, self._changed)
+        self.blocks = Blocks(kit, self._settings, self._changed)
+        table = [option for option in RUN_OPTIONS if option.name in CHOSEN_HERE]
+        self.options = OptionWidgets(kit, table, self._settings, lambda _: self._changed())
         self.results = Result(kit)
         self.extract_button = kit.button("Extract", "go", "Extract the features, beside the notebook", self._pressed)
         self.cancel_button = kit.button(
@@ -83,28 +89,31 @@ class Panel:
         )
         self._progress, self._problem, self._code = map(kit.html, ("progress", "problem", "code"))
         self._spoken = kit.html("spoken")  # for screen readers, which are told of states and not of every step
-        self._buttons = kit.box("buttons", [self.extract_button, self.cancel_button])
-        self.box = kit.box(
-            "panel",
-            [
-                kit.html("head", "<h3>Image features</h3><span>as new columns of a dataframe</span>"),
-                self.source.box,
-                self.blocks.box,
-                self.options.box,
-                kit.box("line", [self._buttons, self._progress, self._spoken]),
-                self._problem,
-                self._code,
-                self.results.box,
-            ],
-        )
-        self._hide = kit.html("style", f"{style()}<style>.nbfeat-still-{self.box.model_id}{{display:none}}</style>")
-        self.box.children = (self._hide, *self.box.children)
+        self._style = kit.html("style")
+        self.box = self._laid_out()
+        hidden = f".nbfeat-still-{self.box.model_id}{{display:none}}"  # the static report, while the panel lives
+        self._style.value = f"<style>{STYLE}</style><style>{hidden}</style>"
         self.source.refresh(chosen)
-        self._is_ready = True
         self._changed()
-        self._draw()
-        answer_at_once(self.box)
         self._shell.events.register("post_run_cell", self._after_a_cell)
+
+    def _laid_out(self) -> Any:
+        kit = self._kit
+        switches = [widget for widget in self.options.values() if isinstance(widget.value, bool)]
+        fields = [widget for widget in self.options.values() if widget not in switches]
+        buttons = kit.box("buttons", self.extract_button, self.cancel_button)
+        return kit.box(
+            "panel",
+            self._style,
+            kit.html("head", "<h3>Image features</h3><span>as new columns of a dataframe</span>"),
+            self.source.box,
+            self.blocks.box,
+            kit.part("Run", kit.box("fields", *fields), kit.box("line", *switches)),
+            kit.box("line", buttons, self._progress, self._spoken),
+            self._problem,
+            self._code,
+            self.results.box,
+        )
 
     # Working
 
@@ -115,7 +124,7 @@ class Panel:
 
     def extract(self) -> None:
         """Start, or go on with what was cancelled, where nothing was chosen otherwise meanwhile."""
-        with self._kit.turn:
+        with self._kit.turn():
             if self.state.is_busy:
                 return
             self._changed()  # a choice made just before may be on its way in another thread
@@ -124,12 +133,11 @@ class Panel:
             try:
                 if not self._can_go_on():
                     self._begin(self._request)
+                assert self.job is not None
+                self.job.start()
             except NbfeatError as error:
                 self.problem = str(error)
                 self._draw()
-                return
-            if self.job is not None:
-                self.job.start()
 
     def cancel(self) -> None:
         """Stop after the batch in hand. Nothing is bound; what is done is kept."""
@@ -159,101 +167,91 @@ class Panel:
     def _begin(self, request: grammar.Request) -> None:
         """Make a job of what is asked for."""
         names = self._shell.user_ns
-        held = Held.of(request.frame, names)
-        magics = _magics(self._shell)
-        cache = {} if magics is None else {"cache": magics.cache}
-        extraction = Extraction(held.frame, request.blocks, **{**cache, **request.for_extraction})
+        frame = grammar.check_name(request.frame, names)
+        check_frame(frame)
+        snapshot = FrameSnapshot(request.frame, frame.copy(deep=False))
+        options = {"cache": getattr(self._magics, "cache", True), **request.for_extraction}
+        extraction = Extraction(snapshot.frame, request.blocks, **options)
         replace = bool(request.run.get("replace"))
-        self._ran = self.code, held
+        self._ran = self.code, snapshot
         self.job = Job(
             extraction,
-            bind=lambda done: held.bind(done, names, replace=replace),
-            soon=lambda work: between_cells(self._shell, work),
-            tell=self._told,
+            bind=lambda done: snapshot.bind(done, names, replace=replace),
+            schedule=lambda work: between_cells(self._shell, work),
+            notify=self._moved,
         )
 
     def _can_go_on(self) -> bool:
         """Tell whether what was cancelled is what is asked for now, of the same images."""
         if self.job is None or self.state is not State.CANCELLED or self._ran is None:
             return False
-        code, held = self._ran
-        return code == self.code and not held.why_not(self.job.extraction, self._names().get(held.name))
+        code, snapshot = self._ran
+        return code == self.code and not snapshot.why_not(self.job.extraction, self._names().get(snapshot.name))
 
-    def _told(self) -> None:
+    def _moved(self) -> None:
         """Show a step or a change of state; called by the thread that works."""
-        with self._kit.turn:
+        with self._kit.turn():
             is_new, job = self.state is not self._drawn_state, self.job
-            is_told = job is not None and (job.is_binding or (job.step is not None and bool(job.step.note)))  # few
-            if is_new or is_told or time.monotonic() - self._drawn_at >= SECONDS_BETWEEN:
+            is_rare = job is not None and (job.is_binding or (job.step is not None and bool(job.step.note)))
+            if is_new or is_rare or time.monotonic() - self._drawn_at >= SECONDS_BETWEEN:
                 self._draw()
-            if job is not None and is_new and not self.state.is_busy:
-                self._ended(job)
-
-    def _ended(self, job: Job) -> None:
-        if job.state is State.DONE:
-            self.result = job.extraction
-            self.results.show(job.extraction)
-            self.source.refresh()
-            answer_at_once(self.box)
-        if self._still is not None:
-            self._still.update(look.still(self.job, self.code, self.box.model_id), raw=True)
+            if job is None or not is_new or self.state.is_busy:
+                return
+            if job.state is State.DONE:
+                self.result = job.extraction
+                self.results.show(job.extraction)
+                self.source.refresh()
+            if self._static is not None:
+                self._static.update(self._report(), raw=True)
 
     # Choosing
 
     def _changed(self) -> None:
         """Write the code of what is chosen, and say what it will give, or why it cannot be."""
-        if not self._is_ready:
-            return
-        run = {**self.source.run, **self.options.given}
+        run = {**self.source.given, **self.options.given}
         lines = grammar.written(self.source.frame.value or "", run, [card.text for card in self.blocks.cards])
         self.problem, self._request = "", None
         try:
-            self._request = self._read(lines)
-            self._check(self._request)
+            head, _, body = lines.partition("\n")
+            self._request = grammar.read(head.removeprefix("%%extract "), body, self._settings())
+            assert self._request is not None
+            frame = grammar.check_name(self._request.frame, self._names())
+            Extraction(frame, self._request.blocks, **self._request.for_extraction)  # which has done nothing yet
         except NbfeatError as error:
             self.problem = str(error)
-        self.code = "\n".join(map(literal, lines.split("\n")))
-        self._code.value = look.code_of(self.code, loaded=_magics(self._shell) is not None)
-        frame, columns = self.source.chosen, len(self.source.images.value or ())
-        self.blocks.tell(0 if frame is None else len(frame), columns)
+        self.code = "\n".join(map(grammar.literal, lines.split("\n")))
+        self._code.value = look.code_of(self.code, loaded=self._magics is not None)
+        chosen, columns = self.source.chosen, len(self.source.images.value or ())
+        self.blocks.expect(0 if chosen is None else len(chosen), columns)
         self._draw()
-
-    def _read(self, lines: str) -> grammar.Request:
-        head, _, body = lines.partition("\n")
-        request = grammar.read(head.removeprefix("%%extract "), body, self._settings())
-        assert request is not None
-        return request
-
-    def _check(self, request: grammar.Request) -> None:
-        """Raise where the request cannot be; an Extraction that was just made has done nothing."""
-        frame = grammar.check_name(request.frame, self._names())
-        Extraction(frame, request.blocks, **request.for_extraction)
 
     def _after_a_cell(self, *_: object) -> None:
         """Look at the notebook again: a cell may have made, changed or deleted a frame, or set a default."""
-        with self._kit.turn:
+        with self._kit.turn():
             settings, self._known_settings = self._known_settings, self._settings()
             if self.source.has_news() or settings != self._known_settings:
                 self.source.refresh()
-                self.blocks.obey(self._known_settings)
-                self.options.obey(self._known_settings)
+                self.blocks.refresh()
+                self.options.refresh()
                 self._changed()
-                answer_at_once(self.box)
 
     # The notebook
 
     def _names(self) -> MutableMapping[str, Any]:
         return dict(self._shell.user_ns)  # a cell may be changing it just now
 
+    @property
+    def _magics(self) -> Any:
+        return self._shell.magics_manager.registry.get("ExtractMagics")  # None where the extension is not loaded
+
     def _settings(self) -> dict[str, Any]:
-        magics = _magics(self._shell)
-        return {} if magics is None else magics.defaults()
+        return self._magics.defaults() if self._magics else {}
 
     # Showing
 
     def _draw(self) -> None:
         """Show how it stands: while it runs one widget changes, the others with the state."""
-        with self._kit.turn:
+        with self._kit.turn():
             state = self.state
             shown = look.LOOKS[state]
             self._progress.value = look.progress_of(self.job, self._ran[1].name if self._ran else "")
@@ -265,38 +263,20 @@ class Panel:
             if state is not self._drawn_state or not self._spoken.value:
                 self._spoken.value = f'<span role="status">{shown.word}</span>'
             self._drawn_at, self._drawn_state = time.monotonic(), state
-            answer_at_once(self._buttons)
+
+    def _report(self) -> dict[str, str]:
+        return look.static_report(self.job, self.code, self.box.model_id)
 
     def _ipython_display_(self) -> None:
         """Show the panel, and beside it, unseen while it lives, the static report that is saved with the notebook."""
-        from IPython.display import display
-
-        bundle = {**self.box._repr_mimebundle_(), "text/plain": look.ELSEWHERE}
-        display(bundle, raw=True)  # type: ignore[no-untyped-call]
-        if self._still is None:
-            self._still = display(look.still(self.job, self.code, self.box.model_id), raw=True, display_id=True)  # type: ignore[no-untyped-call]
+        display({**self.box._repr_mimebundle_(), "text/plain": look.ELSEWHERE}, raw=True)  # type: ignore[no-untyped-call]
+        if self._static is None:
+            self._static = display(self._report(), raw=True, display_id=True)  # type: ignore[no-untyped-call]
         else:
-            self._still.display(look.still(self.job, self.code, self.box.model_id), raw=True)
+            self._static.display(self._report(), raw=True)
 
     def __repr__(self) -> str:
         """Return how it stands in one short line."""
         name = self.source.frame.value or "no dataframe"
         text = f"Panel({name}, {self.state.value})"
         return text if len(text) <= LONGEST_REPR else text[: LONGEST_REPR - 1] + "…"
-
-
-def _shell() -> InteractiveShell:
-    """Return the notebook's shell."""
-    from IPython.core.getipython import get_ipython
-
-    shell = get_ipython()
-    if shell is None:
-        raise RequestError(
-            "The panel works in a notebook. Elsewhere, use nbfeat.extract(frame, 'ResNet50', images='path')."
-        )
-    return shell
-
-
-def _magics(shell: InteractiveShell) -> Any:
-    """Return the magics with their settings, None where the extension is not loaded."""
-    return shell.magics_manager.registry.get("ExtractMagics")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import ipywidgets as widgets
 from nbfeat.errors import NbfeatError
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.html import Html, paragraph
-from nbfeat.jupyter.background import in_background
-from nbfeat.jupyter.panel.widgets import Choice, Kit, answer_at_once, offer
+from nbfeat.jupyter.job import in_background
+from nbfeat.jupyter.panel.widgets import Choice, Kit, offer
 
 REPORT, FAILURES, SCATTER, COMPARISON = "Report", "Failures", "Scatter", "Comparison"
 FAILURES_SHOWN = 24
@@ -24,25 +23,24 @@ class Result:
 
     def __init__(self, kit: Kit) -> None:
         self.pages = kit.make(widgets.ToggleButtons, "pages", options=[REPORT])
-        self.column = kit.dropdown(description="Color by", tooltip="A column of the dataframe")
-        self._heading, self.page = kit.heading("Result"), kit.html("page")
-        self._choice = kit.box("fields", [self.column])
-        self.box = kit.box("part", [])
+        self.column = kit.make(widgets.Dropdown, description="Color by", tooltip="A column of the dataframe")
+        self.page = kit.html("page")
+        self._choice = kit.box("fields", self.column)
+        self.box = kit.part("Result", self.pages, self._choice, self.page)
+        self._whole, self.box.children = self.box.children, ()
         self._of: Extraction | None = None
         self._made: dict[tuple[str, object], Html] = {}  # pages, by what they show
-        self._making = 0  # a number for each page that was asked for; an older one is not shown any more
-        self._thread: threading.Thread | None = None
+        self._asked: tuple[str, object] | None = None  # for which page: another that gets ready is not shown
         self._kit = kit
-        for widget in (self.pages, self.column):
-            kit.on_choice(widget, lambda _: self._turn())
+        kit.on_choice(lambda _: self._turn(), self.pages, self.column)
 
     def show(self, extraction: Extraction) -> None:
         """Show what `extraction` gave, its report first."""
         self._of, self._made = extraction, {}
+        failed = len(extraction.failures)
+        failures = [(f"{FAILURES} ({failed:,})", FAILURES)] if failed else []
         with self._kit.filling():
-            failed = len(extraction.failures)
-            pages = [(f"{FAILURES} ({failed:,})", FAILURES)] if failed else []
-            self.pages.options = [(REPORT, REPORT), *pages, (SCATTER, SCATTER), (COMPARISON, COMPARISON)]
+            self.pages.options = [(REPORT, REPORT), *failures, (SCATTER, SCATTER), (COMPARISON, COMPARISON)]
             self.pages.value = REPORT
             offer(self.column, columns_of(extraction))
         self._turn()
@@ -51,50 +49,41 @@ class Result:
         """Show nothing."""
         self._of, self.box.children = None, ()
 
-    def wait(self) -> None:
-        """Wait until the page that was chosen is shown."""
-        if self._thread is not None:
-            self._thread.join()
-
     def _turn(self) -> None:
         """Show the page that is chosen; what takes a while is made in a thread."""
         if self._of is None:
             return
-        self._making += 1
-        page, column = self.pages.value, self.column.value
-        has_column = page in {SCATTER, COMPARISON}
+        page = self.pages.value
+        has_column = page in {SCATTER, COMPARISON} and bool(self.column.options)
         self.column.description = "Predict" if page == COMPARISON else "Color by"
-        choice = [self._choice] if has_column and self.column.options else []
-        self.box.children = (self._heading, self.pages, *choice, self.page)
-        key = (page, column if has_column else None)
+        self.box.children = [one for one in self._whole if has_column or one is not self._choice]
+        key = self._asked = page, self.column.value if has_column else None
         if page == REPORT:
             self.page.value = self._of._repr_html_()
         elif key in self._made:
             self.page.value = self._made[key]
         else:
             self.page.value = paragraph(f"Making the {page.lower()} …")
-            self._thread = in_background("page", self._make, key, self._of, self._making)
-        answer_at_once(self.pages)
+            in_background("page", self._make, key, self._of)
 
-    def _make(self, key: tuple[str, object], of: Extraction, number: int) -> None:
+    def _make(self, key: tuple[str, object], of: Extraction) -> None:
         page, column = key
         try:
             made = MAKERS[page](of, column)
-        except NbfeatError as error:
-            made = paragraph(f"⚠ {error}")
+            is_good = True
         except Exception as error:  # whatever it is, it is shown: nobody sees what a thread raises
-            made = paragraph(f"⚠ {type(error).__name__}: {error}")
-        else:
-            self._made[key] = made
-        if number == self._making:
-            self.page.value = made
+            kind = "" if isinstance(error, NbfeatError) else f"{type(error).__name__}: "
+            made, is_good = paragraph(f"⚠ {kind}{error}"), False
+        if self._of is of:
+            self._made |= {key: made} if is_good else {}
+            if self._asked == key:
+                self.page.value = made
 
 
 def columns_of(extraction: Extraction) -> list[Choice]:
     """Return the columns to color by, ``label`` first where there is one; features and images are none."""
-    frame = extraction.frame
     others = {*extraction.columns, *(part.column for part in extraction.parts)}
-    found = [column for column in frame.columns if column not in others][:MOST_COLUMNS]
+    found = [column for column in extraction.frame.columns if column not in others][:MOST_COLUMNS]
     return [(str(column), column) for column in sorted(found, key=lambda column: column != "label")]
 
 
@@ -104,12 +93,9 @@ def failures(extraction: Extraction, _: object) -> Html:
     from nbfeat.explore.tile import Tile
 
     found = extraction.failures
-    shown = found.head(FAILURES_SHOWN)
-    tiles = [
-        Tile(None, (f"row {position:,}", Path(image).name), image, reason)
-        for position, image, reason in zip(shown["position"], shown["image"], shown["reason"], strict=True)
-    ]
-    more = f"… and {len(found) - len(shown):,} more: see result.failures" if len(found) > len(shown) else ""
+    rows = found[["position", "image", "reason"]].head(FAILURES_SHOWN).itertuples(index=False)
+    tiles = [Tile(None, (f"row {position:,}", Path(image).name), image, reason) for position, image, reason in rows]
+    more = f"… and {len(found) - len(tiles):,} more: see result.failures" if len(found) > len(tiles) else ""
     return Html(gallery.html(tiles, Path()) + (paragraph(more) if more else ""))
 
 

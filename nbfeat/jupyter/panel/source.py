@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import os
-import threading
 import time
 import weakref
 from collections import Counter
@@ -14,6 +13,7 @@ from keyword import iskeyword
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ipywidgets import Dropdown
 from PIL import Image
 
 from nbfeat.errors import ImageError, NbfeatError, RequestError
@@ -30,8 +30,8 @@ from nbfeat.images.sources import (
     spread,
 )  # fmt: skip
 from nbfeat.jupyter import grammar
-from nbfeat.jupyter.background import in_background
-from nbfeat.jupyter.panel.widgets import DEFAULT, LABELS, Choice, Kit, offer
+from nbfeat.jupyter.job import in_background
+from nbfeat.jupyter.panel.widgets import DEFAULT, LABELS, Choice, Kit, Settings, offer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,6 +40,7 @@ THUMBNAILS = 12
 SIDE = 96  # pixels of a thumbnail, drawn at two thirds: sharp on dense screens, 2 kB each
 MOST_COLUMNS = 60  # offered: more than that nobody looks through
 SHORT = 30  # characters of a name that is offered
+ALL_ROWS = ("all rows", DEFAULT)
 FEW = 6  # values of a column that rows can be chosen by
 PAUSE = 0.1  # seconds, in which the panel is drawn, or another column is chosen
 LOOKED_AT = 1000  # rows, to find such columns
@@ -49,27 +50,25 @@ class Source:
     """Which frame of `names` and which of its columns; `changed` is called after each choice."""
 
     def __init__(
-        self, kit: Kit, names: Callable[[], Mapping[str, Any]], root: Callable[[], str], changed: Callable[[], None]
+        self, kit: Kit, names: Callable[[], Mapping[str, Any]], settings: Settings, changed: Callable[[], None]
     ) -> None:
-        self._kit, self._names, self._root, self._changed = kit, names, root, changed
-        self.frame = kit.dropdown(description="Dataframe", options=[], tooltip="A dataframe of this notebook")
-        self.images = kit.dropdown(
-            description=LABELS["images"], options=[], tooltip="The column that holds paths, bytes or arrays of images"
+        self._kit, self._names, self._settings, self._changed = kit, names, settings, changed
+        self.frame = kit.make(Dropdown, description="Dataframe", tooltip="A dataframe of this notebook")
+        self.images = kit.make(
+            Dropdown, description=LABELS["images"], tooltip="The column that holds paths, bytes or arrays of images"
         )
-        self.rows = kit.dropdown(
-            description=LABELS["fit_on"], options=[("all rows", DEFAULT)],
+        self.rows = kit.make(
+            Dropdown, description=LABELS["fit_on"], options=[ALL_ROWS],
             tooltip="Rows that standard, minmax, whiten and components learn from: name those you train on",
         )  # fmt: skip
         self.strip, self.missing = kit.html("strip"), kit.html("missing")
-        fields = kit.box("fields", [self.frame, self.images, self.rows])
-        self.box = kit.box("part", [kit.heading("Images"), fields, self.strip, self.missing])
+        fields = kit.box("fields", self.frame, self.images, self.rows)
+        self.box = kit.part("Images", fields, self.strip, self.missing)
         self._frame: Callable[[], pd.DataFrame | None] = lambda: None  # whose images are shown, held weakly
-        self._seen: tuple[object, ...] = ()
+        self._seen: tuple[object, ...] = ()  # what else those images depend on
         self._known: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {}
         self._looking = 0  # a number for each look at the images; an older one is not shown any more
-        self._thread: threading.Thread | None = None
-        for widget in (self.frame, self.images, self.rows):
-            kit.on_choice(widget, self._chose)
+        kit.on_choice(self._chose, self.frame, self.images, self.rows)
 
     @property
     def chosen(self) -> pd.DataFrame | None:
@@ -77,40 +76,32 @@ class Source:
         return self._names().get(self.frame.value) if self.frame.value else None
 
     @property
-    def run(self) -> dict[str, Any]:
+    def given(self) -> dict[str, Any]:
         """The options of the run that are chosen here."""
-        found: dict[str, Any] = {"images": [str(column) for column in self.images.value]} if self.images.value else {}
-        return {**found, "fit_on": self.rows.value} if self.rows.value else found
+        images = {"images": [str(column) for column in self.images.value]} if self.images.value else {}
+        return {**images, **({"fit_on": self.rows.value} if self.rows.value else {})}
 
     def refresh(self, chosen: str | None = None) -> None:
         """Look at the notebook again: which frames there are, and what is in the one that is chosen."""
         with self._kit.filling():
-            frames = frames_in(self._names())
+            frames = grammar.frames_in(self._names())
             self._known = {name: (weakref.ref(frame), frame.shape) for name, frame in frames.items()}
-            offer(
-                self.frame, [(f"{name} · {len(frame):,} × {frame.shape[1]:,}", name) for name, frame in frames.items()]
-            )
+            labels = {name: f"{name} · {len(frame):,} × {frame.shape[1]:,}" for name, frame in frames.items()}
+            offer(self.frame, [(label, name) for name, label in labels.items()])
             if chosen is not None:
                 self.frame.value = chosen
             frame = frames.get(self.frame.value or "")
+            offer(self.images, [] if frame is None else image_choices(frame))
             if frame is not None:
-                offer(self.images, image_choices(frame))
-                offer(self.rows, [("all rows", DEFAULT), *((query, query) for query in queries(frame))])
-            else:
-                offer(self.images, [])
+                offer(self.rows, [ALL_ROWS, *((query, query) for query in queries(frame))])
         self._look(frame)
 
     def has_news(self) -> bool:
         """Tell whether a frame was made, bound, resized or deleted since the last refresh."""
-        frames, known = frames_in(self._names()), self._known
+        frames, known = grammar.frames_in(self._names()), self._known
         return list(known) != list(frames) or any(
             known[name][0]() is not frame or known[name][1] != frame.shape for name, frame in frames.items()
         )
-
-    def wait(self) -> None:
-        """Wait until the images that are shown are those of what is chosen."""
-        if self._thread is not None:
-            self._thread.join()
 
     def _chose(self, widget: Any) -> None:
         if widget is self.frame:
@@ -121,36 +112,34 @@ class Source:
 
     def _look(self, frame: pd.DataFrame | None) -> None:
         """Show what is in the column, unless that is what is shown already."""
-        if frame is None:
-            self._frame, self._looking = lambda: None, self._looking + 1
-            self.strip.value = ""
-            self.missing.value = "There is no dataframe in this notebook yet. Make one with a column of image paths."
-            return
         columns = list(self.images.value or ())
-        seen = (len(frame), *map(str, columns), self._root())
-        if self._frame() is frame and seen == self._seen:
+        root = Path(self._settings().get("root", "")).expanduser().absolute()
+        seen = (0 if frame is None else len(frame), *map(str, columns), root)
+        if frame is not None and self._frame() is frame and seen == self._seen:
             return
-        self._frame, self._seen, self._looking = weakref.ref(frame), seen, self._looking + 1
+        self._frame, self._seen = (lambda: None) if frame is None else weakref.ref(frame), seen
+        self._looking += 1
         try:
+            if frame is None:
+                raise RequestError("There is no dataframe in this notebook yet. Make one with a column of image paths.")
             check_frame(frame)
             values = [value for column in columns for value in frame[column].tolist()]
         except (NbfeatError, KeyError) as error:
-            self.strip.value, self.missing.value = "", f"⚠ {escape(error)}"
+            self.strip.value, self.missing.value = "", ("⚠ " if frame is not None else "") + escape(error)
             return
         missing = sum(map(is_missing, values))
         self.missing.value = _counted(len(values), missing, None)
-        root = Path(self._root() or "").expanduser().absolute()
         # Files may be on a slow disk: the panel does not wait for them.
-        self._thread = in_background("look", self._read, values, missing, root, self._looking)
+        in_background("look", self._read, values, missing, root, self._looking)
 
     def _read(self, values: Sequence[object], missing: int, root: Path, number: int) -> None:
         """Draw some of the images, then count the files that are not there."""
         time.sleep(PAUSE)
         if number != self._looking:
             return
-        shown = "".join(thumbnail(values[place], root) for place in spread(len(values), THUMBNAILS))
+        strip = "".join(thumbnail(values[place], root) for place in spread(len(values), THUMBNAILS))
         if number == self._looking:
-            self.strip.value = shown
+            self.strip.value = strip
         lost = 0
         for value in values:
             if number != self._looking:
@@ -162,7 +151,7 @@ class Source:
 
 def frame_to_open(asked: Any, names: Mapping[str, Any]) -> str | None:
     """Return the name of the frame that is asked for; of the first one with images where none is."""
-    frames = frames_in(names)
+    frames = grammar.frames_in(names)
     if asked is None:
         return next((name for name, frame in frames.items() if likely_columns(frame)), next(iter(frames), None))
     known = grammar.check_name(asked, names) if isinstance(asked, str) else asked
@@ -173,48 +162,36 @@ def frame_to_open(asked: Any, names: Mapping[str, Any]) -> str | None:
     return asked if isinstance(asked, str) and asked in named else named[0]
 
 
-def frames_in(names: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """Return the dataframes of a notebook by name."""
-    import pandas as pd
-
-    found = {name: value for name, value in names.items() if isinstance(value, pd.DataFrame)}
-    return {name: frame for name, frame in found.items() if name.isidentifier() and not name.startswith("_")}
-
-
 def image_choices(frame: pd.DataFrame) -> list[Choice]:
     """Return the columns that can be chosen: those that look like images, all of these together, then others."""
     labels = [str(label) for label in frame.columns]
-    usable = [
-        place
-        for place in possible_columns(frame)
-        if labels.count(labels[place]) == 1
-        and len(labels[place].splitlines()) == 1  # the cell has to name it on one line
-    ]
+    # The cell has to name it, on one line.
+    can_be_named = {label for label, count in Counter(labels).items() if count == len(label.splitlines()) == 1}
+    usable = [place for place in possible_columns(frame) if labels[place] in can_be_named]
     likely = [place for place in likely_columns(frame) if place in usable]
-    choices: list[Choice] = [(_short(labels[place]), (frame.columns[place],)) for place in likely]
+    short = [label if len(label) <= SHORT else label[: SHORT - 1] + "…" for label in labels]
+    choices: list[Choice] = [(short[place], (frame.columns[place],)) for place in likely]
     if len(likely) > 1:
-        choices.append((" + ".join(_short(labels[place]) for place in likely), tuple(frame.columns[likely])))
+        choices.append((" + ".join(short[place] for place in likely), tuple(frame.columns[likely])))
     others = [place for place in usable if place not in likely][: MOST_COLUMNS - len(choices)]
-    note = " (no images, it seems)"
-    return [*choices, *((_short(labels[place]) + note, (frame.columns[place],)) for place in others)]
+    return [*choices, *((f"{short[place]} (no images, it seems)", (frame.columns[place],)) for place in others)]
 
 
 def queries(frame: pd.DataFrame) -> list[str]:
     """Return what chooses rows by a column of few values, such as ``split == 'train'``."""
     found: list[str] = []
     some = frame.iloc[:: max(1, len(frame) // LOOKED_AT)]
-    kinds = {place: getattr(dtype, "kind", "O") for place, dtype in enumerate(frame.dtypes)}
     labels = Counter(frame.columns)
-    for place in [place for place, kind in kinds.items() if kind in "bO"]:
-        label = frame.columns[place]
+    for place, label in enumerate(frame.columns):
         if not isinstance(label, str) or not label.isidentifier() or iskeyword(label) or labels[label] > 1:
             continue
-        if kinds[place] == "b":
+        kind = getattr(frame.dtypes.iloc[place], "kind", "O")
+        if kind == "b":
             found.append(label)
-        elif len(found) < MOST_COLUMNS:
-            values = {value if isinstance(value, str) else None for value in some.iloc[:, place].tolist()}
-            if 1 < len(values) <= FEW and all(value and value.replace("_", "").isalnum() for value in values):
-                found += [f"{label} == {value!r}" for value in sorted(map(str, values))]
+        elif kind == "O" and len(found) < MOST_COLUMNS:
+            values = {value if isinstance(value, str) else "" for value in some.iloc[:, place].tolist()}
+            if 1 < len(values) <= FEW and all(value.replace("_", "").isalnum() for value in values):
+                found += [f"{label} == {value!r}" for value in sorted(values)]
     return found
 
 
@@ -252,7 +229,3 @@ def _counted(images: int, missing: int, lost: int | None) -> str:
     elif lost:
         parts.append("⚠ 1 file is not there" if lost == 1 else f"⚠ {lost:,} files are not there")
     return " · ".join(parts if len(parts) > 1 else [*parts, "none missing"])
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= SHORT else label[: SHORT - 1] + "…"

@@ -11,18 +11,19 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from nbfeat.backbones.backbone import Backbone
 from nbfeat.extraction.options import Option
 
+Settings = Callable[[], Mapping[str, Any]]  # of `%config ExtractMagics`, as they are now
 Choice = tuple[str, Any]  # what is shown, and what is meant by it
+STYLE = files("nbfeat.jupyter.panel").joinpath("panel.css").read_text(encoding="utf-8")
 
-# What the panel offers of options that take any number; the written code takes all of them.
-NUMBERS = {
+# What the panel offers of options that take more; the written code takes all of it.
+OFFERED = {
     "components": (2, 8, 16, 32, 50, 64, 100, 128, 256, 512),
     "size": (32, 64, 96, 112, 128, 160, 192, 224, 256, 299, 331, 384, 448, 512),
     "batch_size": (1, 4, 8, 16, 32, 64, 128, 256),
+    "device": ("cpu", "gpu"),
 }
-DEVICES = ("cpu", "gpu")
 DEFAULT = ""  # chosen where an option is not written; None is what a Dropdown has where nothing is chosen
 LABELS = {
     "normalize": "Normalization", "components": "Components (PCA)", "images": "Image column",
@@ -35,12 +36,11 @@ LABELS = {
 class Kit:
     """Makes the widgets of one panel, labelled, and of classes that the style knows.
 
-    They share one layout and a style for each kind: that is a third of the models and messages. Clicks come from the
-    thread of the cells and from one of the front end's, steps from the one that works: whoever has `turn` goes on.
+    They share one layout and a style for each kind: that is a third of the models and messages.
     """
 
     def __init__(self) -> None:
-        self.turn = threading.RLock()
+        self._lock = threading.RLock()
         self._is_filling = False
         self._layout = widgets.Layout()
         self._styles: dict[type, Any] = {}
@@ -56,65 +56,63 @@ class Kit:
         self._made.add(made)
         return made
 
-    def option(self, option: Option, settings: Mapping[str, Any]) -> Any:
-        """Return a widget that chooses a value of `option`; `settings` are the defaults that were set for it."""
-        told = {"description": LABELS.get(option.name, option.name.capitalize()), "tooltip": option.help}
-        if option.switch:
-            return self.make(widgets.Checkbox, indent=False, **told)
-        if option.name == "prefix":
-            return self.make(widgets.Text, continuous_update=False, **told)
-        return self.dropdown(options=with_default(option, settings), **told)
-
-    def dropdown(self, **traits: Any) -> widgets.Dropdown:
-        """Return a Dropdown."""
-        return self.make(widgets.Dropdown, **traits)
-
     def html(self, name: str, value: str = "") -> widgets.HTML:
         """Return a piece of html."""
         return self.make(widgets.HTML, name, value=value)
-
-    def heading(self, text: str) -> widgets.HTML:
-        """Return the heading of a part of the panel."""
-        return self.html("heading", f"<h4>{text}</h4>")
 
     def button(self, text: str, name: str, tooltip: str, pressed: Callable[[], object]) -> widgets.Button:
         """Return a button that calls `pressed`."""
         made = self.make(widgets.Button, name, description=text, tooltip=tooltip)
 
         def click(_: widgets.Button) -> None:
-            with self.turn:
+            with self.turn():
                 pressed()
 
         made.on_click(click)
         return made
 
-    def on_choice(self, widget: Any, chosen: Callable[[Any], object]) -> None:
+    def box(self, name: str, *children: Any) -> widgets.Box:
+        """Return a box; how it lays things out, the style says."""
+        return self.make(widgets.Box, name, children=children)
+
+    def part(self, title: str, *children: Any) -> widgets.Box:
+        """Return a part of the panel under a heading."""
+        return self.box("part", self.html("heading", f"<h4>{title}</h4>"), *children)
+
+    def on_choice(self, chosen: Callable[[Any], object], *of: Any) -> None:
         """Call `chosen` with a widget of which somebody chose another value."""
 
-        def change(_: Mapping[str, Any]) -> None:
-            with self.turn:
+        def change(event: Mapping[str, Any]) -> None:
+            with self.turn():
                 if not self._is_filling:
-                    chosen(widget)
+                    chosen(event["owner"])
 
-        widget.observe(change, "value")
+        for widget in of:
+            widget.observe(change, "value")
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Go on while others wait: clicks come from two threads, that of the cells too, steps from the one that works.
+
+        Afterwards, clicks are answered while a cell runs. ipykernel 7.4 takes clicks on a widget in the thread that
+        last published on it, which for one that a cell has made or changed is the thread of the cells; before that and
+        after, it is the front end's choice, which is another thread.
+        """
+        with self._lock:
+            yield
+            for widget in self._made:
+                if widget.comm is not None:
+                    vars(widget.comm).pop("_reply_subshell_id", None)
 
     @contextmanager
     def filling(self) -> Iterator[None]:
         """Change widgets, which nobody chose."""
-        with self.turn:
+        with self.turn():
             before, self._is_filling = self._is_filling, True
             try:
                 yield
             finally:
                 self._is_filling = before
-
-    def box(self, name: str, children: Sequence[Any]) -> widgets.Box:
-        """Return a box; how it lays things out, the style says."""
-        return self.make(widgets.Box, name, children=tuple(children))
-
-    def fold(self, title: str, child: Any) -> widgets.Accordion:
-        """Return `child` under a title that opens and closes it; closed at first."""
-        return self.make(widgets.Accordion, "fold", children=(child,), titles=(title,), selected_index=None)
 
     def close(self) -> None:
         """Take all widgets out of memory, those that are shown only at times, too, and what they share."""
@@ -122,13 +120,44 @@ class Kit:
             one.close()
 
 
-def with_default(option: Option, settings: Mapping[str, Any], choices: Iterable[Any] | None = None) -> list[Choice]:
-    """Return what a Dropdown offers: the default first, which writes nothing, then the other choices."""
-    if choices is None:
-        choices = option.choices or NUMBERS.get(option.name) or (DEVICES if option.name == "device" else ())
-    default = settings.get(option.name, option.default)
-    shown = f"{default} (your setting)" if option.name in settings else str(default)
-    return [(shown, DEFAULT), *((str(choice), choice) for choice in choices if str(choice) != str(default))]
+class OptionWidgets(dict[str, Any]):
+    """A widget for each option of a table, by its name; `chosen` is called with one of which a value was chosen.
+
+    `settings` returns the user's own defaults.
+    """
+
+    def __init__(self, kit: Kit, table: Iterable[Option], settings: Settings, chosen: Callable[[Any], object]) -> None:
+        super().__init__()
+        self._table, self._settings = {option.name: option for option in table}, settings
+        for name, option in self._table.items():
+            label = {"description": LABELS.get(name, name.capitalize()), "tooltip": option.help}
+            if option.switch:
+                self[name] = kit.make(widgets.Checkbox, indent=False, **label)
+            elif name == "prefix":
+                self[name] = kit.make(widgets.Text, continuous_update=False, **label)
+            else:
+                self[name] = kit.make(widgets.Dropdown, options=self._choices(name), **label)
+        kit.on_choice(chosen, *self.values())
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that were chosen, defaults left out."""
+        values = {name: widget.value for name, widget in self.items()}
+        return {name: value for name, value in values.items() if value not in (DEFAULT, None) and value is not False}
+
+    def refresh(self, **choices: Iterable[Any]) -> None:
+        """Offer the defaults of now, and other `choices` of the options that have none of their own."""
+        for name, option in self._table.items():
+            if name in choices or option.choices or name in OFFERED:
+                offer(self[name], self._choices(name, choices.get(name)))
+
+    def _choices(self, name: str, choices: Iterable[Any] | None = None) -> list[Choice]:
+        """Return what a Dropdown offers: the default first, which writes nothing, then the other choices."""
+        option, settings = self._table[name], self._settings()
+        default = settings.get(name, option.default)
+        first = f"{default} (your setting)" if name in settings else str(default)
+        choices = choices or option.choices or OFFERED.get(name, ())
+        return [(first, DEFAULT), *((str(choice), choice) for choice in choices if str(choice) != str(default))]
 
 
 def offer(dropdown: widgets.Dropdown, options: Sequence[Choice]) -> None:
@@ -141,49 +170,8 @@ def offer(dropdown: widgets.Dropdown, options: Sequence[Choice]) -> None:
     dropdown.value = kept if kept in values else values[0] if values else None
 
 
-def obey(options: Mapping[str, Any], table: Iterable[Option], settings: Mapping[str, Any]) -> None:
-    """Show other defaults in the widgets of options that have choices of their own."""
-    for option in table:
-        if option.choices or option.name in {*NUMBERS, "device"}:
-            offer(options[option.name], with_default(option, settings))
-
-
-def chosen(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that were chosen in widgets of options, defaults left out."""
-    values = {name: widget.value for name, widget in options.items()}
-    return {name: value for name, value in values.items() if value not in (DEFAULT, None) and value is not False}
-
-
-def weights_of(backbone: Backbone) -> list[str]:
-    """Return the weights that can be chosen by name."""
-    if backbone.is_user_model:
-        return []
-    return list(dict.fromkeys(["bundled" if backbone.bundled else "imagenet", "random"]))
-
-
-def style() -> str:
-    """Return the style, every rule of which stays within the panel."""
-    return f"<style>{files('nbfeat.jupyter').joinpath('panel.css').read_text(encoding='utf-8')}</style>"
-
-
-def answer_at_once(root: Any) -> None:
-    """Let clicks be answered while a cell runs.
-
-    ipykernel 7.4 takes clicks on a widget in the thread that last published on it, which for one that a cell has made
-    or changed is the thread of the cells; before that and after, it is the front end's choice, which is another thread.
-    """
-    for widget in (root, *descendants(root)):
-        vars(widget.comm).pop("_reply_subshell_id", None) if widget.comm is not None else None
-
-
-def close(root: Any) -> None:
-    """Take a widget, and all in it, off the screen and out of memory."""
-    for widget in (*descendants(root), root):
-        widget.close()
-
-
-def descendants(widget: Any) -> Iterable[Any]:
-    """Walk through all widgets within `widget`."""
+def tree(widget: Any) -> Iterator[Any]:
+    """Walk through a widget and all within it."""
+    yield widget
     for child in getattr(widget, "children", ()):
-        yield child
-        yield from descendants(child)
+        yield from tree(child)
