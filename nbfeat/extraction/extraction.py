@@ -26,8 +26,9 @@ from nbfeat.extraction.like import Like, to_repeat
 from nbfeat.extraction.options import FeatureBlock, whole
 from nbfeat.extraction.part import normalized, plan, plan_again
 from nbfeat.extraction.profile import Bottleneck, Profile, Timings
+from nbfeat.extraction.ray_workers import executor_for
 from nbfeat.extraction.recipe import Recipe
-from nbfeat.extraction.request import Blocks, Frame, check_place, read_blocks, read_frame, rows_selected
+from nbfeat.extraction.request import Blocks, Frame, read_blocks, read_frame, rows_selected
 from nbfeat.extraction.run import Run
 from nbfeat.images.public_hosts import NOT_ALLOWED
 from nbfeat.images.remote import Access
@@ -153,7 +154,7 @@ class Extraction:
         self.state: State = "new"
         self.seconds = 0.0
         self._images = [value for column in self._columns for value in frame[column].tolist()]
-        self.allow_remote = allow_remote
+        self.allow_remote, self._on = allow_remote, on
         self._run = Run(
             self._images,
             self._root,
@@ -163,7 +164,7 @@ class Extraction:
             batch_size=None if batch_size == "auto" else whole("--batch-size", LARGEST_BATCH)(batch_size),
             cache=parquet is None if cache is None else cache,
             remote=Access.here() if allow_remote else None,
-            on=check_place(on, self._images, networks),
+            executor=executor_for(on, self._images, networks),
         )
         if self.repeats is not None:
             earlier = {part.network: part.repeats.precision for part in self.parts if part.repeats}
@@ -185,6 +186,7 @@ class Extraction:
         try:
             with (
                 isolation.pillow_defaults(),
+                self._run.executor or nullcontext(),
                 self._run.caching(),
                 self.written.held() if self.written else nullcontext(),
             ):
@@ -475,7 +477,7 @@ class Extraction:
             device=self._run.device,
             allow_remote=self.allow_remote,
             cache=self._run.uses_cache,
-            on=self._run.on,
+            on=self._on,
         )
         in_order = dict.fromkeys(part.network for part in self.parts if part.network in networks)
         raw._run.repeat([self._run.lanes[number].precision for number in in_order])

@@ -13,15 +13,12 @@ from numpy.typing import NDArray
 
 from nbfeat.backbones.catalog import find
 from nbfeat.errors import RequestError
-from nbfeat.extraction.options import FeatureBlock, one_of
+from nbfeat.extraction.options import FeatureBlock
 from nbfeat.images.formats import short
 
 if TYPE_CHECKING:
     import pandas as pd
     from ray.data import Dataset
-
-    from nbfeat.images.resize import PixelSpec
-    from nbfeat.inference.model import NetworkSpec
 
 Blocks = str | FeatureBlock | Sequence[str | FeatureBlock]
 Frame: TypeAlias = "pd.DataFrame | str | Path | Dataset"
@@ -118,16 +115,3 @@ def rows_selected(frame: pd.DataFrame, fit_on: str | Sequence[bool]) -> NDArray[
     if not mask.any():
         raise RequestError("--fit-on selects no row at all. Check the query against the frame's values.")
     return mask
-
-
-def check_place(
-    on: str | None, images: Sequence[object], networks: Sequence[tuple[NetworkSpec, PixelSpec]]
-) -> str | None:
-    """Return where to compute, or raise RequestError where that cannot be."""
-    if on is None:
-        return None
-    one_of(PLACES, "--on")(on)
-    from nbfeat.extraction import ray_workers
-
-    ray_workers.check(images, networks)
-    return on

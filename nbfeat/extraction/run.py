@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,15 +21,18 @@ from nbfeat.extraction.lane import NetworkState, decoders
 from nbfeat.extraction.pipeline import Pipeline
 from nbfeat.extraction.profile import Timings
 from nbfeat.extraction.progress import Progress
-from nbfeat.extraction.ray_session import Stay
 from nbfeat.images.remote import Access
 from nbfeat.images.resize import PixelSpec
 from nbfeat.inference import engines
 from nbfeat.inference.model import NetworkSpec
 from nbfeat.inference.precision import set_precision
 
-if TYPE_CHECKING:
-    from nbfeat.extraction.ray_workers import Cluster
+
+class Executor(AbstractContextManager[Any], Protocol):
+    """Computes rows somewhere else than in this process; what it holds meanwhile ends with its block."""
+
+    def run(self, run: Run, rows: Sequence[int]) -> Generator[Batch, None, None]:
+        """Yield batches until every row was in one for each lane that lacks it, or has failed, or equals another."""
 
 
 class Run:
@@ -46,20 +49,19 @@ class Run:
         batch_size: int | None,
         cache: bool,
         remote: Access | None = None,
-        on: str | None = None,
+        executor: Executor | None = None,
     ) -> None:
         self.images, self.root, self.networks = images, root, networks
         self.device, self.precision, self.batch_size = device, precision, batch_size
-        self.remote, self.on = remote, on
+        self.remote, self.executor = remote, executor
         self.progress = Progress(len(images), len(networks))
         self.timings = Timings()
         self.notes: list[str] = []
         self.lanes: list[NetworkState] = []
         self.keeps = False  # whether what is finished is in the cache
-        self.stay = Stay()  # on a cluster, where it runs on one
         self.uses_cache = cache and bool(images)
         self._cache = Cache(None)
-        self._seen: dict[bytes, int] = {}
+        self.seen: dict[bytes, int] = {}  # which image had a content first
         self.computed_elsewhere = False  # whether some of it has no use for the cache
         self._settled: Sequence[engines.Precision] = ()
 
@@ -110,15 +112,12 @@ class Run:
             batch_size=self.batch_size,
             cache=self.uses_cache,
             remote=self.remote,
-            on=self.on,
+            executor=self.executor,
         )
 
     def join(self, whole: Run) -> None:
-        """Run the networks of `whole`, of whose images these are some; its features, cache and notes are theirs.
-
-        So is its stay on a cluster, where it runs on one.
-        """
-        self.timings, self.notes, self._cache, self.stay = whole.timings, whole.notes, whole._cache, whole.stay
+        """Run the networks of `whole`, of whose images these are some; its features, cache and notes are theirs."""
+        self.timings, self.notes, self._cache = whole.timings, whole.notes, whole._cache
         if not self.lanes:
             self.lanes = [replace(lane, done=np.zeros(len(self.images), bool), cached=0) for lane in whole.lanes]
 
@@ -136,31 +135,18 @@ class Run:
             start = time.perf_counter()
         self.timings.recalling += time.perf_counter() - start
         if left := self.progress.left():
-            with closing(self._place().run(left)) as batches:
+            with closing(self._compute(left)) as batches:
                 for batch in batches:
                     self._take(batch)
                     yield batch
 
-    def _place(self) -> Pipeline | Cluster:
-        """Return where the work is done: in this process, or by workers on a cluster."""
-        if self.on is None:
-            return Pipeline(
-                self.images, self.lanes, self.root, self.timings, self._cache, self._seen, remote=self.remote
-            )
-        from nbfeat.extraction.ray_workers import Cluster
-
-        return Cluster(self, self._seen)
-
-    def apart(self, images: Sequence[object]) -> Run:
-        """Return a run over other images by the networks that are open here, with room for what they give."""
-        run = self.over(images)
-        for lane in self.lanes:
-            lane.start()
-            room = {
-                key: np.full((len(images), output.width), np.nan, np.float32) for key, output in lane.outputs.items()
-            }
-            run.lanes.append(replace(lane, done=np.zeros(len(images), bool), cached=0, features=room))
-        return run
+    def _compute(self, rows: Sequence[int]) -> Generator[Batch, None, None]:
+        """Return the work on `rows`: in this process, unless an executor was given."""
+        if self.executor is not None:
+            return self.executor.run(self, rows)
+        return Pipeline(
+            self.images, self.lanes, self.root, self.timings, self._cache, self.seen, remote=self.remote
+        ).run(rows)
 
     def _take(self, batch: Batch) -> None:
         """Put the features of a batch where they belong, and into the cache what is new."""
