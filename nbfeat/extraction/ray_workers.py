@@ -18,13 +18,14 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from nbfeat import isolation
@@ -58,7 +59,6 @@ ENVIRONMENT = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # what its other parts write to the terminal
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as there, a cluster that is started binds to 127.0.0.1
 }
-AS_BYTES = "utf-8", "surrogatepass"  # how any text travels
 
 
 def executor_for(on: str | None, images: Sequence[object], networks: Sequence[tuple[Any, Any]]) -> RayExecutor | None:
@@ -101,34 +101,28 @@ class RayExecutor(ExitStack):
 
         Close it to cancel what is under way.
         """
-        start, batch, cells = time.perf_counter(), Batch(), {}
+        settled, cells = Batch(), {}
         for row in rows:
             try:
                 cells[row] = _cell(run.images[row], run.root, run.remote)
             except ImageError as error:
-                batch.failures[row] = str(error)
-        if batch:
-            yield batch
+                settled.failures[row] = str(error)
+        if settled:
+            yield settled
         if not cells:
             return
-        is_cpu, is_new = run.lanes[0].opening.device == "cpu", self._ray is None
+        start, is_cpu, is_new = time.perf_counter(), run.lanes[0].opening.device == "cpu", self._ray is None
         if is_new:
             self._begin()
         share = self.share(gpu=not is_cpu)
-        if is_new:  # a cluster may grow later
-            run.note(self.describe(share))
+        run.note(self.describe(share) if is_new else "")  # a cluster may grow later
         run.timings.preparing += time.perf_counter() - start
-        order = {
-            "networks": [
-                (*network, lane.precision, {key: dict(kept.key_fields) for key, kept in lane.kept.items()})
-                for network, lane in zip(run.networks, run.lanes, strict=True)
-            ],
-            "device": "cpu" if is_cpu else "gpu:0",  # the one that Ray lets the worker see
-            "batch_size": run.batch_size,
-            "cores": share.cores,
-            "remote": run.remote,
-        }
-        left = set(cells)
+        networks = [
+            (*network, lane.precision, {key: dict(kept.key_fields) for key, kept in lane.kept.items()})
+            for network, lane in zip(run.networks, run.lanes, strict=True)
+        ]
+        device = "cpu" if is_cpu else "gpu:0"  # the one that Ray lets the worker see
+        order, left = (networks, device, run.batch_size, share.cores, run.remote), set(cells)
         with closing(self.mapped(list(_tables(run, cells, share)), order, share)) as answers:
             for found in answers:
                 if left.issuperset(found.rows):  # else it came before, and again after a retry
@@ -191,15 +185,12 @@ class RayExecutor(ExitStack):
         cores = f"{share.cores} core{'s' if share.cores > 1 else ''}"
         return f"Ran on Ray {version('ray')}, a cluster {where}: {share.workers:,} workers of {cores} each."
 
-    def mapped(
-        self, tables: Sequence[dict[str, Any]], order: Mapping[str, Any], share: Share
-    ) -> Generator[Found, None, None]:
+    def mapped(self, tables: Sequence[Table], order: tuple[Any, ...], share: Share) -> Generator[Found, None, None]:
         """Yield what workers find out about `tables`, in any order; close it to cancel what is under way."""
-        arrow: Any = importlib.import_module("pyarrow")
-        made = self._ray.data.from_arrow([arrow.table(table) for table in tables]).map_batches(
+        made = self._ray.data.from_items(tables, override_num_blocks=len(tables)).map_batches(
             Worker,
-            fn_constructor_kwargs=order,
-            batch_size=None,
+            fn_constructor_args=order,
+            batch_size=1,
             compute=self._ray.data.ActorPoolStrategy(min_size=1, max_size=share.workers, initial_size=share.workers),
             num_cpus=share.cores,
             num_gpus=share.gpus,
@@ -209,7 +200,7 @@ class RayExecutor(ExitStack):
         try:
             with closing(iter(made.iter_batches(batch_size=None))) as batches:
                 for batch in batches:
-                    yield from batch["found"]
+                    yield from batch["item"]
         except (self._ray.exceptions.RayError, RuntimeError, OSError) as error:
             raise NetworkError(
                 f"The Ray cluster gave up: {_line(error)}. Run it again to go on, or leave --on away."
@@ -262,11 +253,10 @@ def address_of_cluster() -> str | None:
 
 def _answers(address: str) -> bool:
     host, _, port = address.rpartition(":")
-    try:
+    with suppress(OSError, ValueError, OverflowError):
         socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
-    except (OSError, ValueError, OverflowError):
-        return False
-    return True
+        return True
+    return False
 
 
 def _finished(thread: ThreadPoolExecutor, work: Callable[..., Any], *values: object, **options: object) -> Any:
@@ -296,31 +286,36 @@ def _line(error: Exception, number: int = -1) -> str:
 # What travels, and what comes back
 
 
-def _cell(image: object, root: Path, remote: Access | None) -> tuple[bytes, bool, bytes]:
-    """Return an absolute path, an address or what an image holds, whether it is text, and which file that was here."""
+@dataclass(slots=True)
+class Table:
+    """A few rows: absolute paths, addresses or what images hold."""
+
+    rows: list[int]
+    images: list[str | bytes]
+    files: list[bytes]  # which file a path was where it comes from, else b""
+    done: list[NDArray[np.bool_]]  # for each network, which rows it need not run over
+
+
+def _cell(image: object, root: Path, remote: Access | None) -> tuple[str | bytes, bytes]:
+    """Return an image as it travels, and which file it is; raise ImageError where it need not."""
     if remote and (address := sources.address_of(image)) is not None:
-        return archives.absolute(address, root).encode(*AS_BYTES), True, b""
+        return archives.absolute(address, root), b""
     path = sources.path_of(image, root)
     if path is not None:
-        return path.encode(*AS_BYTES), True, fingerprint.seen(path)
+        return path, fingerprint.seen(path)
     data, _ = sources.load(image, root)
     assert isinstance(data, bytes)
-    return data, False, b""
+    return data, b""
 
 
-def _tables(run: Run, cells: Mapping[int, tuple[bytes, bool, bytes]], share: Share) -> Iterator[dict[str, Any]]:
-    """Yield tables of a few rows, all of which lack the features of the same networks."""
-    lacking: dict[tuple[bool, ...], list[int]] = {}
-    for row in cells:
-        lacking.setdefault(tuple(not lane.done[row] for lane in run.lanes), []).append(row)
+def _tables(run: Run, cells: Mapping[int, tuple[str | bytes, bytes]], share: Share) -> Iterator[Table]:
     width = sum(output.width for lane in run.lanes for output in lane.outputs.values())
-    fair = len(cells) // (ROUNDS * share.workers)
-    most = FETCHED_AT_ONCE if run.remote else ROWS_AT_ONCE
-    count = max(1, min(max(FEWEST_AT_ONCE, fair), most, BYTES_AT_ONCE // (4 * width)))
-    for lacks, rows in lacking.items():
-        for some in (rows[start : start + count] for start in range(0, len(rows), count)):
-            image, is_text, file = map(list, zip(*(cells[row] for row in some), strict=True))
-            yield {"row": some, "image": image, "is_text": is_text, "file": file, "lacks": [bytes(lacks)] * len(some)}
+    most = min(FETCHED_AT_ONCE if run.remote else ROWS_AT_ONCE, BYTES_AT_ONCE // (4 * width))
+    count = max(1, min(max(FEWEST_AT_ONCE, len(cells) // (ROUNDS * share.workers)), most))
+    rows = list(cells)
+    for some in (rows[start : start + count] for start in range(0, len(rows), count)):
+        images, files = zip(*(cells[row] for row in some), strict=True)
+        yield Table(some, list(images), list(files), [lane.done[some] for lane in run.lanes])
 
 
 @dataclass(slots=True)
@@ -407,29 +402,25 @@ class Worker:
                 shown = {"cpu": "CPU", "backend": "Keras backend", "keras": "Keras"}.get(name, name)
                 self._opened.differs += [] if shown in self._opened.differs else [shown]
 
-    def __call__(self, table: dict[str, Any]) -> dict[str, Any]:
-        """Return what is found out about the rows of `table`."""
-        found = replace(self._opened, rows=table["row"].tolist(), timings=Timings(), batches=[])
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return what is found out about the one table in `batch`."""
+        table: Table = batch["item"][0]
+        found = replace(self._opened, rows=table.rows, timings=Timings(), batches=[])
         with found.noting_problems():
             if not found.problem:
                 self._compute(table, found)
-        answer = np.empty(1, object)
-        answer[0] = found
-        return {"found": answer}
+        return {"item": np.array([found], object)}
 
-    def _compute(self, table: dict[str, Any], found: Found) -> None:
+    def _compute(self, table: Table, found: Found) -> None:
         """Run the networks that lack the rows of `table` over their images."""
-        cells, rows, length = zip(table["image"], table["is_text"], strict=True), found.rows, fingerprint.LENGTH
-        images = [image.decode(*AS_BYTES) if is_text else image for image, is_text in cells]
-        # Files have other states on other machines; those that are the same ones are told by their states there.
-        there = {}
-        for image, file in zip(images, table["file"], strict=True):
-            here = fingerprint.seen(image) if file else b""
-            if here[length:] == file[length:]:
+        rows, length, there = table.rows, fingerprint.LENGTH, {}
+        for image, file in zip(table.images, table.files, strict=True):
+            here = fingerprint.seen(str(image)) if file else b""
+            if here[length:] == file[length:]:  # the same file, whose state is another one on each machine
                 there[here[:length]] = file[:length]
-        for lane, lacks in zip(self._lanes, table["lacks"][0], strict=True):
-            lane.done = np.full(len(rows), not lacks)
-        pipeline = Pipeline(images, self._lanes, Path("/"), found.timings, Cache(None), {}, remote=self._remote)
+        for lane, done in zip(self._lanes, table.done, strict=True):
+            lane.done = done
+        pipeline = Pipeline(table.images, self._lanes, Path("/"), found.timings, Cache(None), {}, remote=self._remote)
         with isolation.pillow_defaults(), closing(pipeline.run(range(len(rows)))) as batches:
             for batch in batches:
                 place = None if batch.lane is None else self._lanes.index(batch.lane)

@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from nbfeat.extraction.worker import Order, Worker
 from PIL import Image
 
 import nbfeat
 from nbfeat.errors import format_bytes
-from nbfeat.extraction import ray_session, ray_workers
+from nbfeat.extraction import ray_workers
 from nbfeat.inference import engines
-from tests.extraction.cluster_child import descendants
+from tests.extraction.ray_child import descendants
 from tests.memory import bytes_of
 from tests.parquet.parts_child import WIDTH, WideOpening
 

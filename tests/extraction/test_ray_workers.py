@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,7 +31,7 @@ from pyarrow import parquet
 import nbfeat
 from nbfeat import Extraction, ExtractionError, NetworkError, RequestError
 from nbfeat.extraction import ray_workers
-from nbfeat.extraction.ray_workers import Found, RayExecutor, Share, Worker
+from nbfeat.extraction.ray_workers import Found, RayExecutor, Share, Table, Worker
 from nbfeat.images import archives, fingerprint, public_hosts, remote
 from nbfeat.images.download import Limits
 from nbfeat.inference.engines import cpu_count
@@ -49,7 +49,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="sock
 # Ray's own parts warn of each other's future when they are imported and used.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")
 FLOAT32: dict[str, Any] = {"images": "path", "precision": "float32"}
-Tables = list[dict[str, Any]]
+Tables = list[Table]
 
 
 # Without Ray: workers in this process
@@ -77,18 +77,19 @@ class Here(RayExecutor):
     def describe(self, share: Share) -> str:
         return f"Ran with {share.workers} workers here."
 
-    def mapped(self, tables: Sequence[dict[str, Any]], order: Any, share: Share) -> Iterator[Found]:  # type: ignore[override]
-        type(self).tables = list(tables)
-        order["networks"] = [
+    def mapped(self, tables: Sequence[Table], order: tuple[Any, ...], share: Share) -> Generator[Found, None, None]:
+        networks, *others = order
+        changed = [
             (*network, {key: fields | self.differs for key, fields in key_fields.items()})
-            for *network, key_fields in order["networks"]
+            for *network, key_fields in networks
         ]
+        type(self).tables = list(tables)
         with mock.patch.dict(os.environ, self.environment):
-            worker = Worker(**order)
+            worker = Worker(changed, *others)
         for table in type(self).arranged(list(tables)):
             with mock.patch.dict(os.environ, self.environment):
-                (found,) = worker({**table, "row": np.array(table["row"])})["found"]
-            yield found
+                answer = worker({"item": [table]})
+            yield from answer["item"]
 
 
 @pytest.fixture
@@ -99,13 +100,10 @@ def here(fake_network: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> typ
     monkeypatch.setattr(ray_workers, "RayExecutor", Here)
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: "found")
     monkeypatch.setattr(cpu_count, "_taken", [])
+    monkeypatch.setattr(fingerprint, "SETTLED_AFTER_NS", 0)  # files are known by their state, however young they are
+    monkeypatch.setattr(tally, "MOST_ROWS", 6)  # of a file that is written: four for twenty photos
+    monkeypatch.setattr(tally, "LARGER", 1)
     return Here
-
-
-@pytest.fixture
-def settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let files be known by their state, however young they are."""
-    monkeypatch.setattr(fingerprint, "SETTLED_AFTER_NS", 0)
 
 
 def test_the_result_is_the_one_of_this_process(
@@ -127,7 +125,7 @@ def test_the_result_is_the_one_of_this_process(
     assert there.recipe == local.recipe
     assert "Ran with 2 workers here." in there.notes
     assert cpu_count.available_cores() == here.shares[0].cores
-    assert os.fsencode(folder) in here.tables[0]["image"][0]
+    assert str(folder) in str(here.tables[0].images[0])
 
 
 def test_only_rows_and_cells_travel_and_any_text_as_it_is(photos: pd.DataFrame, here: type[Here]) -> None:
@@ -138,10 +136,10 @@ def test_only_rows_and_cells_travel_and_any_text_as_it_is(photos: pd.DataFrame, 
     there = nbfeat.extract(photos, "ResNet50", **asked, on="ray")
     same(there.failures, nbfeat.extract(photos, "ResNet50", **asked).failures)
     assert len(there.failures) == 3
-    assert {name for table in here.tables for name in table} == {"row", "image", "is_text", "file", "lacks"}
-    sent = [image for table in here.tables for image in table["image"]]
-    assert [image for image in sent if image.endswith(b".png")][-17:] == [*map(os.fsencode, photos["path"].iloc[3:])]
-    assert sent[-20:] == [*photos["content"]]
+    assert [image for table in here.tables for image in table.images][-37:] == [
+        *photos["path"].iloc[3:],
+        *photos["content"],
+    ]
 
 
 def test_rows_that_come_twice_or_in_another_order_change_nothing(photos: pd.DataFrame, here: type[Here]) -> None:
@@ -184,14 +182,12 @@ def test_rows_that_never_come_are_told(photos: pd.DataFrame, here: type[Here]) -
         nbfeat.extract(photos, "ResNet50", images="path", on="ray", cache=False)
 
 
-@pytest.mark.usefixtures("settled")
 def test_what_is_in_the_cache_does_not_travel(photos: pd.DataFrame, here: type[Here]) -> None:
     nbfeat.extract(photos.iloc[:12], "ResNet50", images="path")
     FakeEngine.computed = 0
     there = nbfeat.extract(photos, "ResNet50", "VGG16", images="path", on="ray")
     assert FakeEngine.computed == 28  # of VGG16 all, of ResNet50 what is not there
-    lacks = [lacking for table in here.tables for lacking in table["lacks"]]
-    assert sorted(lacks) == [b"\0\1"] * 12 + [b"\1\1"] * 8
+    assert [done.tolist() for done in here.tables[0].done] == [[True] * 8, [False] * 8]
     same(there.frame, nbfeat.extract(photos, "ResNet50", "VGG16", images="path", cache=False).frame)
     FakeEngine.computed = 0
     again = nbfeat.extract(photos, "ResNet50", "VGG16", images="path")
@@ -199,17 +195,16 @@ def test_what_is_in_the_cache_does_not_travel(photos: pd.DataFrame, here: type[H
     assert here.opened == 1
 
 
-@pytest.mark.usefixtures("settled")
 def test_files_are_known_again_though_another_machine_read_them(
     photos: pd.DataFrame, here: type[Here], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same file has another device number there, and with it another state."""
     state, work = fingerprint.state, Worker.__call__
 
-    def elsewhere(self: Worker, table: dict[str, Any]) -> dict[str, Any]:
+    def elsewhere(self: Worker, batch: dict[str, Any]) -> dict[str, Any]:
         with monkeypatch.context() as patch:
             patch.setattr(fingerprint, "state", lambda path, status: state(f"device {path}", status))
-            return work(self, table)
+            return work(self, batch)
 
     monkeypatch.setattr(Worker, "__call__", elsewhere)
     touched, gone = photos["path"].iloc[3], Path(photos["path"].iloc[0]).with_name("gone.png")
@@ -226,10 +221,9 @@ def test_files_are_known_again_though_another_machine_read_them(
     here.arranged = staticmethod(lambda tables: tables)
     steps = Extraction(photos, "ResNet50", images="path", on="ray").steps()
     assert max(step.cached for step in steps) == 18
-    assert [os.fsdecode(image) for table in here.tables for image in table["image"]] == [touched, str(gone)]
+    assert [image for table in here.tables for image in table.images] == [touched, str(gone)]
 
 
-@pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("order", [1, -1])
 def test_equal_images_lend_each_other_no_gaps(
     photos: pd.DataFrame, tmp_path: Path, here: type[Here], order: int
@@ -344,13 +338,6 @@ def test_workers_share_the_cores_of_all_machines(monkeypatch: pytest.MonkeyPatch
 # Results larger than memory, and images by address
 
 
-@pytest.fixture
-def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let files have six rows: four files for twenty photos."""
-    monkeypatch.setattr(tally, "MOST_ROWS", 6)
-    monkeypatch.setattr(tally, "LARGER", 1)
-
-
 def written(frame: pd.DataFrame, folder: Path, **options: Any) -> Extraction:
     """Return what writes to `folder`, in batches of three, not yet run."""
     block = options.pop("block", "ResNet50 --normalize standard")
@@ -379,7 +366,6 @@ def same_files(one: Path, other: Path) -> None:
     same(left.failures, right.failures)
 
 
-@pytest.mark.usefixtures("small_files")
 @pytest.mark.parametrize("normalize", ["l2", "standard"])
 def test_files_are_those_of_this_process(
     photos: pd.DataFrame, tmp_path: Path, here: type[Here], normalize: str
@@ -400,7 +386,6 @@ def test_files_are_those_of_this_process(
     assert (FakeEngine.computed, here.opened) == (0, 1)
 
 
-@pytest.mark.usefixtures("small_files")
 @pytest.mark.parametrize("ways", [("ray", None), (None, "ray"), ("ray", "ray")])
 def test_what_was_stopped_goes_on_elsewhere(
     photos: pd.DataFrame, tmp_path: Path, here: type[Here], ways: tuple[str | None, str | None]
@@ -416,7 +401,6 @@ def test_what_was_stopped_goes_on_elsewhere(
     assert here.opened == len([way for way in ways if way])
 
 
-@pytest.mark.usefixtures("small_files")
 def test_the_same_extraction_goes_on_in_the_middle_of_a_file(
     photos: pd.DataFrame, tmp_path: Path, here: type[Here], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,6 +420,7 @@ def test_files_have_more_rows_where_each_has_workers_of_its_own(
 ) -> None:
     assert tally.rows_together([1280], 8, on_cluster=True) * 4 * 1280 <= tally.LARGER * tally.BYTES
     monkeypatch.setattr(tally, "MOST_ROWS", 3)
+    monkeypatch.setattr(tally, "LARGER", 3)
     for on, files in ((None, 7), ("ray", 3)):
         assert written(photos, tmp_path / str(files), on=on).run().written.files == files  # type: ignore[union-attr]
     assert here.opened == 1
@@ -467,7 +452,6 @@ def addressed(photos: pd.DataFrame, web: Web, folder: Path) -> pd.DataFrame:
     return photos.assign(path=[*cells, *paths[12:]])
 
 
-@pytest.mark.usefixtures("small_files")
 def test_addresses_are_fetched_by_workers(photos: pd.DataFrame, tmp_path: Path, here: type[Here], web: Web) -> None:
     frame = addressed(photos, web, tmp_path)
     asked: dict[str, Any] = {"root": tmp_path, "allow_remote": True, "cache": False}
@@ -480,8 +464,7 @@ def test_addresses_are_fetched_by_workers(photos: pd.DataFrame, tmp_path: Path, 
     same(there.frame, local.frame)
     same(there.failures, local.failures)
     assert list(local.failures["position"]) == [8, 9, 10, 11]
-    sent = {image for table in here.tables for image in table["image"]}
-    assert f"zip://in/00.png::{tmp_path / 'some.zip'}".encode() in sent
+    assert f"zip://in/00.png::{tmp_path / 'some.zip'}" in [image for table in here.tables for image in table.images]
     written(frame, tmp_path / "local", **asked).run()
     written(frame, tmp_path / "there", **asked, on="ray").run()
     same_files(tmp_path / "there", tmp_path / "local")
