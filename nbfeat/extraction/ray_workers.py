@@ -22,7 +22,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,14 +101,9 @@ class RayExecutor(ExitStack):
 
         Close it to cancel what is under way.
         """
-        settled, cells = Batch(), {}
-        for row in rows:
-            try:
-                cells[row] = _cell(run.images[row], run.root, run.remote)
-            except ImageError as error:
-                settled.failures[row] = str(error)
-        if settled:
-            yield settled
+        cells, failures = _cells(run, rows)
+        if failures:
+            yield Batch(failures=failures)
         if not cells:
             return
         start, is_cpu, is_new = time.perf_counter(), run.lanes[0].opening.device == "cpu", self._ray is None
@@ -151,8 +146,8 @@ class RayExecutor(ExitStack):
         address = address_of_cluster()
         options: dict[str, Any] = {"address": address or "local", "log_to_driver": False, "configure_logging": False}
         if not address:
-            # Ray's sockets lie in it, and the system allows their paths a hundred characters.
-            short = "/tmp" if Path("/tmp").is_dir() else None  # noqa: S108 - mkdtemp makes a private folder there, and Ray an open one
+            # Private, as Ray opens its own to all. Its sockets lie there, whose paths the system allows 100 characters.
+            short = "/tmp" if Path("/tmp").is_dir() else None  # noqa: S108 - mkdtemp makes a private folder there
             self._folder = tempfile.mkdtemp(prefix="nbfeat-", dir=short)
             options |= {"num_cpus": cpu_count.available_cores(), "object_store_memory": STORE}
             options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "_temp_dir": f"{self._folder}/ray"}
@@ -296,16 +291,22 @@ class Table:
     done: list[NDArray[np.bool_]]  # for each network, which rows it need not run over
 
 
-def _cell(image: object, root: Path, remote: Access | None) -> tuple[str | bytes, bytes]:
-    """Return an image as it travels, and which file it is; raise ImageError where it need not."""
-    if remote and (address := sources.address_of(image)) is not None:
-        return archives.absolute(address, root), b""
-    path = sources.path_of(image, root)
-    if path is not None:
-        return path, fingerprint.seen(path)
-    data, _ = sources.load(image, root)
-    assert isinstance(data, bytes)
-    return data, b""
+def _cells(run: Run, rows: Sequence[int]) -> tuple[dict[int, tuple[str | bytes, bytes]], dict[int, str]]:
+    """Return images as they travel, with which file each was; and why others need not travel."""
+    cells: dict[int, tuple[str | bytes, bytes]] = {}
+    failures = {}
+    for row in rows:
+        image = run.images[row]
+        try:
+            if run.remote and (address := sources.address_of(image)) is not None:
+                cells[row] = archives.absolute(address, run.root), b""
+            elif (path := sources.path_of(image, run.root)) is not None:
+                cells[row] = path, fingerprint.seen(path)
+            else:
+                cells[row] = cast("bytes", sources.load(image, run.root)[0]), b""
+        except ImageError as error:
+            failures[row] = str(error)
+    return cells, failures
 
 
 def _tables(run: Run, cells: Mapping[int, tuple[str | bytes, bytes]], share: Share) -> Iterator[Table]:

@@ -386,33 +386,23 @@ def test_files_are_those_of_this_process(
     assert (FakeEngine.computed, here.opened) == (0, 1)
 
 
-@pytest.mark.parametrize("ways", [("ray", None), (None, "ray"), ("ray", "ray")])
+@pytest.mark.parametrize(
+    ("first", "then", "done"), [("ray", None, 14), (None, "ray", 14), ("ray", "ray", 14), ("ray", "the same", 8)]
+)
 def test_what_was_stopped_goes_on_elsewhere(
-    photos: pd.DataFrame, tmp_path: Path, here: type[Here], ways: tuple[str | None, str | None]
-) -> None:
-    photos.iloc[4, 0] = "nosuch.png"
-    begun = stopped(written(photos, tmp_path / "there", on=ways[0]), 14)
-    assert (begun.state, begun.kept) == ("stopped", 11)
-    FakeEngine.computed = 0
-    written(photos, tmp_path / "there", on=ways[1]).run()
-    assert FakeEngine.computed == 8
-    written(photos, tmp_path / "local").run()
-    same_files(tmp_path / "there", tmp_path / "local")
-    assert here.opened == len([way for way in ways if way])
-
-
-def test_the_same_extraction_goes_on_in_the_middle_of_a_file(
-    photos: pd.DataFrame, tmp_path: Path, here: type[Here], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    photos: pd.DataFrame, tmp_path: Path, here: type[Here], monkeypatch: pytest.MonkeyPatch, first: str | None,
+    then: str | None, done: int,
+) -> None:  # fmt: skip
     monkeypatch.setattr(ray_workers, "FEWEST_AT_ONCE", 2)
-    there = stopped(written(photos, tmp_path / "there", on="ray"), 8)
-    assert there.done == 8
+    photos.iloc[4, 0] = "nosuch.png"
+    begun = stopped(written(photos, tmp_path / "there", on=first), done)
+    assert (begun.state, begun.kept, begun.done >= done) == ("stopped", 11 if done == 14 else 5, True)
     FakeEngine.computed = 0
-    there.run()
-    assert FakeEngine.computed == 12
-    assert here.opened == 2
+    (begun if then == "the same" else written(photos, tmp_path / "there", on=then)).run()
+    assert FakeEngine.computed == (12 if then == "the same" else 8)  # else all of a file that was not finished
     written(photos, tmp_path / "local").run()
     same_files(tmp_path / "there", tmp_path / "local")
+    assert here.opened == [first, then].count("ray") + (then == "the same")
 
 
 def test_files_have_more_rows_where_each_has_workers_of_its_own(
@@ -499,16 +489,7 @@ def test_archives_are_named_so_that_any_process_finds_them(tmp_path: Path) -> No
 # Which cluster
 
 
-def test_an_address_where_nobody_answers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        monkeypatch.setenv("RAY_ADDRESS", address)
-        assert ray_workers.address_of_cluster() == address
-    with pytest.raises(RequestError, match=f"Nothing answers at {address}.*unset RAY_ADDRESS"):
-        ray_workers.address_of_cluster()
-
-
-def test_only_a_cluster_that_was_started_to_be_joined_is_joined(
+def test_the_cluster_is_the_one_that_is_named_or_was_started_to_be_joined(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -522,10 +503,14 @@ def test_only_a_cluster_that_was_started_to_be_joined_is_joined(
         with monkeypatch.context() as patch:
             patch.setattr(os, "getuid", lambda: -1)
             assert ray_workers.address_of_cluster() is None  # somebody else's
-        with monkeypatch.context() as patch:
+            patch.setenv("RAY_ADDRESS", address)
+            assert ray_workers.address_of_cluster() == address
             patch.setenv("RAY_ADDRESS", "local")
             assert ray_workers.address_of_cluster() is None
     assert ray_workers.address_of_cluster() is None  # it has gone
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(RequestError, match=f"Nothing answers at {address}.*unset RAY_ADDRESS"):
+        ray_workers.address_of_cluster()
 
 
 @needs_ray
