@@ -22,8 +22,9 @@ from nbfeat.errors import ExtractionError, RequestError, format_bytes, listing
 from nbfeat.extraction import report
 from nbfeat.extraction.columns import FeatureColumns
 from nbfeat.extraction.feature_table import FeatureTable
-from nbfeat.extraction.pipeline import Pipeline
+from nbfeat.extraction.pipeline import LocalExecutor
 from nbfeat.extraction.profile import Bottleneck, Profile, Timings
+from nbfeat.extraction.ray_workers import executor_for
 from nbfeat.extraction.recipe import Like, Recipe
 from nbfeat.extraction.request import Blocks, Frame, read_request
 from nbfeat.extraction.run import Run, Step
@@ -117,7 +118,7 @@ class Extraction(FeatureTable):
             request.images,
             request.root,
             request.networks,
-            _executor(on),
+            executor_for(on, request.images, request.networks) or LocalExecutor(),
             device=request.device,
             precision=request.precision,
             batch_size=request.batch_size,
@@ -142,7 +143,7 @@ class Extraction(FeatureTable):
             return
         self.state, started = "running", time.perf_counter() - self.seconds
         try:
-            with isolation.pillow_defaults(), self._run.caching(), self._sink.held():
+            with isolation.pillow_defaults(), self._run.caching(), self._sink.held(), self._run.executor:
                 for note in self._prepare():
                     self.seconds = time.perf_counter() - started
                     yield self._step(note)
@@ -470,14 +471,3 @@ def extract(frame: Frame, *blocks: Blocks, **options: Any) -> Extraction:
 
 # What `extract?` and an editor show are Extraction's own parameters.
 extract.__signature__ = inspect.signature(Extraction).replace(return_annotation="Extraction")  # type: ignore[attr-defined]
-
-
-def _executor(on: str | None) -> Any:
-    """Return what makes the executor of a run: in this process, or by workers on a Ray cluster."""
-    if on is None:
-        return lambda run: Pipeline(
-            run.images, run.lanes, run.root, run.timings, run.cache, run.seen, remote=run.remote
-        )
-    from nbfeat.extraction.ray_workers import Cluster
-
-    return lambda run: Cluster(run, run.seen)

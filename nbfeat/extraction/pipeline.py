@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from nbfeat.cache.database import Cache
 from nbfeat.errors import ImageError
 from nbfeat.extraction.network_state import Batch, NetworkState
 from nbfeat.extraction.profile import Timings
+from nbfeat.extraction.run import Run
 from nbfeat.images import fingerprint
 from nbfeat.images.decode import OUT_OF_MEMORY, Source, pixels_of
 from nbfeat.images.remote import Access, Fetcher
@@ -127,6 +129,17 @@ class BatchQueue:
         keys = next(iter(found.values()))
         vectors = {key: np.stack([vectors[key] for vectors in found.values()]) for key in keys}
         return Batch(self.lane, list(found), vectors=vectors, cached=True)
+
+
+class LocalExecutor(nullcontext[None]):
+    """Computes rows in this process."""
+
+    starts_workers = False
+
+    def run(self, run: Run, rows: Sequence[int]) -> Generator[Batch, None, None]:
+        """Yield batches until every row was in one for each network that lacks it, or has failed, or equals another."""
+        pipeline = Pipeline(run.images, run.lanes, run.root, run.timings, run.cache, run.seen, remote=run.remote)
+        return pipeline.run(rows)
 
 
 class Pipeline:

@@ -1,53 +1,76 @@
-"""A run on a Ray cluster: rows and cells go out to workers, and what comes back is what a pipeline here would give.
+"""A run on a Ray cluster: which cluster, what travels to its workers, what each of them does, and what comes back.
 
-Ray Data owns scheduling, retries and back-pressure. A `Cluster` takes the place of a `Pipeline`: both give batches of
-rows with their features. Each worker opens the networks once and runs its rows as a `Run` of its own.
+Ray Data owns scheduling, retries and back-pressure. Each worker opens the networks once, and runs a pipeline over each
+table of rows that it gets.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import logging
+import os
+import re
+import shutil
+import socket
+import tempfile
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from nbfeat.errors import ExtractionError, ImageError, NetworkError, RequestError, format_bytes, listing
-from nbfeat.extraction import ray_session
-from nbfeat.extraction.network_state import Batch
-from nbfeat.extraction.ray_session import Share
-from nbfeat.extraction.worker import AS_BYTES, Order, Table, Worker
+from nbfeat import isolation
+from nbfeat.cache.database import Cache
+from nbfeat.errors import ExtractionError, ImageError, NbfeatError, NetworkError, RequestError, format_bytes, listing
+from nbfeat.extraction.network_state import Batch, NetworkState
+from nbfeat.extraction.options import PLACES, one_of
+from nbfeat.extraction.pipeline import Pipeline
+from nbfeat.extraction.profile import Timings
+from nbfeat.extraction.recipe import SLIGHT
+from nbfeat.extraction.run import Run
 from nbfeat.images import fingerprint, sources
-from nbfeat.images.remote import absolute
+from nbfeat.images.remote import Access, absolute
+from nbfeat.inference import engines
+from nbfeat.inference.engines import cpu_count
 
-if TYPE_CHECKING:
-    from nbfeat.extraction.run import Run
-    from nbfeat.images.remote import Access
-    from nbfeat.images.resize import PixelSpec
-    from nbfeat.inference.model import NetworkSpec
-
-Cell = tuple[bytes, bool, bytes]  # text or what an image holds, whether it is text, and which file that was here
 ROWS_AT_ONCE = 128  # fewer, and a worker waits more often; more, and a step comes seldom
 FETCHED_AT_ONCE = 512  # where images are fetched, for which each table opens connections of its own
 FEWEST_AT_ONCE = 8
-ROUNDS = 4  # so many batches for each worker at least, so that the last ones are not waited for alone
+ROUNDS = 4  # so many tables for each worker at least, so that the last ones are not waited for alone
 BYTES_AT_ONCE = 32 << 20  # of features
 MOST_BYTES = 1 << 30  # of images that travel themselves
+MOST_CORES = 4  # of a worker: with more, its one thread that is not decoding bounds it
+STORE = 512 << 20  # bytes of shared memory of a cluster that is started here; beyond it, Ray writes to disk
+DEATHS = 3  # of workers before they are ready, in a row; later ones are replaced without end, and their rows retried
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_USAGE_DISABLED": "1",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # what its other parts write to the terminal
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as there, a cluster that is started binds to 127.0.0.1
+}
 
 
-def check(images: Sequence[object], networks: Sequence[tuple[NetworkSpec, PixelSpec]]) -> None:
-    """Raise RequestError where Ray is not installed, or where images or networks cannot travel to other machines."""
-    ray_session.Session.check()
-    for spec, _ in networks:
-        if spec.is_registered:
-            raise RequestError(
-                f"{spec.title} is built by a function in this process, which workers do not have: save it as a .keras "
-                "file that all machines can read, and name that, or leave --on away."
-            )
+def executor_for(on: str | None, images: Sequence[object], networks: Sequence[tuple[Any, Any]]) -> RayExecutor | None:
+    """Return what computes on Ray, None for this process; raise RequestError where that cannot be."""
+    if on is None:
+        return None
+    one_of(PLACES, "--on")(on)
+    if importlib.util.find_spec("ray") is None:
+        raise RequestError("--on ray needs Ray Data, which is not installed: pip install 'nbfeat[ray]'.")
+    if title := next((spec.title for spec, _ in networks if spec.is_registered), None):
+        raise RequestError(
+            f"{title} is built by a function in this process, which workers do not have: save it as a .keras file that "
+            "all machines can read, and name that, or leave --on away."
+        )
     size = 0
     for image in map(sources.held, images):
         if isinstance(image, (Image.Image, np.ndarray)) or hasattr(image, "read"):
@@ -62,139 +85,347 @@ def check(images: Sequence[object], networks: Sequence[tuple[NetworkSpec, PixelS
             f"{format_bytes(size)} of images would have to travel to workers, and {format_bytes(MOST_BYTES)} is the "
             "most: save them as files that all machines can read, and give their paths."
         )
+    return RayExecutor()
 
 
-class Cluster:
-    """The rest of a `run`, by workers on a Ray cluster; `seen` remembers which row had a content first."""
+class RayExecutor(ExitStack):
+    """Computes rows by workers. Ray stays from when it is first needed to the end of the block, for all runs in it."""
 
-    def __init__(self, run: Run, seen: dict[bytes, int]) -> None:
-        self._run, self._seen = run, seen
-        self._returned = np.zeros(len(run.images), bool)
-        self._share = Share(workers=1, cores=1)
+    starts_workers = True
+    _ray: Any = None
+    _folder = ""  # of a cluster that was started for the block
 
-    def run(self, rows: Sequence[int]) -> Generator[Batch, None, None]:
-        """Yield batches until every row was in one for each lane that lacks it, or has failed, or equals another.
+    def run(self, run: Run, rows: Sequence[int]) -> Generator[Batch, None, None]:
+        """Yield batches until every row was in one for each network that lacks it, or has failed, or equals another.
 
-        Close it to cancel what is under way; a cluster that was started for it is stopped then, unless the stay of the
-        run goes on.
+        Close it to cancel what is under way.
         """
-        cells, failures = self._cells(rows)
+        cells, failures = _cells(run, rows)
         if failures:
             yield Batch(failures=failures)
         if not cells:
             return
-        start = time.perf_counter()
-        with self._run.stay as stay:
-            session = stay.session()
-            self._run.timings.preparing += time.perf_counter() - start
-            is_cpu = self._run.lanes[0].opening.device == "cpu"
-            self._share = session.share(gpu=not is_cpu)
-            self._run.note(stay.told(self._share))
-            order = Order(
-                self._run.networks,
-                "cpu" if is_cpu else "gpu:0",  # the one that Ray lets the worker see
-                [lane.precision for lane in self._run.lanes],
-                self._run.batch_size,
-                [{key: dict(kept.key_fields) for key, kept in lane.kept.items()} for lane in self._run.lanes],
-                self._share.cores,
-                self._run.remote,
-            )
-            with closing(session.mapped(list(self._blocks(cells)), Worker, (order,), self._share)) as tables:
-                for table in tables:
-                    yield from self._batches(table)
-        if missing := [row for row in cells if not self._returned[row]]:
+        start, is_cpu, is_new = time.perf_counter(), run.lanes[0].opening.device == "cpu", self._ray is None
+        if is_new:
+            self._begin()
+        share = self.share(gpu=not is_cpu)
+        run.note(self.describe(share) if is_new else "")  # a cluster may grow later
+        run.timings.preparing += time.perf_counter() - start
+        networks = [
+            (*network, lane.precision, {key: dict(kept.key_fields) for key, kept in lane.kept.items()})
+            for network, lane in zip(run.networks, run.lanes, strict=True)
+        ]
+        device = "cpu" if is_cpu else "gpu:0"  # the one that Ray lets the worker see
+        order, left = (networks, device, run.batch_size, share.cores, run.remote), set(cells)
+        with closing(self.mapped(list(_tables(run, cells, share)), order, share)) as answers:
+            for found in answers:
+                if left.issuperset(found.rows):  # else it came before, and again after a retry
+                    left.difference_update(found.rows)
+                    yield from _batches(run, found, share)
+        if left:
             raise ExtractionError(
-                f"Ray gave back {len(cells) - len(missing):,} of {len(cells):,} rows. Run it again to go on."
+                f"Ray gave back {len(cells) - len(left):,} of {len(cells):,} rows. Run it again to go on."
             )
 
-    # Out
+    def _begin(self) -> None:
+        """Join the cluster that is there; else start one, which listens to nobody else."""
+        self.callback(_put_back, _ray_variables())
+        os.environ.update(ENVIRONMENT)
+        # Ray is begun and ended in a thread: no interrupt comes there, and Ray takes no signals.
+        thread = ThreadPoolExecutor(1, thread_name_prefix="nbfeat-ray")
+        self.callback(thread.shutdown, wait=False)
+        _finished(thread, importlib.import_module, "ray.data")
+        self._ray = importlib.import_module("ray")
+        self.callback(setattr, self, "_ray", None)
+        for logger in map(logging.getLogger, ("ray", "ray.data")):
+            self.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL)
+        if self._ray.is_initialized():
+            return
+        address = address_of_cluster()
+        options: dict[str, Any] = {"address": address or "local", "log_to_driver": False, "configure_logging": False}
+        if not address:
+            # Private, as Ray opens its own to all. Its sockets lie there, whose paths the system allows 100 characters.
+            short = "/tmp" if Path("/tmp").is_dir() else None  # noqa: S108 - mkdtemp makes a private folder there
+            self._folder = tempfile.mkdtemp(prefix="nbfeat-", dir=short)
+            options |= {"num_cpus": cpu_count.available_cores(), "object_store_memory": STORE}
+            options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "_temp_dir": f"{self._folder}/ray"}
+        self.callback(_finished, thread, self._end)
+        try:
+            _finished(thread, self._ray.init, **options)
+        except Exception as error:  # Ray raises nothing else where a busy machine took more than half a minute
+            if address:
+                raise RequestError(
+                    f"The Ray cluster at {address} cannot be joined: {_line(error, 0)}. If it asks for a token, set "
+                    "RAY_AUTH_MODE=token; RAY_ADDRESS=local starts a cluster of this machine alone."
+                ) from error
+            raise NetworkError(
+                f"No Ray cluster could be started here: {_line(error)}. Run it again, or leave --on away."
+            ) from error
 
-    def _cells(self, rows: Sequence[int]) -> tuple[dict[int, Cell], dict[int, str]]:
-        """Return what travels of each row, and why others need not travel."""
-        cells, failures = {}, {}
-        for row in rows:
-            try:
-                cells[row] = _cell(self._run.images[row], self._run.root, self._run.remote)
-            except ImageError as error:
-                failures[row] = str(error)
-        return cells, failures
+    def _end(self) -> None:
+        self._ray.shutdown(wait_for_processes=True)  # one that was joined stays as it is
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder = ""
 
-    def _blocks(self, cells: dict[int, Cell]) -> Iterator[Table]:
-        """Yield tables of a few rows, all of which lack the features of the same networks."""
-        lanes = self._run.lanes
-        lacking: dict[tuple[bool, ...], list[int]] = {}
-        for row in cells:
-            lacking.setdefault(tuple(not lane.done[row] for lane in lanes), []).append(row)
-        width = sum(output.width for lane in lanes for output in lane.outputs.values())
-        fair = len(cells) // (ROUNDS * self._share.workers)
-        most = FETCHED_AT_ONCE if self._run.remote else ROWS_AT_ONCE
-        count = max(1, min(max(FEWEST_AT_ONCE, fair), most, BYTES_AT_ONCE // (4 * width)))
-        for lacks, rows in lacking.items():
-            for start in range(0, len(rows), count):
-                some = rows[start : start + count]
-                yield {
-                    "row": some,
-                    "image": [cells[row][0] for row in some],
-                    "is_text": [cells[row][1] for row in some],
-                    "file": [cells[row][2] for row in some],
-                    "lacks": [bytes(lacks)] * len(some),
-                }
+    def share(self, *, gpu: bool) -> Share:
+        """Share what the cluster has."""
+        return Share.of([node["Resources"] for node in self._ray.nodes() if node["Alive"]], gpu=gpu)
 
-    # And back
+    def describe(self, share: Share) -> str:
+        """Say where it runs."""
+        machines = sum(bool(node["Alive"]) for node in self._ray.nodes())
+        where = "started here" if self._folder else f"of {machines:,} machine{'s' if machines > 1 else ''}"
+        cores = f"{share.cores} core{'s' if share.cores > 1 else ''}"
+        return f"Ran on Ray {version('ray')}, a cluster {where}: {share.workers:,} workers of {cores} each."
 
-    def _batches(self, table: Table) -> Iterator[Batch]:
-        """Make batches of what a worker found out; rows that are there already came again after a retry."""
-        settled, computed_elsewhere = Batch(), False
-        for text in filter(None, table["told"]):
-            computed_elsewhere |= self._take_down(json.loads(text), settled)
-        new = [at for at, row in enumerate(table["row"]) if not self._returned[row]]
-        self._returned[table["row"]] = True
-        good = []
-        for at in new:
-            row, reason = int(table["row"][at]), str(table["reason"][at])
-            if reason:
-                settled.failures[row] = reason
-            elif (first := self._seen.setdefault(bytes(table["content"][at]), row)) != row:
-                settled.equal[row] = first
+    def mapped(self, tables: Sequence[Table], order: tuple[Any, ...], share: Share) -> Generator[Found, None, None]:
+        """Yield what workers find out about `tables`, in any order; close it to cancel what is under way."""
+        made = self._ray.data.from_items(tables, override_num_blocks=len(tables)).map_batches(
+            Worker,
+            fn_constructor_args=order,
+            batch_size=1,
+            compute=self._ray.data.ActorPoolStrategy(min_size=1, max_size=share.workers, initial_size=share.workers),
+            num_cpus=share.cores,
+            num_gpus=share.gpus,
+        )
+        made.context.enable_progress_bars = False
+        made.context.max_consecutive_actor_init_deaths = DEATHS
+        try:
+            with closing(iter(made.iter_batches(batch_size=None))) as batches:
+                for batch in batches:
+                    yield from batch["item"]
+        except (self._ray.exceptions.RayError, RuntimeError, OSError) as error:
+            raise NetworkError(
+                f"The Ray cluster gave up: {_line(error)}. Run it again to go on, or leave --on away."
+            ) from error
+
+
+# Which cluster
+
+
+class Share(NamedTuple):
+    """What each of so many workers gets."""
+
+    workers: int
+    cores: int
+    gpus: int = 0
+
+    @classmethod
+    def of(cls, nodes: Sequence[Mapping[str, float]], *, gpu: bool) -> Self:
+        """Share what `nodes` have: a worker for each GPU, else at least two on each node that has as many cores."""
+        sizes = [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
+        sizes = [(cpus, gpus) for cpus, gpus in sizes if cpus and (gpus or not gpu)]
+        if not sizes:
+            raise RequestError(
+                f"The Ray cluster has no {'GPU' if gpu else 'CPU'}. Use another --device, or leave --on away."
+            )
+        if gpu:
+            return cls(sum(gpus for _, gpus in sizes), max(1, min(cpus // gpus for cpus, gpus in sizes)), 1)
+        cores = max(1, min(MOST_CORES, min(cpus for cpus, _ in sizes) // 2))
+        return cls(sum(cpus // cores for cpus, _ in sizes), cores)
+
+
+def address_of_cluster() -> str | None:
+    """Return the address that RAY_ADDRESS names, or that of a cluster which this user began here with `ray start`.
+
+    Others on this machine are not joined: they were started by a program for itself, and may end with it.
+    """
+    if named := os.environ.get("RAY_ADDRESS", ""):
+        if re.fullmatch(r"[^/]+:\d+", named) and not _answers(named):
+            raise RequestError(
+                f"Nothing answers at {named}, which RAY_ADDRESS names. Start Ray there, or unset RAY_ADDRESS."
+            )
+        return None if named == "local" else named  # Ray's word for a cluster of one's own
+    file = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", "ray_current_cluster")  # where Ray has it
+    try:
+        written, is_own = file.read_text(encoding="utf-8").strip(), file.stat().st_uid == os.getuid()
+    except (OSError, AttributeError):  # none, or no Unix
+        return None
+    return written if is_own and _answers(written) else None
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with suppress(OSError, ValueError, OverflowError):
+        socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
+        return True
+    return False
+
+
+def _finished(thread: ThreadPoolExecutor, work: Callable[..., Any], *values: object, **options: object) -> Any:
+    """Return what `work` gives in `thread`; an interrupt waits for its end, and a second one does not."""
+    future = thread.submit(work, *values, **options)
+    try:
+        return future.result()
+    except KeyboardInterrupt:
+        wait([future])
+        raise
+
+
+def _ray_variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith(("RAY_", "PYTHONBREAKPOINT"))}
+
+
+def _put_back(before: Mapping[str, str]) -> None:
+    for name in _ray_variables().keys() - before.keys():  # Ray, too, sets some
+        del os.environ[name]
+    os.environ.update(before)
+
+
+def _line(error: Exception, number: int = -1) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[number].rstrip(".")
+
+
+# What travels, and what comes back
+
+
+@dataclass(slots=True)
+class Table:
+    """A few rows: absolute paths, addresses or what images hold."""
+
+    rows: list[int]
+    images: list[str | bytes]
+    files: list[bytes]  # which file a path was where it comes from, else b""
+    done: list[NDArray[np.bool_]]  # for each network, which rows it need not run over
+
+
+def _cells(run: Run, rows: Sequence[int]) -> tuple[dict[int, tuple[str | bytes, bytes]], dict[int, str]]:
+    """Return images as they travel, with which file each was; and why others need not travel."""
+    cells: dict[int, tuple[str | bytes, bytes]] = {}
+    failures = {}
+    for row in rows:
+        image = run.images[row]
+        try:
+            if run.remote and (address := sources.address_of(image)) is not None:
+                cells[row] = absolute(address, run.root), b""
+            elif (path := sources.path_of(image, run.root)) is not None:
+                cells[row] = path, fingerprint.seen(path)
             else:
-                good.append(at)
-        for number, lane in enumerate(self._run.lanes):
-            chosen = [at for at in good if not lane.done[table["row"][at]]]
-            if not chosen:
-                continue
-            batch = Batch(lane, table["row"][chosen].tolist(), computed_elsewhere=computed_elsewhere)
-            batch.images = [bytes(table["content"][at]) for at in chosen]
-            batch.vectors = {key: table[f"{number} {key}"][chosen] for key in lane.outputs}
-            yield batch.beside(settled)
-            settled = Batch()
-        if settled:
-            yield settled
-
-    def _take_down(self, told: dict[str, Any], settled: Batch) -> bool:
-        """Take down what a worker tells of its rows together; return whether something is another there than here."""
-        if told["problem"]:
-            raise NetworkError(told["problem"])
-        if differs := told["differs"]:
-            self._run.note(
-                f"Workers have another {listing(differs)} than this machine: the same image may give slightly other "
-                "numbers here, and what they computed is not kept in the cache."
-            )
-        settled.files |= {bytes.fromhex(state): bytes.fromhex(image) for state, image in told["files"].items()}
-        if not differs:
-            settled.undecodable |= {bytes.fromhex(image): reason for image, reason in told["undecodable"].items()}
-        for name, seconds in told["timings"].items():
-            timings = self._run.timings
-            setattr(timings, name, getattr(timings, name) + seconds / self._share.workers)
-        return bool(differs)
+                cells[row] = cast("bytes", sources.load(image, run.root)[0]), b""
+        except ImageError as error:
+            failures[row] = str(error)
+    return cells, failures
 
 
-def _cell(image: object, root: Path, remote: Access | None) -> Cell:
-    """Return an absolute path, an address or what an image holds; raise ImageError where it need not travel."""
-    if remote and (address := sources.address_of(image)) is not None:
-        return absolute(address, root).encode(*AS_BYTES), True, b""
-    path = sources.path_of(image, root)
-    if path is not None:
-        return path.encode(*AS_BYTES), True, fingerprint.seen(path)
-    data, _ = sources.load(image, root)
-    assert isinstance(data, bytes)
-    return data, False, b""
+def _tables(run: Run, cells: Mapping[int, tuple[str | bytes, bytes]], share: Share) -> Iterator[Table]:
+    width = sum(output.width for lane in run.lanes for output in lane.outputs.values())
+    most = min(FETCHED_AT_ONCE if run.remote else ROWS_AT_ONCE, BYTES_AT_ONCE // (4 * width))
+    count = max(1, min(max(FEWEST_AT_ONCE, len(cells) // (ROUNDS * share.workers)), most))
+    rows = list(cells)
+    for some in (rows[start : start + count] for start in range(0, len(rows), count)):
+        images, files = zip(*(cells[row] for row in some), strict=True)
+        yield Table(some, list(images), list(files), [lane.done[some] for lane in run.lanes])
+
+
+@dataclass(slots=True)
+class Found:
+    """What a worker found out about the rows of a table: batches, each with the place of its network."""
+
+    rows: list[int] = field(default_factory=list)
+    problem: str = ""  # that stops the run
+    differs: list[str] = field(default_factory=list)  # what is another there than here
+    timings: Timings = field(default_factory=Timings)
+    batches: list[tuple[int | None, Batch]] = field(default_factory=list)
+
+    @contextmanager
+    def noting_problems(self) -> Iterator[None]:
+        """Take down what goes wrong in the block: a worker that raises would be started again."""
+        try:
+            yield
+        except NbfeatError as error:
+            self.problem = f"{error} (on {socket.gethostname()})"
+
+
+def _batches(run: Run, found: Found, share: Share) -> Iterator[Batch]:
+    """Yield the batches that were `found`, without images that another table had first."""
+    if found.problem:
+        raise NetworkError(found.problem)
+    if found.differs:
+        run.note(
+            f"Workers have another {listing(found.differs)} than this machine: the same image may give slightly other "
+            "numbers here, and what they computed is not kept in the cache."
+        )
+    for name, seconds in asdict(found.timings).items():
+        setattr(run.timings, name, getattr(run.timings, name) + seconds / share.workers)
+    firsts: dict[int, int] = {}
+    for _, batch in found.batches:
+        firsts |= {row: run.seen.setdefault(image, row) for row, image in zip(batch.rows, batch.images, strict=True)}
+    equal = {row: first for row, first in firsts.items() if first != row}
+    for place, batch in found.batches:
+        batch.equal, equal = {row: firsts.get(first, first) for row, first in batch.equal.items()} | equal, {}
+        kept = [at for at, row in enumerate(batch.rows) if firsts[row] == row]
+        batch.lane = None if place is None or not kept else run.lanes[place]
+        batch.rows, batch.images = [batch.rows[at] for at in kept], [batch.images[at] for at in kept]
+        batch.vectors = {key: vectors[kept] for key, vectors in batch.vectors.items()}
+        if found.differs:
+            batch.computed_elsewhere, batch.undecodable = True, {}
+        yield batch
+
+
+# What a worker does
+
+
+class Worker:
+    """What runs in each process of a cluster: networks that are opened once, and rows that come in tables.
+
+    Of each network it is told the spec, the pixels, the precision, and the fields of its cache keys where the run is.
+    """
+
+    def __init__(
+        self, networks: Sequence[Any], device: str, batch_size: int | None, cores: int, remote: Access | None
+    ) -> None:
+        cpu_count.take(cores)
+        self._remote = remote  # what may be fetched, whatever the environment here says
+        self._lanes: list[NetworkState] = []
+        self._opened = Found()
+        with self._opened.noting_problems():
+            devices = engines.choose_devices(device)
+            for spec, pixels, precision, key_fields in networks:
+                opening = engines.PreparedNetwork(spec, devices=devices, batch_size=batch_size)
+                for _ in opening:
+                    pass
+                self._lanes.append(NetworkState(spec, pixels, opening, np.zeros(0, bool)))
+                self._lanes[-1].set_precision(precision)
+                self._compare(self._lanes[-1], key_fields)
+
+    def _compare(self, lane: NetworkState, key_fields: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take down what differs in ways that change numbers slightly; raise NetworkError for all else."""
+        for key, fields in key_fields.items():
+            here, there = json.loads(json.dumps([dict(lane.kept[key].key_fields), fields]))  # lists, not tuples
+            for name in sorted(name for name in {*here, *there} if here.get(name) != there.get(name)):
+                if name not in SLIGHT:
+                    raise NetworkError(
+                        f"{lane.spec.title} would give other features on a worker, whose {name} is {here.get(name)!r}, "
+                        f"not {there.get(name)!r}. Give all machines the same nbfeat and files."
+                    )
+                shown = {"cpu": "CPU", "backend": "Keras backend", "keras": "Keras"}.get(name, name)
+                self._opened.differs += [] if shown in self._opened.differs else [shown]
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return what is found out about the one table in `batch`."""
+        table: Table = batch["item"][0]
+        found = replace(self._opened, rows=table.rows, timings=Timings(), batches=[])
+        with found.noting_problems():
+            if not found.problem:
+                self._compute(table, found)
+        return {"item": np.array([found], object)}
+
+    def _compute(self, table: Table, found: Found) -> None:
+        """Run the networks that lack the rows of `table` over their images."""
+        rows, length, there = table.rows, fingerprint.LENGTH, {}
+        for image, file in zip(table.images, table.files, strict=True):
+            here = fingerprint.seen(str(image)) if file else b""
+            if here[length:] == file[length:]:  # the same file, whose state is another one on each machine
+                there[here[:length]] = file[:length]
+        for lane, done in zip(self._lanes, table.done, strict=True):
+            lane.done = done
+        pipeline = Pipeline(table.images, self._lanes, Path("/"), found.timings, Cache(None), {}, remote=self._remote)
+        with isolation.pillow_defaults(), closing(pipeline.run(range(len(rows)))) as batches:
+            for batch in batches:
+                place = None if batch.lane is None else self._lanes.index(batch.lane)
+                batch.lane, batch.rows = None, [rows[at] for at in batch.rows]
+                batch.failures = {rows[at]: reason for at, reason in batch.failures.items()}
+                batch.equal = {rows[at]: rows[first] for at, first in batch.equal.items()}
+                batch.files = {there[state]: image for state, image in batch.files.items() if state in there}
+                found.batches.append((place, batch))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nbfeat.backbones.catalog import find
 from nbfeat.errors import RequestError
 from nbfeat.extraction.columns import FeatureColumns, plan, plan_again
-from nbfeat.extraction.options import PLACES, FeatureBlock, one_of, whole
+from nbfeat.extraction.options import FeatureBlock, whole
 from nbfeat.extraction.recipe import Like, Recipe, to_repeat
 from nbfeat.images.decode import short
 from nbfeat.images.resize import PixelSpec
@@ -113,7 +113,7 @@ def read_request(
         batch_size=None if batch_size == "auto" else whole("--batch-size", LARGEST_BATCH)(batch_size),
         device=engines.check_device(device),
         precision=checked,
-        on=check_place(on, cells, networks),
+        on=on,
         remote=remote,
     )
 
@@ -207,19 +207,6 @@ def rows_selected(frame: pd.DataFrame, fit_on: str | Sequence[bool]) -> NDArray[
     if not mask.any():
         raise RequestError("--fit-on selects no row at all. Check the query against the frame's values.")
     return mask
-
-
-def check_place(
-    on: str | None, images: Sequence[object], networks: Sequence[tuple[NetworkSpec, PixelSpec]]
-) -> str | None:
-    """Return where to compute, or raise RequestError where that cannot be."""
-    if on is None:
-        return None
-    one_of(PLACES, "--on")(on)
-    from nbfeat.extraction import ray_workers
-
-    ray_workers.check(images, networks)
-    return on
 
 
 def _network_and_pixels(block: FeatureBlock) -> tuple[object, ...]:

@@ -7,8 +7,8 @@ given an executor, which computes what the cache lacks: in this process, or by w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,10 +32,12 @@ ROWS_AT_ONCE = 500
 FIRST_REASONS = 3
 
 
-class Executor(Protocol):
-    """What reads images and runs networks over them."""
+class Executor(AbstractContextManager[Any], Protocol):
+    """What reads images and runs networks over them; what it holds meanwhile ends with its block."""
 
-    def run(self, rows: Sequence[int]) -> Generator[Batch, None, None]:
+    starts_workers: bool  # for each window of a run, so that windows should be larger
+
+    def run(self, run: Run, rows: Sequence[int]) -> Generator[Batch, None, None]:
         """Yield batches until every row was in one for each network that lacks it, or has failed, or equals another."""
 
 
@@ -50,7 +52,7 @@ class Run:
         images: Sequence[object],
         root: Path,
         networks: Sequence[tuple[NetworkSpec, PixelSpec]],
-        executor: Callable[[Run], Executor],
+        executor: Executor,
         *,
         device: str,
         precision: engines.Asked,
@@ -60,7 +62,7 @@ class Run:
     ) -> None:
         self.images, self.root, self.networks = images, root, networks
         self.device, self.precision, self.batch_size = device, precision, batch_size
-        self.remote = remote
+        self.remote, self.executor = remote, executor
         self.progress = Progress(len(images), len(networks))
         self.timings = Timings()
         self.notes: list[str] = []
@@ -70,7 +72,6 @@ class Run:
         self.cache = Cache(None)
         self.seen: dict[bytes, int] = {}  # which image of the window had a content first
         self.computed_elsewhere = False  # whether some of it has no use for the cache
-        self._executor = executor
         self._window: NDArray[np.int64] | None = None
         self._repeated: Sequence[engines.Precision] = ()
 
@@ -110,13 +111,6 @@ class Run:
         """Compute in what an earlier run computed in, one for each network; nothing is compared."""
         self._repeated = precisions
 
-    is_on_cluster = False
-
-    def executing(self) -> Any:
-        from contextlib import nullcontext
-
-        return nullcontext()
-
     def look_at(self, window: NDArray[np.int64]) -> None:
         """Work on these images from now on; room for the features of so many is made by the caller."""
         self._window = window
@@ -148,7 +142,7 @@ class Run:
             start = time.perf_counter()
         self.timings.recalling += time.perf_counter() - start
         if left := self._left():
-            with closing(self._executor(self).run(left)) as batches:
+            with closing(self.executor.run(self, left)) as batches:
                 for batch in batches:
                     self._take(batch)
                     yield batch

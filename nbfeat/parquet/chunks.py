@@ -142,11 +142,10 @@ class Chunks:
         """Work until all files are there, and yield each batch; ask no more to stop."""
         self._begin()
         if not self._found.is_finished:
-            with self._run.executing():  # on one cluster for all chunks
-                for number in range(self._split.count):
-                    if number not in self._there:
-                        yield from self._compute(number)
-                        self._keep(number)
+            for number in range(self._split.count):
+                if number not in self._there:
+                    yield from self._compute(number)
+                    self._keep(number)
             if self._rows and len(self._run.progress.reasons) == len(self._run.images):
                 self._clear()  # there is nothing to keep
                 return
@@ -162,7 +161,7 @@ class Chunks:
         if found.chunk is None:
             batch = max((lane.batch_size for lane in self._run.lanes), default=1)
             widths = {part.source: part.raw_width for part in self._parts}.values()
-            found.chunk = rows_together(widths, batch, on_cluster=self._run.is_on_cluster)
+            found.chunk = rows_together(widths, batch, on_cluster=self._run.executor.starts_workers)
         if not found.is_finished:
             with self._explained():
                 write_manifest(self.shelf, found, self._request)

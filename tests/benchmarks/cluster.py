@@ -11,6 +11,7 @@ import os
 import tempfile
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,10 +19,9 @@ from PIL import Image
 
 import nbfeat
 from nbfeat.errors import format_bytes
-from nbfeat.extraction import ray_session, ray_workers
-from nbfeat.extraction.worker import Order, Worker
+from nbfeat.extraction import ray_workers
 from nbfeat.inference import engines
-from tests.extraction.cluster_child import descendants
+from tests.extraction.ray_child import descendants
 from tests.memory import bytes_of
 from tests.parquet.parts_child import WIDTH, WideOpening
 
@@ -36,6 +36,7 @@ class Memory(threading.Thread):
         self.ended = threading.Event()
 
     def run(self) -> None:
+        """Look every second."""
         while not self.ended.wait(1):
             processes = {os.getpid(): "driver", **descendants()}
             self.all = max(self.all, sum(bytes_of("Pss", pid, "smaps_rollup") for pid in processes))
@@ -50,10 +51,12 @@ class Memory(threading.Thread):
                 self.peaks[kind] = max(self.peaks.get(kind, 0), bytes_of("VmHWM", pid))
 
 
-class WideWorker(Worker):
-    def __init__(self, order: Order) -> None:
+class WideWorker(ray_workers.Worker):
+    """A worker with the pretended network."""
+
+    def __init__(self, *order: Any, **options: Any) -> None:
         engines.PreparedNetwork = WideOpening  # type: ignore[misc,assignment]
-        super().__init__(order)
+        super().__init__(*order, **options)
 
 
 def main() -> None:
@@ -64,7 +67,7 @@ def main() -> None:
     asked = parser.parse_args()
     rows, block, width = asked.rows, "Pocket", 512
     if asked.parquet:
-        engines.PreparedNetwork, ray_workers.Worker = WideOpening, WideWorker  # type: ignore[misc,assignment,attr-defined]
+        engines.PreparedNetwork, ray_workers.Worker = WideOpening, WideWorker  # type: ignore[misc,assignment]
         block, width = f"MobileNet --size 32 --normalize {asked.parquet}", WIDTH
     os.environ["RAY_ADDRESS"] = "local"
     with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +91,7 @@ def main() -> None:
     print(f"{extraction.done:,} rows in {seconds:,.0f} s, the first after {first:,.1f} s; failed: {failed}{files}")
     for kind, peak in sorted(watched.peaks.items()):
         print(f"{kind}: {peak / 1e6:,.0f} MB at its peak")
-    features, store = format_bytes(4 * rows * width), format_bytes(ray_session.STORE)
+    features, store = format_bytes(4 * rows * width), format_bytes(ray_workers.STORE)
     print(f"all processes together: {watched.all / 1e6:,.0f} MB; features: {features}; the cluster's store: {store}")
 
 

@@ -1,6 +1,7 @@
-"""A process that runs on a Ray cluster of its own, and tells what that left: ``cluster_child.py HOW FOLDER``.
+"""A process that runs on Ray clusters of its own, and tells what each left: ``ray_child.py FOLDER``.
 
-HOW is ``through``, ``close`` or, where an interrupt comes, ``interrupt``, ``starting`` or ``stopping``.
+An interrupt comes while the first one starts; the second run goes through, and one comes while its cluster stops; the
+third is interrupted at work.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import json
 import os
 import re
 import signal
+import stat
 import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -58,8 +61,9 @@ def descendants() -> dict[int, str]:
 
 
 def statistics(processes: dict[int, str]) -> list[str]:
-    """Return what each of `processes` of Ray was told about usage statistics."""
-    told = set()
+    """Return what each of `processes` of Ray was told about usage statistics, and what collects them."""
+    told = {command for command in processes.values() if "UsageCollection" in command}
+    told |= {one.name for one in threading.enumerate() if "usage" in one.name}
     for process in processes:
         with suppress(OSError):
             words = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
@@ -67,37 +71,32 @@ def statistics(processes: dict[int, str]) -> list[str]:
     return sorted(told)
 
 
-def interrupt_during(name: str) -> None:
-    """Let an interrupt come while Ray does what its function `name` does, in the middle of it."""
+def interrupted(name: str, ready: Callable[[], Any]) -> None:
+    """Let one interrupt come while Ray does what its function `name` does, as soon as it is `ready`."""
     ray: Any = importlib.import_module("ray")
     do = getattr(ray, name)
 
-    def interrupted(**options: Any) -> Any:
-        thread = threading.Thread(target=wait_and_interrupt)
+    def interrupt() -> None:
+        while not ready():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def done(**options: Any) -> Any:
+        setattr(ray, name, do)
+        thread = threading.Thread(target=interrupt)
         thread.start()
         try:
             return do(**options)
         finally:
             thread.join()
 
-    def wait_and_interrupt() -> None:
-        while name == "init" and not descendants():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    setattr(ray, name, interrupted)
+    setattr(ray, name, done)
 
 
-def main(how: str, folder: Path) -> dict[str, Any]:
-    """Run, and tell."""
-    warnings.simplefilter("ignore")
-    if how in {"starting", "stopping"}:
-        interrupt_during("init" if how == "starting" else "shutdown")
-    before, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
-    paths = sorted(map(str, folder.glob("*.png")))
-    frame = pd.DataFrame({"path": paths * 100})
-    extraction = nbfeat.Extraction(frame, "Pocket", precision="float32", on="ray", cache=False)
-    told: dict[str, Any] = {"folders": []}
+def run(extraction: nbfeat.Extraction, at_work: Callable[[], None]) -> dict[str, Any]:
+    """Run, look around `at_work`, and tell what there was, and what is left."""
+    told: dict[str, Any] = {"folders": [], "interrupted": False}
+    before, handlers = dict(os.environ), [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     steps = extraction.steps()
     try:
         for step in steps:
@@ -105,29 +104,35 @@ def main(how: str, folder: Path) -> dict[str, Any]:
                 running = descendants()
                 told |= {"listening": listening({os.getpid(), *running}), "statistics": statistics(running)}
                 told["folders"] = sorted(set(re.findall(r"/\w+/nbfeat-\w+", " ".join(running.values()))))
+                told["modes"] = [stat.S_IMODE(Path(folder).stat().st_mode) for folder in told["folders"]]
                 told["running"] = len(running)
-                told["collecting"] = [command for command in running.values() if "UsageCollection" in command]
-                told["collecting"] += [one.name for one in threading.enumerate() if "usage" in one.name]
-                if how == "close":
-                    break
-                if how == "interrupt":
-                    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+                at_work()
     except KeyboardInterrupt:
         told["interrupted"] = True
     steps.close()
     told |= {"state": extraction.state, "done": extraction.done, "notes": extraction.notes}
-    deadline = time.monotonic() + 20
-    while descendants() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    told["left"] = list(descendants().values())
-    told["folders_left"] = [path for path in told["folders"] if Path(path).exists()]
-    told["changed"] = sorted(f"{name}={value}" for name, value in {*os.environ.items()} ^ {*before.items()})
-    told["restored"] = signal.getsignal(signal.SIGTERM) == handler
-    if how == "through":
-        here = nbfeat.extract(frame, "Pocket", precision="float32", cache=False)
-        told["same"] = extraction.frame.equals(here.frame)
+    told["left"] = [*descendants().values(), *(path for path in told["folders"] if Path(path).exists())]
+    told["left"] += [f"{name}={value}" for name, value in {*os.environ.items()} ^ {*before.items()}]
+    told["restored"] = handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    return told
+
+
+def main(folder: Path) -> list[dict[str, Any]]:
+    """Run three times, and tell of each."""
+    warnings.simplefilter("ignore")
+    paths = sorted(map(str, folder.glob("*.png")))
+    few, many = pd.DataFrame({"path": paths * 5}), pd.DataFrame({"path": paths * 100})
+    asked: dict[str, Any] = {"precision": "float32", "on": "ray", "cache": False}
+    goes_on = nbfeat.Extraction(few, "Pocket", **asked)
+    interrupted("init", descendants)
+    told = [run(goes_on, lambda: None)]
+    interrupted("shutdown", lambda: True)
+    told.append(run(goes_on, lambda: None))
+    told[-1]["same"] = goes_on.run().frame.equals(nbfeat.extract(few, "Pocket", precision="float32").frame)
+    soon = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    told.append(run(nbfeat.Extraction(many, "Pocket", **asked), soon.start))
     return told
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]))))
+    print(json.dumps(main(Path(sys.argv[1]))))
