@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from nbfeat.cache.keys import News
 from nbfeat.extraction.lane import NetworkState
-from nbfeat.inference.engines import Vectors
+from nbfeat.inference.engines.base import Vectors
 
 
 @dataclass(slots=True)

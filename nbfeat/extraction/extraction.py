@@ -19,11 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat import isolation
-from nbfeat.backbones.catalog import find
 from nbfeat.errors import ExtractionError, format_bytes, listing, sentences
 from nbfeat.extraction.columns import attach, block_called
 from nbfeat.extraction.like import Like, to_repeat
-from nbfeat.extraction.options import FeatureBlock, whole
+from nbfeat.extraction.networks import networks_of
 from nbfeat.extraction.part import normalized, plan, plan_again
 from nbfeat.extraction.profile import Bottleneck, Profile, Timings
 from nbfeat.extraction.recipe import Recipe
@@ -31,9 +30,9 @@ from nbfeat.extraction.request import Blocks, Frame, check_place, read_blocks, r
 from nbfeat.extraction.run import Run
 from nbfeat.images.public_hosts import NOT_ALLOWED
 from nbfeat.images.remote import Access
-from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import hosts, image_column, name_of
-from nbfeat.inference import engines, model
+from nbfeat.inference.engines import devices as hardware
+from nbfeat.inference.spec import NUMERICS, whole
 from nbfeat.parquet import dataset
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ class Extraction:
         frame = read_frame(frame)
         self._frame, self._replace = frame, replace
         self._root = Path(root or "").expanduser().absolute()
-        self._precision = engines.check_precision(precision)
+        self._precision = hardware.check_precision(precision)
         self.repeats = to_repeat(like, blocks=blocks, fit_on=fit_on, precision=precision, defaults=defaults)
         asked = images if isinstance(images, list | tuple) else [images]
         if self.repeats is None:
@@ -143,12 +142,12 @@ class Extraction:
             self._columns = [image_column(frame, column) for column in asked]
             self.parts = plan_again(self.repeats, self._columns)
         self._fit_on = None if fit_on is None else rows_selected(frame, fit_on)
-        groups = model.group(self.blocks, _network_and_pixels)
-        networks = [(model.NetworkSpec.of(group), _pixels(group[0])) for group in groups]
+        grouped = networks_of(self.blocks)
+        networks = [(spec, pixels) for spec, pixels, _ in grouped]
         for part in self.parts:
             if part.is_sized:
                 part.place_in(frame, replace=replace)
-            part.network = next(number for number, group in enumerate(groups) if part.block in group)
+            part.network = next(number for number, (*_, group) in enumerate(grouped) if part.block in group)
 
         self.state: State = "new"
         self.seconds = 0.0
@@ -158,7 +157,7 @@ class Extraction:
             self._images,
             self._root,
             networks,
-            device=engines.check_device(device),
+            device=hardware.check_device(device),
             precision=self._precision,
             batch_size=None if batch_size == "auto" else whole("--batch-size", LARGEST_BATCH)(batch_size),
             cache=parquet is None if cache is None else cache,
@@ -510,7 +509,7 @@ class Extraction:
             "weights": [part.lane.weights.sha256 if part.lane else "" for part in self.parts],
             "engines": self.engines,
             "precision": self.precision,
-            "numerics": model.NUMERICS,
+            "numerics": NUMERICS,
             "versions": {name: version(name) for name in LIBRARIES},
         }
 
@@ -589,11 +588,3 @@ def extract(frame: Frame, *blocks: Blocks, **options: Any) -> Extraction:
 
 # What `extract?` and an editor show are Extraction's own parameters.
 extract.__signature__ = inspect.signature(Extraction).replace(return_annotation="Extraction")  # type: ignore[attr-defined]
-
-
-def _network_and_pixels(block: FeatureBlock) -> tuple[object, ...]:
-    return replace(model.NetworkSpec.of([block]), cuts=()), _pixels(block)
-
-
-def _pixels(block: FeatureBlock) -> PixelSpec:
-    return PixelSpec(block.size or find(block.backbone).size, block.resize, block.interpolation)

@@ -14,11 +14,11 @@ from nbfeat.backbones.weights import Loaded
 from nbfeat.cache.database import Cache
 from nbfeat.cache.keys import CacheKey
 from nbfeat.images import resize
-from nbfeat.inference import engines
-from nbfeat.inference.model import NUMERICS, Cut, NetworkSpec, Output
+from nbfeat.inference.prepared import PreparedNetwork
+from nbfeat.inference.spec import NUMERICS, Cut, NetworkSpec, Output
 
 if TYPE_CHECKING:
-    from nbfeat.inference.engines import Engine, Precision, Vectors
+    from nbfeat.inference.engines.base import Engine, Precision, Vectors
 
 
 @dataclass(slots=True, eq=False)
@@ -27,7 +27,7 @@ class NetworkState:
 
     spec: NetworkSpec
     pixels: resize.PixelSpec
-    opening: engines.PreparedNetwork
+    opening: PreparedNetwork
     done: NDArray[np.bool_]  # which images have their features
     features: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # of each output, a row for each image
     kept: dict[str, CacheKey] = field(default_factory=dict)  # where the cache has them

@@ -13,9 +13,10 @@ from nbfeat.errors import RequestError, listing
 from nbfeat.extraction import memory, normalize
 from nbfeat.extraction.columns import Place, names, place, prefix_of
 from nbfeat.extraction.lane import NetworkState
+from nbfeat.extraction.networks import cut_of
 from nbfeat.extraction.options import FeatureBlock
 from nbfeat.extraction.recipe import PartRecipe, Recipe
-from nbfeat.inference.model import Output, cut_of
+from nbfeat.inference.spec import Output
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from nbfeat.extraction.run import Run
     from nbfeat.images.remote import Access
     from nbfeat.images.resize import PixelSpec
-    from nbfeat.inference.model import NetworkSpec
+    from nbfeat.inference.spec import NetworkSpec
 
 Cell = tuple[bytes, bool, bytes]  # text or what an image holds, whether it is text, and which file that was here
 ROWS_AT_ONCE = 128  # fewer, and a worker waits more often; more, and a step comes seldom

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from nbfeat.backbones.weights import Loaded
 from nbfeat.errors import RequestError, listing
 from nbfeat.extraction.columns import names
+from nbfeat.extraction.networks import cut_of
 from nbfeat.extraction.normalize import Normalizer
 from nbfeat.extraction.options import FeatureBlock
-from nbfeat.inference.engines import Precision
-from nbfeat.inference.model import cut_of
+from nbfeat.inference.engines.base import Precision
 
 if TYPE_CHECKING:
     from nbfeat.extraction.extraction import Extraction

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
     from nbfeat.images.resize import PixelSpec
-    from nbfeat.inference.model import NetworkSpec
+    from nbfeat.inference.spec import NetworkSpec
 
 Blocks = str | FeatureBlock | Sequence[str | FeatureBlock]
 Frame: TypeAlias = "pd.DataFrame | str | Path | Dataset"

@@ -24,9 +24,11 @@ from nbfeat.extraction.progress import Progress
 from nbfeat.extraction.ray_session import Stay
 from nbfeat.images.remote import Access
 from nbfeat.images.resize import PixelSpec
-from nbfeat.inference import engines
-from nbfeat.inference.model import NetworkSpec
-from nbfeat.inference.precision import set_precision
+from nbfeat.inference import prepared
+from nbfeat.inference.engines import devices as hardware
+from nbfeat.inference.engines.base import Asked, Precision
+from nbfeat.inference.precision import choose_precision
+from nbfeat.inference.spec import NetworkSpec
 
 if TYPE_CHECKING:
     from nbfeat.extraction.ray_workers import Cluster
@@ -42,7 +44,7 @@ class Run:
         networks: Sequence[tuple[NetworkSpec, PixelSpec]],
         *,
         device: str,
-        precision: engines.Asked,
+        precision: Asked,
         batch_size: int | None,
         cache: bool,
         remote: Access | None = None,
@@ -61,7 +63,7 @@ class Run:
         self._cache = Cache(None)
         self._seen: dict[bytes, int] = {}
         self.computed_elsewhere = False  # whether some of it has no use for the cache
-        self._settled: Sequence[engines.Precision] = ()
+        self._settled: Sequence[Precision] = ()
 
     @contextmanager
     def caching(self) -> Iterator[None]:
@@ -80,22 +82,24 @@ class Run:
     def open(self) -> Iterator[str]:
         """Make the networks ready, yielding sentences to show meanwhile."""
         start = time.perf_counter()
-        devices, lanes = engines.choose_devices(self.device), []
+        devices, lanes = hardware.choose_devices(self.device), []
         for number, (spec, pixels) in enumerate(self.networks):
-            opening = engines.PreparedNetwork(spec, devices=devices, batch_size=self.batch_size)
+            opening = prepared.PreparedNetwork(spec, devices=devices, batch_size=self.batch_size)
             lanes.append(NetworkState(spec, pixels, opening, np.zeros(len(self.images), bool)))
             yield from opening
             self.note(opening.note)
             if self._settled:
                 lanes[-1].set_precision(self._settled[number])
             else:
-                self.note(
-                    (yield from set_precision(lanes[-1], self.precision, self.images, self.root, remote=self.remote))
+                choice = yield from choose_precision(
+                    opening, pixels, self.precision, self.images, self.root, remote=self.remote
                 )
+                lanes[-1].set_precision(choice.precision, choice.engine)
+                self.note(choice.message)
         self.lanes = lanes
         self.timings.preparing += time.perf_counter() - start
 
-    def repeat(self, precisions: Sequence[engines.Precision]) -> None:
+    def repeat(self, precisions: Sequence[Precision]) -> None:
         """Compute in what an earlier run computed in, one for each network; nothing is compared."""
         self._settled = precisions
 

@@ -17,12 +17,13 @@ from nbfeat.errors import NbfeatError, NetworkError
 from nbfeat.extraction.recipe import SLIGHT
 from nbfeat.extraction.run import Run
 from nbfeat.images import fingerprint
-from nbfeat.inference.engines import Precision, cpu_count
+from nbfeat.inference.engines import cpu_count
+from nbfeat.inference.engines.base import Precision
 
 if TYPE_CHECKING:
     from nbfeat.images.remote import Access
     from nbfeat.images.resize import PixelSpec
-    from nbfeat.inference.model import NetworkSpec
+    from nbfeat.inference.spec import NetworkSpec
 
 Table = dict[str, Any]  # of columns, as NumPy arrays
 AS_BYTES = "utf-8", "surrogatepass"  # how any text travels

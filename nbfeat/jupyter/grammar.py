@@ -31,7 +31,7 @@ from nbfeat.extraction.options import (
 )
 from nbfeat.extraction.recipe import Recipe
 from nbfeat.extraction.request import PLACES
-from nbfeat.inference.engines import PRECISIONS
+from nbfeat.inference.engines.base import PRECISIONS
 from nbfeat.parquet.dataset import is_dataset
 
 RUN_OPTIONS: tuple[Option, ...] = (

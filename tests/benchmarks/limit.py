@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from nbfeat import Extraction, FeatureBlock
+from nbfeat.extraction.networks import network_spec
 from nbfeat.images.decode import read_pixels
 from nbfeat.images.resize import PixelSpec
-from nbfeat.inference.compiled_models import Preparing
-from nbfeat.inference.engines import Precision
+from nbfeat.inference.compiled_models import prepare
+from nbfeat.inference.engines.base import Precision
 from nbfeat.inference.engines.cpu_count import available_cores
 from nbfeat.inference.engines.openvino import OpenVINOEngine
-from nbfeat.inference.model import Cut, NetworkSpec
+from nbfeat.inference.spec import Cut
 from tests.benchmarks.rounds import MissingError
 from tests.benchmarks.setting import weights_of
+from tests.fake import to_its_end
 
 
 class Ours:
@@ -64,10 +65,9 @@ class Limit:
 
     def rate(self) -> float:
         """Measure both parts, and return images per second."""
-        spec = NetworkSpec.of(FeatureBlock.parse(self.backbone, {"weights": weights_of(self.backbone)}))
-        preparing = Preparing(replace(spec, cuts=(Cut(),)))
-        list(preparing)
-        engine = OpenVINOEngine(preparing.result, precision=self.precision, batch_size=None)
+        block = FeatureBlock.parse(self.backbone, {"weights": weights_of(self.backbone)})[0]
+        spec = network_spec(block, cuts=(Cut(),))
+        engine = OpenVINOEngine(to_its_end(prepare(spec))[1], precision=self.precision, batch_size=None)
         network_seconds(engine, 4)
         decoding = decoding_seconds(self.files, spec.size)
         return available_cores() / (decoding + network_seconds(engine, max(8, len(self.files) // 16)))

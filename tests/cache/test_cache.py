@@ -27,7 +27,7 @@ from nbfeat.cache.storage import KINDS
 from nbfeat.extraction import lane, pipeline, progress
 from nbfeat.extraction.normalize import Normalizer
 from nbfeat.images import decode, fingerprint, formats, resize, sources
-from nbfeat.inference import model
+from nbfeat.inference import spec as networks
 from tests import fake
 from tests.faces import Face, same
 from tests.fake import FakeEngine, FakeNetwork
@@ -123,11 +123,11 @@ def test_so_is_what_the_versions_change(photos: pd.DataFrame, change: str, monke
             self.numbers = {"engine": "another"}
         elif change == "pooling":
             (key,) = self.outputs
-            self.outputs = {key: model.Output(48, "max", (2, 2, 48), negative=False)}
+            self.outputs = {key: networks.Output(48, "max", (2, 2, 48), negative=False)}
 
     monkeypatch.setattr(FakeNetwork, "__init__", other)
     if change == "numerics":
-        monkeypatch.setattr(lane, "NUMERICS", model.NUMERICS + 1)
+        monkeypatch.setattr(lane, "NUMERICS", networks.NUMERICS + 1)
     elif change == "decoders":
         monkeypatch.setattr(lane, "decoders", lambda: "another pillow")
     elif change == "reduction":
@@ -680,4 +680,4 @@ def test_features_are_what_the_network_gave(photos: pd.DataFrame) -> None:
     with sqlite3.connect(kept.path) as db:
         vector = db.execute("SELECT vector FROM features WHERE image = ?", (digest,)).fetchone()[0]
     kept.close()
-    np.testing.assert_array_equal(np.frombuffer(vector, np.float32), fake.features(pixels[None], model.Cut())[0])
+    np.testing.assert_array_equal(np.frombuffer(vector, np.float32), fake.features(pixels[None], networks.Cut())[0])

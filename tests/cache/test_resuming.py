@@ -21,9 +21,10 @@ from nbclient.exceptions import CellExecutionError
 
 import nbfeat
 from nbfeat import isolation, paths
-from nbfeat.inference.compiled_models import Preparing
+from nbfeat.inference.compiled_models import prepare
 from nbfeat.inference.engines.openvino import BATCH
 from tests.faces import same
+from tests.fake import to_its_end
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="uses signals and limits of Linux")]
 BLOCK = "MobileNet --alpha 0.25 --size 64 --weights random"
@@ -158,8 +159,8 @@ def test_a_network_that_is_not_what_its_digest_says_is_built_again(photos: pd.Da
     poisoned = bytearray(weights.read_bytes())
     poisoned[len(poisoned) // 2] ^= 1
     weights.write_bytes(poisoned)
-    preparing = Preparing(before._run.lanes[0].spec)
-    assert [text for text in preparing if text.startswith("building")]
+    said, _ = to_its_end(prepare(before._run.lanes[0].spec))
+    assert [text for text in said if text.startswith("building")]
     same(nbfeat.extract(few, BLOCK, images="path", cache=False).features, before.features)
     assert weights.read_bytes() != poisoned
 

@@ -32,7 +32,7 @@ from nbfeat.extraction.ray_session import Share
 from nbfeat.images import archives, fingerprint, public_hosts, remote
 from nbfeat.images.download import Limits
 from nbfeat.inference.engines import cpu_count
-from nbfeat.inference.model import NetworkSpec
+from nbfeat.inference.spec import NetworkSpec
 from nbfeat.parquet import tally
 from tests.conftest import ROOT
 from tests.extraction.cluster_child import descendants

@@ -13,7 +13,7 @@ import pytest
 from nbfeat import Extraction, ExtractionError, FeatureBlock, RequestError
 from nbfeat.images.decode import read_pixels
 from nbfeat.images.resize import PixelSpec
-from nbfeat.inference.model import Cut
+from nbfeat.inference.spec import Cut
 from tests import fake
 from tests.faces import Face, same
 

@@ -16,7 +16,8 @@ import nbfeat
 from nbfeat import NetworkError, RequestError
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.inference import precision
-from nbfeat.inference.engines import Precision, Vectors
+from nbfeat.inference.engines import devices
+from nbfeat.inference.engines.base import Precision, Vectors
 from tests.conftest import ROOT
 from tests.fake import FakeEngine, FakeNetwork
 
@@ -41,7 +42,7 @@ def hardware(fake_network: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) ->
     told = Hardware()
     start, collect = FakeNetwork.start, FakeEngine.collect
     monkeypatch.setattr(FakeNetwork, "faster", ("bfloat16",))
-    monkeypatch.setattr(precision, "time", SimpleNamespace(perf_counter=lambda: told.now))
+    monkeypatch.setattr(devices, "time", SimpleNamespace(perf_counter=lambda: told.now))
 
     def started(opening: FakeNetwork, asked: Precision, only: str | None = None) -> FakeEngine:
         if asked in told.refuses:
@@ -365,7 +366,7 @@ def test_agreement_is_that_of_the_worst_image(exact: Any, other: Any, agreement:
     ("value", "text"), [(0.9444, "0.9444"), (0.99899, "0.9990"), (0.99996, "0.99996"), (0.999999, "1.0000")]
 )
 def test_agreement_is_told_in_digits_that_tell_it_from_one(value: float, text: str) -> None:
-    assert precision.Found("bfloat16", 64, value, 0.0).told(asked=True).count(f"to {text} on") == 1
+    assert precision.PrecisionCheck("bfloat16", 64, value, 0.0).message(asked=True).count(f"to {text} on") == 1
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ import numpy as np
 from nbfeat import isolation
 from nbfeat.errors import NetworkError
 from nbfeat.inference.compiled_models import Stored
-from nbfeat.inference.engines import Pixels, Precision, Vectors, Work
+from nbfeat.inference.engines.base import Pixels, Precision, Vectors, Work
 from nbfeat.inference.engines.cpu_count import available_cores
 
 BATCH = 4  # 8 is no faster and takes 50 MB more; 16 and 32 are slower, and answer an interrupt later

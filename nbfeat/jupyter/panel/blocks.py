@@ -12,9 +12,10 @@ from nbfeat.backbones.catalog import CATALOG, find
 from nbfeat.errors import NbfeatError, format_bytes
 from nbfeat.extraction import memory
 from nbfeat.extraction.columns import names, prefix_of
+from nbfeat.extraction.networks import expected_width
 from nbfeat.extraction.options import BLOCK_OPTIONS, FeatureBlock, quoted, spelled
 from nbfeat.html import escape
-from nbfeat.inference.layers import expected_width, layer_names
+from nbfeat.inference.layers import layer_names
 from nbfeat.jupyter.panel.widgets import DEFAULT, Kit, chosen, close, obey, offer, weights_of, with_default
 
 FIRST = "MobileNetV2"  # light, and usual
