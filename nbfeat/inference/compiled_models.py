@@ -131,15 +131,16 @@ def run_child(spec: NetworkSpec, out: Path) -> Iterator[str]:
     """Run the child that builds `spec` into the folder `out`, yielding what it says on the way."""
     request = out / "request.json"
     request.write_text(json.dumps(asdict(spec)), encoding="utf-8")
-    command = [sys.executable, "-P", "-m", __name__, str(request), str(out)]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise:
-        child = subprocess.Popen(  # this interpreter, this package
+    command = [sys.executable, "-P", "-m", __name__, str(request), str(out)]  # this interpreter, this package
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise,
+        subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=noise, stdin=subprocess.DEVNULL, text=True, encoding="utf-8",
             env=isolation.child_environment(),
-        )  # fmt: skip
+        ) as child,
+    ):  # fmt: skip
         try:
-            assert child.stdout is not None
-            for line in child.stdout:
+            for line in child.stdout or ():
                 words: dict[str, Any] = json.loads(line)
                 if "error" in words:
                     raise getattr(errors, words["error"])(words["message"])
@@ -150,9 +151,6 @@ def run_child(spec: NetworkSpec, out: Path) -> Iterator[str]:
                 raise errors.NetworkError(f"The process that builds {spec.title} ended with {child.returncode}: {last}")
         finally:
             child.kill()
-            child.wait()
-            assert child.stdout is not None
-            child.stdout.close()
     request.unlink()
 
 

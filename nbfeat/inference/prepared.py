@@ -68,7 +68,7 @@ class PreparedNetwork:
                 return
         yield from self._for_keras(made.base)
         if made.file is None:
-            self.numbers["gives"] = what_it_gives(self.start("float32"))
+            self.numbers["gives"] = what_it_gives(self.start("float32"), self.spec.size)
         else:
             self.weights = Loaded(name, digest(Path(made.file.weights)))
         if why_not and self.device == "cpu":
@@ -141,12 +141,9 @@ def vectors_of(engine: Engine, pixels: Pixels) -> Vectors:
     return {key: np.concatenate([vectors[key] for vectors in found]) for key in found[0]}
 
 
-def what_it_gives(engine: Engine) -> str:
+def what_it_gives(engine: Engine, size: int) -> str:
     """Return a digest of what a network gives for seeded pixels: of code there is no hash, of what it does there is."""
-    shape = engine.buffer().shape[1:]
-    engine.close()
-    # The same images whatever the engine's size of a batch, which a GPU's is measured for.
-    pixels = np.random.default_rng(_SEED).integers(0, 256, (_IMAGES, *shape), np.uint8)
+    pixels = np.random.default_rng(_SEED).integers(0, 256, (_IMAGES, size, size, 3), np.uint8)
     total = hashlib.sha256()
     for key, vectors in sorted(vectors_of(engine, pixels).items()):
         largest = np.abs(vectors).max(initial=0)

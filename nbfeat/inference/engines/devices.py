@@ -7,7 +7,6 @@ import importlib
 import os
 import platform
 import re
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +24,6 @@ LARGEST = 1024
 LARGEST_BYTES = 256 * 2**20  # of pixels in one batch: three of them wait decoded, and more are in flight
 GROWTH = 1.05  # a batch of twice as many images has to be faster by this
 REPEATS = 2
-# What libraries below a backend say where its own class of error does not.
-_SIGNS = ("RESOURCE_EXHAUSTED", "ALLOC_FAILED", "out of memory", "can't allocate memory")
-# Where each backend keeps the errors that are about memory, and those that may be.
-_ALWAYS = (("tensorflow", "errors.ResourceExhaustedError"), ("torch", "OutOfMemoryError"))
-_PERHAPS = (("tensorflow", "errors.OpError"),)
 Result = TypeVar("Result")
 
 
@@ -79,42 +73,29 @@ def sign_of_gpu() -> bool:
 def count_gpus() -> int:
     """Ask the backend that Keras has in this process how many GPUs it can use."""
     try:
-        module = _backend()
-        match module.__name__:
-            case "tensorflow":
-                return len(module.config.get_visible_devices("GPU"))
-            case "jax":
-                return sum(device.platform == "gpu" for device in module.local_devices())
-            case "torch":
-                return int(module.cuda.device_count())
+        return len(_gpu_names())
     except (ImportError, RuntimeError):
-        pass
-    return 0
+        return 0
 
 
 def kinds(devices: tuple[str, ...]) -> str:
     """Name what `devices` are, but neither which nor how many: another kind gives other last bits."""
-    return ", ".join(sorted({_kind(device) for device in devices}))
+    named = [device.partition(":") for device in devices]
+    return ", ".join(sorted({"CPU" if kind == "cpu" else _gpu_names()[int(at or 0)] for kind, _, at in named}))
 
 
-def _kind(device: str) -> str:
-    kind, _, number = device.partition(":")
-    if kind == "cpu":
-        return "CPU"
-    module, place = _backend(), int(number or 0)
-    match module.__name__:
+def _gpu_names() -> list[str]:
+    backend = importlib.import_module("keras").backend.backend()
+    module: Any = importlib.import_module(backend)
+    match backend:
         case "tensorflow":
-            gpu = module.config.get_visible_devices("GPU")[place]
-            return str(module.config.experimental.get_device_details(gpu).get("device_name", "GPU"))
+            details = map(module.config.experimental.get_device_details, module.config.get_visible_devices("GPU"))
+            return [detail.get("device_name", "GPU") for detail in details]
         case "jax":
-            return str(module.devices("gpu")[place].device_kind)
+            return [device.device_kind for device in module.local_devices() if device.platform == "gpu"]
         case "torch":
-            return str(module.cuda.get_device_name(place))
-    return "GPU"
-
-
-def _backend() -> Any:
-    return importlib.import_module(importlib.import_module("keras").backend.backend())
+            return [module.cuda.get_device_name(at) for at in range(module.cuda.device_count())]
+    return []
 
 
 def cpu() -> str:
@@ -189,22 +170,13 @@ class Room:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether a backend had not enough memory for what it was given."""
-    if isinstance(error, (MemoryError, *_classes(_ALWAYS))):
+    classes = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+    if classes & {"builtins.MemoryError", "tensorflow.ResourceExhaustedError", "torch.OutOfMemoryError"}:
         return True
-    message = str(error)
-    return isinstance(error, (RuntimeError, *_classes(_PERHAPS))) and any(sign in message for sign in _SIGNS)
-
-
-def _classes(names: tuple[tuple[str, str], ...]) -> list[type[BaseException]]:
-    """Find classes by module and name, without importing a backend that is not there already."""
-    found: list[type[BaseException]] = []
-    for module, path in names:
-        thing: Any = sys.modules.get(module)
-        for part in path.split("."):
-            thing = getattr(thing, part, None)
-        if isinstance(thing, type):
-            found.append(thing)
-    return found
+    # Libraries below a backend say so where its own class of error does not.
+    return bool(classes & {"builtins.RuntimeError", "tensorflow.OpError"}) and any(
+        sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "ALLOC_FAILED", "out of memory", "can't allocate memory")
+    )
 
 
 def largest_batch(shape: tuple[int, ...]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -49,7 +50,7 @@ class KerasEngine:
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         keras: Any = importlib.import_module("keras")
-        backend = keras.backend.backend()
+        backend, shape = keras.backend.backend(), (spec.size, spec.size, 3)
         library = f"Keras {keras.__version__} on {_LIBRARIES.get(backend, backend)}"
         self.name = f"{library}, {listing(device.upper() for device in devices)}"
         self.kind = f"{library}, {hardware.kinds(devices)}"  # all of the name that decides numbers
@@ -65,18 +66,16 @@ class KerasEngine:
         built, self._replicas = in_a_fresh_session(work, devices[0])
         self.outputs, self.weights = built.outputs, built.weights
         self._room = hardware.Room(batch_size or BATCH, tell)
-        shape = (spec.size, spec.size, 3)
         if batch_size is None and devices[0].startswith("gpu"):
             self._find_size(shape)
         for replica in self._replicas:  # compiled for the size that is used, which takes memory, too
             self._room.fit(replica.device, replica.prepare)
         self.batch_size = batch_size or self._room.size
-        self._buffers: list[Pixels] = [
-            np.zeros((self.batch_size, *shape), np.uint8) for _ in range(WINDOW * len(devices) + 1)
-        ]
+        lent = WINDOW * len(devices) + 1
+        self._buffers: list[Pixels] = [np.zeros((self.batch_size, *shape), np.uint8) for _ in range(lent)]
         self._free = list(self._buffers)
         self._busy: deque[Flight] = deque()
-        self._next = 0  # the replica whose turn it is
+        self._turns = itertools.cycle(self._replicas)
 
     def _find_size(self, shape: tuple[int, ...]) -> None:
         """Measure how many images should run at once; all devices are taken for equal."""
@@ -104,8 +103,7 @@ class KerasEngine:
 
     def submit(self, buffer: Pixels, count: int) -> None:
         """Dispatch the batch to the device whose turn it is."""
-        flight = Flight(buffer, count, self._replicas[self._next])
-        self._next = (self._next + 1) % len(self._replicas)
+        flight = Flight(buffer, count, next(self._turns))
         self._fitting(flight, lambda: None)
         self._busy.append(flight)
 
@@ -147,7 +145,7 @@ class KerasEngine:
 
 @dataclass(slots=True)
 class Flight:
-    """A batch on its way: the images in it, and what became of its parts."""
+    """A batch on its way, in parts."""
 
     buffer: Pixels
     count: int
@@ -169,10 +167,10 @@ class Flight:
 
 
 def _parts(buffer: Pixels, count: int, size: int) -> Iterator[Pixels]:
-    """Cut `count` images into parts of one size; what is missing at the end of the buffer is black."""
     for start in range(0, count, size):
         part = buffer[start : start + size]
-        yield part if len(part) == size else np.pad(part, ((0, size - len(part)), (0, 0), (0, 0), (0, 0)))
+        missing = size - len(part)  # at the end of the buffer
+        yield np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else part
 
 
 def fetch(result: Any, keys: list[str], count: int) -> Vectors:
