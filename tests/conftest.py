@@ -14,7 +14,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 from traitlets.config import Config
 
-from nbfeat.inference import engines
+from nbfeat.inference import prepared
 from tests.faces import FACES, Face
 from tests.fake import FakeEngine, FakeNetwork, Gate
 
@@ -109,7 +109,7 @@ def photos(pictures: Path) -> pd.DataFrame:
 def fake_network(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
     """Put a pretended network in place of every real one."""
     FakeEngine.opened = FakeEngine.computed = 0
-    monkeypatch.setattr(engines, "PreparedNetwork", FakeNetwork)
+    monkeypatch.setattr(prepared, "PreparedNetwork", FakeNetwork)
     return FakeEngine
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from nbfeat.backbones.weights import Loaded
-from nbfeat.inference.engines import Pixels, Precision, Vectors, Work
-from nbfeat.inference.model import Cut, NetworkSpec, Output
+from nbfeat.inference.engines.base import Pixels, Precision, Vectors, Work
+from nbfeat.inference.spec import Cut, NetworkSpec, Output
 
 GRID = 4
+Result = TypeVar("Result")
 
 
 class FakeEngine:
@@ -89,7 +91,7 @@ def features(pixels: Pixels, cut: Cut) -> NDArray[np.float32]:
 
 
 class FakeNetwork:
-    """Stand in for `engines.PreparedNetwork`."""
+    """Stand in for `PreparedNetwork`."""
 
     note = ""
     faster: tuple[Precision, ...] = ()
@@ -132,3 +134,13 @@ class Gate:
     def open(self) -> None:
         """Let all through from now on."""
         self.let(100_000)
+
+
+def to_its_end(work: Generator[str, None, Result]) -> tuple[list[str], Result]:
+    """Run what tells on the way what it does; return what it told, and its result."""
+    said: list[str] = []
+    while True:
+        try:
+            said.append(next(work))
+        except StopIteration as end:
+            return said, end.value

@@ -9,7 +9,6 @@ import functools
 import importlib
 import json
 import os
-import random
 import subprocess
 import sys
 import warnings
@@ -28,11 +27,15 @@ import nbfeat
 from nbfeat import isolation
 from nbfeat.backbones import keras_applications, keras_weights
 from nbfeat.backbones.catalog import CATALOG
-from nbfeat.inference import engines
-from nbfeat.inference.model import Cut, NetworkSpec, build, load_base
-from nbfeat.inference.signs import maps_with_negative_values
+from nbfeat.inference.engines import devices
+from nbfeat.inference.model import build, load_base, negative_layers
+from nbfeat.inference.spec import Cut, NetworkSpec
 
 SMALLEST = 64  # pixels; below it some maps are a single cell
+PHOTOGRAPHED: tuple[tuple[str, str, dict[str, float], tuple[str, ...]], ...] = (
+    ("MobileNetV2", "MobileNetV2", {}, ("bilinear",)),
+    ("MobileNet", "MobileNet --alpha 0.25", {"alpha": 0.25}, ("bilinear", "nearest")),
+)
 
 
 def run(*words: str, backend: str = "tensorflow", module: str = "tests.keras_child") -> dict[str, Any]:
@@ -70,46 +73,39 @@ def cosine(left: np.ndarray, right: np.ndarray) -> float:
     return float(((left * right).sum(axis=1) / lengths).min())
 
 
-def ours_and_kerass(*names: str) -> dict[str, Any]:
-    """Compare the model that nbfeat builds with Keras' own ``pooling="avg"|"max"``, same weights, own preprocessing."""
+def vectors(out: str, *names: str) -> dict[str, Any]:
+    """Save what Keras' own networks give, pooled by NumPy; tell how far the model that nbfeat builds of them agrees."""
     keras: Any = importlib.import_module("keras")
+    to_numpy = keras.ops.convert_to_numpy
     found = {}
     for name in names:
-        spec = spec_of(name, Cut("", "avg"), Cut("", "max"))
-        built = build(spec, lambda _: None)
-        images = pictures(spec.size)
-        ours = built.model(images, training=False)
-        module = getattr(keras.applications, CATALOG[name].module)
-        x = module.preprocess_input(images.astype("float32"))
-        result: dict[str, Any] = {}
-        for pooling in ("avg", "max"):
-            shape = (spec.size, spec.size, 3)
-            theirs = getattr(keras.applications, name)(
-                include_top=False, weights=None, pooling=pooling, input_shape=shape
-            )
-            theirs.set_weights(built.model.layers[-1].get_weights())
-            left, right = np.asarray(ours[f"end:{pooling}"]), np.asarray(theirs(x, training=False))
-            result[pooling] = cosine(left, right)
-            result["norm"] = float(np.linalg.norm(right, axis=1).min())
-        found[name] = result
+        spec = spec_of(name, *cuts_of(name))
+        base: Any = load_base(spec, lambda _: None)
+        network, images = base[0], pictures(spec.size)
+        application = getattr(keras.applications, CATALOG[name].module)
+        x = application.preprocess_input(images.astype("float32"))
+        layer = CATALOG[name].layers[1].name
+        at_layer, at_end = map(
+            to_numpy, keras.Model(network.input, [network.get_layer(layer).output, network.output])(x)
+        )
+        expected: dict[str, Any] = {
+            cut.key: pooled(at_layer if cut.layer else at_end, cut.pooling) for cut in spec.cuts
+        }
+        if name.startswith("ConvNeXt"):  # which Keras normalizes after pooling
+            for how in ("avg", "max"):
+                own = getattr(keras.applications, name)(
+                    include_top=False, weights=None, pooling=how, input_shape=(spec.size, spec.size, 3)
+                )
+                own.set_weights(network.get_weights())
+                expected[f"end:{how}"] = to_numpy(own(x))
+        np.savez(Path(out) / f"{name}.npz", **expected)
+        ours = build(spec, lambda _: None, base=base).model(images, training=False)
+        found[name] = {
+            "worst": min(cosine(to_numpy(ours[key]), values) for key, values in expected.items()),
+            "norm": float(np.linalg.norm(expected["end:avg"], axis=1).min()),
+        }
         keras.utils.clear_session()
     return found
-
-
-def vectors(out: str, *names: str) -> dict[str, Any]:
-    """Save what the Keras model gives for every pooling and a layer in the middle, and the SHA-256 of the weights."""
-    keras: Any = importlib.import_module("keras")
-    digests = {}
-    for name in names:
-        spec = spec_of(name, *cuts_of(name))
-        with isolation.keras_defaults():
-            built = build(spec, lambda _: None)
-        result = built.model(pictures(spec.size), training=False)
-        arrays: dict[str, Any] = {key: np.asarray(value) for key, value in result.items()}
-        np.savez(Path(out) / f"{name}.npz", **arrays)
-        digests[name] = built.weights.sha256
-        keras.utils.clear_session()
-    return digests
 
 
 def cuts_of(name: str) -> list[Cut]:
@@ -118,19 +114,27 @@ def cuts_of(name: str) -> list[Cut]:
     return [*(Cut("", how) for how in ("avg", "max", "gem", "flatten")), Cut(layer, "avg"), Cut(layer, "flatten")]
 
 
+def pooled(maps: np.ndarray, how: str) -> np.ndarray:
+    """Pool feature maps by NumPy."""
+    if how == "flatten":
+        return maps.reshape(len(maps), -1)
+    if how == "gem":
+        return np.asarray((np.maximum(maps, 1e-6).astype(float) ** 3).mean(axis=(1, 2)) ** (1 / 3))
+    return np.asarray(maps.max(axis=(1, 2)) if how == "max" else maps.mean(axis=(1, 2)))
+
+
 def photographs(*paths: str) -> dict[str, Any]:
     """Compare the Keras engine, and Keras' own way, on photographs; save Keras' own for the other engine."""
     keras: Any = importlib.import_module("keras")
     out, *files = paths
-    nets = {"MobileNetV2": ("MobileNetV2", {}), "MobileNet": ("MobileNet --alpha 0.25", {"alpha": 0.25})}
-    engines.openvino_works = lambda: False  # as where it is not installed
+    devices.openvino_works = lambda: False  # as where it is not installed
     found: dict[str, Any] = {}
-    for name, (block, options) in nets.items():
+    for name, block, options, ways in PHOTOGRAPHED:
         model = getattr(keras.applications, name)(
             include_top=False, weights="imagenet", input_shape=(224, 224, 3), **options
         )
         module = getattr(keras.applications, CATALOG[name].module)
-        for how in ("bilinear", "nearest"):
+        for how in ways:
             load = keras.utils.load_img
             images = [keras.utils.img_to_array(load(f, target_size=(224, 224), interpolation=how)) for f in files]
             theirs = model.predict(module.preprocess_input(np.stack(images)), verbose=0).mean(axis=(1, 2))
@@ -139,54 +143,6 @@ def photographs(*paths: str) -> dict[str, Any]:
             found[f"{name} {how}"] = cosine(result.features.to_numpy(), theirs)
             found["report"] = repr(result)
     return found
-
-
-def globals_kept(*paths: str) -> dict[str, Any]:
-    """Run the Keras engine under hostile settings; tell what changed, and whether the numbers did."""
-    keras: Any = importlib.import_module("keras")
-    engines.openvino_works = lambda: False
-    frame = pd.DataFrame({"path": paths})
-    block = "MobileNetV3Small --size 64 --weights random --layer activation_5"
-    normal = nbfeat.extract(frame, block, images="path", cache=False).features
-    keras.config.set_dtype_policy("mixed_float16")
-    keras.config.set_image_data_format("channels_first")
-    keras.layers.Activation("relu")
-    random.seed(1)
-    before = (
-        keras.config.dtype_policy().name,
-        keras.config.image_data_format(),
-        keras.config.floatx(),
-        random.getstate(),
-    )
-    hostile = nbfeat.extract(frame, block, images="path", cache=False).features
-    after = (
-        keras.config.dtype_policy().name,
-        keras.config.image_data_format(),
-        keras.config.floatx(),
-        random.getstate(),
-    )
-    next_name = keras.layers.Activation("relu").name
-    return {"same": bool(normal.equals(hostile)), "kept": before == after, "next": next_name}
-
-
-def batches(*paths: str) -> dict[str, Any]:
-    """Run the Keras engine with batches that do not divide the images, and stop and go on."""
-    engines.openvino_works = lambda: False
-    frame = pd.DataFrame({"path": paths})
-    block = "MobileNet --alpha 0.25 --size 64 --weights random"
-    whole = nbfeat.extract(frame, block, images="path", cache=False).features
-    parts = nbfeat.Extraction(frame, block, images="path", batch_size=3, cache=False)
-    steps = parts.steps()
-    for _ in range(4):
-        next(steps)
-    steps.close()
-    stopped = parts.done
-    parts.run()
-    return {
-        "cosine": cosine(whole.to_numpy(), parts.features.to_numpy()),
-        "stopped": stopped,
-        "report": repr(parts),
-    }
 
 
 def files_of_weights(folder: str) -> dict[str, Any]:
@@ -227,7 +183,7 @@ def structures(*words: str) -> dict[str, Any]:
     for word in words:
         name, _, size = word.partition(":")
         network: Any = keras_applications.build(CATALOG[name], size=int(size))
-        negative = maps_with_negative_values(network)
+        negative = negative_layers(network)
         shapes = {layer.name: list(layer.output.shape[1:]) for layer in network.layers}
         found[word] = {"parameters": network.count_params(), "shapes": shapes, "negative": negative}
     return found
@@ -273,11 +229,8 @@ def torch_spec(name: str, weights: Path, size: str | int) -> NetworkSpec:
 PROGRAMS: dict[str, Callable[..., dict[str, Any]]] = {
     program.__name__: program
     for program in (
-        ours_and_kerass,
         vectors,
         photographs,
-        globals_kept,
-        batches,
         files_of_weights,
         structures,
         from_torch,

@@ -24,7 +24,7 @@ from ipywidgets.widgets import widget
 from PIL import Image
 from traitlets.config import Config
 
-from nbfeat.inference import engines
+from nbfeat.inference import prepared
 from tests.fake import FakeNetwork
 from tests.memory import bytes_of
 
@@ -82,7 +82,7 @@ def _objects() -> dict[str, int]:
 def main(rounds: int, block: str = "") -> None:
     """Go round, and print what was there after the warm-up and at the end, and how memory grew from round to round."""
     if not block:
-        engines.PreparedNetwork = FakeNetwork  # type: ignore[misc,assignment]
+        prepared.PreparedNetwork = FakeNetwork  # type: ignore[misc,assignment]
     config = Config()
     config.HistoryManager.enabled = False
     shell = InteractiveShell.instance(config=config)

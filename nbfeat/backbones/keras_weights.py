@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,23 @@ def copy(network: Any, twin: Any) -> None:
     for layer in leaves(twin):
         if isinstance(layer, normalization):
             layer.finalize_state()  # it computes with what it made of its weights when it was built
+
+
+def cloned(network: Any, edit: Callable[[Any, dict[str, Any]], None], *, inputs: Any = None) -> Any:
+    """Clone `network` with its weights, each layer by its configuration after `edit` was given both.
+
+    The clone takes `inputs`, or tensors like those of `network`.
+    """
+
+    def clone(layer: Any) -> Any:
+        config = layer.get_config()
+        edit(layer, config)
+        return type(layer).from_config(config)
+
+    models: Any = importlib.import_module("keras").models
+    twin = models.clone_model(network, input_tensors=inputs, clone_function=clone, recursive=True)
+    copy(network, twin)
+    return twin
 
 
 def leaves(layer: Any) -> Iterator[Any]:

@@ -16,9 +16,9 @@ from nbfeat.explore.query import Query, query_of
 from nbfeat.explore.space import Metric, Space
 from nbfeat.explore.tile import Tile, caption_columns, tile
 from nbfeat.explore.vectors import Made, vectors_of
-from nbfeat.extraction.options import whole
 from nbfeat.extraction.report import indented
 from nbfeat.html import Html, paragraph, table, text_table
+from nbfeat.inference.spec import whole
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -18,9 +18,10 @@ from nbfeat.explore.plots import COLORS, axes, colors, plain
 from nbfeat.explore.scoring import MOST_CLASSES, column_of, drawn
 from nbfeat.explore.space import Space
 from nbfeat.explore.vectors import Made, vectors_of
-from nbfeat.extraction.options import one_of, whole
+from nbfeat.extraction.options import one_of
 from nbfeat.html import Html, escape, paragraph
 from nbfeat.images.decode import short
+from nbfeat.inference.spec import whole
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,9 +13,9 @@ from nbfeat.errors import RequestError
 from nbfeat.explore import gallery
 from nbfeat.explore.tile import Tile, caption_columns, tile
 from nbfeat.explore.vectors import Made, images_of
-from nbfeat.extraction.options import whole
 from nbfeat.html import Html, paragraph
 from nbfeat.images.sources import image_column, spread
+from nbfeat.inference.spec import whole
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -19,9 +19,10 @@ from nbfeat.backbones.catalog import find
 from nbfeat.errors import RequestError, format_bytes, listing
 from nbfeat.extraction import normalize
 from nbfeat.extraction.network_state import NetworkState
+from nbfeat.extraction.networks import cut_of
 from nbfeat.extraction.options import FeatureBlock, column_names, column_prefix
 from nbfeat.extraction.recipe import PartRecipe, Recipe
-from nbfeat.inference.model import Output, cut_of
+from nbfeat.inference.spec import Output
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -31,7 +31,7 @@ from nbfeat.extraction.run import Run, Step
 from nbfeat.extraction.sink import MemorySink
 from nbfeat.images.remote import Access
 from nbfeat.images.sources import hosts, name_of
-from nbfeat.inference import model
+from nbfeat.inference.spec import NUMERICS
 from nbfeat.parquet import dataset
 
 if TYPE_CHECKING:
@@ -360,7 +360,7 @@ class Extraction(FeatureTable):
             "weights": [part.lane.weights.sha256 if part.lane else "" for part in self.parts],
             "engines": self.engines,
             "precision": self.precision,
-            "numerics": model.NUMERICS,
+            "numerics": NUMERICS,
             "versions": {name: version(name) for name in LIBRARIES},
         }
 

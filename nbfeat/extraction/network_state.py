@@ -14,12 +14,12 @@ from nbfeat.backbones.weights import Loaded
 from nbfeat.cache.database import Cache, CacheEntries
 from nbfeat.cache.keys import CacheKey
 from nbfeat.images import resize
-from nbfeat.inference import engines
-from nbfeat.inference.engines import Vectors
-from nbfeat.inference.model import NUMERICS, Cut, NetworkSpec, Output
+from nbfeat.inference.engines.base import Vectors
+from nbfeat.inference.prepared import PreparedNetwork
+from nbfeat.inference.spec import NUMERICS, Cut, NetworkSpec, Output
 
 if TYPE_CHECKING:
-    from nbfeat.inference.engines import Engine, Precision
+    from nbfeat.inference.engines.base import Engine, Precision
 
 
 @dataclass(slots=True, eq=False)
@@ -28,7 +28,7 @@ class NetworkState:
 
     spec: NetworkSpec
     pixels: resize.PixelSpec
-    opening: engines.PreparedNetwork
+    opening: PreparedNetwork
     done: NDArray[np.bool_]  # which images of the run have their features
     features: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # of each output, a row for each image
     slots: NDArray[np.int32] | None = None  # in which row those of an image are; None where all have one, in order

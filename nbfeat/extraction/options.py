@@ -16,8 +16,8 @@ from typing import Any, Literal, NoReturn, Self, get_args
 from nbfeat.backbones.backbone import SCALINGS, Scaling
 from nbfeat.errors import RequestError, listing, near, sentences
 from nbfeat.images.resize import INTERPOLATIONS, RESIZES, Interpolation, Resize
+from nbfeat.inference.spec import Pooling, alpha_of, whole
 
-Pooling = Literal["avg", "max", "gem", "flatten"]
 Normalize = Literal["none", "l2", "standard", "minmax", "whiten"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 NORMALIZES: tuple[Normalize, ...] = get_args(Normalize)
@@ -76,33 +76,6 @@ def one_of(choices: Sequence[str], what: str) -> Callable[[str], str]:
         raise RequestError(f"{what} cannot be {value!r}. {hint}")
 
     return check
-
-
-def whole(what: str, most: int | None = None) -> Callable[[Any], int]:
-    """Return a check that a value is a whole number of at least 1."""
-
-    def check(value: Any) -> int:
-        wanted = "a whole number from 1" + (f" to {most:,}" if most else "")
-        try:
-            number = int(value)
-        except (TypeError, ValueError):
-            number = 0
-        if number < 1 or number != float(value) or (most and number > most) or isinstance(value, bool):
-            raise RequestError(f"{what} takes {wanted}, not {value!r}.")
-        return number
-
-    return check
-
-
-def alpha_of(value: Any) -> float:
-    """Read a width multiplier."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = 0.0
-    if not 0 < number <= 4:
-        raise RequestError(f"--alpha takes a width multiplier such as 0.25, 0.5 or 1.0, not {value!r}.")
-    return number
 
 
 BLOCK_OPTIONS: tuple[Option, ...] = (

@@ -18,7 +18,7 @@ from nbfeat.errors import RequestError, format_bytes, listing
 from nbfeat.extraction.normalize import Normalizer
 from nbfeat.extraction.options import FeatureBlock
 from nbfeat.extraction.recipe import PartRecipe, Recipe
-from nbfeat.inference.engines import PRECISIONS
+from nbfeat.inference.engines.base import PRECISIONS
 
 FORMAT = 1  # raised whenever what older versions of nbfeat read would mean something else
 LARGEST = 64_000_000  # bytes; readers of Parquet refuse 100 million in one entry of the footer

@@ -39,8 +39,9 @@ from nbfeat.extraction.recipe import SLIGHT
 from nbfeat.extraction.run import Run
 from nbfeat.images import fingerprint, sources
 from nbfeat.images.remote import Access, absolute
-from nbfeat.inference import engines
+from nbfeat.inference import prepared
 from nbfeat.inference.engines import cpu_count
+from nbfeat.inference.engines import devices as hardware
 
 ROWS_AT_ONCE = 128  # fewer, and a worker waits more often; more, and a step comes seldom
 FETCHED_AT_ONCE = 512  # where images are fetched, for which each table opens connections of its own
@@ -380,9 +381,9 @@ class Worker:
         self._lanes: list[NetworkState] = []
         self._opened = Found()
         with self._opened.noting_problems():
-            devices = engines.choose_devices(device)
+            devices = hardware.choose_devices(device)
             for spec, pixels, precision, key_fields in networks:
-                opening = engines.PreparedNetwork(spec, devices=devices, batch_size=batch_size)
+                opening = prepared.PreparedNetwork(spec, devices=devices, batch_size=batch_size)
                 for _ in opening:
                     pass
                 self._lanes.append(NetworkState(spec, pixels, opening, np.zeros(0, bool)))

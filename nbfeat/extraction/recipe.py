@@ -14,10 +14,10 @@ from typing import Any, Protocol, TypeAlias, TypeGuard
 from nbfeat.backbones.weights import Loaded
 from nbfeat.errors import RequestError, listing
 from nbfeat.extraction.network_state import NetworkState
+from nbfeat.extraction.networks import cut_of
 from nbfeat.extraction.normalize import Normalizer
 from nbfeat.extraction.options import FeatureBlock, column_names
-from nbfeat.inference.engines import Precision
-from nbfeat.inference.model import cut_of
+from nbfeat.inference.engines.base import Precision
 
 # Another engine, machine or release gives the same features up to small differences; anything else gives others.
 SLIGHT = frozenset({"engine", "backend", "keras", "decoders", "cpu", "beside"})

@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 from nbfeat.backbones.catalog import find
 from nbfeat.errors import RequestError
 from nbfeat.extraction.columns import FeatureColumns, plan, plan_again
-from nbfeat.extraction.options import FeatureBlock, whole
+from nbfeat.extraction.networks import networks_of
+from nbfeat.extraction.options import FeatureBlock
 from nbfeat.extraction.recipe import Like, Recipe, to_repeat
 from nbfeat.images.decode import short
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import image_column
-from nbfeat.inference import engines, model
-from nbfeat.inference.model import NetworkSpec
+from nbfeat.inference.engines import devices as hardware
+from nbfeat.inference.engines.base import Asked
+from nbfeat.inference.spec import NetworkSpec, whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +51,7 @@ class Request:
     replace: bool
     batch_size: int | None
     device: str
-    precision: engines.Asked
+    precision: Asked
     on: str | None
     remote: bool
 
@@ -81,7 +83,7 @@ def read_request(
     remote: bool,
 ) -> Request:
     """Read and check what was asked for; nothing is started."""
-    frame, checked = read_frame(frame), engines.check_precision(precision)
+    frame, checked = read_frame(frame), hardware.check_precision(precision)
     repeats = to_repeat(like, blocks=blocks, fit_on=fit_on, precision=precision, defaults=defaults)
     asked = list(images) if isinstance(images, list | tuple) else [images]
     if repeats is not None:
@@ -92,26 +94,25 @@ def read_request(
     columns = [image_column(frame, column) for column in asked]
     parts = plan_again(repeats, columns) if repeats else plan(of_blocks, columns)
     fit_rows = None if fit_on is None else rows_selected(frame, fit_on)
-    groups = model.group(of_blocks, _network_and_pixels)
-    networks = [(model.NetworkSpec.of(group), _pixels(group[0])) for group in groups]
+    grouped = networks_of(of_blocks)
     for part in parts:
         if part.is_sized:
             part.place_in(frame, replace=replace)
-        part.network = next(number for number, group in enumerate(groups) if part.block in group)
+        part.network = next(number for number, (*_, group) in enumerate(grouped) if part.block in group)
     cells = [value for column in columns for value in frame[column].tolist()]
     return Request(
         frame=frame,
         blocks=of_blocks,
         columns=columns,
         parts=parts,
-        networks=networks,
+        networks=[(spec, pixels) for spec, pixels, _ in grouped],
         images=cells,
         fit_rows=fit_rows,
         repeats=repeats,
         root=Path(root or "").expanduser().absolute(),
         replace=replace,
         batch_size=None if batch_size == "auto" else whole("--batch-size", LARGEST_BATCH)(batch_size),
-        device=engines.check_device(device),
+        device=hardware.check_device(device),
         precision=checked,
         on=on,
         remote=remote,
@@ -207,11 +208,3 @@ def rows_selected(frame: pd.DataFrame, fit_on: str | Sequence[bool]) -> NDArray[
     if not mask.any():
         raise RequestError("--fit-on selects no row at all. Check the query against the frame's values.")
     return mask
-
-
-def _network_and_pixels(block: FeatureBlock) -> tuple[object, ...]:
-    return replace(model.NetworkSpec.of([block]), cuts=()), _pixels(block)
-
-
-def _pixels(block: FeatureBlock) -> PixelSpec:
-    return PixelSpec(block.size or find(block.backbone).size, block.resize, block.interpolation)

@@ -24,9 +24,11 @@ from nbfeat.images.public_hosts import NOT_ALLOWED
 from nbfeat.images.remote import Access
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import name_of, state_of
-from nbfeat.inference import engines
-from nbfeat.inference.model import NetworkSpec
-from nbfeat.inference.precision import set_precision
+from nbfeat.inference import prepared
+from nbfeat.inference.engines import devices as hardware
+from nbfeat.inference.engines.base import Asked, Precision
+from nbfeat.inference.precision import choose_precision
+from nbfeat.inference.spec import NetworkSpec
 
 ROWS_AT_ONCE = 500
 FIRST_REASONS = 3
@@ -55,7 +57,7 @@ class Run:
         executor: Executor,
         *,
         device: str,
-        precision: engines.Asked,
+        precision: Asked,
         batch_size: int | None,
         cache: bool,
         remote: Access | None = None,
@@ -73,7 +75,7 @@ class Run:
         self.seen: dict[bytes, int] = {}  # which image of the window had a content first
         self.computed_elsewhere = False  # whether some of it has no use for the cache
         self._window: NDArray[np.int64] | None = None
-        self._repeated: Sequence[engines.Precision] = ()
+        self._repeated: Sequence[Precision] = ()
 
     @contextmanager
     def caching(self) -> Iterator[None]:
@@ -92,9 +94,9 @@ class Run:
     def open(self) -> Iterator[str]:
         """Make the networks ready, yielding sentences to show meanwhile."""
         start = time.perf_counter()
-        devices, lanes = engines.choose_devices(self.device), []
+        devices, lanes = hardware.choose_devices(self.device), []
         for number, (spec, pixels) in enumerate(self.networks):
-            opening = engines.PreparedNetwork(spec, devices=devices, batch_size=self.batch_size)
+            opening = prepared.PreparedNetwork(spec, devices=devices, batch_size=self.batch_size)
             lane = NetworkState(spec, pixels, opening, np.zeros(len(self.images), bool))
             lanes.append(lane)
             yield from opening
@@ -102,12 +104,15 @@ class Run:
             if self._repeated:
                 lane.set_precision(self._repeated[number])
             else:
-                note = yield from set_precision(lane, self.precision, self.images, self.root, remote=self.remote)
-                self.note(note)
+                choice = yield from choose_precision(
+                    opening, pixels, self.precision, self.images, self.root, remote=self.remote
+                )
+                lane.set_precision(choice.precision, choice.engine)
+                self.note(choice.message)
         self.lanes = lanes
         self.timings.preparing += time.perf_counter() - start
 
-    def repeat(self, precisions: Sequence[engines.Precision]) -> None:
+    def repeat(self, precisions: Sequence[Precision]) -> None:
         """Compute in what an earlier run computed in, one for each network; nothing is compared."""
         self._repeated = precisions
 

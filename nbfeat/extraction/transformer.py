@@ -14,9 +14,10 @@ from sklearn.utils.validation import _check_feature_names_in, check_is_fitted, v
 
 from nbfeat.errors import ExtractionError, RequestError, sentences
 from nbfeat.extraction.extraction import FIRST_REASONS, Extraction
-from nbfeat.extraction.options import Normalize, Pooling, one_of
+from nbfeat.extraction.options import Normalize, one_of
 from nbfeat.extraction.request import Blocks, check_frame
 from nbfeat.images.sources import image_column
+from nbfeat.inference.spec import Pooling
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from nbfeat.backbones import keras_weights
 from nbfeat.errors import NetworkError
-
-if TYPE_CHECKING:
-    import keras
 
 MAP_RANK = 4
 _LARGEST_DIFFERENCE = 0.005  # of what outputs vary by between images; float32 gives 1e-3 in the deepest networks
@@ -19,17 +16,14 @@ _IMAGES = 4
 _SEED = 8
 
 
-def turn_channels_first(base: keras.Model) -> keras.Model | None:
-    """Clone `base` with channels before rows and columns; None where it cannot be (ConvNeXt's nested parts)."""
+def turn_channels_first(base: Any) -> Any | None:
+    """Clone the model `base` with channels before rows and columns; None where that cannot be (ConvNeXt's parts)."""
     keras: Any = importlib.import_module("keras")
     layers = keras.layers
     if any(hasattr(layer, "layers") for layer in base.layers):
         return None
 
-    def turn(layer: Any) -> Any:
-        if isinstance(layer, layers.InputLayer):
-            return layer
-        config = layer.get_config()
+    def turn(layer: Any, config: dict[str, Any]) -> None:
         if "data_format" in config:
             config["data_format"] = "channels_first"
         if isinstance(layer, layers.BatchNormalization | layers.Concatenate | layers.Normalization):
@@ -39,11 +33,9 @@ def turn_channels_first(base: keras.Model) -> keras.Model | None:
             config["target_shape"] = (channels, rows, columns)
         if isinstance(layer, layers.Rescaling) and isinstance(config["scale"], list | tuple):
             config["scale"] = [[[value]] for value in config["scale"]]
-        return type(layer).from_config(config)
 
     rows, columns, channels = base.input_shape[1:]
-    turned = keras.models.clone_model(base, input_tensors=keras.Input((channels, rows, columns)), clone_function=turn)
-    keras_weights.copy(base, turned)
+    turned = keras_weights.cloned(base, turn, inputs=keras.Input((channels, rows, columns)))
     if turned.output_shape[1] != base.output_shape[-1]:
         raise NetworkError(
             f"{base.name} could not be turned channels-first: {turned.output_shape} from {base.output_shape}."
@@ -51,14 +43,14 @@ def turn_channels_first(base: keras.Model) -> keras.Model | None:
     return turned
 
 
-def gives_the_same(turned: keras.Model, straight: keras.Model) -> bool:
+def gives_the_same(one: Any, other: Any) -> bool:
     """Tell whether two models give the same for seeded random pixels, in every output.
 
     The difference is measured against what an output varies by between images: one that hardly does, such as a
     saturated softmax, proves nothing.
     """
-    pixels = _pixels(straight.input_shape[1])
-    left, right = (model.predict_on_batch(pixels) for model in (turned, straight))
+    pixels = _pixels(other.input_shape[1])
+    left, right = (model.predict_on_batch(pixels) for model in (one, other))
     for key, values in right.items():
         ours, theirs = np.asarray(left[key], float), np.asarray(values, float)
         if ours.shape != theirs.shape or not np.isfinite(ours).all():

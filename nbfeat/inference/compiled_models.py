@@ -2,32 +2,43 @@
 
 A network is a folder with a JSON manifest (what was asked, versions, SHA-256 of the weights and of each file) and is
 used only if the digests agree.
+
+``python -m nbfeat.inference.compiled_models SPEC OUT`` is the child: it reads a NetworkSpec as JSON and fills the
+folder OUT with ``network.xml``, ``network.bin`` and ``manifest.json``; a SPEC without cuts asks for ``layers.json``,
+what can be cut, alone. Each line on standard output is a JSON object: ``{"tell": text}`` on the way, ``{"error": class,
+"message": text}`` at the end. A process of its own keeps Keras, its settings and 800 MB out of the kernel.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import weakref
+import zipfile
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from nbfeat import errors, isolation
-from nbfeat.backbones import user_models, weights
+from nbfeat.backbones import keras_applications, user_models, weights
 from nbfeat.backbones.catalog import find
-from nbfeat.inference.export import versions
-from nbfeat.inference.model import NetworkSpec, Output
+from nbfeat.inference.engines.keras_session import in_a_fresh_session
+from nbfeat.inference.model import Base, Built, build, layers_of, load_base
+from nbfeat.inference.spec import NetworkSpec, Output
 from nbfeat.paths import HomeError, folder_written_whole, keep
 
 FILES = ("network.xml", "network.bin")
 ABANDONED_AFTER = 3600  # seconds; a network is built in less
+FILE_ADVICE = f"{user_models.REGISTER} Keras then runs it."  # which does not help where it is registered
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,65 +48,53 @@ class Stored:
     folder: Path
     outputs: dict[str, Output]
     weights: weights.Loaded
+    note: str = ""  # why it could not be kept, where that is so
     owner: object = None  # keeps a temporary folder alive where nothing could be kept
 
 
-class Preparing:
-    """Find or build the network of `spec`; iterate for sentences to show meanwhile, then read `result`."""
-
-    result: Stored
-    note = ""  # why nothing could be kept, where that is so
-
-    def __init__(self, spec: NetworkSpec) -> None:
-        self.spec = spec
-
-    def __iter__(self) -> Iterator[str]:
-        """Work, yielding what is being done."""
-        owner = None
-        try:
-            parent = keep("networks")
-        except HomeError as error:
-            self.note = f"{error} The network is built for this run only."
-            owner = TemporaryFolder()
-            parent = owner.path
-        final = parent / self.spec.key(**versions())
-        if found := read(final):
-            self.result = self._checked(found)
-            return
+def prepare(spec: NetworkSpec) -> Generator[str, None, Stored]:
+    """Find or build the network of `spec`; yield sentences to show meanwhile."""
+    parent, owner, problem = _kept_folder("networks")
+    final = parent / spec.key(**versions())
+    note = f"{problem} The network is built for this run only." if problem else ""
+    stored = read(final)
+    if stored is None:
         shutil.rmtree(final, ignore_errors=True)
         remove_abandoned(parent)
-        spec, _held = yield from located(self.spec)
-        yield f"building {spec.title} (once; then it is kept)"
+        ready, _held = yield from located(spec)
+        yield f"building {ready.title} (once; then it is kept)"
         with folder_written_whole(final) as made:
-            yield from run_child(spec, made)
-        if not (written := read(final)):
+            yield from run_child(ready, made)
+        if not (stored := read(final)):
             raise errors.NetworkError(
                 f"The network just written to {final} cannot be read back. Is the disk full or changing?"
             )
-        self.result = replace(self._checked(written), owner=owner)
-
-    def _checked(self, found: Stored) -> Stored:
-        """Refuse a network of the user's own whose file was another one when it was loaded than when it was named."""
-        if self.spec.backbone == user_models.NAME and found.weights.sha256 != weights.digest(Path(self.spec.weights)):
-            shutil.rmtree(found.folder, ignore_errors=True)
-            raise errors.WeightsError(f"{self.spec.title} changed while it was read. Run it again when it is saved.")
-        return found
+    # A file of the user's own may be another one by now than when it was named.
+    if spec.backbone == user_models.NAME and stored.weights.sha256 != weights.digest(Path(spec.weights)):
+        shutil.rmtree(final, ignore_errors=True)
+        raise errors.WeightsError(f"{spec.title} changed while it was read. Run it again when it is saved.")
+    return replace(stored, note=note, owner=owner)
 
 
 def located(spec: NetworkSpec) -> Generator[str, None, tuple[NetworkSpec, object]]:
     """Yield sentences while weights come that Keras does not fetch; return `spec` with their path, and their owner."""
     if spec.weights != "imagenet" or not find(spec.backbone).published:
         return spec, None
-    backbone = find(spec.backbone)
-    owner = None
-    try:
-        folder = keep("weights")
-    except HomeError:
-        owner = TemporaryFolder()
-        folder = owner.path
+    from nbfeat.backbones import weights
+
+    folder, owner, _ = _kept_folder("weights")
     remove_abandoned(folder)
-    path = yield from weights.fetch(backbone, folder)
+    path = yield from weights.fetch(find(spec.backbone), folder)
     return replace(spec, weights=str(path)), owner
+
+
+def _kept_folder(name: str) -> tuple[Path, object, str]:
+    """Return a folder that stays; where it cannot be had, one that goes with its owner, and why."""
+    try:
+        return keep(name), None, ""
+    except HomeError as error:
+        owner = TemporaryFolder()
+        return owner.path, owner, str(error)
 
 
 def remove_abandoned(parent: Path) -> None:
@@ -132,15 +131,16 @@ def run_child(spec: NetworkSpec, out: Path) -> Iterator[str]:
     """Run the child that builds `spec` into the folder `out`, yielding what it says on the way."""
     request = out / "request.json"
     request.write_text(json.dumps(asdict(spec)), encoding="utf-8")
-    command = [sys.executable, "-P", "-m", "nbfeat.inference.export", str(request), str(out)]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise:
-        child = subprocess.Popen(  # this interpreter, this package
+    command = [sys.executable, "-P", "-m", __name__, str(request), str(out)]  # this interpreter, this package
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise,
+        subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=noise, stdin=subprocess.DEVNULL, text=True, encoding="utf-8",
             env=isolation.child_environment(),
-        )  # fmt: skip
+        ) as child,
+    ):  # fmt: skip
         try:
-            assert child.stdout is not None
-            for line in child.stdout:
+            for line in child.stdout or ():
                 words: dict[str, Any] = json.loads(line)
                 if "error" in words:
                     raise getattr(errors, words["error"])(words["message"])
@@ -151,7 +151,158 @@ def run_child(spec: NetworkSpec, out: Path) -> Iterator[str]:
                 raise errors.NetworkError(f"The process that builds {spec.title} ended with {child.returncode}: {last}")
         finally:
             child.kill()
-            child.wait()
-            assert child.stdout is not None
-            child.stdout.close()
     request.unlink()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what decides the numbers of a network on disk."""
+    return {name: version(name) for name in ("keras", "openvino")}
+
+
+# What a function of the user's builds
+
+
+@dataclass(frozen=True, slots=True)
+class UserModel:
+    """A network that was built in this kernel: as it is, and the file that it is in where it needs no other code."""
+
+    base: Base
+    file: NetworkSpec | None
+    why_not: str = ""
+    owner: object = None  # keeps the folder of the file alive
+
+
+def build_user_model(spec: NetworkSpec, device: str) -> UserModel:
+    """Build the registered network of `spec`, and save it where Keras alone can load it again."""
+    owner = TemporaryFolder()
+    path = owner.path / f"{spec.backbone}.keras"
+
+    def work() -> tuple[Base, str]:
+        base = load_base(spec, lambda _: None)
+        try:
+            base[0].save(path)
+        except Exception as error:  # whatever the user's layers make of being saved
+            return base, f"{spec.backbone} cannot be saved ({_first_line(error)})"
+        return base, ""
+
+    base, why_not = in_a_fresh_session(work, device)
+    if why_not:
+        return UserModel(base, None, why_not)
+    try:
+        user_models.backbone_at(str(path))
+    except errors.NbfeatError as error:
+        return UserModel(base, None, why_not_as_file(error, spec.backbone))
+    _write_without_dates(path)
+    return UserModel(base, replace(spec, backbone=user_models.NAME, weights=str(path)), owner=owner)
+
+
+def why_not_as_file(error: errors.NbfeatError, name: str) -> str:
+    """Return what is said of a file as a clause about what was registered as `name`, without the next step."""
+    clause = str(error).removesuffix(FILE_ADVICE).removesuffix(user_models.REGISTER).partition(": replace")[0]
+    return clause.replace(f"{name}.keras", name).rstrip(" .")
+
+
+def _write_without_dates(path: Path) -> None:
+    """Write a ``.keras`` file anew without times and addresses in memory, so that equal networks are equal files."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    numbers: dict[int, int] = {}
+
+    def renumbered(thing: dict[str, Any]) -> dict[str, Any]:
+        if "shared_object_id" in thing:
+            thing["shared_object_id"] = numbers.setdefault(thing["shared_object_id"], len(numbers) + 1)
+        return thing
+
+    parts["config.json"] = json.dumps(json.loads(parts["config.json"], object_hook=renumbered)).encode()
+    parts["metadata.json"] = json.dumps({**json.loads(parts["metadata.json"]), "date_saved": ""}).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in sorted(parts):
+            archive.writestr(zipfile.ZipInfo(name), parts[name])
+
+
+# The child
+
+
+def main(spec_path: str, out: str) -> int:
+    """Build and write; every failure becomes a line of JSON with a sentence in it."""
+    # Standard output is a channel to the parent: keep it, and send what libraries print there to standard error.
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+
+    def say(**line: str) -> None:
+        channel.write(json.dumps(line) + "\n")
+
+    try:
+        isolation.quiet_child()
+        spec = NetworkSpec.from_json(Path(spec_path).read_text(encoding="utf-8"))
+        (export if spec.cuts else describe)(spec, Path(out), lambda text: say(tell=text))
+    except errors.NbfeatError as error:
+        say(error=type(error).__name__, message=str(error))
+        return 1
+    except Exception as error:  # the parent turns it into a NetworkError
+        say(error="NetworkError", message=f"{type(error).__name__}: {error}")
+        return 1
+    return 0
+
+
+def export(spec: NetworkSpec, out: Path, tell: weights.Tell) -> None:
+    """Build the network of `spec` and write it to the folder `out`."""
+    built = build(spec, tell, channels_first=True)
+    try:
+        write(built, out / "network.xml")
+    except Exception as error:
+        if not spec.network.is_user_model:
+            raise
+        raise errors.NetworkError(f"OpenVINO cannot run {spec.title}: {_first_line(error)}. {FILE_ADVICE}") from error
+    manifest = {
+        "spec": asdict(spec),
+        "made_with": versions(),
+        "weights": asdict(built.weights),
+        "outputs": {key: asdict(output) for key, output in built.outputs.items()},
+        "files": {name: weights.digest(out / name) for name in FILES},
+    }
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def write(built: Built, path: Path) -> None:
+    """Trace the model with Keras' OpenVINO backend and save the graph with float32 weights.
+
+    Keras' own `export` fixes the batch at 1 on this backend and leaves the outputs without names.
+    """
+    openvino: Any = isolation.import_openvino()
+    operations: Any = importlib.import_module("openvino.opset13")
+    ops: Any = importlib.import_module("keras").ops
+    shape = [-1 if size is None else size for size in built.model.input_shape]
+    pixels = operations.parameter(shape, openvino.Type.u8)
+    pixels.output(0).set_names({"pixels"})
+    results = []
+    for key, value in built.model(ops.convert_to_tensor(pixels.output(0)), training=False).items():
+        value.output.set_names({key})
+        results.append(operations.result(value.output, name=key))
+    graph = openvino.Model(results, [pixels])
+    try:
+        fold: Any = importlib.import_module("openvino._offline_transformations").apply_moc_transformations
+    except (ImportError, AttributeError):
+        pass  # compiling then takes 0.4 s longer; the numbers are the same
+    else:
+        fold(graph, True)
+    openvino.save_model(graph, path, compress_to_fp16=False)
+
+
+def describe(spec: NetworkSpec, out: Path, tell: weights.Tell) -> None:
+    """Write what can be cut of the backbone of `spec`, with weights as Keras draws them: they do not matter here."""
+    backbone = spec.network
+    tell(f"building {backbone.title} to see its layers")
+    if backbone.is_user_model:
+        network = load_base(spec, tell)[0]
+    else:
+        network = keras_applications.build(backbone, size=spec.size, alpha=spec.alpha)
+    (out / "layers.json").write_text(json.dumps(layers_of(network)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

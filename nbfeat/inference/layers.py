@@ -14,11 +14,11 @@ from nbfeat.backbones.backbone import Backbone
 from nbfeat.backbones.catalog import find
 from nbfeat.backbones.user_models import NAME
 from nbfeat.errors import NbfeatError, NetworkError
-from nbfeat.extraction.options import FeatureBlock, alpha_of, whole
 from nbfeat.inference.channels_first import MAP_RANK
-from nbfeat.inference.compiled_models import run_child
-from nbfeat.inference.export import versions
-from nbfeat.inference.model import NetworkSpec
+from nbfeat.inference.compiled_models import run_child, versions
+from nbfeat.inference.engines.keras_session import in_a_fresh_session
+from nbfeat.inference.model import layers_of, load_base
+from nbfeat.inference.spec import Cut, NetworkSpec, alpha_of, whole
 from nbfeat.paths import HomeError, keep, write_whole
 
 if TYPE_CHECKING:
@@ -57,17 +57,13 @@ def layers(backbone: str, *, alpha: float | None = None, size: int | None = None
     found = find(backbone)
     spec = spec_of(found, alpha, size)
     customary = set() if found.package == "file" else {layer.name for layer in found.layers}
-    rows = [_row(row, customary) for row in _rows(spec, found)]
+    if found.package == "registered":
+        rows = in_a_fresh_session(lambda: layers_of(load_base(spec, lambda _: None)[0]), "cpu")
+    else:
+        rows = known_layers(spec) or _look(spec)
     # A vector is not pooled, and one that is missing must not turn the widths of the others into fractions.
-    return pd.DataFrame(rows).set_index("layer").astype({"avg, max, gem": "Int64"})
-
-
-def _rows(spec: NetworkSpec, backbone: Backbone) -> list[dict[str, Any]]:
-    if backbone.package == "registered":
-        from nbfeat.inference import own
-
-        return own.rows(spec)
-    return known_layers(spec) or _look(spec)
+    table = pd.DataFrame([_row(row, customary) for row in rows])
+    return table.set_index("layer").astype({"avg, max, gem": "Int64"})
 
 
 def known_layers(spec: NetworkSpec) -> list[dict[str, Any]] | None:
@@ -84,31 +80,27 @@ def layer_names(backbone: Backbone) -> list[str]:
     return list(dict.fromkeys([*(layer.name for layer in backbone.layers), *_seen(backbone)]))
 
 
-def expected_width(block: FeatureBlock) -> tuple[int, bool] | None:
-    """Return how many features of an image `block` will give, without building anything, and whether that is exact.
+def expected_width(backbone: Backbone, cut: Cut, *, alpha: float | None, size: int | None) -> tuple[int, bool] | None:
+    """Return how many features of an image `cut` will give, without building anything, and whether that is exact.
 
     None where it is not known: in networks of the user's own, and at layers that nobody looked at yet.
     """
-    backbone = find(block.backbone)
-    if block.components:
-        return block.components, True
     if backbone.is_user_model:
         return None
-    rows = _seen(backbone, block.alpha, block.size)
-    name = block.layer or backbone.end or next(reversed(rows), "")
+    rows = _seen(backbone, alpha, size)
+    name = cut.layer or backbone.end or next(reversed(rows), "")
     if name in rows:
-        shape = [size for size in rows[name]["shape"] if size is not None]
-        is_pooled = len(shape) == MAP_RANK - 1 and block.pooling != "flatten"
-        return (shape[-1] if is_pooled else math.prod(shape)), True
-    stride, channels = 32, backbone.width_at(block.alpha)
-    if block.layer:
-        layer = next((layer for layer in backbone.layers if layer.name == block.layer), None)
+        pooled, flat = _widths(rows[name])
+        return flat if pooled is None or cut.pooling == "flatten" else pooled, True
+    stride, channels = 32, backbone.width_at(alpha)
+    if cut.layer:
+        layer = next((layer for layer in backbone.layers if layer.name == cut.layer), None)
         if layer is None:
             return None
-        stride, channels = layer.stride, round(layer.channels * (block.alpha or 1))
-    if block.pooling != "flatten" or not stride:
-        return channels, not (block.layer and block.alpha)
-    return channels * math.ceil((block.size or backbone.size) / stride) ** 2, False
+        stride, channels = layer.stride, round(layer.channels * (alpha or 1))
+    if cut.pooling != "flatten" or not stride:
+        return channels, not (cut.layer and alpha)
+    return channels * math.ceil((size or backbone.size) / stride) ** 2, False
 
 
 def _seen(backbone: Backbone, alpha: float | None = None, size: int | None = None) -> dict[str, dict[str, Any]]:
@@ -126,14 +118,14 @@ def spec_of(backbone: Backbone, alpha: float | None = None, size: int | None = N
     """Describe the network whose layers are asked for; its weights do not matter."""
     side = whole("size")(size) if size is not None else backbone.size
     width = alpha_of(alpha) if alpha is not None else None
-    if backbone.is_user_model:
+    if not backbone.is_user_model:
+        keras_applications.check(backbone, size=side, alpha=width)
+        name, weights, scaling = backbone.name, "random", backbone.scaling
+    else:
         side = user_models.check(backbone, size=size and side, alpha=width, weights=None, scaling="none")
         name, weights = (NAME, backbone.name) if backbone.package == "file" else (backbone.name, "own")
-        return NetworkSpec(backbone=name, alpha=None, weights=weights, scaling="none", size=side, cuts=())
-    keras_applications.check(backbone, size=side, alpha=width)
-    return NetworkSpec(
-        backbone=backbone.name, alpha=width, weights="random", scaling=backbone.scaling, size=side, cuts=()
-    )
+        width, scaling = None, "none"
+    return NetworkSpec(backbone=name, alpha=width, weights=weights, scaling=scaling, size=side, cuts=())
 
 
 def _place(spec: NetworkSpec) -> Path:
@@ -153,17 +145,18 @@ def _look(spec: NetworkSpec) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(row: dict[str, Any], customary: set[str]) -> dict[str, Any]:
+def _widths(row: dict[str, Any]) -> tuple[int | None, int]:
+    """Return how many features a layer gives pooled, None where it is a vector, and flattened."""
     shape = [size for size in row["shape"] if size is not None]
-    is_map = len(shape) == MAP_RANK - 1
-    pooled = shape[-1] if is_map else None
-    flat = 1
-    for size in shape:
-        flat *= size
+    return shape[-1] if len(shape) == MAP_RANK - 1 else None, math.prod(shape)
+
+
+def _row(row: dict[str, Any], customary: set[str]) -> dict[str, Any]:
+    pooled, flat = _widths(row)
     return {
         "layer": row["layer"],
         "kind": row["kind"],
-        "shape": " × ".join(f"{size:,}" for size in shape),
+        "shape": " × ".join(f"{size:,}" for size in row["shape"] if size is not None),
         "avg, max, gem": pooled,
         "flatten": flat,
         "bytes": 4 * (pooled or flat),

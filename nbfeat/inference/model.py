@@ -1,154 +1,40 @@
 """Blocks that share a backbone become one Keras model: raw uint8 pixels in, pooled vectors out.
 
-Pixel scaling, the cuts and the pooling lie inside the model; normalization of features does not. Everything that
-changes the numbers is in NetworkSpec, and its `key` names the built network on disk.
+Pixel scaling, the cuts and the pooling lie inside the model; normalization of features does not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib
-import json
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from nbfeat.backbones import keras_applications, user_models, weights
 from nbfeat.backbones.backbone import Backbone, Scaling
-from nbfeat.backbones.catalog import find
 from nbfeat.errors import RequestError, near, sentences
-from nbfeat.extraction.options import FeatureBlock, Pooling
 from nbfeat.inference.channels_first import MAP_RANK, gives_the_same, turn_channels_first
-from nbfeat.inference.signs import made_by, maps_with_negative_values
+from nbfeat.inference.spec import Cut, NetworkSpec, Output, Pooling
 
-if TYPE_CHECKING:
-    import keras
-
-NUMERICS = 2  # raised whenever a change here changes the numbers that come out
 GEM_POWER = 3.0  # Radenović et al. 2018, "Fine-tuning CNN image retrieval with no human annotation"
+_ALWAYS_POSITIVE = {"relu", "relu6", "sigmoid", "softmax", "softplus", "hard_sigmoid"}
+_KEEPS_SIGN: tuple[str, ...] = (
+    "MaxPooling2D", "AveragePooling2D", "AdaptiveAveragePooling2D", "GlobalAveragePooling2D", "GlobalMaxPooling2D",
+    "UpSampling2D", "ZeroPadding2D", "Cropping2D", "Dropout", "Flatten", "Reshape", "Concatenate", "Add", "Multiply",
+)  # fmt: skip
 
-
-@dataclass(frozen=True, slots=True, order=True)
-class Cut:
-    """One output of a network: where it is cut, and how a map there is pooled ("" for the default)."""
-
-    layer: str = ""
-    pooling: Pooling | str = ""
-
-    @property
-    def key(self) -> str:
-        """The name of the output in the built model."""
-        return f"{self.layer or 'end'}:{self.pooling or 'default'}"
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What a cut turned out to be once the network was built."""
-
-    width: int
-    pooling: Pooling | None
-    shape: tuple[int, ...]  # of the layer, channels last, without the batch
-    negative: bool  # whether values below zero can occur, which GeM would lose
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NetworkSpec:
-    """Everything that decides a network's numbers.
-
-    A network in a file of the user's own is told by `weights`, the path of the file, which the key replaces by its
-    content.
-    """
-
-    backbone: str
-    alpha: float | None
-    weights: str
-    scaling: Scaling
-    size: int
-    cuts: tuple[Cut, ...]
-
-    @classmethod
-    def of(cls, blocks: Iterable[FeatureBlock]) -> NetworkSpec:
-        """Describe the one network that serves `blocks`, which share everything but cut, normalization and prefix."""
-        blocks = list(blocks)
-        first, backbone = blocks[0], find(blocks[0].backbone)
-        cuts = tuple(sorted({cut_of(block) for block in blocks}))
-        if backbone.is_user_model:
-            return cls._of_own(backbone, first, cuts)
-        chosen = first.weights or backbone.default_weights
-        spec = cls(
-            backbone=backbone.name,
-            alpha=first.alpha,
-            weights=chosen if chosen in weights.NAMED else str(weights.weights_file(chosen)),
-            scaling=first.scaling or backbone.scaling,
-            size=first.size or backbone.size,
-            cuts=cuts,
-        )
-        keras_applications.check(backbone, size=spec.size, alpha=spec.alpha, weights=spec.weights)
-        return spec
-
-    @classmethod
-    def _of_own(cls, backbone: Backbone, block: FeatureBlock, cuts: tuple[Cut, ...]) -> NetworkSpec:
-        given = {name: getattr(block, name) for name in ("size", "alpha", "weights", "scaling")}
-        size, is_file = user_models.check(backbone, **given), backbone.package == "file"
-        return cls(
-            backbone=user_models.NAME if is_file else backbone.name,
-            alpha=None,
-            weights=backbone.name if is_file else backbone.default_weights,
-            scaling=block.scaling or backbone.scaling,
-            size=size,
-            cuts=cuts,
-        )
-
-    @property
-    def network(self) -> Backbone:
-        """The backbone that is built."""
-        return find(self.weights if self.backbone == user_models.NAME else self.backbone)
-
-    @property
-    def is_registered(self) -> bool:
-        """Whether a function of the user's builds it, in this process."""
-        return self.network.package == "registered"
-
-    @property
-    def title(self) -> str:
-        """What it is called where people read it."""
-        return self.network.title
-
-    def key(self, **versions: str) -> str:
-        """Name this network, as `versions` of the libraries would build it, in 40 hexadecimal digits."""
-        content = self.weights
-        if content == "bundled":
-            content = find(self.backbone).bundled  # another release may bring others
-        elif content not in weights.NAMED:
-            content = weights.digest(weights.weights_file(content))
-        parts = {**asdict(self), "weights": content, "numerics": NUMERICS, **versions}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
-
-    @classmethod
-    def from_json(cls, text: str) -> NetworkSpec:
-        """Read what ``json.dumps(asdict(spec))`` wrote."""
-        parts = json.loads(text)
-        return cls(**{**parts, "cuts": tuple(Cut(**cut) for cut in parts["cuts"])})
-
-
-def cut_of(block: FeatureBlock) -> Cut:
-    """Return the output of the network that `block` reads."""
-    return Cut(block.layer or "", block.pooling or "")
+Base = tuple[Any, weights.Loaded]  # a Keras model without classifier, and its weights
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
     """A Keras model from raw pixels to a dict of vectors, and what is known of it."""
 
-    model: keras.Model
+    model: Any
     outputs: dict[str, Output]
     weights: weights.Loaded
-
-
-Base = tuple["keras.Model", weights.Loaded]
 
 
 def build(spec: NetworkSpec, tell: weights.Tell, *, channels_first: bool = False, base: Base | None = None) -> Built:
@@ -173,31 +59,36 @@ def build(spec: NetworkSpec, tell: weights.Tell, *, channels_first: bool = False
     return straight
 
 
-def _assembled(spec: NetworkSpec, base: Base, turned: keras.Model | None = None) -> Built:
+def _assembled(spec: NetworkSpec, base: Base, turned: Any = None) -> Built:
     """Put scaling before the base, or what it was turned into, and cuts and pooling after it."""
-    backbone, keras = spec.network, cast("Any", importlib.import_module("keras"))
-    negative = maps_with_negative_values(base[0])
-    trunk: Any = turned or base[0]
-    tensors = {cut: _tensor_at(trunk, cut, backbone) for cut in spec.cuts}
+    backbone, keras = spec.network, importlib.import_module("keras")
+    negative = negative_layers(base[0])
+    trunk, is_turned = turned or base[0], turned is not None
+    last = trunk.layers[-1]
     heads, outputs = {}, {}
-    for cut, tensor in tensors.items():
-        ends_in_norm = isinstance(trunk.layers[-1], keras.layers.LayerNormalization)
+    for cut in spec.cuts:
+        tensor = _tensor_at(trunk, cut, backbone)
         pooling = _pooling(cut, tensor, backbone)
-        # In mixed precision a network gives fewer bits than pooling is to have.
-        tensor = tensor if tensor.dtype == "float32" else keras.ops.cast(tensor, "float32")  # noqa: PLW2901
-        norm = trunk.layers[-1] if ends_in_norm and not backbone.is_user_model and not cut.layer else None
-        norm = norm if pooling in {"avg", "max"} else None
-        head = pool(trunk.layers[-1].input if norm else tensor, pooling, channels_first=turned is not None)
+        if tensor.dtype != "float32":  # in mixed precision a network gives fewer bits than pooling is to have
+            tensor = keras.ops.cast(tensor, "float32")
         # Keras' ConvNeXt normalizes *after* pooling when it is asked to pool.
-        heads[cut.key] = norm(head) if norm else head
-        shape = _channels_last(tuple(tensor.shape[1:]), turned is not None)
+        if isinstance(last, keras.layers.LayerNormalization) and pooling in {"avg", "max"} and not (
+            backbone.is_user_model or cut.layer
+        ):  # fmt: skip
+            head = last(pool(last.input, pooling, channels_first=is_turned))
+        else:
+            head = pool(tensor, pooling, channels_first=is_turned)
+        heads[cut.key] = head
+        shape = tuple(tensor.shape[1:])
+        if is_turned and len(shape) == MAP_RANK - 1:
+            shape = (*shape[1:], shape[0])
         # What plain operations at the end of a network of the user's own give may be anything.
-        name = made_by(_tensor_at(base[0], cut, backbone))
-        outputs[cut.key] = Output(int(heads[cut.key].shape[-1]), pooling, shape, negative.get(name, True))
+        name = _made_by(_tensor_at(base[0], cut, backbone))
+        outputs[cut.key] = Output(int(head.shape[-1]), pooling, shape, negative.get(name, True))
     features = keras.Model(trunk.inputs, heads)
     pixels = keras.Input((spec.size, spec.size, 3), dtype="uint8", name="pixels")
     x = scale(pixels, spec.scaling)
-    x = keras.ops.transpose(x, (0, 3, 1, 2)) if turned is not None else x
+    x = keras.ops.transpose(x, (0, 3, 1, 2)) if is_turned else x
     return Built(keras.Model(pixels, features(x, training=False)), outputs, base[1])
 
 
@@ -225,9 +116,8 @@ def scale(pixels: Any, scaling: Scaling) -> Any:
         case "tf":
             return x / 127.5 - 1.0
         case "torch":
-            return (x / 255.0 - ops.array([0.485, 0.456, 0.406], "float32")) / ops.array(
-                [0.229, 0.224, 0.225], "float32"
-            )
+            mean, deviation = (ops.array(rgb, "float32") for rgb in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+            return (x / 255.0 - mean) / deviation
         case "caffe":
             return ops.flip(x, axis=-1) - ops.array([103.939, 116.779, 123.68], "float32")
     return x
@@ -282,13 +172,37 @@ def _tensor_at(network: Any, cut: Cut, backbone: Backbone) -> Any:
     return (network.get_layer(name) if name else network.layers[-1]).output
 
 
-def _channels_last(shape: tuple[int, ...], turned: bool) -> tuple[int, ...]:
-    return (*shape[1:], shape[0]) if turned and len(shape) == MAP_RANK - 1 else shape
+def negative_layers(network: Any) -> dict[str, bool]:
+    """Tell for every layer whether its output can be negative, from what the layers are."""
+    negative: dict[str, bool] = {}
+    for layer in network.layers:
+        activation = getattr(getattr(layer, "activation", None), "__name__", "")
+        kind = type(layer).__name__
+        if kind == "ReLU" or activation in _ALWAYS_POSITIVE:
+            negative[layer.name] = False
+        elif kind in _KEEPS_SIGN or (kind == "Activation" and activation == "linear"):
+            sources = layer.input if isinstance(layer.input, list) else [layer.input]
+            # Plain operations between layers are not among them: what they give may be anything.
+            negative[layer.name] = any(negative.get(_made_by(source), True) for source in sources)
+        else:
+            negative[layer.name] = True
+    return negative
 
 
-def group(blocks: Iterable[FeatureBlock], by: Callable[[FeatureBlock], Any]) -> list[list[FeatureBlock]]:
-    """Gather the blocks that `by` calls equal, in order of first appearance."""
-    groups: dict[Any, list[FeatureBlock]] = {}
-    for block in blocks:
-        groups.setdefault(by(block), []).append(block)
-    return list(groups.values())
+def _made_by(tensor: Any) -> str:
+    return str(tensor._keras_history.operation.name)  # the layer, or plain operation; Keras has no other way back
+
+
+def layers_of(network: Any) -> list[dict[str, Any]]:
+    """Return name, kind, shape and sign of every layer that can be cut at, as plain data."""
+    negative = negative_layers(network)
+    return [
+        {
+            "layer": layer.name,
+            "kind": type(layer).__name__,
+            "shape": layer.output.shape[1:],
+            "negative": negative[layer.name],
+        }
+        for layer in network.layers[1:]
+        if hasattr(layer.output, "shape")  # some give several tensors
+    ]

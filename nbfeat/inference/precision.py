@@ -10,23 +10,25 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.errors import ImageError, NetworkError
-from nbfeat.extraction.network_state import NetworkState
 from nbfeat.images.remote import Access, Fetcher
-from nbfeat.images.sources import read_pixels, spread
-from nbfeat.inference.engines import Asked, Engine, Pixels, Precision, Vectors, vectors_of
+from nbfeat.images.resize import PixelSpec
+from nbfeat.images.sources import Fetch, read_pixels, spread
+from nbfeat.inference.engines.base import Asked, Engine, Pixels, Precision, Vectors
 from nbfeat.inference.engines.cpu_count import available_cores
-from nbfeat.inference.model import NUMERICS
+from nbfeat.inference.engines.devices import timed
+from nbfeat.inference.prepared import PreparedNetwork, vectors_of
+from nbfeat.inference.spec import NUMERICS
 from nbfeat.paths import HomeError, home, keep, write_whole
 
 AGREES = 0.999  # cosine with float32, of the worst image and output
@@ -37,10 +39,11 @@ FOLDER = "precisions"  # of the home folder
 FROM_IMAGES = 128  # for fewer, to compare takes longer than it saves
 ROUNDS = 3  # the fastest counts: other work on the machine disturbed it least
 SECONDS = 0.5  # a round that takes as long needs no other
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class PrecisionCheck:
     """What was measured of a precision beside float32."""
 
     precision: Precision
@@ -62,7 +65,7 @@ class Found:
             return self.agreement < AGREES or 2 * self.images >= MOST_IMAGES
         return 2 * self.images >= min(images, MOST_IMAGES)
 
-    def told(self, *, asked: bool) -> str:
+    def message(self, *, asked: bool) -> str:
         """Say in a few words what a network computes in and why; "" where there was nothing to choose."""
         if not self.images:
             return ""
@@ -80,94 +83,85 @@ class Found:
         return f"float32: {self.precision} would agree {agrees} {images}, but is {times}"
 
 
-def set_precision(
-    lane: NetworkState, asked: Asked, images: Sequence[object], root: Path, *, remote: Access | None = None
-) -> Generator[str, None, str]:
-    """Settle what `lane` computes in; yield what is being done, and return the sentence that the report shows.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a network is to compute in, the engine where one was started for that, and a sentence for the report."""
+
+    precision: Precision
+    engine: Engine | None
+    message: str
+
+
+def choose_precision(
+    network: PreparedNetwork,
+    pixels: PixelSpec,
+    asked: Asked,
+    images: Sequence[object],
+    root: Path,
+    *,
+    remote: Access | None = None,
+) -> Generator[str, None, Choice]:
+    """Choose what `network` computes in, yielding what is being done.
 
     ``auto`` compares where there are at least 128 images, unless it was done before. A precision that is asked for is
     obeyed, and compared all the same. The images that are compared on are fetched where they are `remote`.
     """
-    is_open = asked == "auto"
-    lane.set_precision("float32" if asked == "auto" else asked)
-    read = functools.cache(lambda: _pixels(lane, images, root, remote=remote))  # once for all that are compared
-    candidates = lane.opening.faster if asked == "auto" else () if asked == "float32" else (asked,)
-    said = ""
+    is_open, message = asked == "auto", ""
+    exact: Engine | None = None
+    sample = functools.cache(lambda: _pixels(pixels, images, root, remote))  # once for all that are compared
+    candidates: tuple[Precision, ...] = network.faster if asked == "auto" else () if asked == "float32" else (asked,)
     for precision in candidates:
-        found = _known(lane, precision)
-        if found is None or not found.suffices(len(images), is_open=is_open):
+        file = f"{_key(network, pixels, precision)}.json"
+        check, other = _known(file, precision), None
+        if check is None or not check.suffices(len(images), is_open=is_open):
             if len(images) < (FROM_IMAGES if is_open else 1):
                 continue
             yield f"comparing {precision} with float32 on some of your images"
-            found = _compared(lane, precision, read, is_open=is_open)
-        said = found.told(asked=not is_open) or said
-        if is_open and found.is_better:
-            if lane.precision != precision:
-                lane.set_precision(precision)
-            break
-    return f"{lane.spec.title} computes in {said}." if said else ""
+            exact = exact or network.start("float32")
+            try:
+                other = network.start(precision)
+                check = _compared(precision, exact, other, sample(), is_open=is_open)
+                is_kept = bool(len(sample()))  # where none could be read, that is told in its place
+            except NetworkError:  # the hardware does not compute in it
+                if not is_open:
+                    raise
+                check, is_kept = PrecisionCheck(precision, 0, 0.0, 0.0), True
+            if is_kept:
+                with suppress(HomeError, OSError):  # then it will be compared again
+                    write_whole(keep(FOLDER) / file, json.dumps(asdict(check)))
+        if said := check.message(asked=not is_open):
+            message = f"{network.spec.title} computes in {said}."
+        if check.is_better or not is_open:
+            return Choice(precision, other, message)
+    return Choice("float32" if asked == "auto" else asked, exact, message)
 
 
-def _compared(lane: NetworkState, precision: Precision, read: Callable[[], Pixels], *, is_open: bool) -> Found:
-    """Compare `precision` with float32 on what `read` gives, keep what was found, and leave `lane` with what it takes.
-
-    Raises NetworkError where the precision is not open to choice and the hardware does not compute in it.
-    """
-    exact = lane.start() if lane.precision == "float32" else lane.opening.start("float32")
+def _compared(precision: Precision, exact: Engine, other: Engine, pixels: Pixels, *, is_open: bool) -> PrecisionCheck:
+    """Run both over the first of `pixels`, and, where they agree there, over the others; time them then."""
+    agreement, seen = 1.0, 0
+    first = FIRST_IMAGES if is_open else len(pixels)
     try:
-        other = lane.opening.start(precision)
-    except NetworkError:
+        for some in (pixels[:first], pixels[first:]):
+            if agreement >= AGREES and len(some):
+                agreement = min(agreement, agreement_of(vectors_of(exact, some), vectors_of(other, some)))
+                seen += len(some)
+        speedup = _speedup(exact, other, pixels) if agreement >= AGREES and seen else 0.0
+    except NetworkError:  # its numbers grew too large
         if not is_open:
             raise
-        found = Found(precision, 0, 0.0, 0.0)
-        lane.set_precision("float32", exact)
-    else:
-        pixels = read()
-        try:
-            found = _measured(precision, exact, other, pixels, FIRST_IMAGES if is_open else len(pixels))
-        except NetworkError:  # its numbers grew too large
-            if not is_open:
-                raise
-            found = Found(precision, len(pixels), -1.0, 0.0)
-        finally:
-            exact.close()
-            other.close()
-        if is_open and not found.is_better:
-            lane.set_precision("float32", exact)
-        else:
-            lane.set_precision(precision, other)
-        if not len(pixels):  # none could be read, which is told in its place
-            return found
-    with suppress(HomeError, OSError):  # then it will be compared again
-        write_whole(keep(FOLDER) / f"{_key(lane, precision)}.json", json.dumps(asdict(found)))
-    return found
-
-
-def _measured(precision: Precision, exact: Engine, other: Engine, pixels: Pixels, first: int) -> Found:
-    """Run both over the `first` of `pixels`, and, where they agree there, over the others; time them then."""
-    agreement, seen = 1.0, 0
-    for some in (pixels[:first], pixels[first:]):
-        if agreement >= AGREES and len(some):
-            agreement = min(agreement, agreement_of(_run(exact, some)[0], _run(other, some)[0]))
-            seen += len(some)
-    if agreement < AGREES or not seen:
-        return Found(precision, seen, agreement, 0.0)
-    return Found(precision, seen, agreement, _speedup(exact, other, pixels))
+        return PrecisionCheck(precision, len(pixels), -1.0, 0.0)
+    finally:
+        exact.close()
+        other.close()
+    return PrecisionCheck(precision, seen, agreement, speedup)
 
 
 def _speedup(exact: Engine, other: Engine, pixels: Pixels) -> float:
     """Return how many times as fast as `exact` the `other` is, in turn and at their best."""
-    times: list[tuple[float, float]] = []
+    times: list[list[float]] = []
     while len(times) < ROUNDS and (not times or sum(times[-1]) < SECONDS):
-        times.append((_run(exact, pixels)[1], _run(other, pixels)[1]))
+        times.append([timed(functools.partial(vectors_of, engine, pixels))[1] for engine in (exact, other)])
     return min(slow for slow, _ in times) / min(fast for _, fast in times)
-
-
-def _run(engine: Engine, pixels: Pixels) -> tuple[Vectors, float]:
-    """Return what `engine` makes of `pixels`, and in what time."""
-    start = time.perf_counter()
-    vectors = vectors_of(engine, pixels)
-    return vectors, time.perf_counter() - start
 
 
 def agreement_of(exact: Vectors, other: Vectors) -> float:
@@ -186,41 +180,46 @@ def _least_cosine(one: NDArray[np.float64], two: NDArray[np.float64]) -> float:
     return float(np.where(lengths, alike, (one == two).all(axis=1)).min())
 
 
-def _pixels(lane: NetworkState, images: Sequence[object], root: Path, *, remote: Access | None) -> Pixels:
-    """Return the pixels of up to 64 of `images`, spread over them; those that cannot be read are left out."""
+def _pixels(spec: PixelSpec, images: Sequence[object], root: Path, remote: Access | None) -> Pixels:
+    found = readable_sample(images, lambda image, fetch: read_pixels(image, [spec], root, fetch)[0], root, remote)
+    # In another order the first ones, which may suffice, are spread, too.
+    order = np.random.default_rng(0).permutation(len(found))
+    return np.stack([found[at] for at in order]) if found else np.empty((0,), np.uint8)
 
-    def read(image: object) -> list[Pixels]:
+
+def readable_sample(
+    images: Sequence[object], read: Callable[[object, Fetch | None], Read], root: Path, remote: Access | None
+) -> list[Read]:
+    """Return what `read` makes of up to 64 of `images`, spread over them; those that cannot be read are left out."""
+
+    def read_one(image: object) -> list[Read]:
         try:
-            return read_pixels(image, [lane.pixels], root, fetch if remote else None)
+            return [read(image, fetch if remote else None)]
         except ImageError:
             return []
 
     some = [images[at] for at in spread(len(images), MOST_IMAGES)]
     threads = available_cores() + (remote.limits.at_once if remote else 0)
     with ThreadPoolExecutor(threads, thread_name_prefix="nbfeat-decode") as pool, Fetcher(root, remote) as fetch:
-        found = [pixels for read_ones in pool.map(read, some) for pixels in read_ones]
-    # In another order the first ones, which may suffice, are spread, too.
-    order = np.random.default_rng(0).permutation(len(found))
-    return np.stack([found[at] for at in order]) if found else np.empty((0,), np.uint8)
+        return [one for found in pool.map(read_one, some) for one in found]
 
 
-def _known(lane: NetworkState, precision: Precision) -> Found | None:
+def _known(file: str, precision: Precision) -> PrecisionCheck | None:
     """Return what was found before; None where nothing was, or what is kept of it is damaged."""
     try:
-        text = (home() / FOLDER / f"{_key(lane, precision)}.json").read_text(encoding="utf-8")
-        found = Found(**json.loads(text))
+        found = PrecisionCheck(**json.loads((home() / FOLDER / file).read_text(encoding="utf-8")))
         numbers = type(found.images) is int and type(found.agreement) is type(found.speedup) is float
     except (OSError, ValueError, TypeError):
         return None
     return found if numbers and found.precision == precision else None
 
 
-def _key(lane: NetworkState, precision: Precision) -> str:
+def _key(network: PreparedNetwork, pixels: PixelSpec, precision: Precision) -> str:
     """Name a network with its outputs, the pixels it takes, the engine and the CPU."""
     decided = {
-        **lane.opening.numbers,
-        "spec": {**asdict(lane.spec), "weights": lane.weights.sha256},
-        "pixels": asdict(lane.pixels),
+        **network.numbers,
+        "spec": {**asdict(network.spec), "weights": network.weights.sha256},
+        "pixels": asdict(pixels),
         "precision": precision,
         "numerics": NUMERICS,
     }

@@ -260,10 +260,9 @@ def registered(*_: str) -> dict[str, Any]:
 def without_openvino(*_: str) -> dict[str, Any]:
     """Run a registered network that OpenVINO is made to refuse."""
     store: Any = importlib.import_module("nbfeat.inference.compiled_models")
-    own: Any = importlib.import_module("nbfeat.inference.own")
 
     def refuse(*_: Any) -> Any:
-        raise nbfeat.NetworkError(f"OpenVINO cannot run MyNet.keras: no such operation. {own.FILE_ADVICE}")
+        raise nbfeat.NetworkError(f"OpenVINO cannot run MyNet.keras: no such operation. {store.FILE_ADVICE}")
 
     store.run_child = refuse
     nbfeat.register_backbone("MyNet", lambda size: build_with(8, size), input_size=SIZE, scaling="none")
@@ -287,20 +286,22 @@ def layouts(folder: str, *names: str) -> dict[str, Any]:
     """Tell which networks are turned channels-first."""
     importlib.import_module("nbfeat.isolation").quiet_child()
     network = importlib.import_module("nbfeat.inference.model")
+    networks = importlib.import_module("nbfeat.extraction.networks")
     found = {}
     for word in names:
         name, _, layer = word.partition(":")
         cut = f"--layer {layer}" if layer else ""
         blocks = nbfeat.FeatureBlock.parse(f"{folder}/{name}.keras --scaling none --size 32 {cut}")
-        built = network.build(network.NetworkSpec.of(blocks), lambda _: None, channels_first=True)
+        spec, *_ = networks.networks_of(blocks)[0]
+        built = network.build(spec, lambda _: None, channels_first=True)
         found[word] = any("transpose" in operation.name for operation in built.model.operations)
     return found
 
 
 def in_keras(folder: str) -> dict[str, Any]:
     """Run a file by the Keras engine."""
-    engines: Any = importlib.import_module("nbfeat.inference.engines")
-    engines.openvino_works = lambda: False
+    devices: Any = importlib.import_module("nbfeat.inference.engines.devices")
+    devices.openvino_works = lambda: False
     result = nbfeat.extract(frame_of(SIZE), f"{folder}/plain.keras --scaling tf", images="image")
     return {"features": result.features.iloc[0].tolist(), "report": repr(result)}
 

@@ -22,11 +22,13 @@ import nbfeat
 from nbfeat.backbones import alexnet, googlenet
 from nbfeat.backbones.catalog import CATALOG
 from nbfeat.errors import RequestError, WeightsError
-from nbfeat.inference.compiled_models import Preparing
+from nbfeat.inference.compiled_models import prepare
 from nbfeat.inference.engines.openvino import OpenVINOEngine
-from nbfeat.inference.model import Cut, NetworkSpec
+from nbfeat.inference.prepared import vectors_of
+from nbfeat.inference.spec import Cut, NetworkSpec
 from tests import keras_child
 from tests.conftest import ROOT
+from tests.fake import to_its_end
 
 NAMES = ("AlexNet", "GoogLeNet")
 # Sides of the customary maps of torchvision's networks, for images of these sizes.
@@ -221,13 +223,7 @@ def torchvisions(request: pytest.FixtureRequest) -> Iterator[tuple[str, Path]]:
 
 
 def on_openvino(spec: NetworkSpec, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    preparing = Preparing(spec)
-    assert list(preparing)
-    engine = OpenVINOEngine(preparing.result, precision="float32", batch_size=len(pixels))
-    buffer = engine.buffer()
-    buffer[:] = pixels
-    engine.submit(buffer, len(pixels))
-    return engine.collect()
+    return vectors_of(OpenVINOEngine(to_its_end(prepare(spec))[1], precision="float32", batch_size=len(pixels)), pixels)
 
 
 @pytest.mark.slow

@@ -22,8 +22,8 @@ from IPython.core.interactiveshell import InteractiveShell
 import nbfeat
 from nbfeat.backbones.catalog import CATALOG, find, register_backbone
 from nbfeat.errors import NbfeatError, RequestError, WeightsError
+from nbfeat.extraction.networks import network_spec
 from nbfeat.extraction.options import FeatureBlock
-from nbfeat.inference.model import NetworkSpec
 from nbfeat.jupyter.completion import candidates
 from tests.backbones import own_networks
 from tests.backbones.own_networks import SIZE, frame_of
@@ -119,7 +119,7 @@ def test_another_content_at_the_same_path_is_another_network(models: Path, tmp_p
     keys = []
     for name in ("plain", "nested"):
         shutil.copyfile(models / f"{name}.keras", path)
-        keys.append(NetworkSpec.of(FeatureBlock.parse(f"{path} --scaling none")).key())
+        keys.append(network_spec(FeatureBlock.parse(f"{path} --scaling none")[0], cuts=()).key())
     assert len(set(keys)) == 2
 
 
@@ -339,7 +339,7 @@ def test_registering_shows_everywhere_and_builds_nothing(shell: InteractiveShell
     assert find("MYNET").size == 64
     assert "MyNet" not in CATALOG
     with pytest.raises(RequestError, match="mynet has weights of its own: leave --weights random away"):
-        NetworkSpec.of(FeatureBlock.parse("mynet --weights random"))
+        network_spec(FeatureBlock.parse("mynet --weights random")[0], cuts=())
 
 
 @pytest.mark.parametrize(

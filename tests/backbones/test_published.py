@@ -21,6 +21,7 @@ from nbfeat import WeightsError
 from nbfeat.backbones import weights
 from nbfeat.backbones.backbone import Backbone
 from nbfeat.backbones.catalog import CATALOG
+from nbfeat.extraction.networks import network_spec
 from nbfeat.inference.compiled_models import located
 from tests.backbones.test_alexnet_googlenet import googlenets
 from tests.backbones.torch_files import checkpoint
@@ -183,9 +184,9 @@ def test_a_file_that_is_here_needs_no_network(
 
 
 def test_keras_fetches_its_own(server: Server) -> None:
-    spec = nbfeat.FeatureBlock.parse("MobileNet")[0]
+    block = nbfeat.FeatureBlock.parse("MobileNet")[0]
     with pytest.raises(StopIteration) as end:
-        next(located(nbfeat.inference.model.NetworkSpec.of([spec])))
+        next(located(network_spec(block, cuts=())))
     assert end.value.value[1] is None
     assert server.asked == 0
 

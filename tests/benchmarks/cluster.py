@@ -20,7 +20,7 @@ from PIL import Image
 import nbfeat
 from nbfeat.errors import format_bytes
 from nbfeat.extraction import ray_workers
-from nbfeat.inference import engines
+from nbfeat.inference import prepared
 from tests.extraction.ray_child import descendants
 from tests.memory import bytes_of
 from tests.parquet.parts_child import WIDTH, WideOpening
@@ -55,7 +55,7 @@ class WideWorker(ray_workers.Worker):
     """A worker with the pretended network."""
 
     def __init__(self, *order: Any, **options: Any) -> None:
-        engines.PreparedNetwork = WideOpening  # type: ignore[misc,assignment]
+        prepared.PreparedNetwork = WideOpening  # type: ignore[misc,assignment]
         super().__init__(*order, **options)
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     asked = parser.parse_args()
     rows, block, width = asked.rows, "Pocket", 512
     if asked.parquet:
-        engines.PreparedNetwork, ray_workers.Worker = WideOpening, WideWorker  # type: ignore[misc,assignment]
+        prepared.PreparedNetwork, ray_workers.Worker = WideOpening, WideWorker  # type: ignore[misc,assignment]
         block, width = f"MobileNet --size 32 --normalize {asked.parquet}", WIDTH
     os.environ["RAY_ADDRESS"] = "local"
     with tempfile.TemporaryDirectory() as folder:

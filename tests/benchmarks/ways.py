@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,15 +20,17 @@ import pandas as pd
 
 import nbfeat
 from nbfeat import Extraction, FeatureBlock
+from nbfeat.extraction.networks import network_spec
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import read_pixels
-from nbfeat.inference.compiled_models import Preparing
-from nbfeat.inference.engines import Precision
+from nbfeat.inference.compiled_models import prepare
+from nbfeat.inference.engines.base import Precision
 from nbfeat.inference.engines.cpu_count import available_cores
 from nbfeat.inference.engines.openvino import OpenVINOEngine
-from nbfeat.inference.model import Cut, NetworkSpec
+from nbfeat.inference.spec import Cut
 from tests.benchmarks import measure
 from tests.benchmarks.processes import Child, torch_child
+from tests.fake import to_its_end
 
 LOOP = "tutorial loop: `load_img`, `model.predict`, one image at a time"
 HEAD = ("way", "images/s", "× tutorial loop", "of the limit")
@@ -72,10 +73,9 @@ class Limit:
         self.files, self.backbone, self.precision = files, backbone, precision
 
     def rate(self) -> float:
-        spec = NetworkSpec.of(FeatureBlock.parse(self.backbone, {"weights": measure.weights_of(self.backbone)}))
-        preparing = Preparing(replace(spec, cuts=(Cut(),)))
-        list(preparing)
-        engine = OpenVINOEngine(preparing.result, precision=self.precision, batch_size=None)
+        block = FeatureBlock.parse(self.backbone, {"weights": measure.weights_of(self.backbone)})[0]
+        spec = network_spec(block, cuts=(Cut(),))
+        engine = OpenVINOEngine(to_its_end(prepare(spec))[1], precision=self.precision, batch_size=None)
         network_seconds(engine, 4)
         decoding = decoding_seconds(self.files, spec.size)
         return available_cores() / (decoding + network_seconds(engine, max(8, len(self.files) // 16)))

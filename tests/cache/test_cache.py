@@ -34,7 +34,7 @@ from nbfeat.extraction import pipeline
 from nbfeat.extraction.normalize import Normalizer
 from nbfeat.extraction.run import Progress
 from nbfeat.images import decode, fingerprint, resize, sources
-from nbfeat.inference import model
+from nbfeat.inference import spec as model
 from tests import fake
 from tests.faces import Face, every_face, same
 from tests.fake import FakeEngine, FakeNetwork

@@ -22,9 +22,10 @@ from nbclient.exceptions import CellExecutionError
 
 import nbfeat
 from nbfeat import paths
-from nbfeat.inference.compiled_models import Preparing
+from nbfeat.inference.compiled_models import prepare
 from nbfeat.inference.engines.openvino import BATCH
 from tests.faces import same
+from tests.fake import to_its_end
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="uses signals and limits of Linux")]
 BLOCK = "MobileNet --alpha 0.25 --size 64 --weights random"
@@ -160,7 +161,8 @@ def test_networks_that_are_not_what_they_should_be_are_not_used(
     poisoned = bytearray(weights.read_bytes())
     poisoned[len(poisoned) // 2] ^= 1
     weights.write_bytes(poisoned)
-    assert [text for text in Preparing(before._run.lanes[0].spec) if text.startswith("building")]
+    said, _ = to_its_end(prepare(before._run.lanes[0].spec))
+    assert [text for text in said if text.startswith("building")]
     same(nbfeat.extract(few, BLOCK, images="path", cache=False).features, before.features)
     assert weights.read_bytes() != poisoned
     monkeypatch.setattr(os, "getuid", lambda: 12_345)

@@ -12,7 +12,7 @@ from unittest import mock
 from nbfeat import Extraction, ImageFeatures
 from nbfeat.extraction import pipeline
 from nbfeat.images import decode
-from nbfeat.inference import engines
+from nbfeat.inference import prepared
 from nbfeat.inference.engines import cpu_count
 from tests.fake import FakeNetwork
 
@@ -30,7 +30,7 @@ class Watched(ImageFeatures):
             return original(source, specs)
 
         with (
-            mock.patch.object(engines, "PreparedNetwork", FakeNetwork),
+            mock.patch.object(prepared, "PreparedNetwork", FakeNetwork),
             mock.patch.object(pipeline, "pixels_of", watched),
         ):
             return super()._run(*args, **options)

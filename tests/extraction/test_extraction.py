@@ -13,7 +13,7 @@ import pytest
 from nbfeat import Extraction, ExtractionError, FeatureBlock, RequestError
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import read_pixels
-from nbfeat.inference.model import Cut
+from nbfeat.inference.spec import Cut
 from tests import fake
 from tests.faces import Face, every_face, same
 

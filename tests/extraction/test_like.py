@@ -20,8 +20,8 @@ from PIL import Image
 from nbfeat import Extraction, ExtractionError, RequestError, extract
 from nbfeat.backbones.weights import Loaded
 from nbfeat.extraction.normalize import Normalizer
-from nbfeat.inference import engines, model
-from nbfeat.inference.model import Output
+from nbfeat.inference import prepared
+from nbfeat.inference.spec import NUMERICS, Output
 from nbfeat.jupyter import grammar
 from tests import fake
 from tests.faces import LineMagic, same
@@ -280,7 +280,7 @@ def test_another_network_is_refused_before_any_image_is_read(
 ) -> None:
     result = extract(train, BLOCK, images="path")
     computed = fake.FakeEngine.computed
-    monkeypatch.setattr(engines, "PreparedNetwork", changed)
+    monkeypatch.setattr(prepared, "PreparedNetwork", changed)
     with pytest.raises(RequestError, match=words):
         repeat(test, like=result)
     again = Extraction(test, like=result)
@@ -295,8 +295,8 @@ def test_other_computation_is_refused(
     repeat: Repeat, train: pd.DataFrame, test: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     result = extract(train, BLOCK, images="path")
-    monkeypatch.setattr(name, model.NUMERICS + 9)
-    made, here = model.NUMERICS, model.NUMERICS + 9
+    monkeypatch.setattr(name, NUMERICS + 9)
+    made, here = NUMERICS, NUMERICS + 9
     with pytest.raises(
         RequestError, match=rf"was made with (numerics {made}|least reduced 4), and here it would be {here}"
     ):
@@ -307,7 +307,7 @@ def test_another_engine_is_told_in_one_sentence(
     repeat: Repeat, train: pd.DataFrame, test: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = extract(train, BLOCK, f"{BLOCK} --layer conv1", images="path")
-    monkeypatch.setattr(engines, "PreparedNetwork", OtherMachine)
+    monkeypatch.setattr(prepared, "PreparedNetwork", OtherMachine)
     monkeypatch.setattr("nbfeat.extraction.network_state.decoders", lambda: "pillow 0")
     told = repeat(test, like=result)
     sentences = [note for note in told.notes if "slightly other numbers" in note]

@@ -35,7 +35,7 @@ from nbfeat.extraction.ray_workers import Found, RayExecutor, Share, Table, Work
 from nbfeat.images import fingerprint, public_hosts, remote
 from nbfeat.images.remote import Limits
 from nbfeat.inference.engines import cpu_count
-from nbfeat.inference.model import NetworkSpec
+from nbfeat.inference.spec import NetworkSpec
 from nbfeat.parquet import tally
 from tests.conftest import ROOT
 from tests.extraction.ray_child import descendants

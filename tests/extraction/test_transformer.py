@@ -38,8 +38,8 @@ from nbfeat import Extraction, ExtractionError, FeatureBlock, ImageFeatures, Req
 from nbfeat.backbones.weights import Loaded
 from nbfeat.extraction import network_state
 from nbfeat.extraction.sink import MemorySink
-from nbfeat.inference import engines
-from nbfeat.inference import model as networks
+from nbfeat.inference import prepared
+from nbfeat.inference import spec as networks
 from nbfeat.inference.engines import cpu_count as engine_cores
 from tests.conftest import ROOT
 from tests.extraction import in_workers
@@ -48,7 +48,7 @@ from tests.fake import FakeEngine, FakeNetwork
 
 pytestmark = pytest.mark.usefixtures("fake_network")
 BLOCK = "MobileNet --size 32"
-REAL_NETWORK = engines.PreparedNetwork
+REAL_NETWORK = prepared.PreparedNetwork
 NORMALIZED = [
     {},
     {"normalize": "l2"},
@@ -446,7 +446,7 @@ def test_a_pickle_holds_no_images_and_no_network(photos: pd.DataFrame) -> None:
 def test_another_process_transforms_to_the_same_bits(
     photos: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "PreparedNetwork", REAL_NETWORK)
+    monkeypatch.setattr(prepared, "PreparedNetwork", REAL_NETWORK)
     model = ImageFeatures("Pocket", normalize="standard", components=5).fit(photos["path"][:14])
     (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
     (tmp_path / "paths.pickle").write_bytes(pickle.dumps(list(photos["path"])))

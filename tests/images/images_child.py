@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 from nbfeat import Extraction
-from nbfeat.inference import engines
+from nbfeat.inference import prepared
 from tests.fake import FakeNetwork
 from tests.memory import peak
 from tests.mutations import mutated
@@ -116,7 +116,7 @@ def main(first: int, count: int) -> None:
     slowest = 0.0
     made = list(damaged(first, count))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "PreparedNetwork", FakeNetwork)
+        patch.setattr(prepared, "PreparedNetwork", FakeNetwork)
         for start in range(0, count, AT_ONCE):
             some = made[start : start + AT_ONCE]
             before = time.perf_counter()

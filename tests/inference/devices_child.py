@@ -1,4 +1,4 @@
-"""Programs about devices: a process pretends to have two. ``python -m tests.inference.devices_child NAME …``.
+"""Programs about devices: a process pretends to have two. ``python -m tests.inference.devices_child NAME[,NAME] …``.
 
 One process has one backend. TensorFlow and JAX divide the CPU into two; of PyTorch's there is one, taken twice.
 """
@@ -11,8 +11,10 @@ import importlib
 import itertools
 import json
 import os
+import random
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,19 +26,20 @@ import numpy as np
 import pandas as pd
 
 import nbfeat
-from nbfeat.inference import engines, mixed
-from nbfeat.inference.engines import devices, gpus, sizing
+from nbfeat.inference.engines import devices, keras_session
+from nbfeat.inference.engines import keras as keras_engine
 from nbfeat.inference.engines.keras import KerasEngine
-from nbfeat.inference.model import Base, Cut, NetworkSpec, load_base
+from nbfeat.inference.prepared import vectors_of
+from nbfeat.inference.spec import Cut, NetworkSpec
 from tests.keras_child import cosine
 
 BACKEND = os.environ["KERAS_BACKEND"]
 TWO = ("cpu:0", "cpu:1")
-BLOCK = "MobileNet --alpha 0.25 --size 64 --weights random"
+SIZE = 32
+BLOCK = f"MobileNet --alpha 0.25 --size {SIZE} --weights random"
 SPEC = NetworkSpec(
-    backbone="MobileNet", alpha=0.25, weights="random", scaling="tf", size=64,
-    cuts=(Cut(), Cut("conv_pw_3_relu", "max")),
-)  # fmt: skip
+    backbone="Small", alpha=None, weights="own", scaling="tf", size=SIZE, cuts=(Cut(), Cut("conv2d", "max"))
+)
 END = Cut().key
 Rows = dict[str, np.ndarray]
 
@@ -49,28 +52,36 @@ def pretend_two() -> None:
         config.set_logical_device_configuration(config.list_physical_devices("CPU")[0], halves)
 
 
+def small(size: int) -> Any:
+    """Build a network with layers of several kinds, named by Keras, and with the same weights each time."""
+    keras: Any = importlib.import_module("keras")
+    k, drawn = keras.layers, functools.partial(keras.initializers.HeNormal, seed=1)
+    image = keras.Input((size, size, 3))
+    x = k.Conv2D(8, 3, strides=2, activation="relu", kernel_initializer=drawn())(image)
+    x = k.DepthwiseConv2D(3, depthwise_initializer=drawn())(k.BatchNormalization()(x))
+    return keras.Model(image, k.Conv2D(16, 1, activation="relu", kernel_initializer=drawn())(x))
+
+
 def pixels(count: int = 22) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), np.uint8)
+    return np.random.default_rng(0).integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
 
 
 def engine_on(devices: tuple[str, ...], **options: Any) -> KerasEngine:
     return KerasEngine(SPEC, devices=devices, **{"precision": "float32", "batch_size": 4, **options})
 
 
-def rows(engine: KerasEngine, images: np.ndarray) -> Rows:
-    """Run the engine as the pipeline does."""
-    found: list[dict[str, Any]] = []
-    start, size = 0, engine.batch_size
-    while start < len(images):
-        part, buffer = images[start : start + size], engine.buffer()
-        buffer[: len(part)] = part
-        engine.submit(buffer, len(part))
-        start += size
-        if engine.is_full:
-            found.append(engine.collect())
-    while engine.in_flight:
-        found.append(engine.collect())
-    return {key: np.concatenate([one[key] for one in found]) for key in found[0]}
+def extracted(images: Any, block: str, **options: Any) -> nbfeat.Extraction:
+    """Extract features of paths or arrays, without the cache."""
+    frame = pd.DataFrame({"image": list(images)})
+    return nbfeat.extract(frame, block, images="image", cache=False, **options)
+
+
+def error_of(work: Callable[[], object]) -> str:
+    try:
+        work()
+    except (nbfeat.NetworkError, RuntimeError) as error:
+        return str(error)
+    return ""
 
 
 def equal(left: Rows, right: Rows) -> bool:
@@ -95,7 +106,7 @@ class Late(dict[str, Any]):
         raise out_of_memory()
 
 
-def with_room_for(images: int, replica: devices.Replica, *, late: bool, ran: list[int]) -> None:
+def with_room_for(images: int, replica: keras_engine.Replica, *, late: bool, ran: list[int]) -> None:
     """Let a replica run no more than so many images at once."""
     run = replica.run
 
@@ -124,7 +135,7 @@ def _noting(turns: list[int], number: int, run: Callable[[Any], Any], batch: np.
     return run(batch)
 
 
-def replicas() -> dict[str, Any]:
+def replicas(*_: str) -> dict[str, Any]:
     """Run two replicas, and one."""
     engine, images = engine_on(TWO), pixels()
     first, second = engine._replicas
@@ -132,7 +143,7 @@ def replicas() -> dict[str, Any]:
     pairs = list(zip(first.variables, second.variables, strict=True))
     alone = engine_on(("cpu",))
     turns = note_turns(engine)
-    both = rows(engine, images)
+    both = vectors_of(engine, images)
     window = 0
     while not engine.is_full:
         engine.submit(engine.buffer(), 4)
@@ -142,60 +153,50 @@ def replicas() -> dict[str, Any]:
     return {
         "name": engine.name,
         "kind": engine.kind,
-        "one's name": alone.name,
+        "one's kind": alone.kind,
         "devices": [str(value.device) for value in (first.variables[0], second.variables[0])],
         "apart": all(left is not right for left, right in pairs),
         "same weights": all(np.array_equal(numpy(left), numpy(right)) for left, right in pairs),
         "bit-equal": np.array_equal(*(numpy(replica.run(images[:4])[END]) for replica in (first, second))),
-        "as one": equal(both, rows(alone, images)),
+        "as one": equal(both, vectors_of(alone, images)),
         "turns": turns[:6],
         "window": window,
         "in flight": engine.in_flight,
-        "after closing": equal(both, rows(engine, images)),
+        "after closing": equal(both, vectors_of(engine, images)),
     }
 
 
-def memory() -> dict[str, Any]:
+def memory(*_: str) -> dict[str, Any]:
     """Let memory fail for batches of more than a few images, when they are started and when they are fetched."""
     images = pixels()
     found: dict[str, Any] = {}
-    enough = rows(engine_on(TWO, batch_size=16), images)
-    for late in (False, True):
-        told: list[str] = []
+    enough = vectors_of(engine_on(TWO, batch_size=16), images)
+    for when in ("early", "late"):
+        notes: list[str] = []
         ran: list[int] = []
-        engine = engine_on(TWO, batch_size=10, tell=told.append)
+        engine = engine_on(TWO, batch_size=10, tell=notes.append)
         for replica in engine._replicas:
-            with_room_for(3, replica, late=late, ran=ran)
-        short = rows(engine, images)
-        found["late" if late else "early"] = {
-            "worst": min(cosine(short[key], enough[key]) for key in enough),
-            "rows": len(short[END]),
-            "told": told,
-            "ran": sorted(set(ran)),
-        }
-    told = []
-    engine = engine_on(TWO, tell=told.append)
+            with_room_for(3, replica, late=when == "late", ran=ran)
+        short = vectors_of(engine, images)
+        worst = min(cosine(short[key], enough[key]) for key in enough)
+        found[when] = {"worst": worst, "rows": len(short[END]), "notes": notes, "ran": sorted(set(ran))}
+    notes = []
+    engine = engine_on(TWO, tell=notes.append)
     with_room_for(100, engine._replicas[0], late=True, ran=[])
-    stopwatch = functools.partial(sizing.stopwatch, clock=itertools.count().__next__)  # every run takes a second
-    with mock.patch.object(sizing, "stopwatch", stopwatch):
-        engine._find_size((64, 64, 3))
-    found["searched"] = {"size": engine._room.size, "told": told}
-    engine = engine_on(TWO, batch_size=4)
+    every_run_takes_a_second = SimpleNamespace(perf_counter=itertools.count().__next__)
+    with mock.patch.object(devices, "time", every_run_takes_a_second):
+        engine._find_size((SIZE, SIZE, 3))
+    found["searched"] = {"size": engine._room.size, "notes": notes}
+    engine = engine_on(TWO)
     for replica in engine._replicas:
         with_room_for(0, replica, late=False, ran=[])
-    try:
-        engine.submit(engine.buffer(), 4)
-    except nbfeat.NetworkError as error:
-        found["none"] = str(error)
+    found["none"] = error_of(lambda: engine.submit(engine.buffer(), 4))
     engine.close()
     for replica in engine._replicas:
         replica.run = broken
-    try:
-        engine.submit(engine.buffer(), 4)
-    except RuntimeError as error:
-        found["another error"] = str(error)
-    found["recognized"] = [sizing.is_out_of_memory(error) for error in (out_of_memory(), MemoryError())]
-    found["not"] = [sizing.is_out_of_memory(error) for error in (RuntimeError("no such layer"), KeyError("memory"))]
+    found["another error"] = error_of(lambda: engine.submit(engine.buffer(), 4))
+    errors = [out_of_memory(), MemoryError(), RuntimeError("no such layer"), KeyError("memory")]
+    found["recognized"] = [devices.is_out_of_memory(error) for error in errors]
     return found
 
 
@@ -204,82 +205,81 @@ def broken(_: np.ndarray) -> Any:
 
 
 def whole(*paths: str) -> dict[str, Any]:
-    """Extract on two devices whose memory does not do, and on one that has enough."""
-    frame, options = pd.DataFrame({"path": paths}), {"images": "path", "cache": False}
-    one = nbfeat.extract(frame, BLOCK, batch_size=4, **options)
-    replicate = devices.replicate
+    """Extract on two devices whose memory does not do, on one that has enough, and with a stop in between."""
+    one = extracted(paths, BLOCK)
+    replicate = keras_engine.replicate
 
-    def limited(*args: Any) -> list[devices.Replica]:
+    def limited(*args: Any) -> list[keras_engine.Replica]:
         made = replicate(*args)
         for replica in made:
             with_room_for(5, replica, late=False, ran=[])
         return made
 
     with (
-        mock.patch.object(engines, "choose_devices", return_value=TWO),
-        mock.patch.object(devices, "replicate", limited),
+        mock.patch.object(devices, "choose_devices", return_value=TWO),
+        mock.patch.object(keras_engine, "replicate", limited),
     ):
-        two = nbfeat.extract(frame, BLOCK, batch_size=16, **options)
+        two = extracted(paths, BLOCK, batch_size=16)
+    # Batches that do not divide the images, and a stop.
+    frame = pd.DataFrame({"image": paths})
+    parts = nbfeat.Extraction(frame, BLOCK, images="image", batch_size=3, cache=False)
+    steps = parts.steps()
+    for _ in range(4):
+        next(steps)
+    steps.close()
+    stopped = parts.done
+    parts.run()
     return {
-        "worst": cosine(one.features.to_numpy(), two.features.to_numpy()),
+        "worst": min(cosine(one.features.to_numpy(), other.features.to_numpy()) for other in (two, parts)),
         "failures": len(two.failures),
         "report": repr(two),
-        "precision": list(_precisions(frame, one)),
+        "stopped": stopped,
     }
 
 
-def _precisions(frame: pd.DataFrame, exact: Any) -> Any:
-    for precision in ("bfloat16", "float16"):
-        less = nbfeat.extract(frame, BLOCK, images="path", cache=False, precision=precision)
-        yield cosine(less.features.to_numpy(), exact.features.to_numpy())
-
-
-def precisions() -> dict[str, Any]:
+def precisions(*_: str) -> dict[str, Any]:
     """Run in fewer bits, and what cannot."""
     keras: Any = importlib.import_module("keras")
     keras.config.set_dtype_policy("mixed_float16")
     images = pixels(4)
-    exact = rows(engine_on(("cpu",)), images)
+    exact = vectors_of(engine_on(("cpu",)), images)
     found: dict[str, Any] = {"type": []}
     for precision in ("bfloat16", "float16"):
         engine = engine_on(TWO, precision=precision)
-        less = rows(engine, images)
-        found[precision] = {key: cosine(less[key], exact[key]) for key in exact}
+        less = vectors_of(engine, images)
+        found[precision] = min(cosine(less[key], exact[key]) for key in exact)
         numpy = keras.ops.convert_to_numpy
         found["type"] += [str(numpy(value).dtype) for value in engine._replicas[0].run(images).values()]
         found["differs"] = not equal(less, exact)
     found["policy"] = keras.config.dtype_policy().name
-    found["refused"] = [refused(build) for build in (stubborn, forgetful, nameless)]
-    nbfeat.register_backbone("Huge", huge, input_size=64, scaling="none")
-    found["huge"] = huge_in("float16")
-    found["huge in bfloat16"] = huge_in("bfloat16")
+    keras.config.set_dtype_policy("float32")
+    found["refused"] = [refused(layer) for layer in own_layers()]
+    nbfeat.register_backbone("Huge", huge, input_size=SIZE, scaling="none")
+    for precision in ("float16", "bfloat16"):
+        asked = functools.partial(extracted, pixels(2), "Huge", precision=precision)
+        found[f"huge in {precision}"] = error_of(asked)
     return found
 
 
-def refused(build: Callable[[int], Any]) -> str:
-    """Tell why a network that the user builds cannot be run in fewer bits."""
-    nbfeat.register_backbone("Mine", build, input_size=64, scaling="none")
-    frame = pd.DataFrame({"image": list(pixels(2))})
-    nbfeat.extract(frame, "Mine", images="image", cache=False)  # in float32 it can be
-    try:
-        nbfeat.extract(frame, "Mine", images="image", cache=False, precision="bfloat16")
-    except nbfeat.NetworkError as error:
-        return str(error)
-    return "not refused"
+def refused(layer: Any) -> str:
+    """Tell why a network that ends in `layer` cannot be run in fewer bits; in float32 it can be."""
+    nbfeat.register_backbone("Mine", network_of(layer), input_size=SIZE, scaling="none")
+    extracted(pixels(2), "Mine")
+    return error_of(lambda: extracted(pixels(2), "Mine", precision="bfloat16"))
 
 
-def network_of(layer: Any) -> Callable[[int], Any]:
-    """Return what builds a network with `layer` at the end."""
+def network_of(layer: Callable[[], Any]) -> Callable[[int], Any]:
+    """Return what builds a network with a layer at the end."""
     keras: Any = importlib.import_module("keras")
 
     def build(size: int) -> Any:
         image = keras.Input((size, size, 3))
-        return keras.Model(image, layer(keras.layers.Conv2D(4, 3, kernel_initializer="ones")(image)))
+        return keras.Model(image, layer()(keras.layers.Conv2D(4, 3, kernel_initializer="ones")(image)))
 
     return build
 
 
-def own_layers() -> dict[str, Any]:
+def own_layers() -> list[Callable[[], Any]]:
     """Define layers as users do: one that insists on float32, one that is copied wrongly, one that cannot be."""
     keras: Any = importlib.import_module("keras")
 
@@ -309,62 +309,37 @@ def own_layers() -> dict[str, Any]:
         def call(self, x: Any) -> Any:
             return x * self.by
 
-    return {"stubborn": Stubborn, "forgetful": Forgetful, "nameless": Nameless}
-
-
-def stubborn(size: int) -> Any:
-    return network_of(own_layers()["stubborn"]())(size)
-
-
-def forgetful(size: int) -> Any:
-    return network_of(own_layers()["forgetful"](by=3.0))(size)
-
-
-def nameless(size: int) -> Any:
-    return network_of(own_layers()["nameless"](3.0))(size)
+    return [Stubborn, functools.partial(Forgetful, by=3.0), functools.partial(Nameless, 3.0)]
 
 
 def huge(size: int) -> Any:
     """Build a network whose numbers float16 does not hold."""
     keras: Any = importlib.import_module("keras")
-    return network_of(keras.layers.Conv2D(4, 1, kernel_initializer=keras.initializers.Constant(1e3)))(size)
+    return network_of(lambda: keras.layers.Conv2D(4, 1, kernel_initializer=keras.initializers.Constant(1e3)))(size)
 
 
-def huge_in(precision: str) -> str:
-    frame = pd.DataFrame({"image": list(pixels(2))})
-    try:
-        nbfeat.extract(frame, "Huge", images="image", cache=False, precision=precision)
-    except nbfeat.NetworkError as error:
-        return str(error)
-    return ""
-
-
-def scaled_and_normed() -> dict[str, Any]:
+def scaled_and_normed(*_: str) -> dict[str, Any]:
     """Tell what becomes of layers that prepare pixels, and of a norm at the end, in fewer bits."""
-    found = {}
-    for name in ("EfficientNetB0", "ConvNeXtTiny"):
-        spec = NetworkSpec(backbone=name, alpha=None, weights="random", scaling="none", size=64, cuts=(Cut(),))
-        base: Base = load_base(spec, lambda _: None)
-        network: Any = base[0]
-        for layer in network.layers:
-            if type(layer).__name__ == "Normalization" and layer.weights:  # as with published weights
-                layer.set_weights([np.full(3, 0.4), np.full(3, 0.1), *layer.get_weights()[2:]])
-                layer.finalize_state()
-        turned: Any = mixed.in_precision(spec, base, "bfloat16")[0]
-        pairs = [(layer.compute_dtype, layer.variable_dtype) for layer in turned.layers[1:]]
-        x = pixels(2).astype("float32")
-        numpy = importlib.import_module("keras").ops.convert_to_numpy
-        twin, less, exact = (
-            numpy(model(x, training=False)).astype("float32") for model in (mixed._cloned(network), turned, network)
-        )
-        found[name] = {
-            "copied": np.array_equal(twin, exact),
-            "differs": not np.array_equal(less, exact),
-            "first": pairs[0],
-            "last": pairs[-1],
-            "low": sum(compute == "bfloat16" for compute, _ in pairs) / len(pairs),
-        }
-    return found
+    keras: Any = importlib.import_module("keras")
+    k = keras.layers
+    image = keras.Input((SIZE, SIZE, 3))
+    x = k.Normalization(mean=[0.4] * 3, variance=[0.1] * 3)(k.Rescaling(1 / 255)(image))
+    inner = keras.Sequential([keras.Input((SIZE, SIZE, 3)), k.Conv2D(4, 3), k.Dense(6)])  # as in ConvNeXt
+    network = keras.Model(image, k.LayerNormalization()(k.LayerNormalization()(inner(x))))
+    turned = keras_engine.in_policy(network, "mixed_bfloat16")
+    images = pixels(2).astype("float32")
+    twin, less, exact = (
+        keras.ops.convert_to_numpy(model(images, training=False)).astype("float32")
+        for model in (keras_engine.in_policy(network, "float32"), turned, network)
+    )
+    inside = next(layer.layers for layer in turned.layers if hasattr(layer, "layers"))
+    return {
+        "copied": np.array_equal(twin, exact),
+        "differs": not np.array_equal(less, exact),
+        "outside": [layer.compute_dtype for layer in turned.layers[1:] if not hasattr(layer, "layers")],
+        "inside": [layer.compute_dtype for layer in inside],
+        "variables": sorted({str(variable.dtype) for variable in turned.variables}),
+    }
 
 
 def settings() -> dict[str, Any]:
@@ -375,6 +350,7 @@ def settings() -> dict[str, Any]:
         "layout": keras.config.image_data_format(),
         "floatx": keras.config.floatx(),
         "oneDNN": os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE"),
+        "seeds": hash(random.getstate()),
     }
     module: Any = importlib.import_module(BACKEND)
     if BACKEND == "tensorflow":
@@ -436,9 +412,9 @@ def make_hostile(way: str) -> None:
 
 def switches(way: str, *paths: str) -> dict[str, Any]:
     """Run under hostile settings; tell what the network saw, what the user saw in between, and what changed."""
-    frame = pd.DataFrame({"path": paths})
+    keras: Any = importlib.import_module("keras")
     seen: list[dict[str, Any]] = []
-    call, noting = devices._call, [False]
+    call, noting = keras_engine._call, [False]
 
     def watched(model: Any) -> Callable[..., Any]:
         """Note the settings where the model is traced, or with PyTorch run."""
@@ -451,35 +427,38 @@ def switches(way: str, *paths: str) -> dict[str, Any]:
 
         return noted
 
-    def features(steps: list[dict[str, Any]]) -> Any:
-        extraction = nbfeat.Extraction(frame, BLOCK, images="path", batch_size=4, cache=False)
+    def features(block: str, steps: list[dict[str, Any]]) -> Any:
+        frame = pd.DataFrame({"path": paths})
+        extraction = nbfeat.Extraction(frame, block, images="path", batch_size=4, cache=False)
         with (
-            mock.patch.object(engines, "choose_devices", return_value=TWO),
-            mock.patch.object(devices, "_call", watched),
+            mock.patch.object(devices, "choose_devices", return_value=TWO),
+            mock.patch.object(keras_engine, "_call", watched),
         ):
             steps.extend(settings() for _ in extraction.steps())
         return extraction.features
 
-    normal = features([])
+    blocks = (BLOCK, "Small --layer conv2d")
+    normal = [features(block, []) for block in blocks]
     make_hostile(way)
+    keras.layers.DepthwiseConv2D(1)
     before, noting[0] = settings(), True
     steps: list[dict[str, Any]] = []
-    hostile = features(steps)
+    hostile = [features(block, steps) for block in blocks]
     after = settings()
     if BACKEND == "torch" and way == "newer":  # what the parts inherit shows when it is taken back
-        module: Any = importlib.import_module("torch")
-        module.backends.fp32_precision = "none"
+        importlib.import_module("torch").backends.fp32_precision = "none"
     return {
         "left": settings(),
-        "same": bool(normal.equals(hostile)),
+        "same": all(one.equals(other) for one, other in zip(normal, hostile, strict=True)),
         "inside": seen,
         "before": before,
         "kept": all(step == before for step in steps) and len(steps) > 4,
         "after": after,
+        "next": keras.layers.DepthwiseConv2D(1).name,
     }
 
 
-def pretended_gpus() -> dict[str, Any]:
+def pretended_gpus(*_: str) -> dict[str, Any]:
     """Pretend that the backend has two GPUs of one kind, and tell what is made of that."""
     module: Any = importlib.import_module(BACKEND)
     grown: list[str] = []
@@ -506,23 +485,22 @@ def pretended_gpus() -> dict[str, Any]:
             fakes = [(module.cuda, name, value) for name, value in names.items()]
         for holder, name, value in fakes:
             stack.enter_context(mock.patch.object(holder, name, value))
-        gpus.grow_memory()
-        return {"count": engines.count_gpus(), "kinds": gpus.kinds(("gpu:0", "gpu:1")), "grown": grown}
+        keras_session.grow_memory()
+        return {"count": devices.count_gpus(), "kinds": devices.kinds(("gpu:0", "gpu:1")), "grown": grown}
 
 
 def on_gpu(*paths: str) -> dict[str, Any]:
     """Extract on every GPU that there is, and on the CPU."""
-    count = engines.count_gpus()
+    count = devices.count_gpus()
     if not count:
         return {"gpus": 0}
-    frame, options = pd.DataFrame({"path": paths}), {"images": "path", "cache": False}
-    on_cpu = nbfeat.extract(frame, BLOCK, device="cpu", **options).features.to_numpy()
+    on_cpu = extracted(paths, BLOCK, device="cpu").features.to_numpy()
     found: dict[str, Any] = {"gpus": count}
     for precision in ("float32", "bfloat16", "float16"):
-        result = nbfeat.extract(frame, BLOCK, device="auto", precision=precision, **options)
+        result = extracted(paths, BLOCK, device="auto", precision=precision)
         found[precision] = cosine(result.features.to_numpy(), on_cpu)
         found["report"] = repr(result)
-    found["first alone"] = cosine(nbfeat.extract(frame, BLOCK, device="gpu:0", **options).features.to_numpy(), on_cpu)
+    found["first alone"] = cosine(extracted(paths, BLOCK, device="gpu:0").features.to_numpy(), on_cpu)
     engine = KerasEngine(SPEC, devices=("gpu:0",), precision="float32", batch_size=None)
     found["batch"] = engine.batch_size
     found["where"] = [str(value.device).lower() for value in engine._replicas[0].variables[:1]]
@@ -531,11 +509,14 @@ def on_gpu(*paths: str) -> dict[str, Any]:
 
 PROGRAMS: dict[str, Callable[..., dict[str, Any]]] = {
     program.__name__: program
-    for program in (replicas, memory, whole, precisions, scaled_and_normed, switches, pretended_gpus, on_gpu)
+    for program in (replicas, memory, whole, precisions, scaled_and_normed, pretended_gpus, on_gpu)
 }
+PROGRAMS |= {way: functools.partial(switches, way) for way in ("older", "newer")}
 
 if __name__ == "__main__":
-    if sys.argv[1] != "on_gpu":
+    names = sys.argv[1].split(",")
+    if names != ["on_gpu"]:
         pretend_two()
-        engines.openvino_works = lambda: False  # as where it is not installed
-    print(json.dumps(PROGRAMS[sys.argv[1]](*sys.argv[2:])))
+        devices.openvino_works = lambda: False  # as where it is not installed
+    nbfeat.register_backbone("Small", small, input_size=SIZE, scaling="tf")
+    print(json.dumps({name: PROGRAMS[name](*sys.argv[2:]) for name in names}))

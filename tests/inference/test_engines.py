@@ -8,7 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,29 +20,28 @@ import pytest
 
 import nbfeat
 from nbfeat import NetworkError, RequestError, isolation
+from nbfeat.backbones.catalog import CATALOG
 from nbfeat.backbones.weights import Loaded
-from nbfeat.inference import engines
-from nbfeat.inference.compiled_models import Preparing, Stored
+from nbfeat.inference import compiled_models
+from nbfeat.inference.compiled_models import Stored, prepare
+from nbfeat.inference.engines import devices
+from nbfeat.inference.engines.base import Precision
 from nbfeat.inference.engines.openvino import OpenVINOEngine
-from nbfeat.inference.model import Cut, NetworkSpec, Output
+from nbfeat.inference.prepared import vectors_of
+from nbfeat.inference.spec import Cut, NetworkSpec, Output
 from tests.faces import same
+from tests.fake import to_its_end
 
-SMALL = "MobileNet --alpha 0.25 --size 64 --weights random"
+SMALL = "Pocket --size 32"
 SPEC = NetworkSpec(
-    backbone="MobileNet",
-    alpha=0.25,
-    weights="random",
-    scaling="tf",
-    size=64,
-    cuts=(Cut(), Cut("conv_pw_3_relu", "max")),
-)
+    backbone="Pocket", alpha=None, weights="bundled", scaling=CATALOG["Pocket"].scaling, size=32,
+    cuts=(Cut(), Cut("block1_out", "max")),
+)  # fmt: skip
 
 
 @pytest.fixture
 def stored() -> Stored:
-    preparing = Preparing(SPEC)
-    list(preparing)
-    return preparing.result
+    return to_its_end(prepare(SPEC))[1]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -55,11 +57,10 @@ def test_rows_are_the_same_to_the_bit_for_any_batch_size_order_and_company(
         same(nbfeat.extract(photos, SMALL, batch_size=size, **options).features, whole)
     some = photos.sample(7, random_state=0)
     same(nbfeat.extract(some, SMALL, **options).features, whole.loc[some.index])
-    beside = nbfeat.extract(photos, SMALL, "MobileNetV3Small --size 96 --weights random", **options)
-    same(beside["mobilenet025"], whole)
+    others = [f"{SMALL} --resize crop --prefix another"]  # a network of its own
     if precision == "float32":  # the cache takes a cut for the same beside any others
-        both = nbfeat.extract(photos, SMALL, f"{SMALL} --layer conv_pw_6_relu --pooling max", **options)
-        same(both["mobilenet025"], whole)
+        others.append(f"{SMALL} --layer block1_out --pooling max")
+    same(nbfeat.extract(photos, SMALL, *others, **options)["pocket"], whole)
 
 
 def test_an_engine_closed_in_flight_has_all_its_buffers_again(stored: Stored) -> None:
@@ -75,65 +76,58 @@ def test_an_engine_closed_in_flight_has_all_its_buffers_again(stored: Stored) ->
         assert len(engine._free) == free
     buffer = engine.buffer()
     engine.submit(buffer, 1)
-    assert engine.collect()[Cut().key].shape == (1, 256)
-
-
-def test_a_damaged_network_is_not_used_but_built_again(stored: Stored) -> None:
-    weights = stored.folder / "network.bin"
-    content = bytearray(weights.read_bytes())
-    content[100] ^= 1
-    weights.write_bytes(content)
-    again = Preparing(SPEC)
-    assert "building" in " ".join(again)
-    assert again.result.outputs == stored.outputs
-    assert weights.read_bytes() != bytes(content)
-    assert not list(again)  # now it is there
+    assert engine.collect()[Cut().key].shape == (1, 512)
 
 
 def test_a_network_that_fails_to_build_leaves_nothing(own_home: Path) -> None:
     before = sorted((own_home / "networks").iterdir())
-    lost = NetworkSpec(backbone="VGG16", alpha=None, weights="random", scaling="tf", size=64, cuts=(Cut("nosuch"),))
     with pytest.raises(RequestError, match="no layer 'nosuch'"):
-        list(Preparing(lost))
-    abandoned = iter(
-        Preparing(NetworkSpec(backbone="VGG16", alpha=None, weights="random", scaling="tf", size=64, cuts=(Cut(),)))
-    )
+        list(prepare(replace(SPEC, cuts=(Cut("nosuch"),))))
+    abandoned = prepare(replace(SPEC, size=33))
     next(abandoned)
-    abandoned.close()  # type: ignore[attr-defined]
+    abandoned.close()
     assert sorted((own_home / "networks").iterdir()) == before
 
 
-def test_two_that_build_the_same_network_at_once_both_have_it(stored: Stored) -> None:
-    shutil.rmtree(stored.folder)
-    two = [Preparing(SPEC), Preparing(SPEC)]
+def test_two_that_build_the_same_network_at_once_both_have_it(
+    stored: Stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.move(stored.folder, tmp_path / "built")
+    both_are_at_it = threading.Barrier(2)
+
+    def run_child(_: NetworkSpec, out: Path) -> Iterator[str]:
+        shutil.copytree(tmp_path / "built", out, dirs_exist_ok=True)
+        both_are_at_it.wait(30)
+        yield "built"
+
+    monkeypatch.setattr(compiled_models, "run_child", run_child)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(list, two))
-    assert two[0].result.folder == two[1].result.folder
-    assert two[0].result.outputs == stored.outputs
+        (_, one), (_, other) = pool.map(to_its_end, [prepare(SPEC), prepare(SPEC)])
+    assert one == other == stored
 
 
 def test_precision_and_device_are_words_that_exist() -> None:
-    assert engines.check_precision("auto") == "auto"
+    assert devices.check_precision("auto") == "auto"
     with pytest.raises(RequestError, match="auto, float32, bfloat16, float16"):
-        engines.check_precision("int8")
+        devices.check_precision("int8")
     for asked in ("cpu:1", "tpu", "gpu:x", ""):
         with pytest.raises(RequestError):
-            engines.check_device(asked)
-    assert engines.choose_devices("cpu") == ("cpu",)
+            devices.check_device(asked)
 
 
 def test_a_gpu_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "count_gpus", lambda: 0)
-    with pytest.raises(RequestError, match=r"sees no GPU.*--device cpu"):
-        engines.choose_devices("gpu")
-    monkeypatch.setattr(engines, "sign_of_gpu", lambda: True)
-    assert engines.choose_devices("auto") == ("cpu",)
-    monkeypatch.setattr(engines, "count_gpus", lambda: 2)
-    assert engines.choose_devices("auto") == ("gpu:0", "gpu:1")
-    assert engines.choose_devices("gpu") == ("gpu:0",)
-    assert engines.choose_devices("gpu:1") == ("gpu:1",)
+    monkeypatch.setattr(devices, "sign_of_gpu", lambda: True)
+    for count, asked, expected in (
+        (0, "auto", ("cpu",)), (2, "auto", ("gpu:0", "gpu:1")), (2, "gpu", ("gpu:0",)), (2, "gpu:1", ("gpu:1",)),
+        (2, "cpu", ("cpu",)),
+    ):  # fmt: skip
+        monkeypatch.setattr(devices, "count_gpus", lambda count=count: count)
+        assert devices.choose_devices(asked) == expected
     with pytest.raises(RequestError, match="sees 2 GPUs"):
-        engines.choose_devices("gpu:2")
+        devices.choose_devices("gpu:2")
+    monkeypatch.setattr(devices, "count_gpus", lambda: 0)
+    with pytest.raises(RequestError, match=r"sees no GPU.*--device cpu"):
+        devices.choose_devices("gpu")
 
 
 @pytest.mark.parametrize(("files", "hidden", "expected"), [
@@ -142,13 +136,13 @@ def test_a_gpu_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_driver_s_files_are_the_sign_of_a_gpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: list[str], hidden: str | None, expected: object
 ) -> None:
-    monkeypatch.setattr(engines, "_DRIVERS", tmp_path)
+    monkeypatch.setattr(devices, "_DRIVERS", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     for name in files:
         (tmp_path / name).touch()
-    assert engines.sign_of_gpu() is expected
+    assert devices.sign_of_gpu() is expected
 
 
 @pytest.mark.slow
@@ -199,29 +193,26 @@ def test_pixels_are_read_in_place(stored: Stored) -> None:
     buffer = engine.buffer()
     buffer[:] = np.arange(buffer.size, dtype=np.uint64).reshape(buffer.shape) % 251
     before = buffer.copy()
-    engine.submit(buffer, 2)
-    first = engine.collect()
-    np.testing.assert_array_equal(buffer, before)
-    engine.submit(buffer, 2)
-    second = engine.collect()
-    for key in first:
-        np.testing.assert_array_equal(first[key], second[key])
+    vectors = []
+    for _ in range(2):
+        engine.submit(buffer, 2)
+        vectors.append(engine.collect())
+        np.testing.assert_array_equal(buffer, before)
+    for key in vectors[0]:
+        np.testing.assert_array_equal(vectors[0][key], vectors[1][key])
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_a_precision_is_obeyed_or_refused_and_never_swapped(stored: Stored, precision: engines.Precision) -> None:
+def test_a_precision_is_obeyed_or_refused_and_never_swapped(stored: Stored, precision: Precision) -> None:
     try:
         engine = OpenVINOEngine(stored, precision=precision, batch_size=2)
     except NetworkError as error:
         with pytest.raises(NetworkError, match=r"--precision float32|cannot run the network"):
             raise error from None
         return
-    rows = []
-    for one in (engine, OpenVINOEngine(stored, precision="float32", batch_size=2)):
-        buffer = one.buffer()
-        buffer[:] = np.random.default_rng(0).integers(0, 256, buffer.shape)
-        one.submit(buffer, 2)
-        rows.append(one.collect()[Cut().key])
+    pixels = np.random.default_rng(0).integers(0, 256, engine.buffer().shape, np.uint8)
+    exact = OpenVINOEngine(stored, precision="float32", batch_size=2)
+    rows = [vectors_of(one, pixels)[Cut().key] for one in (engine, exact)]
     assert not np.array_equal(rows[0], rows[1])
     np.testing.assert_allclose(rows[0], rows[1], atol=0.1 * np.abs(rows[1]).max())
 
@@ -237,10 +228,7 @@ def test_numbers_that_slow_some_cpus_down_are_zero(tmp_path: Path) -> None:
     openvino.save_model(openvino.Model([features], [pixels]), tmp_path / "network.xml", compress_to_fp16=False)
     stored = Stored(tmp_path, {"end:default": Output(4, "avg", (8, 3, 4), negative=False)}, Loaded("random", ""))
     engine = OpenVINOEngine(stored, precision="float32", batch_size=1)
-    buffer = engine.buffer()
-    buffer[:] = 255
-    engine.submit(buffer, 1)
-    np.testing.assert_array_equal(engine.collect()["end:default"], 0)
+    np.testing.assert_array_equal(vectors_of(engine, np.full((1, 8, 8, 3), 255, np.uint8))["end:default"], 0)
 
 
 OVERLAPPING = """

@@ -11,9 +11,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 import nbfeat
-from nbfeat.inference import engines
-from nbfeat.inference.engines import Pixels, Vectors
-from nbfeat.inference.model import Cut, NetworkSpec, Output
+from nbfeat.inference import prepared
+from nbfeat.inference.engines.base import Pixels, Vectors
+from nbfeat.inference.spec import Cut, NetworkSpec, Output
 from nbfeat.parquet import tally
 from tests import fake, memory
 
@@ -30,7 +30,7 @@ class WideEngine(fake.FakeEngine):
 
 
 class WideOpening(fake.FakeNetwork):
-    """Stand in for `engines.PreparedNetwork`."""
+    """Stand in for `prepared.PreparedNetwork`."""
 
     def __init__(self, spec: NetworkSpec, *, devices: tuple[str, ...], batch_size: int | None) -> None:
         super().__init__(spec, devices=devices, batch_size=batch_size)
@@ -48,7 +48,7 @@ def wide(pixels: Pixels) -> NDArray[np.float32]:
 
 def write(frame: str, folder: str, block: str, rows: str) -> dict[str, object]:
     """Write features of a frame, and say after each step how far it is."""
-    engines.PreparedNetwork = fake.FakeNetwork  # type: ignore[misc,assignment]
+    prepared.PreparedNetwork = fake.FakeNetwork  # type: ignore[misc,assignment]
     tally.MOST_ROWS = int(rows)
     extraction = nbfeat.Extraction(pd.read_pickle(frame), block, images="path", parquet=folder)  # noqa: S301 - the test's
     for step in extraction.steps():
@@ -58,7 +58,7 @@ def write(frame: str, folder: str, block: str, rows: str) -> dict[str, object]:
 
 def peak(folder: str, rows: str, block: str) -> dict[str, object]:
     """Write as many rows of `WIDTH` features, and measure by how much memory grew at most from the first file on."""
-    engines.PreparedNetwork = WideOpening  # type: ignore[misc,assignment]
+    prepared.PreparedNetwork = WideOpening  # type: ignore[misc,assignment]
     generator = np.random.default_rng(0)
     images = [generator.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(int(rows))]
     frame = pd.DataFrame({"image": images, "label": [f"row {number}" for number in range(len(images))]})

@@ -39,19 +39,17 @@ def quotas(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/
         lines = [line.split(":", 2) for line in groups.read_text(encoding="utf-8").splitlines()]
     except OSError:
         lines = []
-    own = next((path for _, kind, path in lines if not kind), "/")
-    own_1 = next((path for _, kind, path in lines if "cpu" in kind.split(",")), "/")
-    for folder in _upwards(root, own):
+    paths = {kind: path for _, kinds, path in lines for kind in kinds.split(",")}  # of version 2 there is one, unnamed
+    for folder in _upwards(root, paths.get("", "/")):
         with suppress(OSError, ValueError):  # no such group here, or "max": no quota
             quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
             yield int(quota) / int(period)
-    for folder in _upwards(root / "cpu", own_1):
+    for folder in _upwards(root / "cpu", paths.get("cpu", "/")):
         with suppress(OSError, ValueError):
-            quota_1, period_1 = (
-                int((folder / f"cpu.cfs_{name}_us").read_text(encoding="ascii")) for name in ("quota", "period")
-            )
-            if quota_1 > 0:  # -1: none
-                yield quota_1 / period_1
+            files = (folder / f"cpu.cfs_{name}_us" for name in ("quota", "period"))
+            allowed, of = (int(file.read_text(encoding="ascii")) for file in files)
+            if allowed > 0:  # -1: no quota
+                yield allowed / of
 
 
 def _upwards(root: Path, path: str) -> list[Path]:
@@ -60,12 +58,9 @@ def _upwards(root: Path, path: str) -> list[Path]:
 
 
 def _share_of_worker() -> list[int]:
-    """Return how many threads joblib wants in this process, if it is one of its workers: cores ÷ workers.
-
-    Joblib says so by the variables that thread pools read: "Avoiding over-subscription of CPU resources" in its
-    documentation. Elsewhere those speak of other libraries.
-    """
+    # Joblib tells its workers cores ÷ workers by the variables that thread pools read ("Avoiding over-subscription of
+    # CPU resources" in its documentation); elsewhere those speak of other libraries.
     if type(multiprocessing.current_process()).__name__ != "LokyProcess":
         return []
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    return [int(told)] if told.isdigit() and int(told) else []
+    share = os.environ.get("OMP_NUM_THREADS", "")
+    return [int(share)] if share.isdigit() and int(share) else []

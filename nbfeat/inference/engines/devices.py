@@ -1,137 +1,202 @@
-"""The same network on each of several devices, in the way of the backend that Keras has here.
-
-A model is built once. Each device gets a copy of its variables, and a function that runs the model with these, so that
-replicas are equal to the bit and layers of the user's own need not be built again.
-"""
+"""Which devices run a network, what they are called, and how many images run on one at once."""
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import importlib
+import os
+import platform
+import re
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 from nbfeat import isolation
-from nbfeat.errors import NetworkError
-from nbfeat.inference.engines import Pixels, Vectors, exact
-from nbfeat.inference.engines.session import in_a_fresh_session
+from nbfeat.errors import NetworkError, RequestError
+from nbfeat.inference.engines.base import PRECISIONS, Asked, Pixels
 
-if TYPE_CHECKING:
-    import keras
-
-
-@dataclass(slots=True)
-class Replica:
-    """A network on one device."""
-
-    device: str
-    variables: list[Any]  # tensors of the backend, on the device
-    run: Callable[[Pixels], Any]  # takes a whole batch; returns before it is done, where the backend can
-    prepare: Callable[[int], None] = lambda _: None  # compiles for batches of so many images, where that is needed
+_DRIVERS = Path("/dev")
+FIRST = 32  # images in the first batch whose size is measured
+LARGEST = 1024
+LARGEST_BYTES = 256 * 2**20  # of pixels in one batch: three of them wait decoded, and more are in flight
+GROWTH = 1.05  # a batch of twice as many images has to be faster by this
+REPEATS = 2
+Result = TypeVar("Result")
 
 
-def replicate(model: keras.Model, devices: tuple[str, ...]) -> list[Replica]:
-    """Put `model`, built on the first of `devices`, on each of them."""
-    backend = importlib.import_module("keras").backend.backend()
-    makers: dict[str, Callable[..., Replica]] = {
-        "tensorflow": _tensorflow,
-        "jax": _jax,
-        "torch": _torch,
-        "openvino": lambda model, device, **_: Replica(device, [], model.predict_on_batch),
-    }
-    if backend not in makers:
-        raise NetworkError(f"Keras' backend {backend!r} is not one that nbfeat can run: use tensorflow, jax or torch.")
-    call = _call(model)
-    return [
-        makers[backend](model, device, call=call, is_first=number == 0) for number, device in enumerate(devices)
-    ]  # fmt: skip
+def check_device(asked: str) -> str:
+    """Return `asked` if it is ``auto``, ``cpu``, ``gpu`` or ``gpu:N``."""
+    if re.fullmatch(r"auto|cpu|gpu(:\d+)?", str(asked)) is None:
+        raise RequestError(f"--device takes auto, cpu, gpu or gpu:N, not {asked!r}.")
+    return asked
 
 
-def fetch(result: Any, keys: list[str], count: int) -> Vectors:
-    """Wait for a result and return the first `count` rows of each output."""
-    to_numpy = importlib.import_module("keras").ops.convert_to_numpy
-    return {key: np.array(to_numpy(result[key])[:count], np.float32) for key in keys}
+def check_precision(asked: str) -> Asked:
+    """Return `asked` if it is ``auto`` or a precision."""
+    words: Any = ("auto", *PRECISIONS)
+    if asked not in words:
+        raise RequestError(f"--precision takes {', '.join(words)}, not {asked!r}.")
+    return words[words.index(asked)]  # type: ignore[no-any-return]
 
 
-def _call(model: keras.Model) -> Callable[..., Any]:
-    """Return the model as a function of its variables and the pixels."""
-    return lambda trained, others, pixels: model.stateless_call(trained, others, pixels, training=False)[0]
+def choose_devices(asked: str) -> tuple[str, ...]:
+    """Turn ``auto``, ``cpu``, ``gpu`` or ``gpu:1`` into ``cpu``, one ``gpu:N``, or for ``auto`` every GPU there is.
 
-
-def _values(model: Any, copy: Callable[[Any], Any]) -> tuple[list[Any], list[Any]]:
-    return (
-        [copy(variable.value) for variable in model.trainable_variables],
-        [copy(variable.value) for variable in model.non_trainable_variables],
+    ``auto`` asks Keras' backend, which takes seconds to import, only where there is a sign of a GPU.
+    """
+    kind, _, number = asked.partition(":")
+    if kind == "cpu" or (kind == "auto" and not sign_of_gpu()):
+        return ("cpu",)
+    found = count_gpus()
+    if kind == "auto":
+        return tuple(f"gpu:{one}" for one in range(found)) or ("cpu",)
+    if int(number or 0) < found:
+        return (f"gpu:{number or 0}",)
+    seen = f"{found} GPU{'s' if found > 1 else ''}" if found else "no GPU"
+    raise RequestError(
+        f"Keras' backend sees {seen}, so --device {asked} cannot be had. Use --device cpu, or install the extra "
+        "for GPUs: pip install 'nbfeat[gpu]'."
     )
 
 
-def _tensorflow(model: Any, device: str, *, call: Callable[..., Any], is_first: bool) -> Replica:
-    tensorflow: Any = importlib.import_module("tensorflow")
-    kind, _, number = device.partition(":")
-    place = f"/device:{kind.upper()}:{number or 0}"
-
-    def copied(value: Any) -> Any:
-        return value if is_first else tensorflow.Variable(value, trainable=False)
-
-    with tensorflow.device(place):
-        trained, others = _values(model, copied)
-        traced = tensorflow.function(lambda pixels: call(trained, others, pixels), autograph=False)
-        # Traced now: at the first batch it would count operations in the user's session, and warn of retracing.
-        concrete = traced.get_concrete_function(tensorflow.TensorSpec((None, *model.input_shape[1:]), "uint8"))
-
-    def run(pixels: Pixels) -> Any:
-        with tensorflow.device(place):
-            return concrete(tensorflow.constant(pixels))
-
-    return Replica(device, [*trained, *others], run)
+def sign_of_gpu() -> bool:
+    """Look for a GPU without importing anything: a driver's files."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
+        return False
+    # A container may have been given the second GPU alone.
+    return any(any(_DRIVERS.glob(name)) for name in ("nvidia[0-9]*", "kfd", "dxg"))
 
 
-def _jax(
-    model: Any, device: str, *, call: Callable[..., Any], is_first: bool
-) -> Replica:  # a Keras model; all is copied
-    jax: Any = importlib.import_module("jax")
-    kind, _, number = device.partition(":")
-    target = jax.devices(kind)[int(number or 0)]
-    # Not the model's own: what Keras' `predict` is given of those on JAX, it deletes.
-    trained, others = _values(model, lambda value: jax.device_put(value, target, may_alias=False))
-    there = jax.sharding.SingleDeviceSharding(target)
-
-    @functools.cache
-    def compiled(size: int) -> Callable[..., Any]:
-        """Compile for one size: what was compiled does not ask for any settings when it runs."""
-
-        def work() -> Callable[..., Any]:
-            with exact.float32():
-                pixels = jax.ShapeDtypeStruct((size, *model.input_shape[1:]), "uint8", sharding=there)
-                return jax.jit(call).lower(trained, others, pixels).compile()  # type: ignore[no-any-return]
-
-        return in_a_fresh_session(work, device)
-
-    def run(pixels: Pixels) -> Any:
-        return compiled(len(pixels))(trained, others, jax.device_put(pixels, target))
-
-    def prepare(size: int) -> None:
-        compiled(size)
-
-    return Replica(device, [*trained, *others], run, prepare)
+def count_gpus() -> int:
+    """Ask the backend that Keras has in this process how many GPUs it can use."""
+    try:
+        return len(_gpu_names())
+    except (ImportError, RuntimeError):
+        return 0
 
 
-def _torch(model: Any, device: str, *, call: Callable[..., Any], is_first: bool) -> Replica:
-    torch: Any = importlib.import_module("torch")
-    keras: Any = importlib.import_module("keras")
-    place = device.replace("gpu", "cuda")
+def kinds(devices: tuple[str, ...]) -> str:
+    """Name what `devices` are, but neither which nor how many: another kind gives other last bits."""
+    named = [device.partition(":") for device in devices]
+    return ", ".join(sorted({"CPU" if kind == "cpu" else _gpu_names()[int(at or 0)] for kind, _, at in named}))
 
-    def copied(value: Any) -> Any:
-        return value.detach() if is_first else value.detach().to(place, copy=True)
 
-    trained, others = _values(model, copied)
+def _gpu_names() -> list[str]:
+    backend = importlib.import_module("keras").backend.backend()
+    module: Any = importlib.import_module(backend)
+    match backend:
+        case "tensorflow":
+            details = map(module.config.experimental.get_device_details, module.config.get_visible_devices("GPU"))
+            return [detail.get("device_name", "GPU") for detail in details]
+        case "jax":
+            return [device.device_kind for device in module.local_devices() if device.platform == "gpu"]
+        case "torch":
+            return [module.cuda.get_device_name(at) for at in range(module.cuda.device_count())]
+    return []
 
-    def run(pixels: Pixels) -> Any:
-        # Nothing is compiled, so the settings of the moment count.
-        with torch.inference_mode(), isolation.keras_defaults(), keras.device(device):
-            return call(trained, others, torch.from_numpy(pixels).to(place))
 
-    return Replica(device, [*trained, *others], run)
+def cpu() -> str:
+    """Name this CPU and what it can compute with: the same network gives other last bits on another one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
+    except OSError:
+        return f"{platform.processor()} {platform.machine()}"
+    facts = [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def openvino_works() -> bool:
+    """Tell whether OpenVINO can be imported."""
+    try:
+        isolation.import_openvino()
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+class Room:
+    """How many images run at once; what has to be said of it is given to `tell`."""
+
+    def __init__(self, size: int, tell: Callable[[str], None] = lambda _: None) -> None:
+        self.size, self.was_short, self._tell = size, False, tell
+
+    def fit(self, device: str, run: Callable[[int], Result]) -> Result:
+        """Return what `run` does with as many images as run at once, fewer wherever memory does not do."""
+        while True:
+            size = self.size
+            try:
+                return run(size)
+            except Exception as error:  # raised again unless it is about memory
+                self.shrink(size, device, error)
+
+    def shrink(self, size: int, device: str, error: Exception) -> None:
+        """Halve the batch after `size` images were too many; any error that is not about memory is raised again."""
+        if not is_out_of_memory(error):
+            raise error
+        self.was_short = True
+        if size == 1:
+            another = ", or use --device cpu" if device.startswith("gpu") else ""
+            raise NetworkError(
+                f"{device.upper()} has not enough memory for the network and one image. Close what else uses it, or "
+                f"take a smaller backbone or --size{another}."
+            ) from error
+        if size == self.size:  # else it was halved already, after this batch had been started
+            self.size = size // 2
+            self._tell(
+                f"{device.upper()} had not enough memory for {size:,} images at once, so {self.size:,} ran at once."
+            )
+
+    def grow(self, device: str, seconds: Callable[[int], float], largest: int) -> None:
+        """Double the size from `FIRST` on until that is not faster, or memory does not do.
+
+        `seconds` runs so many images on `device` and tells how long it took.
+        """
+        self.size, best = min(FIRST, largest), 0.0
+        while True:
+            rate = self.fit(device, lambda size: size / seconds(size))
+            if self.was_short and best:  # the size before was the largest that ran
+                return
+            if rate < best * GROWTH:
+                self.size //= 2
+                return
+            best = rate
+            if self.was_short or self.size * 2 > largest:
+                return
+            self.size *= 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether a backend had not enough memory for what it was given."""
+    classes = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+    if classes & {"builtins.MemoryError", "tensorflow.ResourceExhaustedError", "torch.OutOfMemoryError"}:
+        return True
+    # Libraries below a backend say so where its own class of error does not.
+    return bool(classes & {"builtins.RuntimeError", "tensorflow.OpError"}) and any(
+        sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "ALLOC_FAILED", "out of memory", "can't allocate memory")
+    )
+
+
+def largest_batch(shape: tuple[int, ...]) -> int:
+    """Return how many images of `shape` a batch has at most."""
+    return max(1, min(LARGEST, LARGEST_BYTES // int(np.prod(shape))))
+
+
+def timed(work: Callable[[], Result]) -> tuple[Result, float]:
+    """Return what `work` gives, and in how many seconds."""
+    start = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - start
+
+
+def stopwatch(run: Callable[[Pixels], object], shape: tuple[int, ...]) -> Callable[[int], float]:
+    """Return what tells how many seconds `run` takes for so many images of `shape`, once it is warm."""
+
+    def seconds(size: int) -> float:
+        pixels = np.zeros((size, *shape), np.uint8)
+        run(pixels)  # compiles, and lets libraries choose how
+        return min(timed(lambda: run(pixels))[1] for _ in range(REPEATS))
+
+    return seconds

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 from nbfeat import isolation
 from nbfeat.errors import NetworkError
 from nbfeat.inference.compiled_models import Stored
-from nbfeat.inference.engines import Pixels, Precision, Vectors, Work
+from nbfeat.inference.engines.base import Pixels, Precision, Vectors, Work
 from nbfeat.inference.engines.cpu_count import available_cores
 
 BATCH = 4  # 8 is no faster and takes 50 MB more; 16 and 32 are slower, and answer an interrupt later
@@ -31,19 +30,37 @@ _WAIT_MS = 100
 
 def name(*, threads: bool = True) -> str:
     """Name this engine, without importing it: library, version, device and, unless left away, threads."""
-    cores = available_cores()
-    shown = f"OpenVINO {version('openvino')}, CPU"
-    return f"{shown}, {cores} thread{'s' if cores > 1 else ''}" if threads else shown
+    cores, library = available_cores(), f"OpenVINO {version('openvino')}, CPU"
+    return f"{library}, {cores} thread{'s' if cores > 1 else ''}" if threads else library
 
 
-def _apart(compiles: Callable[[], Any]) -> Any:
-    """Compile in a thread that ends then, for what OpenVINO does to the thread that compiles would stay.
+def _compiled(core: Any, graph: Any, precision: Precision) -> Any:
+    """Compile `graph`, in a thread that ends then, for what OpenVINO does to the thread that compiles would stay.
 
     It makes that thread take tiny numbers for zero, which the threads that it starts inherit, and it gives that thread
     a stack for signals, which is gone when the network is: an interrupt after that would end the process.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="nbfeat-compile") as one:
-        return one.submit(compiles).result()
+    settings = {
+        # Always said: OpenVINO's own default is bfloat16 where the CPU has it.
+        "INFERENCE_PRECISION_HINT": _TYPES[precision],
+        "INFERENCE_NUM_THREADS": available_cores(),
+        "NUM_STREAMS": available_cores(),
+        # Numbers below 1e-38 are taken for zero: some CPUs are a hundred times slower with them.
+        "CPU_DENORMALS_OPTIMIZATION": True,
+    }
+    try:
+        with isolation.without_fast_math(), ThreadPoolExecutor(1, thread_name_prefix="nbfeat-compile") as one:
+            compiled = one.submit(core.compile_model, graph, "CPU", settings).result()
+    except RuntimeError as error:
+        raise NetworkError(
+            f"This CPU cannot run the network in {precision}: {str(error).strip().splitlines()[-1]}"
+        ) from error
+    runs_in = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
+    if runs_in != _TYPES[precision]:  # OpenVINO takes another one without a word
+        raise NetworkError(
+            f"This CPU has no {precision}: OpenVINO would compute in {runs_in}. Use --precision float32."
+        )
+    return compiled
 
 
 class OpenVINOEngine:
@@ -55,7 +72,6 @@ class OpenVINOEngine:
         openvino = isolation.import_openvino()
         self.name, self.outputs, self.batch_size = name(), stored.outputs, batch_size or BATCH
         self.work = Work()
-        cores = available_cores()
         self._tensor, self._stored = openvino.Tensor, stored
         core = openvino.Core()
         graph = core.read_model(stored.folder / "network.xml")
@@ -64,26 +80,7 @@ class OpenVINOEngine:
             for other in [output for output in graph.outputs if only not in output.get_names()]:
                 graph.remove_result(other.get_node())
         graph.reshape([self.batch_size, *(size.get_length() for size in list(graph.input().get_partial_shape())[1:])])
-        settings = {
-            # Always said: OpenVINO's own default is bfloat16 where the CPU has it.
-            "INFERENCE_PRECISION_HINT": _TYPES[precision],
-            "INFERENCE_NUM_THREADS": cores,
-            "NUM_STREAMS": cores,
-            # Numbers below 1e-38 are taken for zero: some CPUs are a hundred times slower with them.
-            "CPU_DENORMALS_OPTIMIZATION": True,
-        }
-        try:
-            with isolation.without_fast_math():
-                compiled = _apart(lambda: core.compile_model(graph, "CPU", settings))
-        except RuntimeError as error:
-            raise NetworkError(
-                f"This CPU cannot run the network in {precision}: {str(error).strip().splitlines()[-1]}"
-            ) from error
-        runs_in = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
-        if runs_in != _TYPES[precision]:  # OpenVINO takes another one without a word
-            raise NetworkError(
-                f"This CPU has no {precision}: OpenVINO would compute in {runs_in}. Use --precision float32."
-            )
+        compiled = _compiled(core, graph, precision)
         count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") + 1
         self._idle: list[Any] = [compiled.create_infer_request() for _ in range(count)]
         self._busy: deque[tuple[Any, Pixels, int, float]] = deque()  # with the time that each was started

@@ -1,24 +1,60 @@
-"""float32 that is float32: the switches by which backends compute it in fewer bits, off for a block.
+"""A Keras session of one's own, in full float32: what runs in it neither obeys nor changes the user's settings.
 
-Those of TensorFlow and PyTorch belong to the whole process, so the block should be short: around tracing, dispatching
-and fetching, and never around what the user runs in between.
+The switches by which TensorFlow and PyTorch compute float32 in fewer bits belong to the whole process, so they are off
+for short blocks: around tracing, dispatching and fetching, and never around what the user runs in between.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from nbfeat import isolation
 
 _AUTO_MIXED = "auto_mixed_precision"  # the first part of several options
+Result = TypeVar("Result")
+
+
+def in_a_fresh_session(work: Callable[[], Result], device: str) -> Result:
+    """Do `work` in a thread of its own: Keras counts by thread, so neither side sees the other's names."""
+    result: list[Any] = []
+
+    def do() -> None:
+        try:
+            if device.startswith("gpu"):
+                grow_memory()
+            with isolation.keras_defaults(), importlib.import_module("keras").device(device):
+                result.append(work())
+        except BaseException as error:  # raised again below, in the calling thread
+            result.append(error)
+
+    thread = threading.Thread(target=do, name="nbfeat-build", daemon=True)
+    thread.start()
+    thread.join()
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]  # type: ignore[no-any-return]
+
+
+def grow_memory() -> None:
+    """Let TensorFlow take the memory of GPUs as it needs it, so that others can use them too.
+
+    Where it has started already, or the user has said how to share a GPU, it stays as it is.
+    """
+    if importlib.import_module("keras").backend.backend() != "tensorflow":
+        return
+    config: Any = importlib.import_module("tensorflow").config
+    with contextlib.suppress(RuntimeError, ValueError):
+        for gpu in config.get_visible_devices("GPU"):
+            config.experimental.set_memory_growth(gpu, enable=True)
 
 
 @contextmanager
-def float32() -> Iterator[None]:
+def full_float32() -> Iterator[None]:
     """Compute in all bits of float32 on the backend that Keras has here; every switch is put back after the block."""
     inside: dict[str, Callable[[], AbstractContextManager[None]]] = {
         "tensorflow": _tensorflow,
@@ -66,17 +102,15 @@ def _jax() -> Iterator[None]:
 def _torch() -> Iterator[None]:
     """Switch off TF32 and bfloat16 products, automatic casts, and the search for algorithms by their speed."""
     torch: Any = importlib.import_module("torch")
-    cudnn, dtype = torch.backends.cudnn, torch.get_default_dtype()
-    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    searches = cudnn.benchmark
+    cudnn, dtype, searches = torch.backends.cudnn, torch.get_default_dtype(), torch.backends.cudnn.benchmark
     with contextlib.ExitStack() as stack:
         stack.enter_context(_torch_products(torch))
-        for kind in kinds:
+        for kind in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        torch.set_default_dtype(torch.float32)
         stack.callback(torch.set_default_dtype, dtype)
-        cudnn.benchmark = False
+        torch.set_default_dtype(torch.float32)
         stack.callback(setattr, cudnn, "benchmark", searches)
+        cudnn.benchmark = False
         yield
 
 
@@ -87,7 +121,7 @@ def _torch_products(torch: Any) -> Iterator[None]:
     The older ones are both set and put back first: they change the newer ones too, and PyTorch refuses to run where the
     two disagree. Where the user has made them disagree, the older ones cannot be read, and are left alone.
     """
-    cudnn, switches = torch.backends.cudnn, _precisions(torch)
+    cudnn, switches = torch.backends.cudnn, _switches(torch)
     own: list[str] = []
     product = convolution = None
     try:
@@ -116,13 +150,12 @@ def _set(switches: list[Any], values: list[str]) -> None:
         switch.fp32_precision = value
 
 
-def _precisions(torch: Any) -> list[Any]:
+def _switches(torch: Any) -> list[Any]:
     """Return what has a `fp32_precision` in this PyTorch, the more general before what it holds for."""
     backends = torch.backends
     if not hasattr(backends, "fp32_precision"):
         return []
-    parts = [(backends.cudnn, ("conv", "rnn")), (backends.mkldnn, ("matmul", "conv", "rnn"))]
     found = [backends, backends.cuda.matmul]
-    for whole, names in parts:
+    for whole, names in ((backends.cudnn, ("conv", "rnn")), (backends.mkldnn, ("matmul", "conv", "rnn"))):
         found += [whole, *(getattr(whole, name) for name in names)]
     return found

@@ -1,0 +1,153 @@
+"""PreparedNetwork: which engine runs a network, what it gives, and what decides its numbers; started when needed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from nbfeat.backbones.weights import Loaded, digest
+from nbfeat.errors import NetworkError, WeightsError
+from nbfeat.inference import compiled_models
+from nbfeat.inference.engines import devices as hardware
+from nbfeat.inference.engines import openvino
+from nbfeat.inference.engines.base import Engine, Pixels, Precision, Vectors
+from nbfeat.inference.engines.keras import FASTER_ON_GPUS, KerasEngine
+from nbfeat.inference.model import Base
+from nbfeat.inference.spec import NetworkSpec, Output
+
+_SEED = 9
+_IMAGES = 16  # to tell networks apart by
+_DIGITS = 3  # the same network gives others from run to run only beyond these
+
+
+class PreparedNetwork:
+    """Make a network ready; iterate for sentences to show meanwhile, then read what it gives, and `start` it to use it.
+
+    Where all features are in the cache already, nothing is started.
+    """
+
+    name: str
+    batch_size: int
+    outputs: dict[str, Output]
+    weights: Loaded
+    numbers: dict[str, object]  # all of the engine that decides the numbers, whatever it computes in
+    faster: tuple[Precision, ...] = ()  # what it may be faster in than in float32, in the order of trying
+    note = ""  # what the report should say; a run may bring up more
+    _keeps_apart: frozenset[Precision] = frozenset()  # in what a cut gives the same to the bit beside any others
+
+    def __init__(self, spec: NetworkSpec, *, devices: tuple[str, ...], batch_size: int | None) -> None:
+        self.spec, self.devices, self._asked_size = spec, devices, batch_size
+        self.device = devices[0]
+
+    def __iter__(self) -> Iterator[str]:
+        """Work, yielding what is being done."""
+        if self.spec.is_registered:
+            yield from self._for_user_model()
+        elif self.device == "cpu" and hardware.openvino_works():
+            yield from self._for_openvino(self.spec)
+        else:
+            yield from self._for_keras()
+
+    def _for_user_model(self) -> Iterator[str]:
+        """Run what a function of the user's builds: by OpenVINO where that can be, else by Keras in this process."""
+        name = self.spec.title
+        yield f"building {name} in Keras"
+        made = compiled_models.build_user_model(self.spec, self.device)
+        why_not = made.why_not
+        if made.file and self.device == "cpu" and hardware.openvino_works():
+            try:
+                yield from self._for_openvino(made.file)
+            except (NetworkError, WeightsError) as error:
+                why_not = compiled_models.why_not_as_file(error, name)
+            else:
+                self.weights = replace(self.weights, name=name)
+                return
+        yield from self._for_keras(made.base)
+        if made.file is None:
+            self.numbers["gives"] = what_it_gives(self.start("float32"), self.spec.size)
+        else:
+            self.weights = Loaded(name, digest(Path(made.file.weights)))
+        if why_not and self.device == "cpu":
+            self.note = f"{why_not}, so Keras runs it in this process, which is slower on a CPU."
+
+    def _for_openvino(self, spec: NetworkSpec) -> Iterator[str]:
+        stored = yield from compiled_models.prepare(spec)
+        self.name, self.outputs, self.weights = openvino.name(), stored.outputs, stored.weights
+        self.batch_size, self.note = self._asked_size or openvino.BATCH, stored.note
+        self.numbers = {"engine": openvino.name(threads=False), "cpu": hardware.cpu()}
+        self.faster, self._keeps_apart = openvino.FASTER, frozenset({"float32"})  # in fewer bits fusing shows
+        self._start: Callable[[Precision, str | None], Engine] = lambda precision, only: openvino.OpenVINOEngine(
+            stored, precision=precision, batch_size=self.batch_size, only=only
+        )
+
+    def _for_keras(self, base: Base | None = None) -> Iterator[str]:
+        if self.device == "cpu":
+            self.note = "OpenVINO cannot be imported here, so Keras runs the network, which is slower on a CPU."
+        spec, _held = yield from compiled_models.located(self.spec)
+        if base is None:
+            yield f"building {spec.title} in Keras"
+
+        def tell(sentence: str) -> None:
+            self.note = sentence
+
+        def made(precision: Precision, only: str | None = None) -> KerasEngine:
+            return KerasEngine(
+                replace(spec, cuts=tuple(cut for cut in spec.cuts if only in {None, cut.key})), devices=self.devices,
+                precision=precision, batch_size=self._asked_size, base=base, tell=tell,
+            )  # fmt: skip
+
+        engine = made("float32")
+        self.name, self.outputs, self.weights = engine.name, engine.outputs, engine.weights
+        self.batch_size = engine.batch_size
+        self.numbers = {"engine": engine.kind, "backend": engine.backend, "cpu": hardware.cpu()}
+        self.faster = FASTER_ON_GPUS if self.device != "cpu" else ()
+        ready = [engine]  # once: it takes memory, which is another precision's if that is better
+
+        def start(precision: Precision, only: str | None) -> Engine:
+            return ready.pop() if ready and (precision, only) == ("float32", None) else made(precision, only)
+
+        self._start = start
+
+    def key_fields(self, precision: Precision) -> dict[str, object]:
+        """Return all of the engine that decides the numbers that it gives in `precision`."""
+        # Where a cut is not known to give the same to the bit beside any others, those decide, too.
+        beside = {} if precision in self._keeps_apart else {"beside": [cut.key for cut in self.spec.cuts]}
+        return {**self.numbers, "precision": precision, **beside}
+
+    def start(self, precision: Precision, only: str | None = None) -> Engine:
+        """Return the engine, ready to run; one that gives `only` one output runs no more than it takes.
+
+        Raises NetworkError where the hardware does not compute in `precision`.
+        """
+        return self._start(precision, only)
+
+
+def vectors_of(engine: Engine, pixels: Pixels) -> Vectors:
+    """Run all `pixels` (images, size, size, 3) through an engine of any size of batch."""
+    found: list[Vectors] = []
+    for start in range(0, len(pixels), engine.batch_size):
+        some = pixels[start : start + engine.batch_size]
+        buffer = engine.buffer()
+        buffer[: len(some)] = some
+        engine.submit(buffer, len(some))
+        if engine.is_full:
+            found.append(engine.collect())
+    while engine.in_flight:
+        found.append(engine.collect())
+    return {key: np.concatenate([vectors[key] for vectors in found]) for key in found[0]}
+
+
+def what_it_gives(engine: Engine, size: int) -> str:
+    """Return a digest of what a network gives for seeded pixels: of code there is no hash, of what it does there is."""
+    pixels = np.random.default_rng(_SEED).integers(0, 256, (_IMAGES, size, size, 3), np.uint8)
+    total = hashlib.sha256()
+    for key, vectors in sorted(vectors_of(engine, pixels).items()):
+        largest = np.abs(vectors).max(initial=0)
+        total.update(f"{key} {largest:.{_DIGITS}e} {vectors.shape}".encode())
+        # Adding zero takes the sign from what was rounded to -0.
+        total.update((np.round(vectors / (largest or 1), _DIGITS) + 0.0).astype("float32").tobytes())
+    return total.hexdigest()
