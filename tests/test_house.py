@@ -31,7 +31,6 @@ HEIGHTS = {"leaves": 0, "images": 1, "backbones": 1, "inference": 2, "cache": 2,
 STILL_OPEN = {
     ("cache", "extraction"),
     ("inference", "extraction"),
-    ("parquet", "extraction"),
 }
 
 
@@ -71,7 +70,7 @@ def test_imports_run_one_way(path: Path) -> None:
 def test_modules_are_of_a_size_to_be_read() -> None:
     long = {path.name: len(path.read_text().splitlines()) for path in modules()}
     # The one loop and its result are one class, which is read as a whole.
-    assert {name for name, lines in long.items() if lines > 310} <= {"extraction.py"}
+    assert {name for name, lines in long.items() if lines > 450} <= {"extraction.py"}
 
 
 def test_importing_nbfeat_imports_nothing_heavy() -> None:

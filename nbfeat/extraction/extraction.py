@@ -29,12 +29,12 @@ from nbfeat.extraction.profile import Bottleneck, Profile, Timings
 from nbfeat.extraction.recipe import Recipe
 from nbfeat.extraction.request import Blocks, Frame, check_place, read_blocks, read_frame, rows_selected
 from nbfeat.extraction.run import Run
+from nbfeat.extraction.sink import DatasetSink
 from nbfeat.images.public_hosts import NOT_ALLOWED
 from nbfeat.images.remote import Access
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import hosts, image_column, name_of
 from nbfeat.inference import engines, model
-from nbfeat.parquet import dataset
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -171,7 +171,10 @@ class Extraction:
         self._result: pd.DataFrame | None = None
         self.written = None
         if parquet is not None:
-            self.written = dataset.begun(self, parquet, frame, self._run, self._fit_on, replace=replace)
+            self.written = DatasetSink(
+                parquet, frame, self._run, self.parts, repeats=self.repeats, fit_on=self._fit_on,
+                describe=lambda: self.recipe, starts_over=replace,
+            )  # fmt: skip
 
     # Working
 
@@ -383,7 +386,7 @@ class Extraction:
         width = sum(len(part.names) for part in self.parts)
         size = format_bytes(4 * len(self._frame) * sum(part.raw_width for part in self.parts))
         weights = listing(dict.fromkeys(lane.weights.name for lane in self._run.lanes))
-        where = f"in {self.written.shelf.shown}" if self.written else "of memory"
+        where = f"in {self.written.address}" if self.written else "of memory"
         matrix = f"{len(self._frame):,} rows × {width:,} columns ({size} {where})"
         count = len(hosts(self._images)) if self.allow_remote else 0
         fetched = f" · images are fetched from {count:,} host{'s' if count > 1 else ''}" if count else ""
@@ -396,7 +399,7 @@ class Extraction:
         """The given columns, then the features: same index, same order, same rows."""
         self._check_finished()
         if self.written:
-            shown = self.written.shelf.shown
+            shown = self.written.address
             raise ExtractionError(f"The features are in {shown}, none in memory: nbfeat.read({shown!r}) reads them.")
         assert self._result is not None
         return self._result
@@ -542,9 +545,9 @@ class Extraction:
         >>> result.to_parquet("train.parquet")  # doctest: +SKIP
         >>> nbfeat.extract(others, like="train.parquet")  # doctest: +SKIP
         """
-        from nbfeat.parquet import result_file
+        from nbfeat.extraction.reading import write
 
-        result_file.write(path, self.frame, self.fitted, self.failures, without)
+        write(path, self.frame, self.fitted, self.failures, without)
 
     def __repr__(self) -> str:
         """Return the report as text."""

@@ -67,9 +67,9 @@ class Result:
 
     def to_parquet(self, path: str | Path, without: Collection[Hashable] = ()) -> None:
         """Write it again, as `Extraction.to_parquet` does."""
-        from nbfeat.parquet import result_file
+        from nbfeat.extraction.reading import write
 
-        result_file.write(path, self.frame, self.fitted, self.failures, without)
+        write(path, self.frame, self.fitted, self.failures, without)
 
     def __repr__(self) -> str:
         """Return what it holds as text."""

@@ -52,7 +52,7 @@ def recipe_of(like: object) -> Recipe:
     if isinstance(like, Recipe):
         return like
     if isinstance(like, str | os.PathLike):
-        from nbfeat.parquet.result_file import read_recipe
+        from nbfeat.extraction.reading import read_recipe
 
         return read_recipe(os.fspath(like))
     if is_result(like):

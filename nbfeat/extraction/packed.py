@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import fields
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,18 +19,10 @@ from nbfeat.extraction.normalize import Normalizer
 from nbfeat.extraction.options import FeatureBlock
 from nbfeat.extraction.recipe import PartRecipe, Recipe
 from nbfeat.inference.engines import PRECISIONS
+from nbfeat.parquet.result_file import AGAIN, Failure
 
 FORMAT = 1  # raised whenever what older versions of nbfeat read would mean something else
 LARGEST = 64_000_000  # bytes; readers of Parquet refuse 100 million in one entry of the footer
-
-
-class Failure(NamedTuple):
-    """An image that gave no features."""
-
-    position: int
-    column: str
-    image: str
-    reason: str
 
 
 class UnreadableError(ValueError):
@@ -46,13 +38,7 @@ def pack(recipe: Recipe, failures: Iterable[Failure]) -> str:
         Where it is too long for a footer, naming what takes most.
     """
     parts, lost = [_packed(part) for part in recipe.parts], list(failures)
-    whole = {
-        "format": FORMAT,
-        "recipe": dict(recipe.told),
-        "parts": parts,
-        "failures": lost,
-    }
-    text = json.dumps(whole)
+    text = json.dumps({"format": FORMAT, "recipe": dict(recipe.told), "parts": parts, "failures": lost})
     if len(text) > LARGEST:
         sizes = {part["prefix"]: len(json.dumps(part)) for part in parts}
         largest = max(sizes, key=lambda prefix: sizes[prefix])
@@ -65,12 +51,12 @@ def pack(recipe: Recipe, failures: Iterable[Failure]) -> str:
     return text
 
 
-def unpack(text: bytes, source: str) -> tuple[Recipe, list[Failure]]:
-    """Read what `pack` wrote.
+def unpack(text: bytes | str, source: str) -> tuple[Recipe, list[Failure]]:
+    """Read what `pack` wrote, from the file `source`.
 
     Raises
     ------
-    UnreadableError
+    RequestError
         Where anything of it is not so: nothing of a text from elsewhere is taken on trust.
     """
     try:
@@ -80,12 +66,13 @@ def unpack(text: bytes, source: str) -> tuple[Recipe, list[Failure]]:
         _expect(bool(parts) and len({part.prefix for part in parts}) == len(parts), "the prefixes of its blocks")
         told = whole["recipe"]
         _expect(isinstance(told, dict) and _are(told["engines"], str), "its engines")
-        failures = [_failure(*row) for row in whole["failures"]]
-    except UnreadableError:
-        raise
+        return Recipe(parts, told, source), [Failure.read(values) for values in whole["failures"]]
+    except UnreadableError as error:
+        reason = str(error)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise UnreadableError(f"what it says of its features cannot be read ({type(error).__name__})") from error
-    return Recipe(parts, told, source), failures
+        reason = f"what it says of its features cannot be read ({type(error).__name__})"
+    way = "Install that version to read it." if "newer" in reason else AGAIN
+    raise RequestError(f"{source} cannot be read as a result of nbfeat: {reason}. {way}")
 
 
 def _check_format(number: object) -> None:
@@ -147,11 +134,6 @@ def _array_of(values: dict[str, Any], shape: tuple[int, ...], what: str) -> NDAr
         data = b""
     _expect(len(data) == 4 * prod(shape), f"the numbers in {what}")
     return np.frombuffer(data, "<f4").astype(np.float32).reshape(shape)
-
-
-def _failure(position: object, *texts: object) -> Failure:
-    _expect(type(position) is int and len(texts) == len(Failure._fields) - 1 and _are(texts, str), "its failures")
-    return Failure(position, *texts)  # type: ignore[arg-type]  # checked above
 
 
 def _are(values: Iterable[object], kind: type) -> bool:

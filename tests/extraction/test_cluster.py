@@ -27,13 +27,12 @@ from pyarrow import parquet
 
 import nbfeat
 from nbfeat import Extraction, ExtractionError, NetworkError, RequestError
-from nbfeat.extraction import ray_session, ray_surroundings, ray_workers, worker
+from nbfeat.extraction import ray_session, ray_surroundings, ray_workers, sink, worker
 from nbfeat.extraction.ray_session import Share
 from nbfeat.images import archives, fingerprint, public_hosts, remote
 from nbfeat.images.download import Limits
 from nbfeat.inference.engines import cpu_count
 from nbfeat.inference.model import NetworkSpec
-from nbfeat.parquet import tally
 from tests.conftest import ROOT
 from tests.extraction.cluster_child import descendants
 from tests.faces import LineMagic, same
@@ -388,8 +387,8 @@ def test_a_worker_takes_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let files have six rows: four files for twenty photos."""
-    monkeypatch.setattr(tally, "MOST_ROWS", 6)
-    monkeypatch.setattr(tally, "LARGER", 1)
+    monkeypatch.setattr(sink, "MOST_ROWS", 6)
+    monkeypatch.setattr(sink, "LARGER", 1)
 
 
 def written(frame: pd.DataFrame, folder: Path, **options: Any) -> Extraction:
@@ -482,8 +481,8 @@ def test_the_same_extraction_goes_on_in_the_middle_of_a_file(
 def test_files_have_more_rows_where_each_has_workers_of_its_own(
     photos: pd.DataFrame, tmp_path: Path, here: type[HereSession], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert tally.rows_together([1280], 8, on_cluster=True) * 4 * 1280 <= tally.LARGER * tally.BYTES
-    monkeypatch.setattr(tally, "MOST_ROWS", 3)
+    assert sink.rows_together([1280], 8, on_cluster=True) * 4 * 1280 <= sink.LARGER * sink.BYTES
+    monkeypatch.setattr(sink, "MOST_ROWS", 3)
     for on, files in ((None, 7), ("ray", 3)):
         assert written(photos, tmp_path / str(files), on=on).run().written.files == files  # type: ignore[union-attr]
     assert here.opened == 1
@@ -731,8 +730,8 @@ def test_the_line_magic_runs_on_ray(photos: pd.DataFrame, shell: InteractiveShel
 def test_on_ray_files_and_addresses_are_those_of_this_process(
     photos: pd.DataFrame, tmp_path: Path, ray: Any, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tally, "MOST_ROWS", 12)
-    monkeypatch.setattr(tally, "LARGER", 1)
+    monkeypatch.setattr(sink, "MOST_ROWS", 12)
+    monkeypatch.setattr(sink, "LARGER", 1)
     monkeypatch.setenv(public_hosts.PRIVATE, "1")  # of this process: workers were started without
     frame = addressed(photos, web, tmp_path)
     frame.iloc[[13, 15], 0] = [None, frame["path"].iloc[14]]
@@ -752,8 +751,8 @@ def test_on_ray_files_and_addresses_are_those_of_this_process(
 
 WRITES = """
 import sys, nbfeat, pandas as pd
-from nbfeat.parquet import tally
-tally.MOST_ROWS, tally.LARGER = 8, 1
+from nbfeat.extraction import sink
+sink.MOST_ROWS, sink.LARGER = 8, 1
 frame = pd.DataFrame({"path": sys.argv[2:]})
 extraction = nbfeat.Extraction(frame, "Pocket", precision="float32", on="ray", parquet=sys.argv[1], batch_size=4)
 for step in extraction.steps():
