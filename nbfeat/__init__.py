@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from nbfeat.extraction.extraction import extract as extract
     from nbfeat.extraction.options import FeatureBlock as FeatureBlock
     from nbfeat.extraction.result import Result as Result
+    from nbfeat.extraction.result import read as read
     from nbfeat.extraction.transformer import ImageFeatures as ImageFeatures
     from nbfeat.images.folder import folder as folder
     from nbfeat.inference.layers import layers as layers
     from nbfeat.jupyter.panel.panel import Panel as Panel
-    from nbfeat.parquet.result_file import read as read
 
 _PUBLIC = {
     "extract": "nbfeat.extraction.extraction",
@@ -44,7 +44,7 @@ _PUBLIC = {
     "FeatureBlock": "nbfeat.extraction.options",
     "ImageFeatures": "nbfeat.extraction.transformer",
     "layers": "nbfeat.inference.layers",
-    "read": "nbfeat.parquet.result_file",
+    "read": "nbfeat.extraction.result",
     "Result": "nbfeat.extraction.result",
     "folder": "nbfeat.images.folder",
     "thumbnails": "nbfeat.explore.thumbnails",

@@ -29,13 +29,14 @@ from pyarrow import parquet
 
 import nbfeat
 from nbfeat import Extraction, NbfeatError, RequestError, extract, isolation
+from nbfeat.extraction import sink
 from nbfeat.extraction.options import OPTIONS
-from nbfeat.extraction.packed import Failure, pack
+from nbfeat.extraction.recipe import pack
 from nbfeat.images import decode, fingerprint
 from nbfeat.images.decode import NAMES
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import read_pixels
-from nbfeat.parquet import tally
+from nbfeat.parquet.result_file import Failure
 from tests.conftest import ROOT
 from tests.images.images_child import images as image_files
 from tests.images.images_child import is_a_sentence
@@ -145,7 +146,7 @@ def written(frame: pd.DataFrame, kind: str, folder: Path) -> Path:
         extract(frame, *BLOCKS, f"{BLOCKS[1]} --components 2 -x pca", images="path").to_parquet(folder / "all.parquet")
         return folder / "all.parquet"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tally, "MOST_ROWS", 7)
+        patch.setattr(sink, "MOST_ROWS", 7)
         extract(frame, *BLOCKS, images="path", batch_size=3, parquet=folder / "all")
     return folder / "all"
 

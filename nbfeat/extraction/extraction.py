@@ -28,11 +28,10 @@ from nbfeat.extraction.ray_workers import executor_for
 from nbfeat.extraction.recipe import Like, Recipe
 from nbfeat.extraction.request import Blocks, Frame, read_request
 from nbfeat.extraction.run import Run, Step
-from nbfeat.extraction.sink import MemorySink
+from nbfeat.extraction.sink import DatasetSink, MemorySink
 from nbfeat.images.remote import Access
 from nbfeat.images.sources import hosts, name_of
 from nbfeat.inference.spec import NUMERICS
-from nbfeat.parquet import dataset
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,7 +129,7 @@ class Extraction(FeatureTable):
             self._run.repeat([earlier[number] for number in range(len(request.networks))])
         self.written = None
         if parquet is not None:
-            self.written = dataset.begun(self, parquet, request.frame, self._run, request.fit_rows, replace=replace)
+            self.written = DatasetSink(parquet, self._run, request, lambda: self.recipe)
         self._sink = self.written or MemorySink(self._run, request)
 
     # Working

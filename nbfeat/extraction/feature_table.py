@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbfeat.errors import RequestError, listing, near, sentences
-from nbfeat.extraction.recipe import Recipe
+from nbfeat.extraction.recipe import Recipe, pack
 from nbfeat.extraction.report import Report
+from nbfeat.parquet import result_file
+from nbfeat.parquet.result_file import Failure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,9 +100,10 @@ class FeatureTable(ABC):
         >>> result.to_parquet("train.parquet")  # doctest: +SKIP
         >>> nbfeat.extract(others, like="train.parquet")  # doctest: +SKIP
         """
-        from nbfeat.parquet import result_file
-
-        result_file.write(path, self.frame, self.fitted, self.failures, without)
+        frame, recipe, failures = self.frame, self.fitted, self.failures
+        rows = failures.assign(column=failures["column"].map(str)).itertuples(index=False)
+        text = pack(recipe, [Failure(int(position), *rest) for position, *rest in rows])
+        result_file.write(path, frame, text, {part.prefix: part.names for part in recipe.parts}, without)
 
     def __repr__(self) -> str:
         """Return the report as text."""

@@ -1,15 +1,23 @@
-"""Result: a finished extraction as it was read from Parquet."""
+"""Result: a finished extraction as it was read from Parquet, and `read`, which makes it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbfeat.errors import listing
-from nbfeat.extraction import report
+import numpy as np
+
+from nbfeat.errors import RequestError, format_bytes, listing
+from nbfeat.extraction import columns, report
+from nbfeat.extraction.columns import attach, place
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.feature_table import FeatureTable
-from nbfeat.extraction.recipe import Recipe
+from nbfeat.extraction.recipe import Recipe, check_columns, existing_file, recipe_in, unpack
 from nbfeat.extraction.request import Frame
+from nbfeat.parquet import dataset, result_file
+from nbfeat.parquet.location import Location
+from nbfeat.parquet.result_file import AGAIN, Failure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,3 +57,97 @@ class Result(FeatureTable):
             failures=report.first(self.failures),
             footer=f"made by {listing(self.recipe['engines']) or 'nothing'} · {self.fitted.precision}",
         )
+
+
+def read(path: str | Path, frame: pd.DataFrame | None = None) -> Result:
+    """Read a result that nbfeat wrote to a Parquet file, or to a folder of them.
+
+    Parameters
+    ----------
+    path
+        The file that ``result.to_parquet(path)`` wrote, or the folder or address that ``parquet=`` named. Nothing in
+        it is run.
+    frame
+        The frame that it was made of, to attach the features to; by default the columns that are in the file.
+
+    Returns
+    -------
+    Result
+        With ``.frame``, ``.features``, ``["prefix"]``, ``.failures`` and ``.recipe`` as the Extraction had them, and
+        ``.like(frame)`` to repeat it on other images.
+
+    Raises
+    ------
+    RequestError
+        Where the file is not there, is damaged, was not written by nbfeat, or by a newer one; where `frame` has other
+        rows, or memory would not do.
+
+    Examples
+    --------
+    >>> result = nbfeat.read("train.parquet")  # doctest: +SKIP
+    >>> test = result.like(photos)  # doctest: +SKIP
+    """
+    if dataset.is_dataset(path):
+        result = _read_dataset(Location.at(path), index_only=frame is not None)
+    else:
+        result = _read_file(existing_file(path))
+    return result if frame is None else _attached(result, frame)
+
+
+def _read_file(file: Path) -> Result:
+    recipe, failures = recipe_in(file)
+    frame = result_file.read(file, {part.prefix: part.names for part in recipe.parts})
+    check_columns(file, recipe, list(frame.columns))
+    odd = [name for part in recipe.parts for name in part.names if frame.dtypes[name] != np.float32]
+    if odd or any(not 0 <= failure.position < len(frame) for failure in failures):
+        what = f"column {odd[0]}, which is not float32" if odd else "failures of rows that it has not"
+        raise RequestError(f"{file.name} has {what}: it was changed after nbfeat wrote it. {AGAIN}")
+    return Result(frame, _table(failures, frame.index), recipe)
+
+
+def _read_dataset(location: Location, *, index_only: bool) -> Result:
+    import pandas as pd
+
+    found = dataset.finished(location)
+    recipe = unpack(found[0].recipe, location.name)[0]
+    widths = {part.prefix: part.block.components or part.width for part in recipe.parts}
+    rows, width = sum(part.rows for part in found), sum(widths.values())
+    size, free = 4 * rows * width, columns.free_bytes()
+    if free is not None and size > columns.SHARE * free:
+        raise RequestError(
+            f"{location.address} has {rows:,} rows × {width:,} features, {format_bytes(size)}, more than half of the "
+            f"{format_bytes(free)} of free columns. Take what you need of it with polars.scan_parquet, DuckDB or "
+            "pyarrow.dataset, or file by file with pandas.read_parquet."
+        )
+    own, matrices = dataset.read(location, found, widths, index_only=index_only)
+    features = [
+        pd.DataFrame(matrices[part.prefix], index=own.index, columns=part.names, copy=False) for part in recipe.parts
+    ]
+    starts = np.cumsum([0, *(part.rows for part in found)]).tolist()
+    failures = [
+        one._replace(position=start + one.position)
+        for start, part in zip(starts, found, strict=False)
+        for one in part.failures
+    ]
+    return Result(pd.concat([own, *features], axis=1), _table(failures, own.index), recipe)
+
+
+def _table(failures: Sequence[Failure], index: pd.Index) -> pd.DataFrame:
+    import pandas as pd
+
+    table = pd.DataFrame(failures, columns=list(Failure._fields))
+    return table.set_axis(index.take(table["position"].to_numpy(int)))
+
+
+def _attached(result: Result, frame: pd.DataFrame) -> Result:
+    """Return the features of a result beside the columns of `frame`, whose rows are the same."""
+    if not frame.index.equals(result.frame.index):
+        here, there = f"{len(frame):,} rows", f"{len(result.frame):,} rows"
+        why = f"it has {here}, and {result.fitted.source} {there}" if here != there else "its index is another"
+        raise RequestError(
+            f"The frame is not the one that {result.fitted.source} was made of: {why}. Leave frame= away."
+        )
+    places = [place(frame, part.prefix, len(part.names), replace=False) for part in result.fitted.parts]
+    blocks = [result[part.prefix].set_axis(frame.index) for part in result.fitted.parts]
+    failures = result.failures.set_axis(frame.index.take(result.failures["position"].to_numpy(int)))
+    return Result(attach(frame, blocks, places), failures, result.fitted)

@@ -1,85 +1,345 @@
-"""A dataset: a folder of Parquet files with the features of one frame; begin to write one, and read one."""
+"""A dataset: a folder of Parquet files, each the features of some rows of one frame; which are there, written and read.
+
+A JSON manifest says what the dataset is of, in a file of its own while parts are missing, and in each part for good.
+Features that wait for a normalization to be learned from all of them lie in a hidden folder meanwhile.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+import json
+import math
+import re
+import secrets
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nbfeat.errors import RequestError, format_bytes
-from nbfeat.extraction import columns
-from nbfeat.extraction.columns import attach, place
-from nbfeat.extraction.packed import Failure, pack
-from nbfeat.extraction.recipe import Recipe
-from nbfeat.parquet.carried import FAILURE, carried, digest_of_images
-from nbfeat.parquet.location import Shelf
-from nbfeat.parquet.piece import Piece, changed, columns_of, matrices_of
+from nbfeat.errors import RequestError, listing
+from nbfeat.images.sources import is_missing
+from nbfeat.parquet import result_file
+from nbfeat.parquet.location import LOCK, Location
+from nbfeat.parquet.result_file import RECIPE, SHOWN, DamagedError, Failure, damage_as
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from nbfeat.extraction.extraction import Extraction
-    from nbfeat.extraction.result import Result
-    from nbfeat.extraction.run import Run
-    from nbfeat.parquet.chunks import Chunks
+FORMAT = 2  # raised whenever what older versions of nbfeat read would mean something else
+MANIFEST, RAW, FAILURE = ".nbfeat.json", ".raw", "failure"
+PART = b"nbfeat.part"  # an entry of the metadata, beside RECIPE
+_PART = re.compile(rf"part-\d{{5,}}\.parquet|{re.escape(RAW)}/part-\d{{5,}}\.npz")
+_HALF = re.compile(rf"(?:{re.escape(RAW)}/)?\.(?:part-\d{{5,}}\.(?:parquet|npz)|\.nbfeat\.json)-[0-9a-f]{{8}}")
+_MANIFEST: Mapping[str, type] = {"format": int, "made": str, "chunk": int, "request": dict}
 
-_SAMPLE = (
-    "Extract a sample of the rows without --parquet, and repeat it on all: --like sample --parquet {shown}; or leave "
-    "--components away."
-)
+Matrices = Mapping[str, NDArray[np.float32]]  # by prefix
 
 
-def begun(
-    extraction: Extraction,
-    path: str | Path,
-    frame: pd.DataFrame,
-    run: Run,
-    fit_on: NDArray[np.bool_] | None,
-    *,
-    replace: bool,
-) -> Chunks:
-    """Return the work of an `extraction` that writes to `path`; nothing is written yet.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a file of a dataset says of itself."""
 
-    Raises
-    ------
-    RequestError
-        Where it cannot be, or the folder holds something else.
-    """
-    from nbfeat.parquet.chunks import Chunks
+    number: int
+    manifest: Mapping[str, Any]  # of its dataset
+    recipe: str  # JSON
+    failures: Sequence[Failure]  # positions count from its first row
+    rows: int
+    is_raw: bool = False  # in the hidden folder
 
-    shelf, parts, repeats = Shelf.at(path), extraction.parts, extraction.repeats
-    learned = [part for part in parts if part.block.is_learned and not repeats]
-    if any(part.block.components for part in learned):
+
+class Dataset:
+    """The parts at a `location` that has, or is to have, what `request` says."""
+
+    def __init__(self, location: Location, request: Mapping[str, Any], *, replace: bool) -> None:
+        self.location, self.request, self._starts_over = location, request, replace
+        self._forget([])
+
+    def _forget(self, useless: Sequence[str], *, replaces: bool = False) -> None:
+        self._made = secrets.token_hex(8)  # the same in all files of one dataset, and in those of no other
+        self.chunk = 0  # rows in each part but the last, once that is decided
+        self.parts: dict[int, Part] = {}
+        self.raw: dict[int, Part] = {}  # those whose features are to be normalized still
+        self._replaces, self._useless = replaces, list(useless)  # parts of another request may be removed
+
+    @property
+    def _manifest(self) -> dict[str, Any]:
+        return {"format": FORMAT, "made": self._made, "chunk": self.chunk, "request": dict(self.request)}
+
+    @property
+    def count(self) -> int:
+        """How many parts there are to be: at least one, which may be empty."""
+        return _count(self._manifest)
+
+    @property
+    def there(self) -> dict[int, Part]:
+        """The parts that are there, normalized or not."""
+        return {**self.raw, **self.parts}
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all parts are there."""
+        return bool(self.parts) and len(self.parts) == self.count
+
+    def rows(self, number: int) -> range:
+        """Return the rows of a part."""
+        return range(number * self.chunk, min(self.request["rows"], (number + 1) * self.chunk))
+
+    def survey(self) -> None:
+        """Look at what is there; raise RequestError where it is something else that is not to be replaced."""
+        sizes = self.location.sizes([RAW])
+        names = sorted(name for name in sizes if _PART.fullmatch(name))
+        halves = [name for name in sizes if _HALF.fullmatch(name)]
+        if foreign := [name for name in sizes if name not in {*names, *halves, MANIFEST, LOCK}]:
+            raise _foreign(self.location, foreign)
+        self._forget([*halves, *names])
+        if not names:  # what another run was about to write is no matter
+            return
+        begun = _read_manifest(self.location) if MANIFEST in sizes else None
+        found = _look(self.location, names, is_begun=begun is not None)
+        manifest = begun or next(part.manifest for part in found.values() if part)
+        if difference := _difference(manifest["request"], self.request):
+            self.refuse(difference)
+            return
+        self._made, self.chunk, self._useless = manifest["made"], manifest["chunk"], halves
+        self._replaces = begun is not None and begun["replaces"]
+        for name, part in found.items():
+            self._sort(name, part)
+        if self.is_finished and not begun and self._starts_over:
+            self._forget([*halves, *names], replaces=True)
+
+    def _sort(self, name: str, part: Part | None) -> None:
+        """Tell whether a part belongs here, or a damage or an earlier dataset left it."""
+        if part is None or (part.manifest != self._manifest and self._replaces):
+            self._useless.append(name)
+        elif part.manifest != self._manifest or part.rows != len(self.rows(part.number)):
+            raise _changed(self.location, name)
+        else:
+            (self.raw if part.is_raw else self.parts)[part.number] = part
+
+    def refuse(self, difference: str) -> None:
+        """Refuse what is there, or make it anew where that is wanted."""
+        if not self._starts_over:
+            raise RequestError(
+                f"{self.location.address} has features of another request: {difference}. Write to another folder, or "
+                "start anew in this one with --replace (replace=True)."
+            )
+        self._forget([*self._useless, *map(_name, self.parts), *map(_raw_name, self.raw)], replaces=True)
+
+    def begin(self) -> None:
+        """Say what is going to be there, before the first part is, and remove what is of no use."""
+        if not self.is_finished:
+            with self.location.writing(MANIFEST) as sink:
+                sink.write(json.dumps({**self._manifest, "replaces": self._replaces}).encode())
+        for name in self._useless:
+            self.location.remove(name)
+        for number in set(self.raw) & set(self.parts):  # killed between writing the one and removing the other
+            self.remove_raw(number)
+        self._useless = []
+
+    def write(self, number: int, own: Any, matrices: Matrices, recipe: str, failures: Sequence[Failure]) -> None:
+        """Write a part: the `own` columns of the frame, the features by prefix, and reasons of failures."""
+        import pyarrow as pa
+
+        arrays = {name: own.column(name) for name in own.column_names}
+        for prefix, matrix in matrices.items():
+            arrays[prefix] = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
+        arrays[FAILURE] = pa.array(self._reasons(number, failures), pa.string())
+        schema = pa.schema([(name, array.type) for name, array in arrays.items()], own.schema.metadata)
+        table = pa.Table.from_arrays(list(arrays.values()), schema=schema)
+        part = {**self._manifest, "number": number, "failures": failures}
+        entries = {RECIPE: recipe.encode(), PART: json.dumps(part).encode()}
+        with self.location.writing(_name(number)) as sink:
+            result_file.write_table(sink, table, entries, [[prefix] for prefix in matrices])
+        self.parts[number] = Part(number, self._manifest, recipe, failures, table.num_rows)
+
+    def _reasons(self, number: int, failures: Sequence[Failure]) -> list[str | None]:
+        found: dict[int, list[str]] = {}
+        for position, column, _, reason in failures:
+            text = f"{column}: {reason}" if len(self.request["images"]) > 1 else reason
+            found.setdefault(position, []).append(text)
+        return ["; ".join(found[row]) if row in found else None for row in range(len(self.rows(number)))]
+
+    def write_raw(self, number: int, matrices: Matrices, recipe: str, failures: Sequence[Failure]) -> None:
+        """Set features aside that are to be normalized still."""
+        rows = len(self.rows(number))
+        part = {**self._manifest, "number": number, "failures": failures, "recipe": recipe, "rows": rows}
+        with self.location.writing(_raw_name(number)) as sink:
+            np.savez(sink, np.frombuffer(json.dumps(part).encode(), np.uint8), *matrices.values())
+        self.raw[number] = Part(number, self._manifest, recipe, failures, rows, is_raw=True)
+
+    def read_raw(self, number: int, prefix: str) -> NDArray[np.float32]:
+        """Read the features of one block that were set aside."""
+        name, prefixes = _raw_name(number), [prefix for _, _, prefix in self.request["blocks"]]
+        try:
+            with self.location.opened(name) as file, damage_as("columns"), np.load(file) as arrays:
+                rows: NDArray[np.float32] = arrays[f"arr_{1 + prefixes.index(prefix)}"]
+        except DamagedError as error:
+            raise _damaged(self.location, name, error) from error
+        return rows
+
+    def remove_raw(self, number: int) -> None:
+        """Remove features that are normalized by now."""
+        self.location.remove(_raw_name(number))
+        del self.raw[number]
+
+    def finish(self) -> tuple[int, int]:
+        """Leave nothing but the parts; return how many there are, and their bytes."""
+        self.location.remove_folder(RAW)
+        self.location.remove(MANIFEST)
+        return self.count, sum(size for name, size in self.location.sizes().items() if name != LOCK)
+
+    def clear(self) -> None:
+        """Remove all that is there."""
+        for name in [*map(_name, self.parts), *map(_raw_name, self.raw)]:
+            self.location.remove(name)
+        self._forget([])
+        self.location.remove_folder(RAW)
+        self.location.remove(MANIFEST)
+
+
+def _name(number: int) -> str:
+    """Return the name of a part: names in their order are rows in their order."""
+    return f"part-{number:05d}.parquet"
+
+
+def _raw_name(number: int) -> str:
+    return f"{RAW}/part-{number:05d}.npz"
+
+
+def _count(manifest: Mapping[str, Any]) -> int:
+    rows, chunk = int(manifest["request"]["rows"]), int(manifest["chunk"])
+    return max(1, math.ceil(rows / chunk))
+
+
+# What files say of themselves
+
+
+def _look(location: Location, names: Sequence[str], *, is_begun: bool) -> dict[str, Part | None]:
+    """Return what each part says of itself, None for a damaged one; where none says anything, none may be ours."""
+    found: dict[str, Part | None] = {}
+    same: dict[str, Any] = {}  # one for all parts of a dataset, as what was learned may be large
+    for name in names:
+        part = _look_at(location, name)
+        if part:
+            manifest = same.setdefault(json.dumps(part.manifest), part.manifest)
+            part = replace(part, manifest=manifest, recipe=same.setdefault(part.recipe, part.recipe))
+        found[name] = part
+    if names and not is_begun and not any(found.values()):
+        raise _foreign(location, names)
+    return found
+
+
+def _look_at(location: Location, name: str) -> Part | None:
+    """Return what a part says of itself; None where it was cut short."""
+    is_raw = name.startswith(RAW)
+    with location.opened(name) as file:
+        try:
+            if is_raw:
+                with damage_as("cut"), np.load(file) as arrays:
+                    values = json.loads(arrays["arr_0"].tobytes())
+            else:
+                footer = result_file.read_footer(file)
+                with damage_as("foreign"):
+                    values = json.loads(footer.entries[PART])
+                    values |= {"recipe": footer.entries[RECIPE].decode(), "rows": footer.rows}
+        except DamagedError as error:
+            if error.kind == "cut":
+                return None
+            raise (_foreign(location, [name]) if error.kind == "foreign" else _changed(location, name)) from error
+    _check(location, name, values, {**_MANIFEST, "number": int, "failures": list, "recipe": str, "rows": int})
+    try:
+        failures = [Failure.read(values) for values in values["failures"]]
+    except (TypeError, ValueError) as error:
+        raise _changed(location, name) from error
+    manifest, rows = {key: values[key] for key in _MANIFEST}, values["rows"]
+    is_named = name == (_raw_name if is_raw else _name)(values["number"])
+    if not is_named or any(not 0 <= failure.position < rows for failure in failures):
+        raise _changed(location, name)
+    return Part(values["number"], manifest, values["recipe"], failures, rows, is_raw)
+
+
+def _read_manifest(location: Location) -> dict[str, Any]:
+    try:
+        with location.opened(MANIFEST) as file:
+            values = json.loads(file.read())
+    except (ValueError, RecursionError) as error:
+        raise _changed(location, MANIFEST) from error
+    return _check(location, MANIFEST, values, {**_MANIFEST, "replaces": bool})
+
+
+def _check(location: Location, name: str, values: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
+    if not isinstance(values, dict) or {key: type(value) for key, value in values.items()} != kinds:
+        raise _changed(location, name)
+    if values["chunk"] <= 0 or type(values["request"].get("rows")) is not int:
+        raise _changed(location, name)
+    if values["format"] != FORMAT:
         raise RequestError(
-            "--components learns from all rows at once, which --parquet never has. " + _SAMPLE.format(shown=shelf.shown)
+            f"{location.address} was begun by a newer nbfeat. Go on with that version, or write to another folder."
+            if name == MANIFEST
+            else f"{location.name}{name} was written by a newer nbfeat (format {values['format']}, this one reads "
+            f"{FORMAT}). Install that version to read it."
         )
-    if learned and not len(frame):
-        raise RequestError(
-            f"--normalize {learned[0].block.normalize} has no rows to learn from: the frame is empty. Leave it away, "
-            "or extract features of some images first."
-        )
-    columns = list(dict.fromkeys(part.column for part in parts))
-    own = carried(frame, images=columns, prefixes=[part.prefix for part in parts], replace=replace)
-    fit_on = fit_on if learned else None
-    request: dict[str, Any] = {
-        "rows": len(frame),
-        "blocks": [[str(part.block), str(part.column), part.prefix] for part in parts],
-        "images": [[str(column), digest_of_images(extraction.images_in(column), run.root)] for column in columns],
-        "columns": own.digests(),
-        "fit_on": None if fit_on is None else hashlib.sha256(np.packbits(fit_on).tobytes()).hexdigest(),
-        "like": None if repeats is None else _digest(repeats),
-    }
-    told = lambda: extraction.recipe
-    return Chunks(shelf, run, parts, own, request, fit_on=fit_on, told=told, starts_anew=replace)
+    return values
 
 
-def _digest(recipe: Recipe) -> str:
-    """Return what tells this recipe from any that gives other features."""
-    return hashlib.sha256(pack(Recipe(recipe.parts, {}), []).encode()).hexdigest()
+def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Say what of two requests differs first; an empty string where nothing does."""
+    try:
+        return next(_differences(there, here), "")
+    except (LookupError, TypeError, ValueError, AttributeError):  # it comes from a file
+        return "it cannot be read"
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    if there["blocks"] != here["blocks"]:
+        yield f"they are of {_blocks(there['blocks'])}, and {_blocks(here['blocks'])} is asked for"
+    if there["rows"] != here["rows"]:
+        yield f"they are of {there['rows']:,} rows, and the frame has {here['rows']:,}"
+    for what, sentence in (("images", "other images"), ("columns", "other values")):
+        was, now = dict(there[what]), dict(here[what])
+        yield from (f"they have a column {name}, and the frame has none" for name in was if name not in now)
+        yield from (f"they have no column {name}, and the frame has one" for name in now if name not in was)
+        yield from (f"column {name} has {sentence} by now" for name in now if was[name] != now[name])
+        if there[what] != here[what]:
+            yield "the columns are in another order"
+    if there["like"] != here["like"]:
+        yield "they repeat another result, or none"
+    if there != here:
+        yield "their normalizations were learned from other rows (--fit-on)"
+
+
+def _blocks(blocks: Any) -> str:
+    return listing(_some([f"`{block[0]}`" + (f" of {block[1]}" if len(blocks) > 1 else "") for block in blocks]))
+
+
+def _some(names: Sequence[str]) -> list[str]:
+    return [*names[:SHOWN], *([f"{len(names) - SHOWN:,} more"] if len(names) > SHOWN else [])]
+
+
+def _foreign(location: Location, names: Sequence[str]) -> RequestError:
+    return RequestError(
+        f"{location.address} has files that are not of a dataset of nbfeat: {listing(_some(names))}. Name a folder "
+        "that is empty or not there yet."
+    )
+
+
+def _changed(location: Location, name: str) -> RequestError:
+    return RequestError(
+        f"{location.name}{name} was changed after nbfeat wrote it: remove that file, and run again what wrote it."
+    )
+
+
+def _damaged(location: Location, name: str, reason: DamagedError) -> RequestError:
+    return RequestError(
+        f"{location.name}{name} is damaged ({reason}): remove that file, and run again what wrote it; only its rows "
+        "are computed anew."
+    )
+
+
+# Reading
 
 
 def is_dataset(path: object) -> bool:
@@ -87,104 +347,102 @@ def is_dataset(path: object) -> bool:
     return "://" in str(path) or Path(str(path)).expanduser().is_dir()
 
 
-def read_recipe(path: str | Path) -> Recipe:
-    """Read what it takes to repeat the features of a dataset, none of its rows."""
-    return _pieces(Shelf.at(path))[0].recipe
-
-
-def read(path: str | Path, frame: pd.DataFrame | None) -> Result:
-    """Read a dataset whole, or its features beside the rows of `frame`."""
-    import pandas as pd
-
-    shelf = Shelf.at(path)
-    pieces = _pieces(shelf)
-    recipe = Recipe(pieces[0].recipe.parts, pieces[0].recipe.told, shelf.name)
-    matrices = _matrices(shelf, pieces, recipe)
-    own = _own(shelf, pieces, recipe, index_only=frame is not None)
-    features = [
-        pd.DataFrame(matrix, index=own.index, columns=part.names, copy=False)
-        for part, matrix in zip(recipe.parts, matrices, strict=True)
-    ]
-    starts = np.cumsum([0, *(piece.rows for piece in pieces)])
-    failures = [
-        Failure(int(start) + one.position, *one[1:])
-        for start, piece in zip(starts, pieces, strict=False)
-        for one in piece.failures
-    ]
-    table = pd.DataFrame(failures, columns=list(Failure._fields))
-    table.index = own.index.take(table["position"].to_numpy(int))
-    from nbfeat.extraction.result import Result
-
-    result = Result(pd.concat([own, *features], axis=1), table, recipe)
-    return result if frame is None else attached(result, frame)
-
-
-def attached(result: Result, frame: pd.DataFrame) -> Result:
-    """Return the features of a result beside the columns of `frame`, whose rows are the same."""
-    if not frame.index.equals(result.frame.index):
-        here, there = f"{len(frame):,} rows", f"{len(result.frame):,} rows"
-        why = f"it has {here}, and {result.fitted.source} {there}" if here != there else "its index is another"
+def finished(location: Location) -> list[Part]:
+    """Return the parts of a dataset in their order; raise RequestError where some are missing, or there is none."""
+    sizes = location.sizes()
+    names = sorted(name for name in sizes if _PART.fullmatch(name))
+    if not names and MANIFEST not in sizes:
         raise RequestError(
-            f"The frame is not the one that {result.fitted.source} was made of: {why}. Leave frame= away."
+            f"There is no dataset of nbfeat in {location.address}: no part-00000.parquet. Check the path."
         )
-    places = [place(frame, part.prefix, len(part.names), replace=False) for part in result.fitted.parts]
-    blocks = [result[part.prefix].set_axis(frame.index) for part in result.fitted.parts]
-    from nbfeat.extraction.result import Result
-
-    return Result(attach(frame, blocks, places), result.failures.set_axis(_index(frame, result)), result.fitted)
-
-
-def _index(frame: pd.DataFrame, result: Result) -> pd.Index:
-    return frame.index.take(result.failures["position"].to_numpy(int))
-
-
-def _pieces(shelf: Shelf) -> list[Piece]:
-    """Return the parts of a finished dataset in their order."""
-    from nbfeat.parquet.survey import finished
-
-    return finished(shelf)
-
-
-def _matrices(shelf: Shelf, pieces: Sequence[Piece], recipe: Recipe) -> list[NDArray[np.float32]]:
-    rows, width = sum(piece.rows for piece in pieces), sum(len(part.names) for part in recipe.parts)
-    size, free = 4 * rows * width, columns.free_bytes()
-    if free is not None and size > columns.SHARE * free:
+    found = _look(location, names, is_begun=MANIFEST in sizes)
+    parts = [part for part in found.values() if part]
+    if not parts or MANIFEST in sizes or len(parts) != _count(parts[0].manifest):
+        there = f"{len(parts):,} of {_count(parts[0].manifest):,} files" if parts else "no file yet"
         raise RequestError(
-            f"{shelf.shown} has {rows:,} rows × {width:,} features, {format_bytes(size)}, more than half of the "
-            f"{format_bytes(free)} of free memory. Take what you need of it with polars.scan_parquet, DuckDB or "
-            "pyarrow.dataset, or file by file with pandas.read_parquet."
+            f"{location.address} is not finished: {there}. Run again what writes it, which goes on from there."
         )
-    matrices = [np.empty((rows, len(part.names)), np.float32) for part in recipe.parts]
-    start = 0
-    for piece in pieces:
-        for matrix, some in zip(matrices, matrices_of(shelf, piece, recipe), strict=True):
-            if len(some) != piece.rows:
-                raise changed(shelf, piece.about.name)
-            matrix[start : start + piece.rows] = some
-        start += piece.rows
-    return matrices
+    if odd := [part for part in parts if part.manifest != parts[0].manifest]:
+        raise _changed(location, _name(odd[0].number))
+    return parts
 
 
-def _own(shelf: Shelf, pieces: Sequence[Piece], recipe: Recipe, *, index_only: bool) -> pd.DataFrame:
-    """Read the columns that were given; of them, perhaps those of the index alone."""
+def read(
+    location: Location, parts: Sequence[Part], widths: Mapping[str, int], *, index_only: bool
+) -> tuple[pd.DataFrame, dict[str, NDArray[np.float32]]]:
+    """Read the frame's own columns of all `parts`, perhaps of the index alone, and the features of these `widths`."""
     import pyarrow as pa
-    from pyarrow import parquet
 
-    made = {part.prefix for part in recipe.parts} | {FAILURE}
-    first = pieces[0].about.name
-    with shelf.opened(first) as file, parquet.ParquetFile(file) as opened:
-        schema = opened.schema_arrow
-    try:
-        described: Mapping[str, Any] = schema.pandas_metadata or {}
-        index = [name for name in described.get("index_columns", []) if isinstance(name, str)]
-        names = [name for name in schema.names if name not in made and (name in index or not index_only)]
-        if names:
-            table = pa.concat_tables([columns_of(shelf, piece.about.name, names) for piece in pieces])
+    rows = sum(part.rows for part in parts)
+    matrices = {prefix: np.empty((rows, width), np.float32) for prefix, width in widths.items()}
+    tables, start = [], 0
+    for part in parts:
+        name, stop = _name(part.number), start + part.rows
+        try:
+            with location.opened(name) as file, damage_as("columns"):
+                table = result_file.read_table(file, [[prefix] for prefix in widths])
+                for prefix, matrix in matrices.items():
+                    numbers = table.column(prefix).combine_chunks().flatten().to_numpy()
+                    matrix[start:stop] = numbers.reshape(part.rows, widths[prefix])
+        except DamagedError as error:
+            raise _damaged(location, name, error) from error
+        described = (table.schema.pandas_metadata or {}).get("index_columns", [])
+        index = [name for name in described if isinstance(name, str)]
+        own = index if index_only else [name for name in table.column_names if name not in {*widths, FAILURE}]
+        tables.append(table.select([*own, FAILURE]))  # a table without columns would have no rows
+        start = stop
+    frame: pd.DataFrame = pa.concat_tables(tables).to_pandas().drop(columns=FAILURE)
+    return frame.iloc[:, :0] if index_only else frame, matrices
+
+
+# The columns of the user's frame
+
+
+def own_columns(
+    frame: pd.DataFrame, *, images: Collection[Hashable], made: Collection[str], dropped: Collection[int]
+) -> tuple[Any, str]:
+    """Return the frame as a table of what Parquet can hold, and a sentence on what was left out.
+
+    Of columns with `images`, it is those that are text; those at the `dropped` positions are not asked for. Raises
+    RequestError where one has the name of one that is `made`, or Parquet cannot hold the index.
+    """
+    import pyarrow as pa
+
+    counts = Counter(frame.columns)
+    kept, lost = [], []
+    for position, label in enumerate(frame.columns):
+        if position in dropped:
+            continue
+        reason = _why_not(frame.iloc[:, position], label, is_image=label in images, twice=counts[label] > 1)
+        if reason:
+            lost.append(f"{label!r} ({reason})")
         else:
-            table = pa.table({"": pa.nulls(sum(piece.rows for piece in pieces))})
-        found: pd.DataFrame = table.replace_schema_metadata(schema.metadata).to_pandas()
-    except RequestError:
-        raise
-    except (pa.ArrowException, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise changed(shelf, first) from error
-    return found.iloc[:, :0] if index_only or not names else found
+            kept.append(position)
+    names = [*(frame.columns[position] for position in kept), *frame.index.names]
+    if FAILURE in names:
+        raise RequestError(
+            f"The frame has a column or index {FAILURE!r}, and so have the files: rename it, or use --replace."
+        )
+    if taken := [name for name in names if name in made]:
+        raise RequestError(
+            f"The frame has a column or index {taken[0]!r}, and so would the files have, for features: choose another "
+            "name with --prefix, or overwrite it with --replace."
+        )
+    try:
+        table = pa.Table.from_pandas(frame.iloc[:, kept])
+    except (pa.ArrowException, ValueError, TypeError) as error:
+        raise RequestError(
+            f"Parquet cannot hold the frame's index: {error}. Use frame.reset_index(drop=True)."
+        ) from error
+    return table, f"Left out of the files: {listing(_some(lost))}." if lost else ""
+
+
+def _why_not(values: pd.Series, label: Hashable, *, is_image: bool, twice: bool) -> str:
+    """Say why a column cannot be in the files; an empty string where it can."""
+    if not isinstance(label, str):
+        return "only text names columns"
+    if twice:
+        return "each name stands for one column"
+    if is_image and not all(isinstance(value, str) or is_missing(value) for value in values):
+        return "images that are no text"
+    return result_file.unholdable(values)

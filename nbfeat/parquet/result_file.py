@@ -1,194 +1,262 @@
-"""A result in a Parquet file: a table for any reader, with all that it takes to repeat it in the footer."""
+"""A result in a Parquet file: a table for any reader, what repeats it in the metadata, and checksums of both.
+
+Parquet's own checksums are of pages. Beside them the metadata has the SHA-256 of its entries and of each column's
+values, so that bytes that another tool wrote anew are as good, and damaged ones are never taken for features.
+"""
 
 from __future__ import annotations
 
-import os
+import errno
+import hashlib
+import io
+import json
 from collections import Counter
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
 from nbfeat.errors import RequestError, listing, near, sentences
-from nbfeat.extraction.packed import Failure, UnreadableError, pack, unpack
-from nbfeat.extraction.recipe import Recipe
-from nbfeat.parquet import sealed
 from nbfeat.paths import file_written_whole
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from nbfeat.extraction.result import Result
-
-KEY = b"nbfeat"  # an entry of the footer
+RECIPE, CHECKSUMS = b"nbfeat", b"nbfeat.sha256"  # entries of the metadata
 SHOWN = 5
-_ANEW = "Extract the features anew."
+ROWS, ROWS_OF_OBJECTS = 65_536, 1024  # whose values are taken together
+LARGE = 1_000_000  # bytes of metadata
+AGAIN = "Extract the features anew."
+_REFUSALS = {
+    "cut": "is not a Parquet file, or is damaged: its end is another.",
+    "foreign": "was not written by nbfeat, or was written anew by something else since. Write a result with "
+    "result.to_parquet(path).",
+    "footer": "is damaged, or was written anew by something else: its footer does not agree with its checksum.",
+    "columns": "is damaged: its columns do not agree with their checksum.",
+}
+Damage = Literal["cut", "foreign", "footer", "columns"]
+
+
+class Failure(NamedTuple):
+    """An image that gave no features."""
+
+    position: int
+    column: str
+    image: str
+    reason: str
+
+    @classmethod
+    def read(cls, values: Sequence[Any]) -> Failure:
+        """Take what a file has; raise ValueError where it is something else."""
+        if [type(value) for value in values] != [int, str, str, str]:
+            raise ValueError("not a failure")
+        return cls(*values)
+
+
+class DamagedError(ValueError):
+    """A file is not what nbfeat wrote: it is cut short, foreign, or its footer or columns were changed."""
+
+    def __init__(self, kind: Damage, reason: str = "") -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+@dataclass(frozen=True, slots=True)
+class Footer:
+    """What a file says of itself, compared with its checksums."""
+
+    entries: Mapping[bytes, bytes]
+    columns: Sequence[str]
+    rows: int
+    checksums: Mapping[str, str]  # of columns: of one alone, or of several together by the first
+
+
+# Any Parquet file of ours
+
+
+def write_table(sink: BinaryIO, table: Any, entries: Mapping[bytes, bytes], groups: Sequence[Sequence[str]]) -> None:
+    """Write a table with `entries` in its metadata; each of the `groups` of columns with features has one checksum."""
+    from pyarrow import parquet
+
+    others = [name for name in table.column_names if name not in {name for names in groups for name in names}]
+    metadata = table.schema.metadata or {}
+    described = {**entries, b"pandas": metadata.get(b"pandas", b"")}
+    checksums = {
+        "entries": {name.decode(): hashlib.sha256(value).hexdigest() for name, value in described.items()},
+        "columns": {names[0]: checksum(table, names) for names in [*groups, *([name] for name in others)]},
+    }
+    more = {**entries, CHECKSUMS: json.dumps(checksums).encode()}
+    is_large = sum(map(len, more.values())) > LARGE
+    if not is_large:  # other tools keep what the schema has, which is in the file twice
+        table = table.replace_schema_metadata({**metadata, **more})
+    # Few features of a column are the same, so that a dictionary of them is of no use.
+    with parquet.ParquetWriter(sink, table.schema, use_dictionary=others, write_page_checksum=True) as writer:
+        writer.write_table(table)
+        if is_large:
+            writer.add_key_value_metadata(more)
+
+
+def read_footer(file: Any) -> Footer:
+    """Read the metadata of an open file; raise DamagedError where it is not what nbfeat wrote."""
+    from pyarrow import parquet
+
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - 8))
+    tail = bytes(file.read(8))
+    if tail[4:] != b"PAR1" or int.from_bytes(tail[:4], "little") > size - 12:
+        raise DamagedError("cut")
+    with damage_as("footer"):
+        opened = parquet.ParquetFile(file)
+        entries = opened.metadata.metadata or {}
+        if CHECKSUMS not in entries:
+            raise DamagedError("foreign")
+        checksums = json.loads(entries[CHECKSUMS])
+        for name, value in {"pandas": "", RECIPE.decode(): "", **checksums["entries"]}.items():
+            if hashlib.sha256(entries.get(name.encode(), b"")).hexdigest() != value:
+                raise DamagedError("footer")
+        return Footer(entries, opened.schema_arrow.names, opened.metadata.num_rows, dict(checksums["columns"]))
+
+
+def read_table(file: Any, groups: Sequence[Sequence[str]]) -> Any:
+    """Read all columns of an open file; raise DamagedError where they do not agree with their checksums."""
+    from pyarrow import parquet
+
+    footer = read_footer(file)
+    with damage_as("columns"):
+        table = parquet.ParquetFile(file, page_checksum_verification=True).read()
+        together = {names[0]: names for names in groups}
+        for name in {**footer.checksums, **together}:
+            if checksum(table, together.get(name, [name])) != footer.checksums[name]:
+                raise DamagedError("columns", f"column {name} does not agree with its checksum")
+    return table
+
+
+@contextmanager
+def damage_as(kind: Damage) -> Iterator[None]:
+    """Raise DamagedError for whatever libraries raise for bytes that are not what they should be."""
+    try:
+        yield
+    except DamagedError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno not in {None, errno.EINVAL}:  # the disk, not the bytes
+            raise
+        raise DamagedError(kind, _first_line(error)[:100]) from error
+
+
+def checksum(table: Any, names: Sequence[str]) -> str:
+    """Return the SHA-256 of the values of columns: the same once Parquet has written and read them."""
+    hasher = hashlib.sha256()
+    for name in names:
+        for some in _bytes_of(table.column(name)):
+            hasher.update(some)
+    return hasher.hexdigest()
+
+
+def _bytes_of(column: Any) -> Iterator[Any]:
+    from pyarrow import types
+
+    if types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if hasattr(column.type, "storage_type"):  # of an extension, which other processes need not know
+        column = column.cast(column.type.storage_type)
+    yield str(getattr(column.type, "tz", "")).encode()
+    column = _as_numbers(column)
+    is_list = types.is_fixed_size_list(column.type)
+    kind = column.type.value_type if is_list else column.type
+    is_number = types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
+    step = ROWS if is_number else ROWS_OF_OBJECTS
+    for start in range(0, len(column), step):
+        some = column.slice(start, step).combine_chunks()
+        if is_number:
+            some = some.flatten() if is_list else some
+            yield np.packbits(some.is_null().to_numpy(zero_copy_only=False))
+            yield np.ascontiguousarray(some.drop_null().to_numpy(zero_copy_only=False))
+        else:
+            plain = lambda value: hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
+            yield json.dumps(some.to_pylist(), default=plain).encode()
+
+
+def _as_numbers(column: Any) -> Any:
+    """Return times as numbers: Parquet knows no seconds, and days as days alone."""
+    import pyarrow as pa
+    from pyarrow import compute, types
+
+    unit = getattr(column.type, "unit", "")
+    if types.is_date(column.type):
+        column = column.cast(pa.date32())
+    elif not unit:
+        return column
+    column = column.cast(pa.int32() if column.type.bit_width == 32 else pa.int64()).cast(pa.int64())
+    return compute.multiply(column, 1000) if unit == "s" else column
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
+
+
+# One result
 
 
 def write(
-    path: str | Path, frame: pd.DataFrame, recipe: Recipe, failures: pd.DataFrame, without: Collection[Hashable] = ()
+    path: str | Path,
+    frame: pd.DataFrame,
+    recipe: str,
+    blocks: Mapping[str, Sequence[str]],
+    without: Collection[Hashable] = (),
 ) -> None:
-    """Write `frame`, its own columns as pandas writes them, with `recipe` and `failures`; whole or not at all."""
+    """Write `frame` as pandas does, with `recipe`; `blocks` are the names of its features by prefix."""
     import pyarrow as pa
 
     final = Path(path).expanduser().resolve()
     if not final.parent.is_dir():
         raise RequestError(f"There is no folder {final.parent}: make it first, or write elsewhere.")
-    made = {name for part in recipe.parts for name in part.names}
+    made = {name for names in blocks.values() for name in names}
     if lost := made.difference(frame.columns):
         raise RequestError(
             f"The frame has lost {len(lost):,} of its {len(made):,} features since they were made: extract again."
         )
     frame = _without(frame, without, made)
     _check_names(frame)
-    rows = failures.assign(column=failures["column"].map(str)).itertuples(index=False)
-    text = pack(recipe, [Failure(int(position), *rest) for position, *rest in rows]).encode()
     try:
         table = pa.Table.from_pandas(frame)
     except (pa.ArrowException, ValueError, TypeError) as error:
         raise _cannot_hold(frame, error) from error
-    others = [name for name in table.column_names if name not in made]  # few features of a column are the same
-    with (
-        file_written_whole(final) as temporary,
-        temporary.open("wb") as sink,
-        sealed.writer(sink, table.schema, {KEY: text}, use_dictionary=others) as writer,
-    ):
-        writer.write_table(table)
+    with file_written_whole(final) as temporary, temporary.open("wb") as sink:
+        write_table(sink, table, {RECIPE: recipe.encode()}, list(blocks.values()))
 
 
-def read(path: str | Path, frame: pd.DataFrame | None = None) -> Result:
-    """Read a result that nbfeat wrote to a Parquet file, or to a folder of them.
-
-    Parameters
-    ----------
-    path
-        The file that ``result.to_parquet(path)`` wrote, or the folder or address that ``parquet=`` named. Nothing in
-        it is run.
-    frame
-        The frame that it was made of, to attach the features to; by default the columns that are in the file.
-
-    Returns
-    -------
-    Result
-        With ``.frame``, ``.features``, ``["prefix"]``, ``.failures`` and ``.recipe`` as the Extraction had them, and
-        ``.like(frame)`` to repeat it on other images.
-
-    Raises
-    ------
-    RequestError
-        Where the file is not there, is damaged, was not written by nbfeat, or by a newer one; where `frame` has other
-        rows, or memory would not do.
-
-    Examples
-    --------
-    >>> result = nbfeat.read("train.parquet")  # doctest: +SKIP
-    >>> test = result.like(photos)  # doctest: +SKIP
-    """
-    from nbfeat.parquet import dataset
-
-    if dataset.is_dataset(path):
-        return dataset.read(path, frame)
-    result = _read_file(_file(path))
-    return result if frame is None else dataset.attached(result, frame)
+def look(file: Path) -> Footer:
+    """Read the metadata of a result's file."""
+    with _refused(file), file.open("rb") as opened:
+        return read_footer(opened)
 
 
-def _read_file(file: Path) -> Result:
-    import pandas as pd
-    import pyarrow as pa
-
-    recipe, failures = _footer(file, whole=True)
+def read(file: Path, blocks: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """Read the frame of a result; `blocks` are the names of its features by prefix."""
+    with _refused(file), file.open("rb") as opened:
+        table = read_table(opened, list(blocks.values()))
     try:
-        frame = pd.read_parquet(file)
-    except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise RequestError(f"{file.name} has columns that cannot be read: {_first_line(error)}. {_ANEW}") from error
-    _check_columns(file, recipe, list(frame.columns))
-    odd = [name for part in recipe.parts for name in part.names if frame.dtypes[name] != np.float32]
-    if odd or any(not 0 <= failure.position < len(frame) for failure in failures):
-        what = f"column {odd[0]}, which is not float32" if odd else "failures of rows that it has not"
-        raise RequestError(f"{file.name} has {what}: it was changed after nbfeat wrote it. {_ANEW}")
-    table = pd.DataFrame(failures, columns=list(Failure._fields))
-    table.index = frame.index.take(table["position"].to_numpy(int))
-    from nbfeat.extraction.result import Result
-
-    return Result(frame, table, recipe)
+        frame: pd.DataFrame = table.to_pandas()
+    except Exception as error:
+        raise RequestError(f"{file.name} has columns that cannot be read: {_first_line(error)}. {AGAIN}") from error
+    return frame
 
 
-def read_recipe(path: str | Path) -> Recipe:
-    """Read what it takes to repeat the result in a Parquet file, or in a folder of them, none of its rows."""
-    from nbfeat.parquet import dataset
-
-    if dataset.is_dataset(path):
-        return dataset.read_recipe(path)
-    return _footer(_file(path))[0]
-
-
-def _file(path: str | Path) -> Path:
-    file = Path(path).expanduser().absolute()
-    if not file.is_file():
-        siblings = [one.name for one in file.parent.glob("*.parquet")] if file.parent.is_dir() else []
-        way = near(file.name, siblings) or f"Relative paths start at {Path.cwd()}; check this one."
-        raise RequestError(f"There is no file {os.fspath(path)!r}. {way}")
-    return file
-
-
-def _footer(file: Path, *, whole: bool = False) -> tuple[Recipe, list[Failure]]:
-    """Read the footer, once it is sure to be what was written; with `whole`, all before it, too."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
+@contextmanager
+def _refused(file: Path) -> Iterator[None]:
     try:
-        with file.open("rb") as opened:
-            footer = sealed.footer(opened)
-            with parquet.ParquetFile(sealed.alone(footer)) as read:
-                entries, columns = read.metadata.metadata or {}, list(read.schema_arrow.names)
-            is_whole = not whole or sealed.Body.of(entries, footer).is_in(opened)
-    except sealed.UnsealedError as error:
-        raise _unsealed(file.name, error) from error
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise RequestError(f"{file.name} cannot be read: {_first_line(error)}. {_ANEW}") from error
-    if not is_whole:
-        raise RequestError(f"{file.name} is damaged: its columns do not agree with their checksum. {_ANEW}")
-    recipe, failures = believed(entries, file.name)
-    _check_columns(file, recipe, columns)
-    return recipe, failures
-
-
-def believed(entries: Mapping[bytes, bytes], name: str) -> tuple[Recipe, list[Failure]]:
-    """Return the recipe and the failures in the footer of the file `name`, checked; or raise RequestError."""
-    try:
-        recipe, failures = unpack(entries.get(KEY, b""), name)
-    except UnreadableError as error:
-        way = "Install that version to read it." if "newer" in str(error) else _ANEW
-        raise RequestError(f"{name} cannot be read as a result of nbfeat: {error}. {way}") from error
-    return recipe, failures
-
-
-def _unsealed(name: str, error: sealed.UnsealedError) -> RequestError:
-    if not error.is_parquet:
-        return RequestError(f"{name} is not a Parquet file, or is damaged: its end is another. {_ANEW}")
-    if not error.is_sealed:
-        return RequestError(
-            f"{name} was not written by nbfeat, or was written anew by something else since. Write a result with "
-            "result.to_parquet(path)."
-        )
-    return RequestError(
-        f"{name} is damaged, or was written anew by something else: its footer does not agree with its checksum. "
-        f"{_ANEW}"
-    )
-
-
-def _check_columns(file: Path, recipe: Recipe, columns: Sequence[str]) -> None:
-    """Raise RequestError unless each of the recipe's columns is there once."""
-    counts = Counter(columns)
-    for part in recipe.parts:
-        width = part.block.components or part.width
-        # A width from elsewhere may be any number: look before so many names are made.
-        if width > len(columns) or any(counts[name] != 1 for name in part.names):
-            raise RequestError(
-                f"{file.name} has not the {width:,} columns {part.prefix}_0000 … that it says it has: it was changed "
-                f"after nbfeat wrote it. {_ANEW}"
-            )
+        yield
+    except DamagedError as error:
+        raise RequestError(
+            sentences(f"{file.name} {_REFUSALS[error.kind]}", AGAIN * (error.kind != "foreign"))
+        ) from error
+    except OSError as error:
+        raise RequestError(f"{file.name} cannot be read: {_first_line(error)}. {AGAIN}") from error
 
 
 def _without(frame: pd.DataFrame, without: Collection[Hashable], made: Collection[str]) -> pd.DataFrame:
@@ -215,28 +283,23 @@ def _check_names(frame: pd.DataFrame) -> None:
 
 def _cannot_hold(frame: pd.DataFrame, error: Exception) -> RequestError:
     """Name the columns that Parquet cannot hold, by trying each."""
-    import pyarrow as pa
-
-    bad: list[str] = []
-    for label in frame.columns:
-        try:
-            pa.array(frame[label], from_pandas=True)
-        except (pa.ArrowException, ValueError, TypeError):
-            bad.append(f"{label!r} ({_kind(frame[label])})")
+    bad = {repr(label): kind for label in frame.columns if (kind := unholdable(frame[label]))}
     if not bad:
         return RequestError(f"Parquet cannot hold this frame: {_first_line(error)}. Change it and extract again.")
-    first = bad[0].rpartition(" (")[0]
     return RequestError(
-        f"Parquet cannot hold column {listing(bad[:SHOWN])}. Leave it out: to_parquet(path, without=[{first}]); or "
-        "make it text or bytes in your frame, and extract again."
+        f"Parquet cannot hold column {listing([f'{label} ({kind})' for label, kind in bad.items()][:SHOWN])}. "
+        f"Leave it out: to_parquet(path, without=[{next(iter(bad))}]); or make it text or bytes in your frame, and "
+        "extract again."
     )
 
 
-def _kind(values: pd.Series) -> str:
-    kinds: Any = Counter(type(value).__name__ for value in values.head(1000))
-    return f"values of type {kinds.most_common(1)[0][0]}" if kinds else str(values.dtype)
+def unholdable(values: pd.Series) -> str:
+    """Say what values those are, where Parquet cannot hold them."""
+    import pyarrow as pa
 
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
+    try:
+        pa.array(values, from_pandas=True)
+    except (pa.ArrowException, ValueError, TypeError):
+        kinds = Counter(type(value).__name__ for value in values.head(1000)).most_common(1)
+        return f"values of type {kinds[0][0]}" if kinds else str(values.dtype)
+    return ""

@@ -30,13 +30,12 @@ from pyarrow import parquet
 
 import nbfeat
 from nbfeat import Extraction, ExtractionError, NetworkError, RequestError
-from nbfeat.extraction import ray_workers
+from nbfeat.extraction import ray_workers, sink
 from nbfeat.extraction.ray_workers import Found, RayExecutor, Share, Table, Worker
 from nbfeat.images import fingerprint, public_hosts, remote
 from nbfeat.images.remote import Limits
 from nbfeat.inference.engines import cpu_count
 from nbfeat.inference.spec import NetworkSpec
-from nbfeat.parquet import tally
 from tests.conftest import ROOT
 from tests.extraction.ray_child import descendants
 from tests.faces import CellMagic, same
@@ -101,8 +100,8 @@ def here(fake_network: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> typ
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: "found")
     monkeypatch.setattr(cpu_count, "_taken", [])
     monkeypatch.setattr(fingerprint, "SETTLED_AFTER_NS", 0)  # files are known by their state, however young they are
-    monkeypatch.setattr(tally, "MOST_ROWS", 6)  # of a file that is written: four for twenty photos
-    monkeypatch.setattr(tally, "LARGER", 1)
+    monkeypatch.setattr(sink, "MOST_ROWS", 6)  # of a file that is written: four for twenty photos
+    monkeypatch.setattr(sink, "LARGER", 1)
     return Here
 
 
@@ -408,9 +407,9 @@ def test_what_was_stopped_goes_on_elsewhere(
 def test_files_have_more_rows_where_each_has_workers_of_its_own(
     photos: pd.DataFrame, tmp_path: Path, here: type[Here], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert tally.rows_together([1280], 8, on_cluster=True) * 4 * 1280 <= tally.LARGER * tally.BYTES
-    monkeypatch.setattr(tally, "MOST_ROWS", 3)
-    monkeypatch.setattr(tally, "LARGER", 3)
+    assert sink.rows_together([1280], 8, on_cluster=True) * 4 * 1280 <= sink.LARGER * sink.BYTES
+    monkeypatch.setattr(sink, "MOST_ROWS", 3)
+    monkeypatch.setattr(sink, "LARGER", 3)
     for on, files in ((None, 7), ("ray", 3)):
         assert written(photos, tmp_path / str(files), on=on).run().written.files == files  # type: ignore[union-attr]
     assert here.opened == 1
@@ -653,8 +652,8 @@ def test_closing_cancels_and_workers_that_are_killed_lose_and_double_nothing(tmp
 
 WRITES = """
 import sys, nbfeat
-from nbfeat.parquet import tally
-tally.MOST_ROWS, tally.LARGER = 12, 1
+from nbfeat.extraction import sink
+sink.MOST_ROWS, sink.LARGER = 12, 1
 frame, root, folder = sys.argv[1:]
 asked = {"images": "path", "precision": "float32", "allow_remote": True, "root": root, "batch_size": 3}
 extraction = nbfeat.Extraction(frame, "Pocket --normalize standard", on="ray", parquet=folder, **asked)
@@ -668,8 +667,8 @@ for step in extraction.steps():
 def test_another_process_joins_is_killed_and_gone_on_from(
     photos: pd.DataFrame, tmp_path: Path, ray: Any, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tally, "MOST_ROWS", 12)
-    monkeypatch.setattr(tally, "LARGER", 1)
+    monkeypatch.setattr(sink, "MOST_ROWS", 12)
+    monkeypatch.setattr(sink, "LARGER", 1)
     frame = addressed(photos, web, tmp_path).reset_index(drop=True)
     frame.iloc[[13, 15], 0] = [None, frame["path"].iloc[14]]
     frame.to_parquet(tmp_path / "frame.parquet")

@@ -11,10 +11,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 import nbfeat
+from nbfeat.extraction import sink
 from nbfeat.inference import prepared
 from nbfeat.inference.engines.base import Pixels, Vectors
 from nbfeat.inference.spec import Cut, NetworkSpec, Output
-from nbfeat.parquet import tally
 from tests import fake, memory
 
 WIDTH = 1280
@@ -49,7 +49,7 @@ def wide(pixels: Pixels) -> NDArray[np.float32]:
 def write(frame: str, folder: str, block: str, rows: str) -> dict[str, object]:
     """Write features of a frame, and say after each step how far it is."""
     prepared.PreparedNetwork = fake.FakeNetwork  # type: ignore[misc,assignment]
-    tally.MOST_ROWS = int(rows)
+    sink.MOST_ROWS = int(rows)
     extraction = nbfeat.Extraction(pd.read_pickle(frame), block, images="path", parquet=folder)  # noqa: S301 - the test's
     for step in extraction.steps():
         print(step.done, step.cached, flush=True)
