@@ -1,33 +1,43 @@
-"""scatter: features in two dimensions, colored by a column."""
+"""scatter: features in two dimensions (principal components, t-SNE or UMAP; seeded), colored by a column."""
 
 from __future__ import annotations
 
 import base64
+import importlib
+import importlib.util
 import io
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nbfeat.explore.layout import METHODS, Method, check_installed, lay_out
+from nbfeat.errors import RequestError
+from nbfeat.explore.gallery import COLORS, axes, colors, plain
 from nbfeat.explore.neighbors import free_name
-from nbfeat.explore.plots import COLORS, axes, colors, plain
 from nbfeat.explore.scoring import MOST_CLASSES, column_of, drawn
-from nbfeat.explore.space import Space
 from nbfeat.explore.vectors import Made, vectors_of
 from nbfeat.extraction.options import one_of, whole
 from nbfeat.html import Html, escape, paragraph
 from nbfeat.images.formats import short
+from nbfeat.inference.engines.cpu_count import available_cores
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-LIMIT = 5_000  # points: t-SNE takes a minute or more then, and more would only hide each other
+Method = Literal["pca", "tsne", "umap"]
+METHODS: tuple[Method, ...] = get_args(Method)
 TITLES = {"pca": "Principal components", "tsne": "t-SNE", "umap": "UMAP"}
+LEAST_ROWS = {"pca": 2, "tsne": 4, "umap": 4}
+COMPONENTS = 50  # before t-SNE and UMAP, as their authors do: faster, and less noise
+PERPLEXITY, NEIGHBORS = 30, 15  # the methods' own defaults, where there are rows enough
+FEW_ROWS = 1_000  # too few for several threads
+SEED = 0
+
+LIMIT = 5_000  # points: t-SNE takes a minute or more then, and more would only hide each other
 MISSING, OTHERS = "missing", "other: "
 GREY = (0.6, 0.6, 0.6)
 MARKERS = "os^DvPX<>*dp"  # of colors, of the others, of missing ones: color alone does not have to tell
@@ -75,23 +85,29 @@ def scatter(
     >>> nbfeat.scatter(result, "label", "tsne", features="resnet50").plot().figure.savefig("tsne.png")  # doctest: +SKIP
     """
     one_of(METHODS, "method")(method)
-    check_installed(method)
+    if method == "umap" and importlib.util.find_spec("umap") is None:
+        raise RequestError(
+            "method='umap' needs a package that is not installed: pip install umap-learn. Or take method='tsne'."
+        )
     vectors = vectors_of(result, features)
-    frame = vectors.images.frame
-    values = None if color is None else _named_values(column_of(frame, color, "color").iloc[vectors.positions])
-    classes = None if values is None or not _are_classes(values) else _classes(values)
+    values, classes = None, None
+    if color is not None:
+        values = column_of(vectors.images.frame, color, "color").iloc[vectors.positions]
+        values = values.rename("color") if values.name is None else values
+        classes = _classes(values) if _are_classes(values) else None
     count = len(vectors.positions)
     rows = drawn(count, whole("limit")(limit), None if classes is None else classes.cat.codes.to_numpy())
-    space = Space(list(vectors.blocks.values()), "euclidean")
-    places, names = lay_out(space.points(vectors.positions[rows]).astype(np.float32), method)
+    positions = vectors.positions[rows]
+    places, names = _places(vectors.space("euclidean").points(positions).astype(np.float32), method)
+    frame = _frame(vectors.images.frame.index.take(positions), places, None if values is None else values.iloc[rows])
     chosen = f"{len(rows):,} of {count:,} rows drawn" if len(rows) < count else ""
     return Scatter(
-        frame=_frame(frame.index.take(vectors.positions[rows]), places, None if values is None else values.iloc[rows]),
+        frame=frame,
         classes=None if classes is None else classes.iloc[rows].cat.remove_unused_categories(),
         color=None if values is None else values.name,
         names=names,
         title=f"{TITLES[method]} of {vectors.title}",
-        told=" · ".join(filter(None, [chosen, vectors.left_out])),
+        note=" · ".join(filter(None, [chosen, vectors.left_out])),
     )
 
 
@@ -104,7 +120,7 @@ class Scatter:
     color: Hashable | None
     names: tuple[str, str]  # of the axes
     title: str
-    told: str  # what was left out
+    note: str  # what was left out
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the points.
@@ -119,13 +135,12 @@ class Scatter:
     def __repr__(self) -> str:
         """Return what the picture shows in one line."""
         by = "" if self.color is None else f" by {self.color}"
-        return " · ".join(filter(None, [f"{self.title}{by}: {len(self.frame):,} points", self.told]))
+        return " · ".join(filter(None, [f"{self.title}{by}: {len(self.frame):,} points", self.note]))
 
     def _repr_html_(self) -> str:
-        image = base64.b64encode(self.png()).decode("ascii")
-        style = "max-width:100%;height:auto"
-        picture = f'<img src="data:image/png;base64,{image}" alt="{escape(repr(self))}" style="{style}">'
-        return Html(picture + (paragraph(self.told) if self.told else ""))
+        address = f"data:image/png;base64,{base64.b64encode(self.png()).decode('ascii')}"
+        picture = f'<img src="{address}" alt="{escape(repr(self))}" style="max-width:100%;height:auto">'
+        return Html(picture + (paragraph(self.note) if self.note else ""))
 
     def png(self) -> bytes:
         """Return the picture that a notebook shows."""
@@ -199,8 +214,43 @@ def _frame(index: pd.Index, places: NDArray[Any], values: pd.Series[Any] | None)
     return found
 
 
-def _named_values(values: pd.Series[Any]) -> pd.Series[Any]:
-    return values.rename("color") if values.name is None else values
+def _places(points: NDArray[Any], method: Method) -> tuple[NDArray[Any], tuple[str, str]]:
+    """Return x and y of each point, and what the axes are called; empty where they mean nothing."""
+    from sklearn.decomposition import PCA
+
+    count, least = len(points), LEAST_ROWS[method]
+    if count < least:
+        raise RequestError(f"{method} takes at least {least} rows with features, and there are {count}.")
+    if not (points != points[0]).any():
+        raise RequestError(f"There is nothing to lay out: all {count:,} rows have the same features.")
+    pca = PCA(min(2 if method == "pca" else COMPONENTS, *points.shape), random_state=SEED)
+    reduced = pca.fit_transform(points)
+    if method != "pca":
+        return (_tsne if method == "tsne" else _umap)(reduced), ("", "")
+    names = [f"PC {number + 1} ({share:.0%} of variance)" for number, share in enumerate(pca.explained_variance_ratio_)]
+    if len(names) == 1:  # one feature
+        return np.column_stack([reduced, np.zeros(count)]), (names[0], "")
+    return reduced, (names[0], names[1])
+
+
+def _tsne(points: NDArray[Any]) -> NDArray[Any]:
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    perplexity = min(PERPLEXITY, (len(points) - 1) / 3)
+    start = "pca" if points.shape[1] > 1 else "random"
+    # More threads than cores wait for each other, fifty times as long as they work; OpenMP does not know of quotas.
+    with threadpool_limits(available_cores() if len(points) > FEW_ROWS else 1, "openmp"):
+        places: NDArray[Any] = TSNE(2, perplexity=perplexity, init=start, random_state=SEED).fit_transform(points)
+    return places
+
+
+def _umap(points: NDArray[Any]) -> NDArray[Any]:
+    umap: Any = importlib.import_module("umap")
+    # One job, since a seed takes that; UMAP would warn of it.
+    reducer = umap.UMAP(n_neighbors=min(NEIGHBORS, len(points) - 1), random_state=SEED, n_jobs=1)
+    places: NDArray[Any] = reducer.fit_transform(points)
+    return places
 
 
 def _are_classes(values: pd.Series[Any]) -> bool:

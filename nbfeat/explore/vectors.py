@@ -1,11 +1,14 @@
-"""A result, or a frame with feature columns → its features as rows of numbers, and the columns that are not."""
+"""A result, or a frame with feature columns → its features as rows of numbers, and how far rows are from each other."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import combinations_with_replacement
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,17 +17,27 @@ from nbfeat.errors import RequestError, listing
 from nbfeat.extraction.columns import block_called, made_columns
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.feature_table import Result
+from nbfeat.extraction.options import one_of
 from nbfeat.extraction.part import FeatureColumns
 from nbfeat.extraction.recipe import PartRecipe
 from nbfeat.extraction.request import check_frame
-from nbfeat.images.sources import image_column
+from nbfeat.images.sources import image_column, spread
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Made: TypeAlias = Extraction | Result
 Rows: TypeAlias = NDArray[np.floating[Any]]
-CHUNK = 4096  # rows looked at a time, so that no second matrix of full height is needed
+Points: TypeAlias = NDArray[np.float64]
+Distances: TypeAlias = NDArray[np.float64]
+Positions: TypeAlias = NDArray[np.intp]
+Metric = Literal["cosine", "euclidean"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+
+CHUNK = 128  # rows in float64 that stay in the processor's cache
+TILE = 1024  # rows compared with as many others at a time
+SAMPLED = 512  # rows whose distances tell what is usual
+ROUNDING = 1e-12  # of squared lengths: as much may products of points be wrong
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,10 +48,6 @@ class Images:
     column: Hashable | None  # None where no column looks like images
     root: Path  # where relative paths start
     reasons: Mapping[int, str]  # by position: why an extraction could not read an image
-
-    def cells(self) -> list[Any]:
-        """Return the cells of the image column, or as many times None."""
-        return [None] * len(self.frame) if self.column is None else self.frame[self.column].tolist()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +60,7 @@ class Vectors:
     made: Made | None  # the result they are of, where it is known
 
     @property
-    def positions(self) -> NDArray[np.intp]:
+    def positions(self) -> Positions:
         """Where the rows with features are."""
         return np.flatnonzero(self.ok)
 
@@ -66,6 +75,113 @@ class Vectors:
         """Name the blocks."""
         return listing(self.blocks)
 
+    def space(self, metric: Metric) -> Space:
+        """Return the rows as points under a metric."""
+        return Space([*self.blocks.values()], metric)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Space:
+    """Rows in several blocks, as points under a metric.
+
+    Both metrics are distances between points: of the cosine metric, and wherever several blocks are taken together,
+    each block has unit length, so that all blocks count the same. The cosine distance 1 - cos is then half the squared
+    distance between points, which is exactly 0 for equal rows; of several blocks it is their mean.
+
+    Everything is exact, in float64, and done in parts, so that memory does not grow with the rows.
+    """
+
+    blocks: Sequence[Rows]
+    metric: Metric
+
+    def __post_init__(self) -> None:
+        """Check the metric."""
+        one_of(METRICS, "metric")(self.metric)
+
+    def nearest(self, query: Sequence[Rows], rows: Positions, count: int) -> tuple[Positions, Distances]:
+        """Return the `count` of `rows` nearest to the one row in each block of `query`, and how far each is.
+
+        Equal distances stand in the order of `rows`.
+        """
+        point, distances = self._points(query), np.empty(len(rows))
+        for part in _parts(len(rows), CHUNK):
+            distances[part] = self._between(self.points(rows[part]), point)
+        order = np.argsort(distances, kind="stable")[:count]
+        return rows[order], distances[order]
+
+    def between(self, rows: Positions, others: Positions) -> Distances:
+        """Return how far each of `rows` is from the one in the same place of `others`."""
+        distances = np.empty(len(rows))
+        for part in _parts(len(rows), CHUNK):
+            distances[part] = self._between(self.points(rows[part]), self.points(others[part]))
+        return distances
+
+    def usual(self, rows: Positions) -> float:
+        """Return the median distance between rows, of up to SAMPLED spread over all."""
+        points = self.points(rows[spread(len(rows), SAMPLED)])
+        found = [self._between(points[number + 1 :], points[number]) for number in range(len(points) - 1)]
+        return float(np.median(np.concatenate(found))) if found else 0.0
+
+    def groups(self, rows: Positions, limit: float) -> Positions:
+        """Return for each of `rows` the first that steps of at most `limit` join it to."""
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        seen: dict[bytes, int] = {}  # a thousand equal rows would be half a million pairs
+        which = np.array([seen.setdefault(self._content(row), len(seen)) for row in rows], np.intp)
+        different = rows[np.unique(which, return_index=True)[1]]
+        shape = len(different), len(different)
+        numbers = np.arange(len(different), dtype=np.int32)
+        for here, there in combinations_with_replacement(_parts(len(different), TILE), 2):
+            first, second = self._near(different[here], different[there], limit)
+            pairs = numbers[here][first], numbers[there][second]
+            graph = coo_array((np.ones(first.size, np.int8), pairs), shape=shape)
+            numbers = connected_components(graph, directed=False)[1][numbers]
+        _, first, group = np.unique(numbers[which], return_index=True, return_inverse=True)
+        return rows[first[group]]
+
+    def points(self, rows: Positions) -> Points:
+        """Return the points of some rows."""
+        return self._points([block[rows] for block in self.blocks])
+
+    def _points(self, blocks: Sequence[Rows]) -> Points:
+        if self.metric == "euclidean" and len(blocks) == 1:
+            return blocks[0].astype(np.float64)
+        units = np.concatenate([_unit(rows.astype(np.float64)) for rows in blocks], axis=1)
+        units /= np.sqrt(len(blocks))
+        return units
+
+    def _between(self, points: Points, others: Points) -> Distances:
+        squares = np.square(points - others).sum(axis=1)
+        distances: Distances = squares / 2 if self.metric == "cosine" else np.sqrt(squares)
+        return distances
+
+    def _near(self, rows: Positions, others: Positions, limit: float) -> tuple[Positions, Positions]:
+        """Return which of `rows` are at most `limit` from which of `others`; measured where products leave it open."""
+        points, other_points = self.points(rows), self.points(others)
+        sizes = np.square(points).sum(axis=1)[:, None] + np.square(other_points).sum(axis=1)
+        squares = sizes - 2 * points @ other_points.T
+        most = 2 * limit if self.metric == "cosine" else limit**2
+        slack = ROUNDING * sizes.max()
+        first, second = np.nonzero(squares <= most + slack)
+        is_open = squares[first, second] > most - slack
+        near = ~is_open
+        near[is_open] = self.between(rows[first[is_open]], others[second[is_open]]) <= limit
+        return first[near], second[near]
+
+    def _content(self, row: np.intp) -> bytes:
+        return blake2b(b"".join(block[row].tobytes() for block in self.blocks)).digest()
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def _unit(rows: Points) -> Points:
+    """Return rows of unit length; one of zeros gets a direction of its own, so that it is far from all others."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.concatenate([rows / np.where(lengths > 0, lengths, 1), lengths == 0], axis=1)
+
 
 def parts_of(made: Made) -> Sequence[FeatureColumns | PartRecipe]:
     """Return what a result is made of, in the order of its columns."""
@@ -78,22 +194,19 @@ def images_of(data: Made | pd.DataFrame, images: Hashable | None = None, root: s
     A result knows its image column, and an Extraction where its paths start; of a frame the column that looks like
     images is taken, if there is one.
     """
+    start = Path(root or "").expanduser().absolute()
     if isinstance(data, Made):
-        frame, column, reasons = _own(data.frame), parts_of(data)[0].column, data.failures
+        frame, column, failures = _without_features(data.frame), parts_of(data)[0].column, data.failures
         column = column if images is None else image_column(frame, images)
-        failed = reasons[reasons["column"] == column]
-        told = dict(zip(failed["position"].tolist(), failed["reason"].tolist(), strict=True))
-        start = data.root if root is None and isinstance(data, Extraction) else _absolute(root or "")
-        return Images(frame, column, start, told)
+        failed = failures[failures["column"] == column]
+        reasons = dict(zip(failed["position"].tolist(), failed["reason"].tolist(), strict=True))
+        return Images(frame, column, data.root if root is None and isinstance(data, Extraction) else start, reasons)
     check_frame(data)
-    frame = _own(data)
-    try:
-        found: Hashable | None = image_column(frame, images)
-    except RequestError:
-        if images is not None:
-            raise
-        found = None
-    return Images(frame, found, _absolute(root or ""), {})
+    frame = _without_features(data)
+    found: Hashable | None = None
+    with suppress(RequestError) if images is None else nullcontext():
+        found = image_column(frame, images)
+    return Images(frame, found, start, {})
 
 
 def vectors_of(
@@ -136,18 +249,13 @@ def _blocks_of_frame(frame: pd.DataFrame, features: str | None) -> dict[str, Row
     return {prefix: frame.iloc[:, positions].to_numpy() for prefix, positions in wanted.items()}
 
 
-def _own(frame: pd.DataFrame) -> pd.DataFrame:
-    """Leave out the columns of features."""
+def _without_features(frame: pd.DataFrame) -> pd.DataFrame:
     features = {position for positions in made_columns(frame).values() for position in positions}
     return frame.iloc[:, [position for position in range(frame.shape[1]) if position not in features]]
 
 
 def _finite(rows: Rows) -> NDArray[np.bool_]:
-    good = np.empty(len(rows), bool)
-    for start in range(0, len(rows), CHUNK):
-        good[start : start + CHUNK] = np.isfinite(rows[start : start + CHUNK]).all(axis=1)
-    return good
-
-
-def _absolute(root: str | Path) -> Path:
-    return Path(root).expanduser().absolute()
+    finite = np.empty(len(rows), bool)
+    for part in _parts(len(rows), TILE):
+        finite[part] = np.isfinite(rows[part]).all(axis=1)
+    return finite

@@ -26,7 +26,7 @@ import nbfeat
 from nbfeat import Extraction, ExtractionError, FeatureBlock, RequestError
 from nbfeat.backbones.weights import Loaded
 from nbfeat.explore import compare as module
-from nbfeat.explore.comparison import Comparison, verdict
+from nbfeat.explore.compare import Comparison, verdict
 from nbfeat.explore.scoring import drawn, folds_of, read_target
 from nbfeat.extraction.speed import images_per_second
 from tests.fake import FakeEngine
@@ -271,8 +271,8 @@ def test_groups_are_never_on_both_sides_of_a_fold(extracted: Extraction, photos:
     photos["patient"] = [f"patient {number // 2}" for number in range(20)]
     photos.loc["row 7", "patient"] = None
     target = read_target(photos, "label", as_classes=None).taken(np.delete(np.arange(20), 7))
-    folds = folds_of(3, target, photos["patient"], 20)
-    for train, test in folds.pairs:
+    folds, _ = folds_of(3, target, photos["patient"], 20)
+    for train, test in folds:
         sides = [set(photos["patient"].iloc[target.rows[side]]) for side in (train, test)]
         assert not sides[0] & sides[1]
     found = nbfeat.compare(extracted, "label", groups=photos["patient"], cv=3, speed=False)
@@ -286,8 +286,7 @@ def test_groups_are_never_on_both_sides_of_a_fold(extracted: Extraction, photos:
 def test_a_predefined_split_is_of_the_rows_of_the_frame(extracted: Extraction, photos: pd.DataFrame) -> None:
     labels = photos["label"].where(photos.index != "row 2")
     split = PredefinedSplit(np.where(photos["split"] == "test", 0, -1))
-    folds = folds_of(split, read_target(photos, labels, as_classes=None), None, 20)
-    ((train, test),) = folds.pairs
+    ((train, test),), _ = folds_of(split, read_target(photos, labels, as_classes=None), None, 20)
     assert list(test) == [13, 14, 15, 16, 17, 18]  # of the rows that are left
     assert list(train) == list(range(13))
     found = nbfeat.compare(extracted, labels, cv=split, speed=False)

@@ -16,8 +16,8 @@ from scipy.sparse.csgraph import connected_components
 
 import nbfeat
 from nbfeat import RequestError
-from nbfeat.explore import space
-from nbfeat.explore.space import Space
+from nbfeat.explore import vectors
+from nbfeat.explore.vectors import Space
 from tests.look import HOSTILE, cosine, euclidean, featured
 
 RANDOM = np.random.default_rng(0)
@@ -28,7 +28,7 @@ RANDOM = np.random.default_rng(0)
 def test_groups_are_those_by_the_book(
     metric: Any, book: Callable[..., Any], threshold: float, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(space, "TILE", tile)
+    monkeypatch.setattr(vectors, "TILE", tile)
     rows = RANDOM.normal(size=(90, 4)).astype(np.float32)
     rows[60:75] = rows[20:35]  # equal ones, too
     distances = book(rows)

@@ -17,7 +17,7 @@ from PIL import Image
 import nbfeat
 from nbfeat import ExtractionError, RequestError
 from nbfeat.explore.neighbors import distance_text
-from nbfeat.explore.space import Space
+from nbfeat.explore.vectors import Space
 from tests.look import HOSTILE, cosine, euclidean, featured
 
 RANDOM = np.random.default_rng(0)

@@ -17,7 +17,7 @@ from PIL import Image
 
 import nbfeat
 from nbfeat import RequestError
-from nbfeat.explore.tile import MOST_BYTES, SIDE
+from nbfeat.explore.gallery import MOST_BYTES, SIDE
 from nbfeat.images.decode import read_thumbnail
 from tests.look import HOSTILE
 
