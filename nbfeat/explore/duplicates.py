@@ -14,7 +14,7 @@ from nbfeat.errors import RequestError, listing
 from nbfeat.explore import gallery
 from nbfeat.explore.gallery import Tile, caption_columns, tile
 from nbfeat.explore.neighbors import distance_text, free_name
-from nbfeat.explore.vectors import Images, Made, Metric, vectors_of
+from nbfeat.explore.vectors import Data, Images, Metric, vectors_of
 from nbfeat.extraction.report import indented
 from nbfeat.html import Html, paragraph, table, text_table
 
@@ -27,7 +27,7 @@ CHAINED = 0.5  # of all rows in one group: then the features tell little apart
 
 
 def duplicates(
-    result: Made | pd.DataFrame,
+    result: Data,
     threshold: float | None = None,
     *,
     features: str | None = None,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nbfeat import isolation
 from nbfeat.errors import ImageError, RequestError
 from nbfeat.explore.scoring import column_of
-from nbfeat.explore.vectors import Images, Made, images_of
+from nbfeat.explore.vectors import Data, Images, images_of
 from nbfeat.extraction.options import whole
 from nbfeat.html import Html, escape, paragraph
 from nbfeat.images.decode import read_thumbnail
@@ -72,7 +72,7 @@ class Tile:
 
 
 def thumbnails(
-    frame: Made | pd.DataFrame,
+    frame: Data,
     images: Hashable | None = None,
     caption: Hashable | Sequence[Hashable] | None = None,
     *,

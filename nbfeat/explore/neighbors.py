@@ -14,7 +14,7 @@ from nbfeat import isolation
 from nbfeat.errors import ImageError, RequestError, listing, near, sentences
 from nbfeat.explore import gallery
 from nbfeat.explore.gallery import Tile, caption_columns, file_name, tile
-from nbfeat.explore.vectors import Images, Made, Metric, Rows, Vectors, parts_of, vectors_of
+from nbfeat.explore.vectors import Data, Images, Metric, Rows, Vectors, parts_of, vectors_of
 from nbfeat.extraction.options import whole
 from nbfeat.extraction.report import indented
 from nbfeat.html import Html, paragraph, table, text_table
@@ -32,7 +32,7 @@ SMALL = 32  # pixels to which an image is read, to see whether it can be
 
 
 def similar(
-    result: Made | pd.DataFrame,
+    result: Data,
     to: object,
     k: int = NEIGHBORS,
     *,
@@ -83,15 +83,15 @@ def similar(
     vectors = vectors_of(result, features, images, root)
     space = vectors.space(metric)
     captions = caption_columns(vectors.images.frame, caption)
-    query = _query(vectors, to, captions)
-    rows = vectors.positions[vectors.positions != query.position]
-    nearest, distances = space.nearest(query.rows, rows, whole("k")(k))
+    position, query, asked = _find(vectors, to, captions)
+    rows = vectors.positions[vectors.positions != position]
+    nearest, distances = space.nearest(query, rows, whole("k")(k))
     frame = vectors.images.frame.take(nearest)
     frame.insert(0, free_name("distance", frame), distances)
     texts = map(distance_text, distances)
     tiles = [tile(vectors.images, at, captions, text) for at, text in zip(nearest, texts, strict=True)]
     note = " · ".join(filter(None, [f"{metric} distance of {vectors.title}", vectors.left_out]))
-    return Similar(frame, query.tile, tuple(tiles), vectors.images, len(rows), tuple(captions), note)
+    return Similar(frame, asked, tuple(tiles), vectors.images, len(rows), tuple(captions), note)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -146,28 +146,22 @@ def free_name(name: Hashable, frame: pd.DataFrame) -> Hashable:
     return name
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Query:
-    """The one image that others are compared with: its features in each block, and how it is shown."""
+def _find(vectors: Vectors, to: object, captions: Sequence[Hashable]) -> tuple[int, list[Rows], Tile]:
+    """Find what `to` names: a row by its label, a row by its image, or an image that is in no row.
 
-    rows: Sequence[Rows]
-    tile: Tile
-    position: int = -1  # of its row; -1 where it is not in the frame
-
-
-def _query(vectors: Vectors, to: object, captions: Sequence[Hashable]) -> _Query:
-    """Find what `to` names: a row by its label, a row by its image, or an image that is in no row."""
+    Return its position, -1 where it is in no row, its features in each block, and how it is shown.
+    """
     images, index = vectors.images, vectors.images.frame.index
     position = _position(index, to)
     if position is None:
         position = _position_of_image(images, to)
     if position is None:
-        return _Query(_extracted(vectors, to), Tile(to, ("asked for",), file_name(to), marked=True))
+        return -1, _extracted(vectors, to), Tile(to, ("asked for",), file_name(to), marked=True)
     if not vectors.ok[position]:
         reason = images.reasons.get(position, "its values are missing or not finite")
         raise RequestError(f"Row {index[position]!r} has no features: {reason}. Choose another row.")
     rows = [block[position : position + 1] for block in vectors.blocks.values()]
-    return _Query(rows, replace(tile(images, position, captions, "asked for"), marked=True), position)
+    return position, rows, replace(tile(images, position, captions, "asked for"), marked=True)
 
 
 def _position(index: pd.Index, to: object) -> int | None:

@@ -18,7 +18,7 @@ from nbfeat.errors import RequestError
 from nbfeat.explore.gallery import COLORS, axes, colors, plain
 from nbfeat.explore.neighbors import free_name
 from nbfeat.explore.scoring import MOST_CLASSES, column_of, drawn
-from nbfeat.explore.vectors import Made, vectors_of
+from nbfeat.explore.vectors import Data, vectors_of
 from nbfeat.extraction.options import one_of, whole
 from nbfeat.html import Html, escape, paragraph
 from nbfeat.images.formats import short
@@ -48,7 +48,7 @@ MANY_POINTS = 1_000
 
 
 def scatter(
-    result: Made | pd.DataFrame,
+    result: Data,
     color: object = "label",
     method: Method = "pca",
     *,

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Made: TypeAlias = Extraction | Result
+Data: TypeAlias = "Made | pd.DataFrame"
 Rows: TypeAlias = NDArray[np.floating[Any]]
-Points: TypeAlias = NDArray[np.float64]
-Distances: TypeAlias = NDArray[np.float64]
+Floats: TypeAlias = NDArray[np.float64]
 Positions: TypeAlias = NDArray[np.intp]
 Metric = Literal["cosine", "euclidean"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -96,7 +96,7 @@ class Space:
         """Check the metric."""
         one_of(METRICS, "metric")(self.metric)
 
-    def nearest(self, query: Sequence[Rows], rows: Positions, count: int) -> tuple[Positions, Distances]:
+    def nearest(self, query: Sequence[Rows], rows: Positions, count: int) -> tuple[Positions, Floats]:
         """Return the `count` of `rows` nearest to the one row in each block of `query`, and how far each is.
 
         Equal distances stand in the order of `rows`.
@@ -107,7 +107,7 @@ class Space:
         order = np.argsort(distances, kind="stable")[:count]
         return rows[order], distances[order]
 
-    def between(self, rows: Positions, others: Positions) -> Distances:
+    def between(self, rows: Positions, others: Positions) -> Floats:
         """Return how far each of `rows` is from the one in the same place of `others`."""
         distances = np.empty(len(rows))
         for part in _parts(len(rows), CHUNK):
@@ -125,19 +125,18 @@ class Space:
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
 
-        seen: dict[bytes, int] = {}  # a thousand equal rows would be half a million pairs
-        which = np.array([seen.setdefault(self._content(row), len(seen)) for row in rows], np.intp)
-        different = rows[np.unique(which, return_index=True)[1]]
-        shape = len(different), len(different)
+        # Equal rows are taken once: a thousand of them would be half a million pairs.
+        contents = [blake2b(b"".join(block[row].tobytes() for block in self.blocks)).digest() for row in rows]
+        _, different, which = np.unique(np.array(contents), return_index=True, return_inverse=True)
         numbers = np.arange(len(different), dtype=np.int32)
-        for first, second in self._near(different, limit):
-            pairs = numbers[first], numbers[second]
-            graph = coo_array((np.ones(first.size, np.int8), pairs), shape=shape)
+        for first, second in self._near(rows[different], limit):
+            pairs = np.ones(first.size, np.int8), (numbers[first], numbers[second])
+            graph = coo_array(pairs, shape=(len(numbers), len(numbers)))
             numbers = connected_components(graph, directed=False)[1][numbers]
-        _, first, group = np.unique(numbers[which], return_index=True, return_inverse=True)
-        return rows[first[group]]
+        _, firsts, group = np.unique(numbers[which], return_index=True, return_inverse=True)
+        return rows[firsts[group]]
 
-    def points(self, rows: Positions) -> Points:
+    def points(self, rows: Positions) -> Floats:
         """Return the points of some rows."""
         return self._points([block[rows] for block in self.blocks])
 
@@ -146,10 +145,10 @@ class Space:
         """Whether each block has unit length."""
         return self.metric == "cosine" or len(self.blocks) > 1
 
-    def _points(self, blocks: Sequence[Rows]) -> Points:
+    def _points(self, blocks: Sequence[Rows]) -> Floats:
         if not self.is_scaled:
             return blocks[0].astype(np.float64)
-        units: list[Points] = []
+        units: list[Floats] = []
         for rows in blocks:
             vectors = rows.astype(np.float64)
             lengths = np.sqrt(len(blocks) * np.einsum("ij,ij->i", vectors, vectors))[:, None]
@@ -158,18 +157,18 @@ class Space:
             units += [vectors, (lengths == 0) / np.sqrt(len(blocks))]
         return np.hstack(units)
 
-    def _between(self, points: Points, others: Points) -> Distances:
+    def _between(self, points: Floats, others: Floats) -> Floats:
         squares = np.square(points - others).sum(axis=1)
-        distances: Distances = squares / 2 if self.metric == "cosine" else np.sqrt(squares)
+        distances: Floats = squares / 2 if self.metric == "cosine" else np.sqrt(squares)
         return distances
 
     def _near(self, rows: Positions, limit: float) -> Iterator[tuple[Positions, Positions]]:
         """Yield places of pairs in `rows` that are at most `limit` apart; measured where products leave it open.
 
-        Points of unit length are multiplied in float32, which is twice as fast.
+        Floats of unit length are multiplied in float32, which is twice as fast.
         """
         most = 2 * limit if self.metric == "cosine" else limit**2
-        kind = np.float32 if self.is_scaled else np.float64
+        kind: Any = np.float32 if self.is_scaled else np.float64
         rounding = np.finfo(kind).eps * (32 + sum(block.shape[1] for block in self.blocks) / 4)
         for here in range(0, len(rows), TILE):
             points = self.points(rows[here : here + TILE]).astype(kind)
@@ -187,9 +186,6 @@ class Space:
                 near[is_open] = self.between(rows[first[is_open]], rows[second[is_open]]) <= limit
                 yield first[near], second[near]
 
-    def _content(self, row: np.intp) -> bytes:
-        return blake2b(b"".join(block[row].tobytes() for block in self.blocks)).digest()
-
 
 def _parts(count: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, count, size))
@@ -200,7 +196,7 @@ def parts_of(made: Made) -> Sequence[FeatureColumns | PartRecipe]:
     return made.parts if isinstance(made, Extraction) else made.fitted.parts
 
 
-def images_of(data: Made | pd.DataFrame, images: Hashable | None = None, root: str | Path | None = None) -> Images:
+def images_of(data: Data, images: Hashable | None = None, root: str | Path | None = None) -> Images:
     """Read which images `data` has.
 
     A result knows its image column, and an Extraction where its paths start; of a frame the column that looks like
@@ -222,52 +218,36 @@ def images_of(data: Made | pd.DataFrame, images: Hashable | None = None, root: s
 
 
 def vectors_of(
-    data: Made | pd.DataFrame,
-    features: str | None = None,
-    images: Hashable | None = None,
-    root: str | Path | None = None,
+    data: Data, features: str | None = None, images: Hashable | None = None, root: str | Path | None = None
 ) -> Vectors:
     """Read the features of `data`: all its blocks, or the one of prefix `features`.
 
     The matrices are views of the frame's memory wherever pandas can give one.
-
-    Raises
-    ------
-    RequestError
-        Where there is no such block, none at all, or no row has features.
     """
-    if not isinstance(data, Made):
-        check_frame(data)
-        blocks = _blocks_of_frame(data, features)
-    else:
+    if isinstance(data, Made):
         prefixes = [part.prefix for part in parts_of(data)] if features is None else [features]
         blocks = {prefix: data[prefix].to_numpy() for prefix in prefixes}
         if images is None:
             images = next(part.column for part in parts_of(data) if part.prefix in blocks)
-    ok = np.logical_and.reduce([_finite(rows) for rows in blocks.values()])
+    else:
+        check_frame(data)
+        made = made_columns(data)
+        if not made:
+            raise RequestError(
+                "The frame has no columns of features, such as resnet50_0000 … resnet50_2047 in float32. "
+                "Extract some first: nbfeat.extract(frame, 'ResNet50')."
+            )
+        wanted = made if features is None else {features: made[block_called(features, made)]}
+        blocks = {prefix: data.iloc[:, positions].to_numpy() for prefix, positions in wanted.items()}
+    ok = np.ones(len(next(iter(blocks.values()))), bool)
+    for rows in blocks.values():
+        for part in _parts(len(rows), TILE):
+            ok[part] &= np.isfinite(rows[part]).all(axis=1)
     if not ok.any():
         raise RequestError(f"None of the {len(ok):,} rows has features in {listing(blocks)}.")
     return Vectors(images_of(data, images, root), blocks, ok, data if isinstance(data, Made) else None)
 
 
-def _blocks_of_frame(frame: pd.DataFrame, features: str | None) -> dict[str, Rows]:
-    made = made_columns(frame)
-    if not made:
-        raise RequestError(
-            "The frame has no columns of features, such as resnet50_0000 … resnet50_2047 in float32. "
-            "Extract some first: nbfeat.extract(frame, 'ResNet50')."
-        )
-    wanted = made if features is None else {features: made[block_called(features, made)]}
-    return {prefix: frame.iloc[:, positions].to_numpy() for prefix, positions in wanted.items()}
-
-
 def _without_features(frame: pd.DataFrame) -> pd.DataFrame:
     features = {position for positions in made_columns(frame).values() for position in positions}
     return frame.iloc[:, [position for position in range(frame.shape[1]) if position not in features]]
-
-
-def _finite(rows: Rows) -> NDArray[np.bool_]:
-    finite = np.empty(len(rows), bool)
-    for part in _parts(len(rows), TILE):
-        finite[part] = np.isfinite(rows[part]).all(axis=1)
-    return finite
