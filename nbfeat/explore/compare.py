@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +14,8 @@ from numpy.typing import NDArray
 
 from nbfeat.errors import RequestError, format_bytes, listing
 from nbfeat.explore.gallery import axes, colors, plain
-from nbfeat.explore.scoring import (
-    Folds,
-    Target,
-    column_of,
-    drawn,
-    estimator_of,
-    folds_of,
-    read_target,
-    scorer_of,
-    wants_classes,
-    written,
-)
+from nbfeat.explore.scoring import column_of, folds_of, read_task, scorer_of, scores_of, selected, written
 from nbfeat.extraction.extraction import Extraction
-from nbfeat.extraction.normalize import learn
 from nbfeat.extraction.options import FeatureBlock
 from nbfeat.extraction.report import briefly, indented, title_of
 from nbfeat.html import Html, paragraph, table, text_table
@@ -35,8 +23,6 @@ from nbfeat.html import Html, paragraph, table, text_table
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-
-    from nbfeat.extraction.part import FeatureColumns
 
 ROWS = 5000  # a support-vector machine's time grows with their square: 5,000 take minutes, 20,000 hours
 TIED_SHOWN = 3
@@ -91,11 +77,6 @@ def compare(
     Comparison
         ``.table``, ``.scores`` (blocks × folds), ``.best`` and ``.plot()``.
 
-    Raises
-    ------
-    RequestError
-        Where something asked for cannot be.
-
     Examples
     --------
     >>> result = nbfeat.extract(photos, "ResNet50 --layer conv4_block6_out,conv5_block3_out")  # doctest: +SKIP
@@ -108,37 +89,22 @@ def compare(
     frame = result.frame.loc[:, [column not in made for column in result.frame.columns]]
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        wanted = read_target(frame, target, as_classes=wants_classes(model))
-        estimator = estimator_of(model, is_classes=wanted.is_classes)
+        wanted, estimator = read_task(frame, target, model)
         name, scorer = scorer_of(estimator, scoring)
         matrices, ok, recomputed = _matrices(result)
         grouping = None if groups is None else column_of(frame, groups, "group")
-        chosen, left_out = _chosen(wanted, ok, grouping, rows)
+        chosen, left_out = selected(wanted, ok, grouping, rows)
         folds, how_split = folds_of(cv, chosen, grouping, len(frame))
         scores = {
-            part.prefix: _scores(part, matrices[part.prefix][chosen.rows], chosen.answers, folds, estimator, scorer)
+            part.prefix: scores_of(part.block, part.prefix, matrices[part.prefix], chosen, folds, estimator, scorer)
             for part in result.parts
         }
     ordered = _best_first(scores)
-    learned = [part.prefix for part in result.parts if part.block.is_learned]
-    notes = [
-        verdict(ordered, name),
-        *left_out,
-        chosen.note,
-        recomputed,
-        f"{listing(learned)}: normalization learned in each fold, from its training rows alone." if learned else "",
-        _about_warnings(warned),
-        _about_speed(result) if speed else "",
-    ]
-    return Comparison(
-        table=_table(result, ordered, _rates(result) if speed else {}),
-        scores=ordered,
-        best=next(str(part.block) for part in result.parts if part.prefix == ordered.index[0]),
-        target=chosen.name,
-        score=name,
-        setting=f"{written(estimator)}, {how_split}, {_counted(chosen)}",
-        notes=tuple(filter(None, notes)),
-    )
+    overview = _table(result, ordered, _rates(result) if speed else {})
+    notes = [verdict(ordered, name), *left_out, chosen.note, recomputed, *_about(result, warned, speed=speed)]
+    setting = f"{written(estimator)}, {how_split}, {chosen}"
+    best = overview["block"].iloc[0]
+    return Comparison(overview, ordered, best, chosen.name, name, setting, tuple(filter(None, notes)))
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -162,17 +128,16 @@ class Comparison:
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw every fold's score, and each block's mean with its spread, best on top.
 
-        Parameters
-        ----------
-        ax
-            Where to draw; by default a new figure of pyplot's, which a notebook shows at the end of the cell.
+        Without `ax` it is drawn on a new figure of pyplot's, which a notebook shows at the end of the cell.
         """
         import matplotlib as mpl
         import seaborn as sns
 
         longest = max(map(len, self.table.index))
         ax = axes(ax, WIDTH + LETTER * longest, HEAD_HEIGHT + ROW_HEIGHT * len(self.table))
-        networks = {prefix: _network(text) for prefix, text in self.table["block"].items()}
+        blocks = {prefix: FeatureBlock.parse(text)[0] for prefix, text in self.table["block"].items()}
+        alphas = {prefix: "" if block.alpha is None else f" {block.alpha:g}" for prefix, block in blocks.items()}
+        networks = {prefix: title_of(block) + alphas[prefix] for prefix, block in blocks.items()}
         palette = colors(networks.values())
         points = self.scores.rename_axis("prefix").reset_index().melt("prefix", value_name="value")
         points["network"] = points["prefix"].map(networks)
@@ -217,29 +182,25 @@ class Comparison:
 
     def __repr__(self) -> str:
         """Return the table and the notes as text."""
-        head, rows = self._rows()
-        return "\n".join([self._heading(), indented(text_table(rows, head)), *self.notes])
+        heading, head, rows = self._read()
+        return "\n".join([heading, indented(text_table(rows, head)), *self.notes])
 
     def _repr_html_(self) -> str:
-        head, rows = self._rows()
-        drawn = table([[_unbroken(cell) for cell in row] for row in rows], [_unbroken(name) for name in head])
-        return Html("".join([paragraph(self._heading(), strong=True), drawn, *map(paragraph, self.notes)]))
+        heading, head, rows = self._read(" ± ".replace(" ", "\N{NO-BREAK SPACE}"))
+        return Html("".join([paragraph(heading, strong=True), table(rows, head), *map(paragraph, self.notes)]))
 
-    def _heading(self) -> str:
-        return f"{self.target}: {self.score} of {self.setting}"
-
-    def _rows(self) -> tuple[list[str], list[list[object]]]:
-        """Return the head and the rows of the table as people read it."""
+    def _read(self, sign: str = " ± ") -> tuple[str, list[str], list[list[object]]]:
+        """Return the heading, and the head and the rows of the table, as people read them."""
         has_speed = "images_per_second" in self.table
-        head = ["features", f"{self.score} ± sd", "width", *(["images/s"] if has_speed else []), "memory", "block"]
+        head = ["features", f"{self.score}{sign}sd", "width", *(["images/s"] if has_speed else []), "memory", "block"]
         rows: list[list[object]] = []
         for prefix, row in self.table.iterrows():
-            spread = "" if np.isnan(row["spread"]) else f" ± {row['spread']:.3f}"
+            spread = "" if np.isnan(row["spread"]) else f"{sign}{row['spread']:.3f}"
             rate = [_rounded(row["images_per_second"])] if has_speed else []
             (block,) = FeatureBlock.parse(row["block"])
             score = f"{row['score']:.3f}{spread}"
             rows.append([prefix, score, row["width"], *rate, format_bytes(row["bytes"]), briefly(block)])
-        return head, rows
+        return f"{self.target}: {self.score} of {self.setting}", head, rows
 
 
 def verdict(scores: pd.DataFrame, name: str) -> str:
@@ -260,22 +221,11 @@ def verdict(scores: pd.DataFrame, name: str) -> str:
     return f"No clear winner between {named}: {best} leads {second} by {lead}."
 
 
-def _network(text: str) -> str:
-    """Name the network of a block."""
-    (block,) = FeatureBlock.parse(text)
-    return title_of(block) + ("" if block.alpha is None else f" {block.alpha:g}")
-
-
 def _rounded(rate: float) -> float | str:
     """Round a speed to the two digits that a short measurement can tell."""
     if np.isnan(rate):
         return "?"
     return round(float(f"{rate:.2g}")) if rate >= 10 else float(f"{rate:.2g}")
-
-
-def _unbroken(cell: Any) -> Any:
-    """Keep a score and its spread in one line."""
-    return cell.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}") if isinstance(cell, str) else cell
 
 
 def _best_first(scores: Mapping[str, Sequence[float]]) -> pd.DataFrame:
@@ -308,57 +258,6 @@ def _matrices(result: Extraction) -> tuple[dict[str, NDArray[np.float32]], NDArr
     return found, result.ok.to_numpy() & before.ok.to_numpy(), note
 
 
-def _chosen(
-    wanted: Target, ok: NDArray[np.bool_], groups: pd.Series | None, most: int | None
-) -> tuple[Target, list[str]]:
-    """Return the target of the rows that are scored, and say which are not."""
-    kept = wanted.rows[ok[wanted.rows]]
-    reasons = [(int((~ok).sum()), "without features"), (int(ok.sum()) - len(kept), f"without {wanted.name}")]
-    if groups is not None:
-        grouped = kept[groups.notna().to_numpy()[kept]]
-        reasons.append((len(kept) - len(grouped), "without group"))
-        kept = grouped
-    notes = []
-    if lost := len(ok) - len(kept):
-        why = listing(f"{count:,} {reason}" for count, reason in reasons if count)
-        notes.append(f"{lost:,} of {len(ok):,} rows are left out: {why}.")
-    if not len(kept):
-        raise RequestError(f"No row is left to score. {notes[0]}")
-    chosen = wanted.taken(kept)
-    if most is not None and len(kept) > most:
-        notes.append(f"{most:,} of {len(kept):,} rows were drawn, always the same; rows=None takes all.")
-        chosen = chosen.taken(kept[drawn(len(kept), most, chosen.answers if chosen.is_classes else None)])
-    return chosen, notes
-
-
-def _scores(
-    part: FeatureColumns,
-    features: NDArray[np.float32],
-    target: NDArray[Any],
-    folds: Folds,
-    estimator: Any,
-    scorer: Any,
-) -> list[float]:
-    """Return a block's score of each fold; its normalization and the model learn from the training rows alone."""
-    from sklearn.base import clone
-
-    scores = []
-    for train, test in folds:
-        try:
-            normalizer = learn(part.block, features[train], np.ones(len(train), bool))
-            model = clone(estimator).fit(normalizer.apply(features[train]), target[train])
-            scores.append(float(scorer(model, normalizer.apply(features[test]), target[test])))
-        except RequestError as error:
-            raise RequestError(f"{part.prefix}, in a fold: {error}") from error
-        except (ValueError, TypeError) as error:
-            raise RequestError(f"scikit-learn cannot score {part.prefix}: {error}") from error
-    if np.isnan(scores).any():
-        raise RequestError(
-            f"The score of {part.prefix} is not defined in a fold: take fewer folds, so that each has more rows."
-        )
-    return scores
-
-
 def _rates(result: Extraction) -> dict[str, float]:
     """Measure each source of features once: parts of one source differ in normalization alone."""
     measured: dict[Any, float] = {}
@@ -384,21 +283,16 @@ def _table(result: Extraction, scores: pd.DataFrame, rates: Mapping[str, float])
     return pd.DataFrame(columns, index=scores.index)
 
 
-def _counted(target: Target) -> str:
-    rows = f"{len(target.rows):,} rows"
-    return f"{rows} of {len(np.unique(target.answers)):,} classes" if target.is_classes else rows
-
-
-def _about_warnings(warned: Sequence[warnings.WarningMessage]) -> str:
-    if not warned:
-        return ""
-    counts = Counter(warning.category.__name__ for warning in warned)
-    first = str(warned[0].message).strip().splitlines()[0]
-    return f"Warnings: {listing(f'{count:,} × {name}' for name, count in counts.items())}. The first: {first}"
-
-
-def _about_speed(result: Extraction) -> str:
-    return (
-        "images/s: from file to features, each block alone, without the cache, measured just now on up to 64 of the "
-        f"images ({listing(result.engines)}, {result.precision})."
-    )
+def _about(result: Extraction, warned: Sequence[warnings.WarningMessage], *, speed: bool) -> Iterator[str]:
+    """Say what was learned anew, what scikit-learn warned of, and what the speed is."""
+    if learned := [part.prefix for part in result.parts if part.block.is_learned]:
+        yield f"{listing(learned)}: normalization learned in each fold, from its training rows alone."
+    if warned:
+        counts = Counter(warning.category.__name__ for warning in warned)
+        first = str(warned[0].message).strip().splitlines()[0]
+        yield f"Warnings: {listing(f'{count:,} × {name}' for name, count in counts.items())}. The first: {first}"
+    if speed:
+        yield (
+            "images/s: from file to features, each block alone, without the cache, measured just now on up to 64 of "
+            f"the images ({listing(result.engines)}, {result.precision})."
+        )

@@ -264,10 +264,7 @@ def _wrapped(tile: Tile) -> list[str]:
 
 
 def axes(ax: Axes | None, width: float, height: float) -> Axes:
-    """Return `ax`, or axes of a new figure of `width` × `height` inches that nothing is cut from.
-
-    The figure is pyplot's, so that a notebook shows it. Its style is the user's.
-    """
+    """Return `ax`, or axes of a new figure of pyplot's, `width` × `height` inches, that nothing is cut from."""
     if ax is not None:
         return ax
     from matplotlib import pyplot as plt

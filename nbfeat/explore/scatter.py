@@ -6,7 +6,7 @@ import base64
 import importlib
 import importlib.util
 import io
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -84,6 +84,8 @@ def scatter(
     >>> nbfeat.scatter(result, color="label")  # doctest: +SKIP
     >>> nbfeat.scatter(result, "label", "tsne", features="resnet50").plot().figure.savefig("tsne.png")  # doctest: +SKIP
     """
+    import pandas as pd
+
     one_of(METHODS, "method")(method)
     if method == "umap" and importlib.util.find_spec("umap") is None:
         raise RequestError(
@@ -94,12 +96,14 @@ def scatter(
     if color is not None:
         values = column_of(vectors.images.frame, color, "color").iloc[vectors.positions]
         values = values.rename("color") if values.name is None else values
-        classes = _classes(values) if _are_classes(values) else None
+        classes = _classes(values)
     count = len(vectors.positions)
     rows = drawn(count, whole("limit")(limit), None if classes is None else classes.cat.codes.to_numpy())
     positions = vectors.positions[rows]
     places, names = _places(vectors.space("euclidean").points(positions).astype(np.float32), method)
-    frame = _frame(vectors.images.frame.index.take(positions), places, None if values is None else values.iloc[rows])
+    frame = pd.DataFrame({"x": places[:, 0], "y": places[:, 1]}, vectors.images.frame.index.take(positions))
+    if values is not None:
+        frame.insert(2, free_name(values.name, frame), values.iloc[rows].array)
     chosen = f"{len(rows):,} of {count:,} rows drawn" if len(rows) < count else ""
     return Scatter(
         frame=frame,
@@ -123,13 +127,7 @@ class Scatter:
     note: str  # what was left out
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the points.
-
-        Parameters
-        ----------
-        ax
-            Where to draw; by default a new figure of pyplot's, which a notebook shows at the end of the cell.
-        """
+        """Draw the points on `ax`, or on a new figure of pyplot's, which a notebook shows at the end of the cell."""
         return self._draw(axes(ax, WIDTH, HEIGHT))
 
     def __repr__(self) -> str:
@@ -204,16 +202,6 @@ class Scatter:
         ax.figure.colorbar(points, ax=ax, label=plain(short(str(self.color), LONGEST)))
 
 
-def _frame(index: pd.Index, places: NDArray[Any], values: pd.Series[Any] | None) -> pd.DataFrame:
-    """Return x and y, then the color's column, under its own name wherever that is another."""
-    import pandas as pd
-
-    found = pd.DataFrame({"x": places[:, 0], "y": places[:, 1]}, index=index)
-    if values is not None:
-        found.insert(2, free_name(values.name, found), values.array)
-    return found
-
-
 def _places(points: NDArray[Any], method: Method) -> tuple[NDArray[Any], tuple[str, str]]:
     """Return x and y of each point, and what the axes are called; empty where they mean nothing."""
     from sklearn.decomposition import PCA
@@ -226,48 +214,44 @@ def _places(points: NDArray[Any], method: Method) -> tuple[NDArray[Any], tuple[s
     pca = PCA(min(2 if method == "pca" else COMPONENTS, *points.shape), random_state=SEED)
     reduced = pca.fit_transform(points)
     if method != "pca":
-        return (_tsne if method == "tsne" else _umap)(reduced), ("", "")
+        return _embedded(reduced, method), ("", "")
     names = [f"PC {number + 1} ({share:.0%} of variance)" for number, share in enumerate(pca.explained_variance_ratio_)]
     if len(names) == 1:  # one feature
         return np.column_stack([reduced, np.zeros(count)]), (names[0], "")
     return reduced, (names[0], names[1])
 
 
-def _tsne(points: NDArray[Any]) -> NDArray[Any]:
+def _embedded(points: NDArray[Any], method: Method) -> NDArray[Any]:
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
-    perplexity = min(PERPLEXITY, (len(points) - 1) / 3)
-    start = "pca" if points.shape[1] > 1 else "random"
+    if method == "umap":
+        umap: Any = importlib.import_module("umap")
+        # One job, since a seed takes that; UMAP would warn of it.
+        layout = umap.UMAP(n_neighbors=min(NEIGHBORS, len(points) - 1), random_state=SEED, n_jobs=1)
+    else:
+        perplexity, start = min(PERPLEXITY, (len(points) - 1) / 3), "pca" if points.shape[1] > 1 else "random"
+        layout = TSNE(2, perplexity=perplexity, init=start, random_state=SEED)
     # More threads than cores wait for each other, fifty times as long as they work; OpenMP does not know of quotas.
     with threadpool_limits(available_cores() if len(points) > FEW_ROWS else 1, "openmp"):
-        places: NDArray[Any] = TSNE(2, perplexity=perplexity, init=start, random_state=SEED).fit_transform(points)
-    return places
+        return np.asarray(layout.fit_transform(points))
 
 
-def _umap(points: NDArray[Any]) -> NDArray[Any]:
-    umap: Any = importlib.import_module("umap")
-    # One job, since a seed takes that; UMAP would warn of it.
-    reducer = umap.UMAP(n_neighbors=min(NEIGHBORS, len(points) - 1), random_state=SEED, n_jobs=1)
-    places: NDArray[Any] = reducer.fit_transform(points)
-    return places
-
-
-def _are_classes(values: pd.Series[Any]) -> bool:
-    from pandas.api import types
-
-    if not types.is_numeric_dtype(values) or types.is_bool_dtype(values):
-        return True
-    known = values.dropna()
-    return bool((known % 1 == 0).all()) and known.nunique() <= MOST_CLASSES
-
-
-def _classes(values: pd.Series[Any]) -> pd.Series[Any]:
-    """Return names in few categories: the most frequent, the others together, and missing ones."""
+def _classes(values: pd.Series[Any]) -> pd.Series[Any] | None:
+    """Return names in few categories: the most frequent, the others together, and missing ones; None for a quantity."""
     import pandas as pd
+    from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
     known = values.dropna()
-    order = list(known.cat.categories) if isinstance(known.dtype, pd.CategoricalDtype) else _sorted(known.unique())
+    is_number = is_numeric_dtype(values) and not is_bool_dtype(values)
+    if is_number and ((known % 1 != 0).any() or known.nunique() > MOST_CLASSES):
+        return None
+    is_categorical = isinstance(known.dtype, pd.CategoricalDtype)
+    order = list(known.cat.categories if is_categorical else known.unique())
+    try:
+        order = order if is_categorical else sorted(order)
+    except TypeError:  # they are of several types
+        order.sort(key=str)
     names = {value: str(int(value)) if isinstance(value, (float, np.floating)) else str(value) for value in order}
     counts = known.value_counts()
     order = [value for value in order if counts.get(value, 0)]
@@ -278,12 +262,3 @@ def _classes(values: pd.Series[Any]) -> pd.Series[Any]:
     named[values.isna().to_numpy()] = MISSING
     categories = dict.fromkeys([*(names[value] for value in order if value not in others), shared, MISSING])
     return named.astype(pd.CategoricalDtype(list(categories)))
-
-
-def _sorted(values: Iterable[Any]) -> list[Any]:
-    """Sort values, those of several types as text."""
-    found = list(values)
-    try:
-        return sorted(found)
-    except TypeError:
-        return sorted(found, key=str)

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.errors import RequestError, listing, near, sentences
+from nbfeat.extraction.normalize import learn
+from nbfeat.extraction.options import FeatureBlock
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +32,11 @@ class Target:
     rows: NDArray[np.int_]  # which rows of the frame they are of
     is_classes: bool
     note: str = ""
+
+    def __str__(self) -> str:
+        """Say how many rows and classes there are."""
+        classes = f" of {len(np.unique(self.answers)):,} classes" if self.is_classes else ""
+        return f"{len(self.rows):,} rows{classes}"
 
     def taken(self, rows: NDArray[np.int_]) -> Target:
         """Return the target of some `rows` of the frame, all of which have one."""
@@ -62,6 +69,12 @@ def column_of(frame: pd.DataFrame, given: object, what: str) -> pd.Series:
     if values.shape != (len(frame),):
         raise RequestError(f"The {what} must be one value a row: it has shape {values.shape} for {len(frame):,} rows.")
     return pd.Series(values, index=frame.index, name=what)
+
+
+def read_task(frame: pd.DataFrame, target: object, model: object) -> tuple[Target, Any]:
+    """Read the target, which is classes where the model is a classifier, and make the estimator for it."""
+    found = read_target(frame, target, as_classes=_wants_classes(model))
+    return found, _estimator(model, is_classes=found.is_classes)
 
 
 def read_target(frame: pd.DataFrame, given: object, *, as_classes: bool | None) -> Target:
@@ -135,15 +148,34 @@ def drawn(total: int, count: int, classes: NDArray[Any] | None) -> NDArray[np.in
     return np.sort(order[:count])
 
 
+def selected(
+    wanted: Target, ok: NDArray[np.bool_], groups: pd.Series | None, most: int | None
+) -> tuple[Target, list[str]]:
+    """Return the target of the rows that are scored, and say which are not."""
+    kept = wanted.rows[ok[wanted.rows]]
+    reasons = [(int((~ok).sum()), "without features"), (int(ok.sum()) - len(kept), f"without {wanted.name}")]
+    if groups is not None:
+        grouped = kept[groups.notna().to_numpy()[kept]]
+        reasons.append((len(kept) - len(grouped), "without group"))
+        kept = grouped
+    notes = []
+    if lost := len(ok) - len(kept):
+        why = listing(f"{count:,} {reason}" for count, reason in reasons if count)
+        notes.append(f"{lost:,} of {len(ok):,} rows are left out: {why}.")
+    if not len(kept):
+        raise RequestError(f"No row is left to score. {notes[0]}")
+    chosen = wanted.taken(kept)
+    if most is not None and len(kept) > most:
+        notes.append(f"{most:,} of {len(kept):,} rows were drawn, always the same; rows=None takes all.")
+        chosen = chosen.taken(kept[drawn(len(kept), most, chosen.answers if chosen.is_classes else None)])
+    return chosen, notes
+
+
 def folds_of(cv: Any, target: Target, groups: pd.Series | None, frame_rows: int) -> tuple[Folds, str]:
     """Split the rows of `target` into folds: so many, seeded, classes in proportion; or by a splitter.
 
-    `groups` are those of all `frame_rows` rows of the frame; they are kept whole.
-
-    Returns
-    -------
-    tuple of Folds and str
-        The folds, as positions in the target, and what to say of them.
+    `groups` are those of all `frame_rows` rows of the frame; they are kept whole. Return the folds, as positions in the
+    target, and what to say of them.
     """
     from sklearn import model_selection as ms
 
@@ -214,7 +246,7 @@ def _check_classes(cv: int, target: Target, *, grouped: bool) -> None:
     )
 
 
-def wants_classes(model: object) -> bool | None:
+def _wants_classes(model: object) -> bool | None:
     """Tell whether `model` is a classifier; None where the target decides."""
     from sklearn.base import is_classifier, is_regressor
 
@@ -230,7 +262,7 @@ def wants_classes(model: object) -> bool | None:
     return True if is_classifier(model) else False if is_regressor(model) else None
 
 
-def estimator_of(model: object, *, is_classes: bool) -> Any:
+def _estimator(model: object, *, is_classes: bool) -> Any:
     """Return the estimator that `model` names, or `model` itself."""
     from sklearn import ensemble, linear_model, svm
     from sklearn.compose import TransformedTargetRegressor
@@ -280,3 +312,26 @@ def written(estimator: Any) -> str:
     steps = [step for _, step in getattr(estimator, "steps", [("", estimator)])]
     text = " → ".join(" ".join(repr(step).split()).removesuffix("()") for step in steps)
     return text if len(text) <= LETTERS_SHOWN else text[: LETTERS_SHOWN - 1] + "…"
+
+
+def scores_of(
+    block: FeatureBlock, prefix: str, rows: NDArray[Any], target: Target, folds: Folds, estimator: Any, scorer: Any
+) -> list[float]:
+    """Return a block's score of each fold; its normalization and the model learn from the training rows alone."""
+    from sklearn.base import clone
+
+    features, answers, scores = rows[target.rows], target.answers, []
+    for train, test in folds:
+        try:
+            normalizer = learn(block, features[train], np.ones(len(train), bool))
+            model = clone(estimator).fit(normalizer.apply(features[train]), answers[train])
+            scores.append(float(scorer(model, normalizer.apply(features[test]), answers[test])))
+        except RequestError as error:
+            raise RequestError(f"{prefix}, in a fold: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise RequestError(f"scikit-learn cannot score {prefix}: {error}") from error
+    if np.isnan(scores).any():
+        raise RequestError(
+            f"The score of {prefix} is not defined in a fold: take fewer folds, so that each has more rows."
+        )
+    return scores

@@ -25,7 +25,7 @@ from sklearn.svm import SVC, SVR
 import nbfeat
 from nbfeat import Extraction, ExtractionError, FeatureBlock, RequestError
 from nbfeat.backbones.weights import Loaded
-from nbfeat.explore import compare as module
+from nbfeat.explore import scoring as module
 from nbfeat.explore.compare import Comparison, verdict
 from nbfeat.explore.scoring import drawn, folds_of, read_target
 from nbfeat.extraction.speed import images_per_second
