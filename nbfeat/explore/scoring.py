@@ -187,7 +187,11 @@ def folds_of(cv: Any, target: Target, groups: pd.Series | None, frame_rows: int)
         kind = kinds[target.is_classes]
         splitter = kind(cv) if kind is ms.GroupKFold else kind(cv, shuffle=True, random_state=0)
     elif hasattr(cv, "split") and not isinstance(cv, str):
-        splitter = _of_rows(cv, target, frame_rows) if isinstance(cv, ms.PredefinedSplit) else cv
+        splitter = cv
+        if isinstance(cv, ms.PredefinedSplit):  # it is of all rows of the frame
+            if (count := len(cv.test_fold)) != frame_rows:
+                raise RequestError(f"The PredefinedSplit is of {count:,} rows, not of the frame's {frame_rows:,}.")
+            splitter = ms.PredefinedSplit(np.asarray(cv.test_fold)[target.rows])
     else:
         raise RequestError(
             f"cv takes a number of folds from 2, or a splitter such as GroupKFold() or PredefinedSplit, not {cv!r}."
@@ -204,15 +208,6 @@ def folds_of(cv: Any, target: Target, groups: pd.Series | None, frame_rows: int)
     if is_count:
         return folds, f"{cv} folds" + (", groups kept whole" if held is not None else "")
     return folds, f"{type(cv).__name__}, {len(folds)} fold{'s' if len(folds) > 1 else ''}"
-
-
-def _of_rows(split: Any, target: Target, frame_rows: int) -> Any:
-    """Return `split`, which is of all rows of the frame, for those of the target."""
-    if len(split.test_fold) != frame_rows:
-        raise RequestError(
-            f"The PredefinedSplit is of {len(split.test_fold):,} rows, not of the frame's {frame_rows:,}."
-        )
-    return type(split)(np.asarray(split.test_fold)[target.rows])
 
 
 def _check(cv: int, target: Target, groups: NDArray[Any] | None) -> None:
