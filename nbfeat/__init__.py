@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from nbfeat.errors import WeightsError as WeightsError
     from nbfeat.explore.compare import compare as compare
     from nbfeat.explore.duplicates import duplicates as duplicates
+    from nbfeat.explore.gallery import thumbnails as thumbnails
     from nbfeat.explore.neighbors import similar as similar
     from nbfeat.explore.scatter import scatter as scatter
-    from nbfeat.explore.thumbnails import thumbnails as thumbnails
     from nbfeat.extraction.extraction import Extraction as Extraction
     from nbfeat.extraction.extraction import extract as extract
     from nbfeat.extraction.options import FeatureBlock as FeatureBlock
@@ -47,7 +47,7 @@ _PUBLIC = {
     "read": "nbfeat.extraction.result",
     "Result": "nbfeat.extraction.result",
     "folder": "nbfeat.images.folder",
-    "thumbnails": "nbfeat.explore.thumbnails",
+    "thumbnails": "nbfeat.explore.gallery",
     "similar": "nbfeat.explore.neighbors",
     "duplicates": "nbfeat.explore.duplicates",
     "scatter": "nbfeat.explore.scatter",

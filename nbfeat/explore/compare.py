@@ -1,29 +1,36 @@
-"""Which backbone, which layer, is best: the cross-validated score of every block of a result."""
+"""Which backbone, which layer, is best: the cross-validated score of every block, as a table, in words and plotted."""
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nbfeat.errors import RequestError, listing
-from nbfeat.explore.comparison import Comparison, sorted_best_first, verdict
-from nbfeat.explore.models import estimator_of, scorer_of, wants_classes, written
-from nbfeat.explore.scoring import Folds, Target, column_of, drawn, folds_of, read_target
+from nbfeat.errors import RequestError, format_bytes, listing
+from nbfeat.explore.gallery import axes, colors, plain
+from nbfeat.explore.scoring import column_of, folds_of, read_task, scorer_of, scores_of, selected, written
 from nbfeat.extraction.extraction import Extraction
-from nbfeat.extraction.normalize import learn
+from nbfeat.extraction.options import FeatureBlock
+from nbfeat.extraction.report import briefly, indented, title_of
+from nbfeat.html import Html, paragraph, table, text_table
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
-    from nbfeat.extraction.columns import FeatureColumns
 
 ROWS = 5000  # a support-vector machine's time grows with their square: 5,000 take minutes, 20,000 hours
+TIED_SHOWN = 3
+MANY = "0.5"  # the color of all points where there are more networks than colors
+TITLE_WIDTH = 62  # characters
+LEGEND_COLUMNS = 3
+WIDTH, LETTER, HEAD_HEIGHT, ROW_HEIGHT, LEGEND_BELOW = 5.5, 0.085, 1.7, 0.5, 0.5  # inches
 
 
 def compare(
@@ -71,11 +78,6 @@ def compare(
     Comparison
         ``.table``, ``.scores`` (blocks × folds), ``.best`` and ``.plot()``.
 
-    Raises
-    ------
-    RequestError
-        Where something asked for cannot be.
-
     Examples
     --------
     >>> result = nbfeat.extract(photos, "ResNet50 --layer conv4_block6_out,conv5_block3_out")  # doctest: +SKIP
@@ -88,48 +90,160 @@ def compare(
     frame = result.frame.loc[:, [column not in made for column in result.frame.columns]]
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        wanted = read_target(frame, target, as_classes=wants_classes(model))
-        estimator = estimator_of(model, is_classes=wanted.is_classes)
+        wanted, estimator = read_task(frame, target, model)
         name, scorer = scorer_of(estimator, scoring)
-        matrices, ok, notes = _matrices(result)
+        matrices, ok, recomputed = _matrices(result)
         grouping = None if groups is None else column_of(frame, groups, "group")
-        chosen, left_out = _chosen(wanted, ok, grouping, rows)
-        folds = folds_of(cv, chosen, grouping, len(frame))
+        chosen, left_out = selected(wanted, ok, grouping, rows)
+        folds, how_split = folds_of(cv, chosen, grouping, len(frame))
         scores = {
-            part.prefix: _scores(part, matrices[part.prefix][chosen.rows], chosen.answers, folds, estimator, scorer)
+            part.prefix: scores_of(part.block, part.prefix, matrices[part.prefix], chosen, folds, estimator, scorer)
             for part in result.parts
         }
-    ordered = sorted_best_first(scores)
-    rates = _rates(result.parts, result) if speed else {}
-    return Comparison(
-        table=_table(result, ordered, rates),
-        scores=ordered,
-        best=next(str(part.block) for part in result.parts if part.prefix == ordered.index[0]),
-        target=chosen.name,
-        score=name,
-        setting=f"{written(estimator)}, {folds.told}, {_counted(chosen)}",
-        notes=tuple(
-            note
-            for note in [
-                verdict(ordered, name),
-                *left_out,
-                chosen.note,
-                *notes,
-                _about_normalization(result.parts),
-                _about_warnings(warned),
-                _about_speed(result) if speed else "",
-            ]
-            if note
-        ),
-    )
+    ordered = _best_first(scores)
+    overview = _table(result, ordered, _rates(result) if speed else {})
+    notes = [verdict(ordered, name), *left_out, chosen.note, recomputed, *_about(result, warned, speed=speed)]
+    setting = f"{written(estimator)}, {how_split}, {chosen}"
+    best = overview["block"].iloc[0]
+    return Comparison(overview, ordered, best, chosen.name, name, setting, tuple(filter(None, notes)))
 
 
-def _matrices(result: Extraction) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.bool_], list[str]]:
-    """Return features before what their normalization learned, the rows that have all of them, and what to tell."""
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Comparison:
+    """The blocks of a result by cross-validated score, best first. It shows itself as a table; `plot()` draws it.
+
+    The table has a row for each block, by prefix: ``block`` as %extract takes it, ``score`` (mean over folds),
+    ``spread`` (its standard deviation over folds), ``width`` (features per image), ``images_per_second`` and ``bytes``
+    (of the features of all rows). The folds are the same for all blocks, so that ``scores`` (blocks × folds) can be
+    compared fold by fold.
+    """
+
+    table: pd.DataFrame
+    scores: pd.DataFrame
+    best: str  # the best block, as %extract takes it
+    target: str
+    score: str  # its name
+    setting: str  # model, folds, rows
+    notes: tuple[str, ...]
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw every fold's score, and each block's mean with its spread, best on top.
+
+        Without `ax` it is drawn on a new figure of pyplot's, which a notebook shows at the end of the cell.
+        """
+        import matplotlib as mpl
+        import seaborn as sns
+
+        longest = max(map(len, self.table.index))
+        ax = axes(ax, WIDTH + LETTER * longest, HEAD_HEIGHT + ROW_HEIGHT * len(self.table))
+        blocks = {prefix: FeatureBlock.parse(text)[0] for prefix, text in self.table["block"].items()}
+        alphas = {prefix: "" if block.alpha is None else f" {block.alpha:g}" for prefix, block in blocks.items()}
+        networks = {prefix: title_of(block) + alphas[prefix] for prefix, block in blocks.items()}
+        palette = colors(networks.values())
+        points = self.scores.rename_axis("prefix").reset_index().melt("prefix", value_name="value")
+        points["network"] = points["prefix"].map(networks)
+        where = {"data": points, "x": "value", "y": "prefix", "order": list(self.table.index), "ax": ax}
+        look: dict[str, object] = {"hue": "network", "palette": palette} if palette else {"color": MANY}
+        sns.stripplot(**where, **look, jitter=False, size=7, alpha=0.75)
+        ink = mpl.rcParams["text.color"]
+        mean = {"linestyle": "none", "color": ink, "marker": "D", "markersize": 5}
+        sns.pointplot(**where, **mean, errorbar="sd", err_kws={"linewidth": 1.5})
+        self._explain(ax, ink)
+        return ax
+
+    def _explain(self, ax: Axes, ink: str) -> None:
+        """Name axes and colors."""
+        from matplotlib.lines import Line2D
+        from matplotlib.transforms import offset_copy
+
+        ax.set_yticks(range(len(self.table)), [plain(name) for name in self._names()])
+        ax.set(xlabel=plain(f"{self.score} of each fold"), ylabel="")
+        title = [f"{self.score}: {self.target} from the features of each block", self.setting]
+        ax.set_title(
+            plain("\n".join(textwrap.fill(line, TITLE_WIDTH) for line in title)), loc="left", fontsize="medium"
+        )
+        ax.grid(visible=True, axis="x", alpha=0.3)
+        ax.set_axisbelow(True)
+        handles, labels = ax.get_legend_handles_labels()
+        found = dict(zip(labels, handles, strict=True))
+        found["mean ± standard deviation"] = Line2D([], [], color=ink, marker="D", markersize=5, linewidth=1.5)
+        below = offset_copy(ax.transAxes, ax.get_figure(root=True), y=-LEGEND_BELOW, units="inches")
+        ax.legend(
+            list(found.values()), [plain(name) for name in found], loc="upper right", bbox_to_anchor=(1, 0),
+            bbox_transform=below, ncols=LEGEND_COLUMNS, frameon=False, borderaxespad=0,
+        )  # fmt: skip
+
+    def _names(self) -> list[str]:
+        """Return what the axis says of each block."""
+        rates = self.table.get("images_per_second", [np.nan] * len(self.table))
+        return [
+            f"{prefix}\n{width:,} wide" + ("" if np.isnan(rate) else f", {_rounded(rate):,} images/s")
+            for prefix, width, rate in zip(self.table.index, self.table["width"], rates, strict=True)
+        ]
+
+    def __repr__(self) -> str:
+        """Return the table and the notes as text."""
+        heading, head, rows = self._read()
+        return "\n".join([heading, indented(text_table(rows, head)), *self.notes])
+
+    def _repr_html_(self) -> str:
+        heading, head, rows = self._read(" ± ".replace(" ", "\N{NO-BREAK SPACE}"))
+        return Html("".join([paragraph(heading, strong=True), table(rows, head), *map(paragraph, self.notes)]))
+
+    def _read(self, sign: str = " ± ") -> tuple[str, list[str], list[list[object]]]:
+        """Return the heading, and the head and the rows of the table, as people read them."""
+        has_speed = "images_per_second" in self.table
+        head = ["features", f"{self.score}{sign}sd", "width", *(["images/s"] if has_speed else []), "memory", "block"]
+        rows: list[list[object]] = []
+        for prefix, row in self.table.iterrows():
+            spread = "" if np.isnan(row["spread"]) else f"{sign}{row['spread']:.3f}"
+            rate = [_rounded(row["images_per_second"])] if has_speed else []
+            (block,) = FeatureBlock.parse(row["block"])
+            score = f"{row['score']:.3f}{spread}"
+            rows.append([prefix, score, row["width"], *rate, format_bytes(row["bytes"]), briefly(block)])
+        return f"{self.target}: {self.score} of {self.setting}", head, rows
+
+
+def verdict(scores: pd.DataFrame, name: str) -> str:
+    """Say whether the first block is clearly the best: by more than its lead varies from fold to fold."""
+    if len(scores) == 1:
+        return ""
+    leads = scores.iloc[0] - scores.iloc[1:]
+    if scores.shape[1] == 1:
+        return "One fold does not tell how much scores vary: take more before choosing."
+    means, spreads = leads.mean(axis=1), leads.std(axis=1, ddof=1)
+    best, second = scores.index[:2]
+    lead = f"{means.iloc[0]:.3f} ± {spreads.iloc[0]:.3f} of {name} from fold to fold"
+    tied = [str(prefix) for prefix in means.index[means <= spreads]]
+    if not tied:
+        return f"{best} is best: it leads {second} by {lead}."
+    more = [f"{len(tied) - TIED_SHOWN:,} more"] if len(tied) > TIED_SHOWN else []
+    named = listing([str(best), *tied[:TIED_SHOWN], *more])
+    return f"No clear winner between {named}: {best} leads {second} by {lead}."
+
+
+def _rounded(rate: float) -> float | str:
+    """Round a speed to the two digits that a short measurement can tell."""
+    if np.isnan(rate):
+        return "?"
+    return round(float(f"{rate:.2g}")) if rate >= 10 else float(f"{rate:.2g}")
+
+
+def _best_first(scores: Mapping[str, Sequence[float]]) -> pd.DataFrame:
+    """Return blocks × folds, the best mean first."""
+    import pandas as pd
+
+    ordered = sorted(scores, key=lambda prefix: float(np.mean(scores[prefix])), reverse=True)
+    folds = [f"fold {number + 1}" for number in range(len(scores[ordered[0]]))]
+    return pd.DataFrame([scores[prefix] for prefix in ordered], index=ordered, columns=folds)
+
+
+def _matrices(result: Extraction) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.bool_], str]:
+    """Return features before what their normalization learned, the rows that have all of them, and what to say."""
     learned = [part for part in result.parts if part.block.is_learned]
     found = {part.prefix: result[part.prefix].to_numpy() for part in result.parts if part not in learned}
     if not learned:
-        return found, result.ok.to_numpy(), []
+        return found, result.ok.to_numpy(), ""
     before = result.before_normalization().run()
     raw = {(part.block, part.column): part for part in before.parts}
     for part in learned:
@@ -141,108 +255,45 @@ def _matrices(result: Extraction) -> tuple[dict[str, NDArray[np.float32]], NDArr
             )
         found[part.prefix] = before[same.prefix].to_numpy()
     again = f"{before.computed:,} images, which the cache did not have."
-    notes = [f"Features before normalization were computed again for {again}"] if before.computed else []
-    return found, result.ok.to_numpy() & before.ok.to_numpy(), notes
+    note = f"Features before normalization were computed again for {again}" if before.computed else ""
+    return found, result.ok.to_numpy() & before.ok.to_numpy(), note
 
 
-def _chosen(
-    wanted: Target, ok: NDArray[np.bool_], groups: pd.Series | None, most: int | None
-) -> tuple[Target, list[str]]:
-    """Return the target of the rows that are scored, and say which are not."""
-    kept = wanted.rows[ok[wanted.rows]]
-    reasons = [(int((~ok).sum()), "without features"), (int(ok.sum()) - len(kept), f"without {wanted.name}")]
-    if groups is not None:
-        grouped = kept[groups.notna().to_numpy()[kept]]
-        reasons.append((len(kept) - len(grouped), "without group"))
-        kept = grouped
-    told = []
-    if lost := len(ok) - len(kept):
-        why = listing(f"{count:,} {reason}" for count, reason in reasons if count)
-        told.append(f"{lost:,} of {len(ok):,} rows are left out: {why}.")
-    if not len(kept):
-        raise RequestError(f"No row is left to score. {told[0]}")
-    chosen = wanted.taken(kept)
-    if most is not None and len(kept) > most:
-        told.append(f"{most:,} of {len(kept):,} rows were drawn, always the same; rows=None takes all.")
-        chosen = chosen.taken(kept[drawn(len(kept), most, chosen.answers if chosen.is_classes else None)])
-    return chosen, told
-
-
-def _scores(
-    part: FeatureColumns,
-    features: NDArray[np.float32],
-    target: NDArray[Any],
-    folds: Folds,
-    estimator: Any,
-    scorer: Any,
-) -> list[float]:
-    """Return a block's score of each fold; its normalization and the model learn from the training rows alone."""
-    from sklearn.base import clone
-
-    scores = []
-    for train, test in folds.pairs:
-        try:
-            normalizer = learn(part.block, features[train], np.ones(len(train), bool))
-            model = clone(estimator).fit(normalizer.apply(features[train]), target[train])
-            scores.append(float(scorer(model, normalizer.apply(features[test]), target[test])))
-        except RequestError as error:
-            raise RequestError(f"{part.prefix}, in a fold: {error}") from error
-        except (ValueError, TypeError) as error:
-            raise RequestError(f"scikit-learn cannot score {part.prefix}: {error}") from error
-    if np.isnan(scores).any():
-        raise RequestError(
-            f"The score of {part.prefix} is not defined in a fold: take fewer folds, so that each has more rows."
-        )
-    return scores
-
-
-def _rates(parts: Sequence[FeatureColumns], result: Extraction) -> dict[str, float]:
+def _rates(result: Extraction) -> dict[str, float]:
     """Measure each source of features once: parts of one source differ in normalization alone."""
     measured: dict[Any, float] = {}
-    for part in parts:
+    for part in result.parts:
         if part.source not in measured:
             measured[part.source] = result.speed_of(part)
-    return {part.prefix: measured[part.source] for part in parts}
+    return {part.prefix: measured[part.source] for part in result.parts}
 
 
 def _table(result: Extraction, scores: pd.DataFrame, rates: Mapping[str, float]) -> pd.DataFrame:
     import pandas as pd
 
     parts = {part.prefix: part for part in result.parts}
-    table = pd.DataFrame(
-        {
-            "block": [str(parts[prefix].block) for prefix in scores.index],
-            "score": scores.mean(axis=1),
-            "spread": scores.std(axis=1, ddof=1),
-            "width": [len(parts[prefix].names) for prefix in scores.index],
-            "images_per_second": [rates.get(prefix, np.nan) for prefix in scores.index],
-        },
-        index=scores.index,
-    )
-    table["bytes"] = 4 * table["width"] * len(result.frame)
-    return table if rates else table.drop(columns="images_per_second")
+    widths = [len(parts[prefix].names) for prefix in scores.index]
+    columns = {
+        "block": [str(parts[prefix].block) for prefix in scores.index],
+        "score": scores.mean(axis=1),
+        "spread": scores.std(axis=1, ddof=1),
+        "width": widths,
+        **({"images_per_second": [rates[prefix] for prefix in scores.index]} if rates else {}),
+        "bytes": [4 * width * len(result.frame) for width in widths],
+    }
+    return pd.DataFrame(columns, index=scores.index)
 
 
-def _counted(target: Target) -> str:
-    rows = f"{len(target.rows):,} rows"
-    return f"{rows} of {len(np.unique(target.answers)):,} classes" if target.is_classes else rows
-
-
-def _about_normalization(parts: Sequence[FeatureColumns]) -> str:
-    learned = [part.prefix for part in parts if part.block.is_learned]
-    return f"{listing(learned)}: normalization learned in each fold, from its training rows alone." if learned else ""
-
-
-def _about_warnings(warned: Sequence[warnings.WarningMessage]) -> str:
-    if not warned:
-        return ""
-    counts = Counter(warning.category.__name__ for warning in warned)
-    first = str(warned[0].message).strip().splitlines()[0]
-    return f"Warnings: {listing(f'{count:,} × {name}' for name, count in counts.items())}. The first: {first}"
-
-
-def _about_speed(result: Extraction) -> str:
-    return (
-        "images/s: from file to features, each block alone, without the cache, measured just now on up to 64 of the "
-        f"images ({listing(result.engines)}, {result.precision})."
-    )
+def _about(result: Extraction, warned: Sequence[warnings.WarningMessage], *, speed: bool) -> Iterator[str]:
+    """Say what was learned anew, what scikit-learn warned of, and what the speed is."""
+    if learned := [part.prefix for part in result.parts if part.block.is_learned]:
+        yield f"{listing(learned)}: normalization learned in each fold, from its training rows alone."
+    if warned:
+        counts = Counter(warning.category.__name__ for warning in warned)
+        first = str(warned[0].message).strip().splitlines()[0]
+        yield f"Warnings: {listing(f'{count:,} × {name}' for name, count in counts.items())}. The first: {first}"
+    if speed:
+        yield (
+            "images/s: from file to features, each block alone, without the cache, measured just now on up to 64 of "
+            f"the images ({listing(result.engines)}, {result.precision})."
+        )

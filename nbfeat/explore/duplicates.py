@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from nbfeat.errors import RequestError, listing
 from nbfeat.explore import gallery
+from nbfeat.explore.gallery import Tile, caption_columns, tile
 from nbfeat.explore.neighbors import distance_text, free_name
-from nbfeat.explore.space import Metric, Space
-from nbfeat.explore.tile import Tile, caption_columns, tile
-from nbfeat.explore.vectors import Images, Made, vectors_of
+from nbfeat.explore.vectors import Data, Images, Metric, vectors_of
 from nbfeat.extraction.report import indented
 from nbfeat.html import Html, paragraph, table, text_table
 
@@ -28,7 +27,7 @@ CHAINED = 0.5  # of all rows in one group: then the features tell little apart
 
 
 def duplicates(
-    result: Made | pd.DataFrame,
+    result: Data,
     threshold: float | None = None,
     *,
     features: str | None = None,
@@ -64,31 +63,34 @@ def duplicates(
     >>> found = nbfeat.duplicates(result)  # doctest: +SKIP
     >>> photos = photos[found.rest]  # doctest: +SKIP
     """
+    import pandas as pd
+
     vectors = vectors_of(result, features, images, root)
-    space = Space(list(vectors.blocks.values()), metric)
-    rows = vectors.positions
+    space, rows, frame = vectors.space(metric), vectors.positions, vectors.images.frame
     limit = SHARE * space.usual(rows) if threshold is None else _checked(threshold)
-    groups = _groups(space, rows, limit)
+    firsts = space.groups(rows, limit)
+    _, which, sizes = np.unique(firsts, return_inverse=True, return_counts=True)
+    order = np.argsort(firsts, kind="stable")
+    order = order[sizes[which[order]] > 1]
+    rows_in_groups, firsts, sizes = rows[order], firsts[order], sizes[sizes > 1]
+    found = frame.take(rows_in_groups)
+    found.insert(0, free_name("group", frame), np.repeat(np.arange(len(sizes)) + 1, sizes))
+    found.insert(1, free_name("distance", frame), space.between(rows_in_groups, firsts))
+    is_kept = np.ones(len(frame), bool)
+    is_kept[rows_in_groups[rows_in_groups != firsts]] = False
     why = ", a tenth of the median" if threshold is None else ""
-    told = [f"{metric} distance of at most {distance_text(limit)}{why}, of {vectors.title}", vectors.left_out]
+    note = f"{metric} distance of at most {distance_text(limit)}{why}, of {vectors.title}"
     return Duplicates(
-        frame=_frame(vectors.images.frame, groups),
-        rest=_rest(vectors.images.frame, groups),
+        frame=found,
+        rest=pd.Series(is_kept, frame.index, bool, "rest"),
         threshold=limit,
-        groups=tuple(groups),
+        positions=rows_in_groups,
+        sizes=sizes,
         images=vectors.images,
-        captions=tuple(caption_columns(vectors.images.frame, caption)),
+        captions=tuple(caption_columns(frame, caption)),
         compared=len(rows),
-        told=" · ".join(filter(None, told)),
+        note=" · ".join(filter(None, [note, vectors.left_out])),
     )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Group:
-    """Rows that are nearly the same."""
-
-    positions: NDArray[np.intp]
-    distances: NDArray[np.float64]  # from the first
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -98,75 +100,68 @@ class Duplicates:
     frame: pd.DataFrame
     rest: pd.Series[bool]  # False for all but the first row of each group, indexed like the frame
     threshold: float
-    groups: tuple[Group, ...]
+    positions: NDArray[np.intp]  # of the rows of `frame`
+    sizes: NDArray[np.intp]  # of the groups
     images: Images
     captions: tuple[Hashable, ...]
     compared: int  # rows
-    told: str  # metric, threshold, features, what was left out
+    note: str  # metric, threshold, features, what was left out
 
     def plot(self) -> NDArray[Any]:
         """Draw the images on axes of a new figure of pyplot's, and return the axes."""
-        if not self.groups or self.images.column is None:
-            why = "no two rows are so near" if not self.groups else "no column looks like images; name it with images="
+        if not self.sizes.size or self.images.column is None:
+            why = "no column looks like images; name it with images=" if self.sizes.size else "no two rows are so near"
             raise RequestError(f"There is nothing to draw: {why}.")
-        shown = self._shown()
         tiles = [
-            replace(one, lines=(f"group {number + 1}: {one.lines[0]}", *one.lines[1:]))
-            for number, group in enumerate(shown)
-            for one in group
+            replace(tile, lines=(f"group {number + 1}: {tile.lines[0]}", *tile.lines[1:]))
+            for number, group in enumerate(self._tiles())
+            for tile in group
         ]
-        return gallery.plot(tiles, self.images.root, " ".join(filter(None, [self._heading(), self._more(shown)])))
+        return gallery.plot(tiles, self.images.root, " ".join(filter(None, [self._heading(), self._more()])))
 
     def __repr__(self) -> str:
         """Return the groups as text."""
-        shown = self._shown()
-        drawn = indented(self._rows(shown, text_table))
-        return "\n".join(filter(None, [self._heading(), drawn, self._more(shown), self._note(), self.told]))
+        rows = indented(self._rows(text_table))
+        return "\n".join(filter(None, [self._heading(), rows, self._more(), self._about_largest(), self.note]))
 
     def _repr_html_(self) -> str:
-        shown = self._shown()
         has_images = self.images.column is not None
-        body = gallery.groups(shown, self.images.root) if has_images else self._rows(shown, table)
-        told = [paragraph(text) for text in (self._more(shown), self._note(), self.told) if text]
-        return Html(paragraph(self._heading(), strong=True) + body + "".join(told))
+        body = gallery.groups(self._tiles(), self.images.root) if has_images else self._rows(table)
+        notes = [paragraph(text) for text in (self._more(), self._about_largest(), self.note) if text]
+        return Html(paragraph(self._heading(), strong=True) + body + "".join(notes))
 
     def _heading(self) -> str:
-        if not self.groups:
+        if not self.sizes.size:
             return f"No two of {self.compared:,} rows are nearly the same"
-        count = f"{len(self.groups):,} {'group' if len(self.groups) == 1 else 'groups'}"
-        return f"{count} of nearly equal images: {len(self.frame):,} of {self.compared:,} rows"
+        groups = f"{len(self.sizes):,} {'group' if len(self.sizes) == 1 else 'groups'}"
+        return f"{groups} of nearly equal images: {len(self.frame):,} of {self.compared:,} rows"
 
-    def _shown(self) -> list[list[Tile]]:
-        """Return the tiles of the first groups, as many as a notebook holds."""
-        shown: list[list[Tile]] = []
-        left = MOST_TILES
-        for group in self.groups:
-            count = min(len(group.positions), MOST_OF_GROUP)
-            if count > left:
-                break
-            left -= count
-            said = ["first", *map(distance_text, group.distances[1:count])]
-            shown.append(
-                [
-                    tile(self.images, at, self.captions, text)
-                    for at, text in zip(group.positions[:count], said, strict=True)
-                ]
-            )
-        return shown
+    def _shown(self) -> NDArray[np.intp]:
+        """Return how many rows are shown of the first groups, as many as a notebook holds."""
+        shown = np.minimum(self.sizes, MOST_OF_GROUP)
+        return shown[np.cumsum(shown) <= MOST_TILES]
 
-    def _rows(self, shown: Sequence[Sequence[Tile]], draw: Any) -> str:
-        rows = [(number + 1, *tile.lines, tile.name) for number, group in enumerate(shown) for tile in group]
+    def _tiles(self) -> list[list[Tile]]:
+        groups = []
+        for start, count in zip(np.cumsum(self.sizes) - self.sizes, self._shown(), strict=False):
+            distances = self.frame.iloc[start + 1 : start + count, 1]
+            texts = zip(self.positions[start : start + count], ["first", *map(distance_text, distances)], strict=True)
+            groups.append([tile(self.images, at, self.captions, text) for at, text in texts])
+        return groups
+
+    def _rows(self, draw: Any) -> str:
+        rows = [(number + 1, *tile.lines, tile.name) for number, group in enumerate(self._tiles()) for tile in group]
         return str(draw(rows, ("group", "distance", *(self.captions or ("index",)), "image"))) if rows else ""
 
-    def _more(self, shown: Sequence[Sequence[Tile]]) -> str:
-        groups = len(self.groups) - len(shown)
-        rows = sum(len(group.positions) for group in self.groups[: len(shown)]) - sum(map(len, shown))
+    def _more(self) -> str:
+        shown = self._shown()
+        rows, groups = self.sizes[: len(shown)].sum() - shown.sum(), len(self.sizes) - len(shown)
         more = [f"{rows:,} more {'row' if rows == 1 else 'rows'} of these groups"] if rows else []
         more += [f"{groups:,} more {'group' if groups == 1 else 'groups'}"] if groups else []
         return f"… and {listing(more)}: see .frame" if more else ""
 
-    def _note(self) -> str:
-        largest = max((len(group.positions) for group in self.groups), default=0)
+    def _about_largest(self) -> str:
+        largest = self.sizes.max(initial=0)
         if largest <= max(CHAINED * self.compared, MOST_OF_GROUP):
             return ""
         return (
@@ -175,34 +170,8 @@ class Duplicates:
         )
 
 
-def _groups(space: Space, rows: NDArray[np.intp], limit: float) -> list[Group]:
-    """Return groups of at least two rows, in the order of their first."""
-    numbers = space.groups(rows, limit)
-    order = np.argsort(numbers, kind="stable")
-    ends = np.flatnonzero(np.diff(numbers[order])) + 1
-    groups = sorted((rows[part] for part in np.split(order, ends) if len(part) > 1), key=lambda group: int(group[0]))
-    return [Group(group, space.between(group, group[:1].repeat(len(group)))) for group in groups]
-
-
 def _checked(threshold: float) -> float:
     is_number = isinstance(threshold, (int, float, np.number)) and not isinstance(threshold, bool)
     if is_number and np.isfinite(threshold) and threshold >= 0:
         return float(threshold)
     raise RequestError(f"threshold takes a distance of at least 0, such as 0.05, not {threshold!r}.")
-
-
-def _frame(frame: pd.DataFrame, groups: Sequence[Group]) -> pd.DataFrame:
-    numbers = [np.full(len(group.positions), number + 1) for number, group in enumerate(groups)]
-    found = frame.take(np.concatenate([np.empty(0, np.intp), *(group.positions for group in groups)]))
-    found.insert(0, free_name("group", frame), np.concatenate([np.empty(0, int), *numbers]))
-    found.insert(1, free_name("distance", frame), np.concatenate([np.empty(0), *(group.distances for group in groups)]))
-    return found
-
-
-def _rest(frame: pd.DataFrame, groups: Sequence[Group]) -> pd.Series[bool]:
-    import pandas as pd
-
-    rest = pd.Series(data=True, index=frame.index, name="rest")
-    for group in groups:
-        rest.iloc[group.positions[1:]] = False
-    return rest

@@ -1,45 +1,171 @@
-"""A gallery of tiles, as html that a saved notebook keeps, and as a plot for print."""
+"""Images of a frame as a gallery: html that a saved notebook can hold, and a plot for print; and what plots share."""
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from nbfeat.explore.plots import plain
-from nbfeat.explore.tile import SIDE, Picture, Tile, pictures, pixels
-from nbfeat.html import Html, escape
+from nbfeat import isolation
+from nbfeat.errors import ImageError, RequestError
+from nbfeat.explore.scoring import column_of
+from nbfeat.explore.vectors import Data, Images, images_of
+from nbfeat.html import Html, escape, paragraph
+from nbfeat.images.decode import short
+from nbfeat.images.sources import image_column, is_missing, name_of, read_thumbnail, spread
+from nbfeat.inference.engines.cpu_count import available_cores
+from nbfeat.inference.spec import whole
 
 if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
     from PIL import Image
 
+LIMIT = 24
+SIDE = 160  # pixels that are kept of a picture, which is shown a third smaller: sharp on fine screens, too
 SHOWN = 112  # pixels of a notebook's page; of SIDE that are kept
+QUALITIES = (80, 60, 40, 20, 5)
+MOST_BYTES = 8_000  # of a picture: two dozen then take less than 300 kB of a notebook
+LONGEST = 60  # letters of a caption's line
 COLUMNS, PRINTED, INCHES = 6, 320, 1.7  # of a plot: tiles beside each other, pixels and inches of each
 LETTERS = 24  # of a plot's caption, a line
+COLORS = 10  # in seaborn's palette for the color-blind; more would repeat
 
 # Inline blocks wrap in any width. JupyterLab's sanitizer, which notebooks of others go through, lets these styles stay;
 # colors follow the theme. Every tile has the border, so that all stand in line.
-_BORDERED = (
+_TILE = (
     f"display:inline-block;vertical-align:top;box-sizing:content-box;width:{SHOWN}px;padding:4px;margin:0 2px 5px 0;"
     "line-height:1.3;font-size:85%;border:2px solid"
 )
-_TILE, _MARKED = f"{_BORDERED} transparent", f"{_BORDERED} #1e88e5"
 _FRAME = f"height:{SHOWN}px;line-height:{SHOWN}px;font-size:0;margin-bottom:4px"
 _IMAGE = "display:inline-block;vertical-align:bottom;margin:0;max-width:none"
 _FAILED = (
     f"min-height:{SHOWN}px;box-sizing:border-box;padding:.5em;margin-bottom:4px;"
     "border:1px dashed rgba(128,128,128,.8);font-size:90%;overflow-wrap:break-word"
 )
-_LINE = "overflow-wrap:break-word"
 _GALLERY = "margin:.6em 0 0"
 _GROUP = (
     "display:inline-block;vertical-align:top;max-width:100%;box-sizing:border-box;margin:0 1.2em .8em 0;"
     "padding-left:.8em;border-left:3px solid rgba(128,128,128,.4)"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """An image and what is said of it."""
+
+    image: object  # a cell of the image column
+    lines: tuple[str, ...]  # below it
+    name: str  # which row it is, and which file
+    reason: str = ""  # why it is known not to be readable
+    marked: bool = False
+
+
+def thumbnails(
+    frame: Data,
+    images: Hashable | None = None,
+    caption: Hashable | Sequence[Hashable] | None = None,
+    *,
+    limit: int | None = LIMIT,
+    root: str | Path | None = None,
+) -> Thumbnails:
+    """Show the images of a frame as a gallery.
+
+    The pictures are read as for a network, upright, and kept small in the notebook: 24 take less than 300 kB. One that
+    cannot be read is shown as the reason why.
+
+    Parameters
+    ----------
+    frame
+        A frame, or a result.
+    images
+        The column that holds images; by default the result's own, or the one that looks like images.
+    caption
+        The column, or columns, of the captions; by default ``label`` where there is one, else the index.
+    limit
+        At most so many, evenly spread over the frame, whose order they keep; None for all.
+    root
+        Where relative paths start; by default where those of the Extraction do, or the working folder.
+
+    Examples
+    --------
+    >>> nbfeat.thumbnails(nbfeat.folder("photos"))  # doctest: +SKIP
+    >>> nbfeat.thumbnails(result.failures, images="image", caption="position")  # doctest: +SKIP
+    """
+    found = images_of(frame, images, root)
+    if found.column is None:
+        image_column(found.frame, images)  # raises, and says which columns there are
+    captions = caption_columns(found.frame, caption)
+    total = len(found.frame)
+    if not total:
+        raise RequestError("The frame has no rows, so that there are no images to show.")
+    positions = spread(total, total if limit is None else whole("limit")(limit))
+    return Thumbnails(tuple(tile(found, at, captions) for at in positions), total, found.root)
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Thumbnails:
+    """Some of the images of a frame; a notebook shows the gallery, `plot()` draws it."""
+
+    tiles: tuple[Tile, ...]
+    total: int  # rows of the frame
+    root: Path
+
+    def plot(self) -> NDArray[Any]:
+        """Draw the images on axes of a new figure of pyplot's, and return the axes."""
+        return plot(self.tiles, self.root, repr(self))
+
+    def __repr__(self) -> str:
+        """Return one line of text."""
+        return f"Thumbnails of {len(self.tiles):,} of {self.total:,} images"
+
+    def _repr_html_(self) -> str:
+        left = self.total - len(self.tiles)
+        more = paragraph(f"… and {left:,} more; those shown are evenly spread") if left else ""
+        return Html(html(self.tiles, self.root) + more)
+
+
+def tile(images: Images, position: int, captions: Sequence[Hashable], *extra: str) -> Tile:
+    """Return the tile of a row: `extra` lines, then its values in the columns `captions`."""
+    frame, label = images.frame, images.frame.index[position]
+    values = [frame[column].iloc[position] for column in captions] if captions else [label]
+    image = None if images.column is None else frame[images.column].iloc[position]
+    name = short(str(label), LONGEST)
+    name = f"row {name}" if name.isdecimal() else name
+    name = name if images.column is None else f"{name}: {file_name(image)}"
+    return Tile(image, (*extra, *map(_caption, values)), name, images.reasons.get(position, ""))
+
+
+def caption_columns(frame: pd.DataFrame, caption: Hashable | Sequence[Hashable] | None) -> list[Hashable]:
+    """Return the columns that captions are of: those asked for, else ``label`` where there is one, else none."""
+    if caption is None:
+        return ["label"] if "label" in frame.columns else []
+    known: list[Hashable] = list(frame.columns)
+    asked: Sequence[Hashable] = caption if isinstance(caption, list | tuple) and caption not in known else [caption]
+    for column in asked:
+        column_of(frame, column, "caption")
+    return list(asked)
+
+
+def _caption(value: object) -> str:
+    if is_missing(value):
+        return "missing"
+    return f"{value:.4g}" if isinstance(value, (float, np.floating)) else short(str(value), LONGEST)
+
+
+def file_name(image: object) -> str:
+    """Name an image without its folders, which are nobody's business in a saved notebook."""
+    name = name_of(image)
+    return name if name.startswith("<") else short(name.replace("\\", "/").rpartition("/")[2], LONGEST)
 
 
 def html(tiles: Sequence[Tile], root: Path) -> Html:
@@ -67,34 +193,57 @@ def plot(tiles: Sequence[Tile], root: Path, title: str) -> NDArray[Any]:
     size = (INCHES * columns, (INCHES + 0.17 * lines) * rows + 0.4)
     figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     figure.suptitle(plain("\n".join(textwrap.wrap(title, 20 * columns))), fontsize="medium")
-    axes = grid.ravel()
-    for ax, tile, image in zip(axes, tiles, pixels(tiles, root, PRINTED), strict=False):
+    drawn: NDArray[Any] = grid.ravel()[: len(tiles)]
+    for ax, tile, image in zip(drawn, tiles, _read(tiles, root, PRINTED, lambda image: image), strict=True):
         _draw(ax, tile, image)
-    for ax in axes[len(tiles) :]:
+    for ax in grid.ravel()[len(tiles) :]:
         ax.remove()
-    drawn: NDArray[Any] = axes[: len(tiles)]
     return drawn
 
 
+def _read(tiles: Sequence[Tile], root: Path, side: int, make: Callable[[Image.Image], Any]) -> list[Any]:
+    """Return what `make` makes of each image, at most `side` pixels wide and high, or why there is none; in threads."""
+
+    def one(tile: Tile) -> Any:
+        try:
+            return tile.reason or make(read_thumbnail(tile.image, side, root))
+        except ImageError as error:
+            return str(error)
+
+    with isolation.pillow_defaults(), ThreadPoolExecutor(available_cores()) as threads:
+        return list(threads.map(one, tiles))
+
+
+def _encoded(image: Image.Image) -> tuple[str, tuple[int, int]]:
+    """Encode as WebP, which takes half the bytes of a JPEG, as well as fits; return it as an address, and its size."""
+    for quality in QUALITIES:
+        out = io.BytesIO()
+        image.save(out, "WEBP", quality=quality)
+        if out.tell() <= MOST_BYTES:
+            break
+    return f"data:image/webp;base64,{base64.b64encode(out.getvalue()).decode('ascii')}", image.size
+
+
 def _tiles(tiles: Sequence[Tile], root: Path) -> str:
-    return "".join(_tile(tile, picture) for tile, picture in zip(tiles, pictures(tiles, root), strict=True))
+    return "".join(map(_tile, tiles, _read(tiles, root, SIDE, _encoded)))
 
 
-def _tile(tile: Tile, picture: Picture | str) -> str:
-    lines = "".join(f'<div style="{_LINE}">{escape(line)}</div>' for line in tile.lines)
+def _tile(tile: Tile, picture: tuple[str, tuple[int, int]] | str) -> str:
+    lines = "".join(f'<div style="overflow-wrap:break-word">{escape(line)}</div>' for line in tile.lines)
     if isinstance(picture, str):
         above = f'<div style="{_FAILED}">{escape(picture)}</div>'
     else:
-        width, height = (max(1, round(side * SHOWN / SIDE)) for side in (picture.width, picture.height))
-        said = escape(", ".join([*tile.lines, tile.name]))
+        address, sides = picture
+        width, height = (max(1, round(side * SHOWN / SIDE)) for side in sides)
+        alt = escape(", ".join([*tile.lines, tile.name]))
         size = f'width="{width}" height="{height}"'
-        image = f'<img src="{picture.address}" alt="{said}" {size} style="{_IMAGE};width:{width}px;height:{height}px">'
+        image = f'<img src="{address}" alt="{alt}" {size} style="{_IMAGE};width:{width}px;height:{height}px">'
         above = f'<div style="{_FRAME}">{image}</div>'
-    style = _MARKED if tile.marked else _TILE
-    return f'<div style="{style}" title="{escape(tile.name)}">{above}{lines}</div>'
+    border = "#1e88e5" if tile.marked else "transparent"
+    return f'<div style="{_TILE} {border}" title="{escape(tile.name)}">{above}{lines}</div>'
 
 
-def _draw(ax: Any, tile: Tile, image: Image.Image | str) -> None:
+def _draw(ax: Axes, tile: Tile, image: Image.Image | str) -> None:
     ax.set(xticks=[], yticks=[])
     ax.grid(visible=False)
     ax.set_xlabel(plain("\n".join(_wrapped(tile))), fontsize="small", fontweight="bold" if tile.marked else None)
@@ -111,3 +260,25 @@ def _draw(ax: Any, tile: Tile, image: Image.Image | str) -> None:
 
 def _wrapped(tile: Tile) -> list[str]:
     return [part for line in tile.lines for part in textwrap.wrap(line, LETTERS) or [""]]
+
+
+def axes(ax: Axes | None, width: float, height: float) -> Axes:
+    """Return `ax`, or axes of a new figure of pyplot's, `width` × `height` inches, that nothing is cut from."""
+    if ax is not None:
+        return ax
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(figsize=(width, height), layout="constrained")[1]
+
+
+def colors(names: Iterable[object]) -> dict[object, tuple[float, float, float]] | None:
+    """Return a color for each of `names`, in order; None where there are too many to tell apart."""
+    import seaborn as sns
+
+    known = list(dict.fromkeys(names))
+    return dict(zip(known, sns.color_palette("colorblind", len(known)), strict=True)) if len(known) <= COLORS else None
+
+
+def plain(text: object) -> str:
+    """Return `text` so that matplotlib shows it as it is: between two dollars it would read a formula."""
+    return str(text).replace("$", r"\$")

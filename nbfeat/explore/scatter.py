@@ -1,34 +1,44 @@
-"""scatter: features in two dimensions, colored by a column."""
+"""scatter: features in two dimensions (principal components, t-SNE or UMAP; seeded), colored by a column."""
 
 from __future__ import annotations
 
 import base64
+import importlib
+import importlib.util
 import io
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nbfeat.explore.layout import METHODS, Method, check_installed, lay_out
+from nbfeat.errors import RequestError
+from nbfeat.explore.gallery import COLORS, axes, colors, plain
 from nbfeat.explore.neighbors import free_name
-from nbfeat.explore.plots import COLORS, axes, colors, plain
 from nbfeat.explore.scoring import MOST_CLASSES, column_of, drawn
-from nbfeat.explore.space import Space
-from nbfeat.explore.vectors import Made, vectors_of
+from nbfeat.explore.vectors import Data, vectors_of
 from nbfeat.extraction.options import one_of
 from nbfeat.html import Html, escape, paragraph
 from nbfeat.images.decode import short
+from nbfeat.inference.engines.cpu_count import available_cores
 from nbfeat.inference.spec import whole
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-LIMIT = 5_000  # points: t-SNE takes a minute or more then, and more would only hide each other
+Method = Literal["pca", "tsne", "umap"]
+METHODS: tuple[Method, ...] = get_args(Method)
 TITLES = {"pca": "Principal components", "tsne": "t-SNE", "umap": "UMAP"}
+LEAST_ROWS = {"pca": 2, "tsne": 4, "umap": 4}
+COMPONENTS = 50  # before t-SNE and UMAP, as their authors do: faster, and less noise
+PERPLEXITY, NEIGHBORS = 30, 15  # the methods' own defaults, where there are rows enough
+FEW_ROWS = 1_000  # too few for several threads
+SEED = 0
+
+LIMIT = 5_000  # points: t-SNE takes a minute or more then, and more would only hide each other
 MISSING, OTHERS = "missing", "other: "
 GREY = (0.6, 0.6, 0.6)
 MARKERS = "os^DvPX<>*dp"  # of colors, of the others, of missing ones: color alone does not have to tell
@@ -39,7 +49,7 @@ MANY_POINTS = 1_000
 
 
 def scatter(
-    result: Made | pd.DataFrame,
+    result: Data,
     color: object = "label",
     method: Method = "pca",
     *,
@@ -75,24 +85,34 @@ def scatter(
     >>> nbfeat.scatter(result, color="label")  # doctest: +SKIP
     >>> nbfeat.scatter(result, "label", "tsne", features="resnet50").plot().figure.savefig("tsne.png")  # doctest: +SKIP
     """
+    import pandas as pd
+
     one_of(METHODS, "method")(method)
-    check_installed(method)
+    if method == "umap" and importlib.util.find_spec("umap") is None:
+        raise RequestError(
+            "method='umap' needs a package that is not installed: pip install umap-learn. Or take method='tsne'."
+        )
     vectors = vectors_of(result, features)
-    frame = vectors.images.frame
-    values = None if color is None else _named_values(column_of(frame, color, "color").iloc[vectors.positions])
-    classes = None if values is None or not _are_classes(values) else _classes(values)
+    values, classes = None, None
+    if color is not None:
+        values = column_of(vectors.images.frame, color, "color").iloc[vectors.positions]
+        values = values.rename("color") if values.name is None else values
+        classes = _classes(values)
     count = len(vectors.positions)
     rows = drawn(count, whole("limit")(limit), None if classes is None else classes.cat.codes.to_numpy())
-    space = Space(list(vectors.blocks.values()), "euclidean")
-    places, names = lay_out(space.points(vectors.positions[rows]).astype(np.float32), method)
+    positions = vectors.positions[rows]
+    places, names = _places(vectors.space("euclidean").points(positions).astype(np.float32), method)
+    frame = pd.DataFrame({"x": places[:, 0], "y": places[:, 1]}, vectors.images.frame.index.take(positions))
+    if values is not None:
+        frame.insert(2, free_name(values.name, frame), values.iloc[rows].array)
     chosen = f"{len(rows):,} of {count:,} rows drawn" if len(rows) < count else ""
     return Scatter(
-        frame=_frame(frame.index.take(vectors.positions[rows]), places, None if values is None else values.iloc[rows]),
+        frame=frame,
         classes=None if classes is None else classes.iloc[rows].cat.remove_unused_categories(),
         color=None if values is None else values.name,
         names=names,
         title=f"{TITLES[method]} of {vectors.title}",
-        told=" · ".join(filter(None, [chosen, vectors.left_out])),
+        note=" · ".join(filter(None, [chosen, vectors.left_out])),
     )
 
 
@@ -105,28 +125,21 @@ class Scatter:
     color: Hashable | None
     names: tuple[str, str]  # of the axes
     title: str
-    told: str  # what was left out
+    note: str  # what was left out
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the points.
-
-        Parameters
-        ----------
-        ax
-            Where to draw; by default a new figure of pyplot's, which a notebook shows at the end of the cell.
-        """
+        """Draw the points on `ax`, or on a new figure of pyplot's, which a notebook shows at the end of the cell."""
         return self._draw(axes(ax, WIDTH, HEIGHT))
 
     def __repr__(self) -> str:
         """Return what the picture shows in one line."""
         by = "" if self.color is None else f" by {self.color}"
-        return " · ".join(filter(None, [f"{self.title}{by}: {len(self.frame):,} points", self.told]))
+        return " · ".join(filter(None, [f"{self.title}{by}: {len(self.frame):,} points", self.note]))
 
     def _repr_html_(self) -> str:
-        image = base64.b64encode(self.png()).decode("ascii")
-        style = "max-width:100%;height:auto"
-        picture = f'<img src="data:image/png;base64,{image}" alt="{escape(repr(self))}" style="{style}">'
-        return Html(picture + (paragraph(self.told) if self.told else ""))
+        address = f"data:image/png;base64,{base64.b64encode(self.png()).decode('ascii')}"
+        picture = f'<img src="{address}" alt="{escape(repr(self))}" style="max-width:100%;height:auto">'
+        return Html(picture + (paragraph(self.note) if self.note else ""))
 
     def png(self) -> bytes:
         """Return the picture that a notebook shows."""
@@ -190,35 +203,56 @@ class Scatter:
         ax.figure.colorbar(points, ax=ax, label=plain(short(str(self.color), LONGEST)))
 
 
-def _frame(index: pd.Index, places: NDArray[Any], values: pd.Series[Any] | None) -> pd.DataFrame:
-    """Return x and y, then the color's column, under its own name wherever that is another."""
+def _places(points: NDArray[Any], method: Method) -> tuple[NDArray[Any], tuple[str, str]]:
+    """Return x and y of each point, and what the axes are called; empty where they mean nothing."""
+    from sklearn.decomposition import PCA
+
+    count, least = len(points), LEAST_ROWS[method]
+    if count < least:
+        raise RequestError(f"{method} takes at least {least} rows with features, and there are {count}.")
+    if not (points != points[0]).any():
+        raise RequestError(f"There is nothing to lay out: all {count:,} rows have the same features.")
+    pca = PCA(min(2 if method == "pca" else COMPONENTS, *points.shape), random_state=SEED)
+    reduced = pca.fit_transform(points)
+    if method != "pca":
+        return _embedded(reduced, method), ("", "")
+    names = [f"PC {number + 1} ({share:.0%} of variance)" for number, share in enumerate(pca.explained_variance_ratio_)]
+    if len(names) == 1:  # one feature
+        return np.column_stack([reduced, np.zeros(count)]), (names[0], "")
+    return reduced, (names[0], names[1])
+
+
+def _embedded(points: NDArray[Any], method: Method) -> NDArray[Any]:
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    if method == "umap":
+        umap: Any = importlib.import_module("umap")
+        # One job, since a seed takes that; UMAP would warn of it.
+        layout = umap.UMAP(n_neighbors=min(NEIGHBORS, len(points) - 1), random_state=SEED, n_jobs=1)
+    else:
+        perplexity, start = min(PERPLEXITY, (len(points) - 1) / 3), "pca" if points.shape[1] > 1 else "random"
+        layout = TSNE(2, perplexity=perplexity, init=start, random_state=SEED)
+    # More threads than cores wait for each other, fifty times as long as they work; OpenMP does not know of quotas.
+    with threadpool_limits(available_cores() if len(points) > FEW_ROWS else 1, "openmp"):
+        return np.asarray(layout.fit_transform(points))
+
+
+def _classes(values: pd.Series[Any]) -> pd.Series[Any] | None:
+    """Return names in few categories: the most frequent, the others together, and missing ones; None for a quantity."""
     import pandas as pd
-
-    found = pd.DataFrame({"x": places[:, 0], "y": places[:, 1]}, index=index)
-    if values is not None:
-        found.insert(2, free_name(values.name, found), values.array)
-    return found
-
-
-def _named_values(values: pd.Series[Any]) -> pd.Series[Any]:
-    return values.rename("color") if values.name is None else values
-
-
-def _are_classes(values: pd.Series[Any]) -> bool:
-    from pandas.api import types
-
-    if not types.is_numeric_dtype(values) or types.is_bool_dtype(values):
-        return True
-    known = values.dropna()
-    return bool((known % 1 == 0).all()) and known.nunique() <= MOST_CLASSES
-
-
-def _classes(values: pd.Series[Any]) -> pd.Series[Any]:
-    """Return names in few categories: the most frequent, the others together, and missing ones."""
-    import pandas as pd
+    from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
     known = values.dropna()
-    order = list(known.cat.categories) if isinstance(known.dtype, pd.CategoricalDtype) else _sorted(known.unique())
+    is_number = is_numeric_dtype(values) and not is_bool_dtype(values)
+    if is_number and ((known % 1 != 0).any() or known.nunique() > MOST_CLASSES):
+        return None
+    is_categorical = isinstance(known.dtype, pd.CategoricalDtype)
+    order = list(known.cat.categories if is_categorical else known.unique())
+    try:
+        order = order if is_categorical else sorted(order)
+    except TypeError:  # they are of several types
+        order.sort(key=str)
     names = {value: str(int(value)) if isinstance(value, (float, np.floating)) else str(value) for value in order}
     counts = known.value_counts()
     order = [value for value in order if counts.get(value, 0)]
@@ -229,12 +263,3 @@ def _classes(values: pd.Series[Any]) -> pd.Series[Any]:
     named[values.isna().to_numpy()] = MISSING
     categories = dict.fromkeys([*(names[value] for value in order if value not in others), shared, MISSING])
     return named.astype(pd.CategoricalDtype(list(categories)))
-
-
-def _sorted(values: Iterable[Any]) -> list[Any]:
-    """Sort values, those of several types as text."""
-    found = list(values)
-    try:
-        return sorted(found)
-    except TypeError:
-        return sorted(found, key=str)

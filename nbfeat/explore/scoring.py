@@ -1,22 +1,26 @@
-"""What a model is to learn: a target for the rows of a frame, those that count, and the folds they are scored in."""
+"""What features are scored by: the target of the rows that have one, the folds, the model, and what scores it."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.errors import RequestError, listing, near, sentences
+from nbfeat.extraction.normalize import learn
+from nbfeat.extraction.options import FeatureBlock
 
 if TYPE_CHECKING:
     import pandas as pd
 
+MODELS = ("svm", "forest", "logistic")
 MOST_CLASSES = 20  # that whole numbers stand for; more of them are a quantity
-SHOWN = 3
-NAMED = 20
+RARE_SHOWN, COLUMNS_SHOWN, LETTERS_SHOWN = 3, 20, 110
+
+Folds: TypeAlias = list[tuple[NDArray[np.int_], NDArray[np.int_]]]  # rows to learn from and to be scored on
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +33,14 @@ class Target:
     is_classes: bool
     note: str = ""
 
+    def __str__(self) -> str:
+        """Say how many rows and classes there are."""
+        classes = f" of {len(np.unique(self.answers)):,} classes" if self.is_classes else ""
+        return f"{len(self.rows):,} rows{classes}"
+
     def taken(self, rows: NDArray[np.int_]) -> Target:
         """Return the target of some `rows` of the frame, all of which have one."""
         return Target(self.name, self.answers[np.searchsorted(self.rows, rows)], rows, self.is_classes, self.note)
-
-
-@dataclass(frozen=True, slots=True)
-class Folds:
-    """Pairs of rows to learn from and rows to be scored on, as positions in a target."""
-
-    pairs: list[tuple[NDArray[np.int_], NDArray[np.int_]]]
-    told: str
 
 
 def column_of(frame: pd.DataFrame, given: object, what: str) -> pd.Series:
@@ -50,32 +51,30 @@ def column_of(frame: pd.DataFrame, given: object, what: str) -> pd.Series:
     import pandas as pd
 
     if isinstance(given, pd.Series):
-        return _aligned(frame, given, what)
+        if given.index.equals(frame.index):
+            return given
+        if given.index.is_unique and len(given) == len(frame) and frame.index.isin(given.index).all():
+            return given.reindex(frame.index)
+        raise RequestError(
+            f"The {what} is a Series whose index is not the frame's: {len(given):,} values for {len(frame):,} rows. "
+            "Take a Series of the same index, or its .to_numpy() to go by position."
+        )
     if isinstance(given, Hashable):
         if sum(column == given for column in frame.columns) == 1:
             return frame[given]
         names = [str(name) for name in frame.columns]
-        raise RequestError(
-            sentences(
-                f"The {what} {given!r} is not one column of the frame.",
-                near(str(given), names) or f"Its columns: {listing(names[:NAMED])}.",
-            )
-        )
+        hint = near(str(given), names) or f"Its columns: {listing(names[:COLUMNS_SHOWN])}."
+        raise RequestError(sentences(f"The {what} {given!r} is not one column of the frame.", hint))
     values = np.asarray(given)
     if values.shape != (len(frame),):
         raise RequestError(f"The {what} must be one value a row: it has shape {values.shape} for {len(frame):,} rows.")
     return pd.Series(values, index=frame.index, name=what)
 
 
-def _aligned(frame: pd.DataFrame, given: pd.Series, what: str) -> pd.Series:
-    if given.index.equals(frame.index):
-        return given
-    if given.index.is_unique and len(given) == len(frame) and frame.index.isin(given.index).all():
-        return given.reindex(frame.index)
-    raise RequestError(
-        f"The {what} is a Series whose index is not the frame's: {len(given):,} values for {len(frame):,} rows. Take "
-        "a Series of the same index, or its .to_numpy() to go by position."
-    )
+def read_task(frame: pd.DataFrame, target: object, model: object) -> tuple[Target, Any]:
+    """Read the target, which is classes where the model is a classifier, and make the estimator for it."""
+    found = read_target(frame, target, as_classes=_wants_classes(model))
+    return found, _estimator(model, is_classes=found.is_classes)
 
 
 def read_target(frame: pd.DataFrame, given: object, *, as_classes: bool | None) -> Target:
@@ -129,13 +128,11 @@ def _quantity(name: str, values: NDArray[Any]) -> tuple[bool, str]:
         raise RequestError(f"{name!r} holds infinite numbers: make them NaN, and their rows are left out.")
     if type_of_target(values) == "continuous":
         return True, ""
-    if (count := len(np.unique(values))) > MOST_CLASSES:
-        told = f"The {count:,} whole numbers of {name} are taken for a quantity; for classes, give it as .astype(str)."
-        return True, told
-    told = (
-        f"The {count:,} whole numbers of {name} are taken for classes; for a quantity, give a regressor: model=SVR()."
-    )
-    return False, told if count > 2 else ""
+    count = len(np.unique(values))
+    numbers = f"The {count:,} whole numbers of {name} are taken for"
+    if count > MOST_CLASSES:
+        return True, f"{numbers} a quantity; for classes, give it as .astype(str)."
+    return False, f"{numbers} classes; for a quantity, give a regressor: model=SVR()." if count > 2 else ""
 
 
 def drawn(total: int, count: int, classes: NDArray[Any] | None) -> NDArray[np.intp]:
@@ -151,69 +148,77 @@ def drawn(total: int, count: int, classes: NDArray[Any] | None) -> NDArray[np.in
     return np.sort(order[:count])
 
 
-def folds_of(
-    cv: Any,
-    target: Target,
-    groups: pd.Series | None,
-    frame_rows: int,
-) -> Folds:
+def selected(
+    wanted: Target, ok: NDArray[np.bool_], groups: pd.Series | None, most: int | None
+) -> tuple[Target, list[str]]:
+    """Return the target of the rows that are scored, and say which are not."""
+    kept = wanted.rows[ok[wanted.rows]]
+    reasons = [(int((~ok).sum()), "without features"), (int(ok.sum()) - len(kept), f"without {wanted.name}")]
+    if groups is not None:
+        grouped = kept[groups.notna().to_numpy()[kept]]
+        reasons.append((len(kept) - len(grouped), "without group"))
+        kept = grouped
+    notes = []
+    if lost := len(ok) - len(kept):
+        why = listing(f"{count:,} {reason}" for count, reason in reasons if count)
+        notes.append(f"{lost:,} of {len(ok):,} rows are left out: {why}.")
+    if not len(kept):
+        raise RequestError(f"No row is left to score. {notes[0]}")
+    chosen = wanted.taken(kept)
+    if most is not None and len(kept) > most:
+        notes.append(f"{most:,} of {len(kept):,} rows were drawn, always the same; rows=None takes all.")
+        chosen = chosen.taken(kept[drawn(len(kept), most, chosen.answers if chosen.is_classes else None)])
+    return chosen, notes
+
+
+def folds_of(cv: Any, target: Target, groups: pd.Series | None, frame_rows: int) -> tuple[Folds, str]:
     """Split the rows of `target` into folds: so many, seeded, classes in proportion; or by a splitter.
 
-    `groups` are those of all `frame_rows` rows of the frame; they are kept whole.
+    `groups` are those of all `frame_rows` rows of the frame; they are kept whole. Return the folds, as positions in the
+    target, and what to say of them.
     """
     from sklearn import model_selection as ms
 
     held = None if groups is None else groups.iloc[target.rows].to_numpy()
-    if isinstance(cv, int | np.integer) and not isinstance(cv, bool):
+    is_count = isinstance(cv, int | np.integer) and not isinstance(cv, bool)
+    if is_count:
         _check(int(cv), target, held)
-        if held is None:
-            chosen = ms.StratifiedKFold if target.is_classes else ms.KFold
-            splitter, told = chosen(cv, shuffle=True, random_state=0), f"{cv} folds"
-        else:
-            classes = target.is_classes
-            splitter = ms.StratifiedGroupKFold(cv, shuffle=True, random_state=0) if classes else ms.GroupKFold(cv)
-            told = f"{cv} folds, groups kept whole"
-        pairs = list(splitter.split(np.zeros((len(target.answers), 1)), target.answers, held))
+        kinds = (ms.KFold, ms.StratifiedKFold) if held is None else (ms.GroupKFold, ms.StratifiedGroupKFold)
+        kind = kinds[target.is_classes]
+        splitter = kind(cv) if kind is ms.GroupKFold else kind(cv, shuffle=True, random_state=0)
     elif hasattr(cv, "split") and not isinstance(cv, str):
-        if isinstance(cv, ms.PredefinedSplit):
-            cv = _of_rows(cv, target, frame_rows)
-        try:
-            pairs = list(cv.split(np.zeros((len(target.answers), 1)), target.answers, held))
-        except (ValueError, TypeError) as error:
-            raise RequestError(
-                f"{type(cv).__name__} could not split the {len(target.answers):,} rows: {error}"
-            ) from error
-        told = f"{type(cv).__name__}, {len(pairs)} fold{'s' if len(pairs) > 1 else ''}"
+        splitter = cv
+        if isinstance(cv, ms.PredefinedSplit):  # it is of all rows of the frame
+            if (count := len(cv.test_fold)) != frame_rows:
+                raise RequestError(f"The PredefinedSplit is of {count:,} rows, not of the frame's {frame_rows:,}.")
+            splitter = ms.PredefinedSplit(np.asarray(cv.test_fold)[target.rows])
     else:
         raise RequestError(
             f"cv takes a number of folds from 2, or a splitter such as GroupKFold() or PredefinedSplit, not {cv!r}."
         )
-    for train, _ in pairs:
-        if target.is_classes and len(np.unique(target.answers[train])) == 1:
-            raise RequestError(
-                f"A fold has one class alone of {target.name} to learn from: take fewer folds, or other groups."
-            )
-    return Folds(pairs, told)
-
-
-def _of_rows(split: Any, target: Target, frame_rows: int) -> Any:
-    """Return `split`, which is of all rows of the frame, for those of the target."""
-    if len(split.test_fold) != frame_rows:
+    try:
+        folds = list(splitter.split(np.zeros((len(target.answers), 1)), target.answers, held))
+    except (ValueError, TypeError) as error:
+        kind = type(splitter).__name__
+        raise RequestError(f"{kind} could not split the {len(target.answers):,} rows: {error}") from error
+    if target.is_classes and any(len(np.unique(target.answers[train])) == 1 for train, _ in folds):
         raise RequestError(
-            f"The PredefinedSplit is of {len(split.test_fold):,} rows, not of the frame's {frame_rows:,}."
+            f"A fold has one class alone of {target.name} to learn from: take fewer folds, or other groups."
         )
-    return type(split)(np.asarray(split.test_fold)[target.rows])
+    if is_count:
+        return folds, f"{cv} folds" + (", groups kept whole" if held is not None else "")
+    return folds, f"{type(cv).__name__}, {len(folds)} fold{'s' if len(folds) > 1 else ''}"
 
 
 def _check(cv: int, target: Target, groups: NDArray[Any] | None) -> None:
     """Say why the rows cannot be split into `cv` folds, where they cannot."""
     if cv < 2:
         raise RequestError(f"cv takes a number of folds from 2, not {cv}.")
+    total = len(target.answers)
     if target.is_classes:
         _check_classes(cv, target, grouped=groups is not None)
-    elif len(target.answers) < 2 * cv:
-        count = len(target.answers)
-        raise RequestError(f"{count:,} rows are too few for {cv} folds of at least two. Take cv={count // 2}.")
+    elif total < 2 * cv:
+        raise RequestError(f"{total:,} rows are too few for {cv} folds of at least two. Take cv={total // 2}.")
     if groups is not None and (count := len(np.unique(groups))) < cv:
         raise RequestError(f"There are {count:,} groups, fewer than {cv} folds. Take cv={count} or less.")
 
@@ -228,8 +233,100 @@ def _check_classes(cv: int, target: Target, *, grouped: bool) -> None:
     if grouped or counts.min() >= cv:
         return
     rare = [f"{kind.item()!r} ({count:,})" for kind, count in zip(kinds, counts, strict=True) if count < cv]
-    shown = listing(rare[:SHOWN]) + (f" and {len(rare) - SHOWN:,} more" if len(rare) > SHOWN else "")
+    more = f" and {len(rare) - RARE_SHOWN:,} more" if len(rare) > RARE_SHOWN else ""
     way = f"Take cv={counts.min()}, or make" if counts.min() > 1 else "Make"
     raise RequestError(
-        f"Classes of {target.name} with fewer rows than the {cv} folds: {shown}. {way} them None to leave them out."
+        f"Classes of {target.name} with fewer rows than the {cv} folds: {listing(rare[:RARE_SHOWN])}{more}. "
+        f"{way} them None to leave them out."
     )
+
+
+def _wants_classes(model: object) -> bool | None:
+    """Tell whether `model` is a classifier; None where the target decides."""
+    from sklearn.base import is_classifier, is_regressor
+
+    names = listing(map(repr, MODELS), "or")
+    if isinstance(model, str):
+        if model in MODELS:
+            return None
+        way = f"Name {names}, or give an estimator of scikit-learn."
+        raise RequestError(sentences(f"There is no model {model!r}.", near(model, MODELS), way))
+    if isinstance(model, type) or not all(hasattr(model, method) for method in ("fit", "get_params")):
+        given = f"the class {model.__name__}: make one, {model.__name__}()" if isinstance(model, type) else repr(model)
+        raise RequestError(f"The model must be {names}, or an estimator of scikit-learn, not {given}.")
+    return True if is_classifier(model) else False if is_regressor(model) else None
+
+
+def _estimator(model: object, *, is_classes: bool) -> Any:
+    """Return the estimator that `model` names, or `model` itself."""
+    from sklearn import ensemble, linear_model, svm
+    from sklearn.compose import TransformedTargetRegressor
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if not isinstance(model, str):
+        return model
+    classifiers = {
+        "svm": svm.SVC(C=10),
+        "logistic": linear_model.LogisticRegression(max_iter=1000),
+        "forest": ensemble.RandomForestClassifier(random_state=0),
+    }
+    regressors = {
+        # Its tolerance is in units of the target, so that a target in thousands would not be learned.
+        "svm": TransformedTargetRegressor(svm.SVR(C=10), transformer=StandardScaler()),
+        "logistic": linear_model.RidgeCV(alphas=(1, 10, 100, 1000, 10000)),
+        "forest": ensemble.RandomForestRegressor(random_state=0),
+    }
+    chosen = (classifiers if is_classes else regressors)[model]
+    return chosen if model == "forest" else make_pipeline(StandardScaler(), chosen)
+
+
+def scorer_of(estimator: Any, scoring: Any) -> tuple[str, Any]:
+    """Return what the score is called, and what gives it."""
+    from sklearn.base import is_classifier, is_regressor
+    from sklearn.metrics import check_scoring, get_scorer_names
+
+    if scoring is not None and not callable(scoring) and scoring not in get_scorer_names():
+        given = f"scoring takes a name or a scorer of scikit-learn, not {scoring!r}."
+        raise RequestError(sentences(given, near(str(scoring), get_scorer_names())))
+    try:
+        scorer = check_scoring(estimator, scoring=scoring)
+    except TypeError as error:
+        raise RequestError(
+            f"{type(estimator).__name__} has no score of its own: name one with scoring=, e.g. 'accuracy'."
+        ) from error
+    if scoring is not None:
+        return scoring if isinstance(scoring, str) else getattr(scoring, "__name__", "score"), scorer
+    if any(name.split("__")[-1] == "scoring" and value for name, value in estimator.get_params().items()):
+        return "score", scorer  # its own
+    return "accuracy" if is_classifier(estimator) else "R²" if is_regressor(estimator) else "score", scorer
+
+
+def written(estimator: Any) -> str:
+    """Write an estimator in one line."""
+    steps = [step for _, step in getattr(estimator, "steps", [("", estimator)])]
+    text = " → ".join(" ".join(repr(step).split()).removesuffix("()") for step in steps)
+    return text if len(text) <= LETTERS_SHOWN else text[: LETTERS_SHOWN - 1] + "…"
+
+
+def scores_of(
+    block: FeatureBlock, prefix: str, rows: NDArray[Any], target: Target, folds: Folds, estimator: Any, scorer: Any
+) -> list[float]:
+    """Return a block's score of each fold; its normalization and the model learn from the training rows alone."""
+    from sklearn.base import clone
+
+    features, answers, scores = rows[target.rows], target.answers, []
+    for train, test in folds:
+        try:
+            normalizer = learn(block, features[train], np.ones(len(train), bool))
+            model = clone(estimator).fit(normalizer.apply(features[train]), answers[train])
+            scores.append(float(scorer(model, normalizer.apply(features[test]), answers[test])))
+        except RequestError as error:
+            raise RequestError(f"{prefix}, in a fold: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise RequestError(f"scikit-learn cannot score {prefix}: {error}") from error
+    if np.isnan(scores).any():
+        raise RequestError(
+            f"The score of {prefix} is not defined in a fold: take fewer folds, so that each has more rows."
+        )
+    return scores

@@ -1,11 +1,13 @@
-"""A result, or a frame with feature columns → its features as rows of numbers, and the columns that are not."""
+"""A result, or a frame with feature columns → its features as rows of numbers, and how far rows are from each other."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,17 +16,26 @@ from nbfeat.errors import RequestError, listing
 from nbfeat.extraction.columns import FeatureColumns, made_columns
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.feature_table import block_called
+from nbfeat.extraction.options import one_of
 from nbfeat.extraction.recipe import PartRecipe
 from nbfeat.extraction.request import check_frame
 from nbfeat.extraction.result import Result
-from nbfeat.images.sources import image_column
+from nbfeat.images.sources import image_column, spread
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Made: TypeAlias = Extraction | Result
+Data: TypeAlias = "Made | pd.DataFrame"
 Rows: TypeAlias = NDArray[np.floating[Any]]
-CHUNK = 4096  # rows looked at a time, so that no second matrix of full height is needed
+Floats: TypeAlias = NDArray[np.float64]
+Positions: TypeAlias = NDArray[np.intp]
+Metric = Literal["cosine", "euclidean"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+
+CHUNK = 128  # rows in float64 that stay in the processor's cache
+TILE = 1024  # rows compared with as many others at a time
+SAMPLED = 512  # rows whose distances tell what is usual
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,10 +46,6 @@ class Images:
     column: Hashable | None  # None where no column looks like images
     root: Path  # where relative paths start
     reasons: Mapping[int, str]  # by position: why an extraction could not read an image
-
-    def cells(self) -> list[Any]:
-        """Return the cells of the image column, or as many times None."""
-        return [None] * len(self.frame) if self.column is None else self.frame[self.column].tolist()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +58,7 @@ class Vectors:
     made: Made | None  # the result they are of, where it is known
 
     @property
-    def positions(self) -> NDArray[np.intp]:
+    def positions(self) -> Positions:
         """Where the rows with features are."""
         return np.flatnonzero(self.ok)
 
@@ -66,88 +73,181 @@ class Vectors:
         """Name the blocks."""
         return listing(self.blocks)
 
+    def space(self, metric: Metric) -> Space:
+        """Return the rows as points under a metric."""
+        return Space([*self.blocks.values()], metric)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Space:
+    """Rows in several blocks, as points under a metric.
+
+    Both metrics are distances between points: of the cosine metric, and wherever several blocks are taken together,
+    each block has unit length, so that all blocks count the same. The cosine distance 1 - cos is then half the squared
+    distance between points, which is exactly 0 for equal rows; of several blocks it is their mean.
+
+    Distances are measured in float64, all of it in parts, so that memory does not grow with the rows.
+    """
+
+    blocks: Sequence[Rows]
+    metric: Metric
+
+    def __post_init__(self) -> None:
+        """Check the metric."""
+        one_of(METRICS, "metric")(self.metric)
+
+    def nearest(self, query: Sequence[Rows], rows: Positions, count: int) -> tuple[Positions, Floats]:
+        """Return the `count` of `rows` nearest to the one row in each block of `query`, and how far each is.
+
+        Equal distances stand in the order of `rows`.
+        """
+        point, distances = self._points(query), np.empty(len(rows))
+        for part in _parts(len(rows), CHUNK):
+            distances[part] = self._between(self.points(rows[part]), point)
+        order = np.argsort(distances, kind="stable")[:count]
+        return rows[order], distances[order]
+
+    def between(self, rows: Positions, others: Positions) -> Floats:
+        """Return how far each of `rows` is from the one in the same place of `others`."""
+        distances = np.empty(len(rows))
+        for part in _parts(len(rows), CHUNK):
+            distances[part] = self._between(self.points(rows[part]), self.points(others[part]))
+        return distances
+
+    def usual(self, rows: Positions) -> float:
+        """Return the median distance between rows, of up to SAMPLED spread over all."""
+        points = self.points(rows[spread(len(rows), SAMPLED)])
+        found = [self._between(points[number + 1 :], points[number]) for number in range(len(points) - 1)]
+        return float(np.median(np.concatenate(found))) if found else 0.0
+
+    def groups(self, rows: Positions, limit: float) -> Positions:
+        """Return for each of `rows` the first that steps of at most `limit` join it to."""
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        # Equal rows are taken once: a thousand of them would be half a million pairs.
+        contents = [blake2b(b"".join(block[row].tobytes() for block in self.blocks)).digest() for row in rows]
+        _, different, which = np.unique(np.array(contents), return_index=True, return_inverse=True)
+        numbers = np.arange(len(different), dtype=np.int32)
+        for first, second in self._near(rows[different], limit):
+            pairs = np.ones(first.size, np.int8), (numbers[first], numbers[second])
+            graph = coo_array(pairs, shape=(len(numbers), len(numbers)))
+            numbers = connected_components(graph, directed=False)[1][numbers]
+        _, firsts, group = np.unique(numbers[which], return_index=True, return_inverse=True)
+        return rows[firsts[group]]
+
+    def points(self, rows: Positions) -> Floats:
+        """Return the points of some rows."""
+        return self._points([block[rows] for block in self.blocks])
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether each block has unit length."""
+        return self.metric == "cosine" or len(self.blocks) > 1
+
+    def _points(self, blocks: Sequence[Rows]) -> Floats:
+        if not self.is_scaled:
+            return blocks[0].astype(np.float64)
+        units: list[Floats] = []
+        for rows in blocks:
+            vectors = rows.astype(np.float64)
+            lengths = np.sqrt(len(blocks) * np.einsum("ij,ij->i", vectors, vectors))[:, None]
+            vectors /= np.where(lengths > 0, lengths, 1)
+            # A row of zeros gets a direction of its own, so that it is far from all others.
+            units += [vectors, (lengths == 0) / np.sqrt(len(blocks))]
+        return np.hstack(units)
+
+    def _between(self, points: Floats, others: Floats) -> Floats:
+        squares = np.square(points - others).sum(axis=1)
+        distances: Floats = squares / 2 if self.metric == "cosine" else np.sqrt(squares)
+        return distances
+
+    def _near(self, rows: Positions, limit: float) -> Iterator[tuple[Positions, Positions]]:
+        """Yield places of pairs in `rows` that are at most `limit` apart; measured where products leave it open.
+
+        Floats of unit length are multiplied in float32, which is twice as fast.
+        """
+        most = 2 * limit if self.metric == "cosine" else limit**2
+        kind: Any = np.float32 if self.is_scaled else np.float64
+        rounding = np.finfo(kind).eps * (32 + sum(block.shape[1] for block in self.blocks) / 4)
+        for here in range(0, len(rows), TILE):
+            points = self.points(rows[here : here + TILE]).astype(kind)
+            for there in range(here, len(rows), TILE):
+                others = self.points(rows[there : there + TILE]).astype(kind)
+                sizes = np.square(points).sum(axis=1)[:, None] + np.square(others).sum(axis=1)
+                squares = points @ others.T
+                squares *= -2
+                squares += sizes
+                slack = rounding * sizes.max()
+                first, second = np.nonzero(squares <= most + slack)
+                is_open = squares[first, second] > most - slack
+                first, second = first + here, second + there
+                near = ~is_open
+                near[is_open] = self.between(rows[first[is_open]], rows[second[is_open]]) <= limit
+                yield first[near], second[near]
+
+
+def _parts(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, count, size))
+
 
 def parts_of(made: Made) -> Sequence[FeatureColumns | PartRecipe]:
     """Return what a result is made of, in the order of its columns."""
     return made.parts if isinstance(made, Extraction) else made.fitted.parts
 
 
-def images_of(data: Made | pd.DataFrame, images: Hashable | None = None, root: str | Path | None = None) -> Images:
+def images_of(data: Data, images: Hashable | None = None, root: str | Path | None = None) -> Images:
     """Read which images `data` has.
 
     A result knows its image column, and an Extraction where its paths start; of a frame the column that looks like
     images is taken, if there is one.
     """
+    start = Path(root or "").expanduser().absolute()
     if isinstance(data, Made):
-        frame, column, reasons = _own(data.frame), parts_of(data)[0].column, data.failures
+        frame, column, failures = _without_features(data.frame), parts_of(data)[0].column, data.failures
         column = column if images is None else image_column(frame, images)
-        failed = reasons[reasons["column"] == column]
-        told = dict(zip(failed["position"].tolist(), failed["reason"].tolist(), strict=True))
-        start = data.root if root is None and isinstance(data, Extraction) else _absolute(root or "")
-        return Images(frame, column, start, told)
+        failed = failures[failures["column"] == column]
+        reasons = dict(zip(failed["position"].tolist(), failed["reason"].tolist(), strict=True))
+        return Images(frame, column, data.root if root is None and isinstance(data, Extraction) else start, reasons)
     check_frame(data)
-    frame = _own(data)
-    try:
-        found: Hashable | None = image_column(frame, images)
-    except RequestError:
-        if images is not None:
-            raise
-        found = None
-    return Images(frame, found, _absolute(root or ""), {})
+    frame = _without_features(data)
+    found: Hashable | None = None
+    with suppress(RequestError) if images is None else nullcontext():
+        found = image_column(frame, images)
+    return Images(frame, found, start, {})
 
 
 def vectors_of(
-    data: Made | pd.DataFrame,
-    features: str | None = None,
-    images: Hashable | None = None,
-    root: str | Path | None = None,
+    data: Data, features: str | None = None, images: Hashable | None = None, root: str | Path | None = None
 ) -> Vectors:
     """Read the features of `data`: all its blocks, or the one of prefix `features`.
 
     The matrices are views of the frame's memory wherever pandas can give one.
-
-    Raises
-    ------
-    RequestError
-        Where there is no such block, none at all, or no row has features.
     """
-    if not isinstance(data, Made):
-        check_frame(data)
-        blocks = _blocks_of_frame(data, features)
-    else:
+    if isinstance(data, Made):
         prefixes = [part.prefix for part in parts_of(data)] if features is None else [features]
         blocks = {prefix: data[prefix].to_numpy() for prefix in prefixes}
         if images is None:
             images = next(part.column for part in parts_of(data) if part.prefix in blocks)
-    ok = np.logical_and.reduce([_finite(rows) for rows in blocks.values()])
+    else:
+        check_frame(data)
+        made = made_columns(data)
+        if not made:
+            raise RequestError(
+                "The frame has no columns of features, such as resnet50_0000 … resnet50_2047 in float32. "
+                "Extract some first: nbfeat.extract(frame, 'ResNet50')."
+            )
+        wanted = made if features is None else {features: made[block_called(features, made)]}
+        blocks = {prefix: data.iloc[:, positions].to_numpy() for prefix, positions in wanted.items()}
+    ok = np.ones(len(next(iter(blocks.values()))), bool)
+    for rows in blocks.values():
+        for part in _parts(len(rows), TILE):
+            ok[part] &= np.isfinite(rows[part]).all(axis=1)
     if not ok.any():
         raise RequestError(f"None of the {len(ok):,} rows has features in {listing(blocks)}.")
     return Vectors(images_of(data, images, root), blocks, ok, data if isinstance(data, Made) else None)
 
 
-def _blocks_of_frame(frame: pd.DataFrame, features: str | None) -> dict[str, Rows]:
-    made = made_columns(frame)
-    if not made:
-        raise RequestError(
-            "The frame has no columns of features, such as resnet50_0000 … resnet50_2047 in float32. "
-            "Extract some first: nbfeat.extract(frame, 'ResNet50')."
-        )
-    wanted = made if features is None else {features: made[block_called(features, made)]}
-    return {prefix: frame.iloc[:, positions].to_numpy() for prefix, positions in wanted.items()}
-
-
-def _own(frame: pd.DataFrame) -> pd.DataFrame:
-    """Leave out the columns of features."""
+def _without_features(frame: pd.DataFrame) -> pd.DataFrame:
     features = {position for positions in made_columns(frame).values() for position in positions}
     return frame.iloc[:, [position for position in range(frame.shape[1]) if position not in features]]
-
-
-def _finite(rows: Rows) -> NDArray[np.bool_]:
-    good = np.empty(len(rows), bool)
-    for start in range(0, len(rows), CHUNK):
-        good[start : start + CHUNK] = np.isfinite(rows[start : start + CHUNK]).all(axis=1)
-    return good
-
-
-def _absolute(root: str | Path) -> Path:
-    return Path(root).expanduser().absolute()

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Rows = npt.NDArray[np.float32]
-
 ON_FAILURE = ("nan", "raise")
 _BLOCK_DEFAULTS = {"layer": None, "pooling": "avg", "normalize": "none", "components": None, "weights": None}
 
@@ -32,8 +31,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
     """Turn images into features of pretrained networks, as a step of a scikit-learn pipeline.
 
     `fit` learns the normalizations that blocks ask for, from its rows alone; `transform` applies them. Features come
-    from the cache where an image was seen before, also in another process: a grid search decodes each image once, or
-    once in each worker.
+    from the cache where an image was seen before: a grid search decodes each image once, or once in each worker.
 
     Parameters
     ----------
@@ -48,13 +46,9 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
         What becomes of an image that cannot be read: ``"nan"``, a row of NaN, for a step that takes them
         (``HistGradientBoostingClassifier``) or fills them (``SimpleImputer``); or ``"raise"``, an ExtractionError. A
         fit of which every image fails raises in either case.
-    precision, device, batch_size
-        As in `nbfeat.extract`. In a worker of joblib (``n_jobs``) threads are the cores ÷ the workers.
-    allow_remote
-        Fetch images by address, as in `nbfeat.extract`; a pickle keeps that.
-    cache
-        Take features from the cache, and keep new ones there. Without it each `fit` and `transform` computes its
-        images again.
+    precision, device, batch_size, allow_remote, cache
+        As in `nbfeat.extract`; a pickle keeps them. In a worker of joblib (``n_jobs``) threads are the cores ÷ the
+        workers. Without the cache each `fit` and `transform` computes its images again.
 
     Attributes
     ----------
@@ -146,19 +140,20 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
         """
         check_is_fitted(self, "recipe_")
         table = _table(X)
-        _validate(self, X, table, reset=False)
+        named = table if table is X else np.empty(table.shape, object)  # which has no names to compare
+        validate_data(self, named, reset=False, skip_check_array=True)
         frame = table.take(list(self._places.values()), axis=1).set_axis(list(self._places), axis=1)
         if len(frame):
             extraction = self._run(frame, like=self.recipe_)
             if extraction.state == "done":
                 return _rows(extraction)
-        return np.full((len(frame), len(self._names())), np.nan, np.float32)
+        return np.full((len(frame), len(self.get_feature_names_out())), np.nan, np.float32)
 
     def get_feature_names_out(self, input_features: Sequence[str] | None = None) -> npt.NDArray[np.object_]:
         """Return the names of the columns, e.g. ``resnet50_0000``; `input_features` are only checked."""
         check_is_fitted(self, "recipe_")
         _check_feature_names_in(self, input_features)
-        return np.array(self._names(), dtype=object)
+        return np.array([name for part in self.recipe_.parts for name in part.names], dtype=object)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -176,7 +171,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
         table = _table(X)
         if not len(table):
             raise RequestError("X has no rows: there is no image to learn from.")
-        _validate(self, X, table, reset=True)
+        validate_data(self, table if table is X else np.empty(table.shape, object), skip_check_array=True)
         asked = self.images if isinstance(self.images, list | tuple) else [self.images]
         if table.shape[1] == len(asked) == 1 and (asked[0] is None or table is not X):  # there is no name to ask for
             columns: list[Hashable] = list(table.columns)
@@ -192,21 +187,26 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
     def _run(self, frame: pd.DataFrame, *blocks: Blocks, **options: Any) -> Extraction:
         """Run over the images in all columns of `frame`; rows that fail may stay NaN, also all of a `transform`."""
         one_of(ON_FAILURE, "on_failure")(self.on_failure)
-        names = ("device", "batch_size", "allow_remote", "cache")
-        run = {**{name: getattr(self, name) for name in names}, **options}
-        extraction = Extraction(frame, *blocks, images=list(frame.columns), **run)
+        options |= {name: getattr(self, name) for name in ("device", "batch_size", "allow_remote", "cache")}
+        extraction = Extraction(frame, *blocks, images=list(frame.columns), **options)
         try:
             extraction.run()
         except ExtractionError:
             if len(extraction.failures) < extraction.total:
                 raise
-        failed = len(extraction.failures)
-        if failed and (self.on_failure == "raise" or (failed == extraction.total and "like" not in options)):
-            raise ExtractionError(_refusal(extraction))
+        failures, total = extraction.failures, extraction.total
+        if not failures.empty and (self.on_failure == "raise" or (len(failures) == total and "like" not in options)):
+            first = failures[["image", "reason"]].head(FIRST_REASONS).itertuples(index=False, name=None)
+            lost = failures["reason"].str.startswith("no such file").any()
+            raise ExtractionError(
+                sentences(
+                    f"{len(failures):,} of the {total:,} images gave no features.",
+                    f"{'; '.join(f'{image}: {reason}' for image, reason in first)}.",
+                    f"Relative paths start at {Path.cwd()}." if lost else "",
+                    "Leave them out, or set on_failure='nan' for rows of NaN." if len(failures) < total else "",
+                )
+            )
         return extraction
-
-    def _names(self) -> list[str]:
-        return [name for part in self.recipe_.parts for name in part.names]
 
 
 def _table(X: Any) -> pd.DataFrame:
@@ -230,26 +230,7 @@ def _table(X: Any) -> pd.DataFrame:
     return pd.DataFrame({"image": array} if array.ndim == 1 else array)
 
 
-def _validate(transformer: ImageFeatures, X: object, table: pd.DataFrame, *, reset: bool) -> None:
-    """Keep, or compare, number and names of the columns; only those of frames have names."""
-    named = table if table is X else np.empty(table.shape, object)
-    validate_data(transformer, named, reset=reset, skip_check_array=True)
-
-
 def _rows(extraction: Extraction) -> Rows:
     """Return the features of all blocks side by side, in an array that may be written to."""
     rows = [part.rows for part in extraction.parts if part.rows is not None]
     return rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1)
-
-
-def _refusal(extraction: Extraction) -> str:
-    """Say how many images failed, and the first of them with their reasons."""
-    failures = extraction.failures
-    first = failures[["image", "reason"]].head(FIRST_REASONS).itertuples(index=False, name=None)
-    shown = "; ".join(f"{image}: {reason}" for image, reason in first)
-    lost = failures["reason"].str.startswith("no such file").any()
-    return sentences(
-        f"{len(failures):,} of the {extraction.total:,} images gave no features. {shown}.",
-        f"Relative paths start at {Path.cwd()}." if lost else "",
-        "Leave them out, or set on_failure='nan' for rows of NaN." if len(failures) < extraction.total else "",
-    )

@@ -16,8 +16,8 @@ from scipy.sparse.csgraph import connected_components
 
 import nbfeat
 from nbfeat import RequestError
-from nbfeat.explore import space
-from nbfeat.explore.space import Space
+from nbfeat.explore import vectors
+from nbfeat.explore.vectors import Space
 from tests.look import HOSTILE, cosine, euclidean, featured
 
 RANDOM = np.random.default_rng(0)
@@ -28,7 +28,7 @@ RANDOM = np.random.default_rng(0)
 def test_groups_are_those_by_the_book(
     metric: Any, book: Callable[..., Any], threshold: float, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(space, "TILE", tile)
+    monkeypatch.setattr(vectors, "TILE", tile)
     rows = RANDOM.normal(size=(90, 4)).astype(np.float32)
     rows[60:75] = rows[20:35]  # equal ones, too
     distances = book(rows)
@@ -69,7 +69,11 @@ def test_features_that_are_all_the_same_are_one_group_without_all_their_pairs() 
     assert peak < 120e6  # 4.5 million pairs
 
 
-def test_no_duplicates_is_said_and_nothing_is_drawn() -> None:
+def test_no_duplicates_is_said_and_only_some_of_many_groups_are_shown() -> None:
+    found = nbfeat.duplicates(featured(np.repeat(np.eye(40), 2, axis=0)), 0)
+    assert found.frame["group"].max() == 40
+    assert "… and 28 more groups: see .frame" in repr(found)
+    assert found._repr_html_().count("<tr>") == 24 + 1
     found = nbfeat.duplicates(featured(np.eye(8)))
     assert "No two of 8 rows are nearly the same" in repr(found)
     assert "a tenth of the median" in repr(found)
@@ -80,12 +84,10 @@ def test_no_duplicates_is_said_and_nothing_is_drawn() -> None:
     with pytest.raises(RequestError, match="no two rows are so near"):
         found.plot()
     assert nbfeat.duplicates(featured(np.eye(1))).frame.empty
-
-
-@pytest.mark.parametrize("threshold", [-1, np.nan, "near", True])
-def test_a_threshold_that_is_none_is_refused(threshold: Any) -> None:
-    with pytest.raises(RequestError, match="threshold takes a distance of at least 0"):
-        nbfeat.duplicates(featured(np.eye(4)), threshold)
+    nothing: list[Any] = [-1, np.nan, "near", True]
+    for threshold in nothing:
+        with pytest.raises(RequestError, match="threshold takes a distance of at least 0"):
+            nbfeat.duplicates(featured(np.eye(4)), threshold)
 
 
 @pytest.mark.usefixtures("fake_network")
@@ -103,13 +105,6 @@ def test_groups_are_shown_and_rows_without_features_counted(photos: pd.DataFrame
     assert html.count("<img ") == 5
     assert len(found.plot()) == 5
     plt.close("all")
-
-
-def test_only_some_of_many_groups_are_shown() -> None:
-    found = nbfeat.duplicates(featured(np.repeat(np.eye(40), 2, axis=0)), 0)
-    assert found.frame["group"].max() == 40
-    assert "… and 28 more groups: see .frame" in repr(found)
-    assert found._repr_html_().count("<tr>") == 24 + 1
 
 
 @pytest.mark.slow

@@ -49,10 +49,7 @@ def test_principal_components_are_scikit_learns() -> None:
     assert legend(found) == ["a", "b", "c"]
     assert repr(found) == "Principal components of net0 by label: 60 points"
 
-
-def test_points_are_told_apart_by_color_and_by_marker() -> None:
-    found = nbfeat.scatter(featured(ROWS, label=LABELS))
-    (points,) = found.plot().collections
+    (points,) = ax.collections  # are told apart by color and by marker
     assert len(np.unique(np.asarray(points.get_facecolor()), axis=0)) == 3
     assert len({np.asarray(path.vertices).tobytes() for path in points.get_paths()}) == 3
 
@@ -85,15 +82,12 @@ def test_of_many_rows_some_are_drawn_with_the_classes_in_proportion() -> None:
     assert len(nbfeat.scatter(featured(rows, label=labels), None, limit=10).frame) == 10
 
 
-def test_the_many_classes_that_are_rare_are_one() -> None:
+def test_classes_are_few_and_named() -> None:
     numbers = np.r_[np.repeat(np.arange(9), 5), np.arange(9, 24)]
     found = nbfeat.scatter(featured(ROWS, label=[f"kind {number}" for number in numbers]))
     assert legend(found) == [*(f"kind {number}" for number in range(9)), "other: 15 classes"]
     ten = nbfeat.scatter(featured(ROWS, label=np.arange(60) % 10))
     assert legend(ten) == list(map(str, range(10)))
-
-
-def test_missing_classes_are_named_and_whole_numbers_are_classes() -> None:
     values = (np.arange(60) % 3).astype(float)
     values[5] = np.nan
     assert legend(nbfeat.scatter(featured(ROWS, label=values))) == ["0", "1", "2", "missing"]
@@ -101,8 +95,6 @@ def test_missing_classes_are_named_and_whole_numbers_are_classes() -> None:
     assert legend(nbfeat.scatter(featured(ROWS, label=ordered))) == ["c", "b", "a"]
     assert legend(nbfeat.scatter(featured(ROWS, label=LABELS == "a"))) == ["False", "True"]
 
-
-def test_numbers_have_a_scale() -> None:
     values = np.linspace(0, 1, 60)
     values[7] = np.nan
     found = nbfeat.scatter(featured(ROWS, age=values), "age")
@@ -112,7 +104,7 @@ def test_numbers_have_a_scale() -> None:
     assert legend(found) == ["missing"]
 
 
-def test_one_color_needs_no_column_and_one_that_is_not_there_is_told() -> None:
+def test_what_cannot_be_drawn_is_told_and_one_color_needs_no_column(monkeypatch: pytest.MonkeyPatch) -> None:
     frame = featured(ROWS, lable=LABELS)
     assert nbfeat.scatter(frame, None).plot().get_legend() is None
     with pytest.raises(RequestError, match=r"color 'label' is not one column of the frame. Did you mean lable"):
@@ -124,8 +116,9 @@ def test_one_color_needs_no_column_and_one_that_is_not_there_is_told() -> None:
     with pytest.raises(RequestError, match=r"method cannot be 'tnse'. Did you mean tsne"):
         nbfeat.scatter(frame, None, "tnse")  # type: ignore[arg-type]
 
-
-def test_too_few_rows_and_equal_ones_are_told() -> None:
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(RequestError, match="pip install umap-learn"):
+        nbfeat.scatter(frame, None, "umap")
     with pytest.raises(RequestError, match="all 60 rows have the same features"):
         nbfeat.scatter(featured(np.ones((60, 3))), None)
     with pytest.raises(RequestError, match="tsne takes at least 4 rows with features, and there are 3"):
@@ -138,9 +131,6 @@ def test_too_few_rows_and_equal_ones_are_told() -> None:
 
 
 def test_umap_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "umap", None)
-    with pytest.raises(RequestError, match="pip install umap-learn"):
-        nbfeat.scatter(featured(ROWS), None, "umap")
     asked: dict[str, Any] = {}
 
     class Umap:
@@ -170,16 +160,13 @@ def test_the_users_theme_is_taken_and_left_alone() -> None:
     assert found.plot(mine) is mine
 
 
-def test_nothing_is_cut_off(tmp_path: Any) -> None:
+def test_nothing_is_cut_off_and_what_comes_from_data_is_escaped(tmp_path: Any) -> None:
+    found = nbfeat.scatter(featured(ROWS, **{HOSTILE: [HOSTILE, "$x$"] * 30}), HOSTILE)
+    assert HOSTILE not in found._repr_html_()
+    assert legend(found) == [r"\$x\$", HOSTILE]
     labels = np.array(["a rather long name of a class, longer than a legend takes", "b"])[np.arange(60) % 2]
     (tmp_path / "picture.png").write_bytes(nbfeat.scatter(featured(ROWS, label=labels)).png())
     with Image.open(tmp_path / "picture.png") as image:
         pixels = np.asarray(image.convert("L"))
     assert (pixels[[0, -1]] == 255).all()
     assert (pixels[:, [0, -1]] == 255).all()
-
-
-def test_what_comes_from_data_is_escaped() -> None:
-    found = nbfeat.scatter(featured(ROWS, **{HOSTILE: [HOSTILE, "$x$"] * 30}), HOSTILE)
-    assert HOSTILE not in found._repr_html_()
-    assert legend(found) == [r"\$x\$", HOSTILE]

@@ -90,7 +90,7 @@ def columns_of(extraction: Extraction) -> list[Choice]:
 def failures(extraction: Extraction, _: object) -> Html:
     """Draw the images that failed, each with its reason."""
     from nbfeat.explore import gallery
-    from nbfeat.explore.tile import Tile
+    from nbfeat.explore.gallery import Tile
 
     found = extraction.failures
     rows = found[["position", "image", "reason"]].head(FAILURES_SHOWN).itertuples(index=False)

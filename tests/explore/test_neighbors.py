@@ -17,9 +17,12 @@ from PIL import Image
 import nbfeat
 from nbfeat import ExtractionError, RequestError
 from nbfeat.explore.neighbors import distance_text
-from nbfeat.explore.space import Space
+from nbfeat.explore.vectors import Space
+from nbfeat.inference import prepared
 from tests.look import HOSTILE, cosine, euclidean, featured
 
+pytestmark = pytest.mark.usefixtures("fake_network")
+REAL_NETWORK = prepared.PreparedNetwork
 RANDOM = np.random.default_rng(0)
 ROWS = RANDOM.normal(size=(60, 12))
 ROWS[[7, 31, 32, 50]] = ROWS[3]  # ties
@@ -48,16 +51,16 @@ def test_the_nearest_are_those_by_the_book_and_ties_stand_in_order(
 
 
 def test_a_large_table_is_searched_in_parts_that_agree_with_the_whole() -> None:
-    rows = RANDOM.normal(size=(20_000, 256)).astype(np.float32)
-    rows[[5, 1500, 19_999]] = rows[4]
+    rows = RANDOM.normal(size=(8_000, 256)).astype(np.float32)
+    rows[[5, 1500, 7_999]] = rows[4]
     space = Space([rows], "cosine")
     tracemalloc.start()
-    found, distances = space.nearest([rows[4:5]], np.arange(20_000), 12)
+    found, distances = space.nearest([rows[4:5]], np.arange(8_000), 12)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < rows.nbytes / 4
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    assert list(found[:4]) == [4, 5, 1500, 19_999]
+    assert list(found[:4]) == [4, 5, 1500, 7_999]
     assert set(found) == set(np.argsort(1 - unit @ unit[4])[:12])
     assert list(distances[:4]) == [0] * 4
 
@@ -69,42 +72,34 @@ def test_several_blocks_count_the_same() -> None:
     mean = (cosine(ROWS) + cosine(other))[10] / 2
     np.testing.assert_allclose(found.frame["distance"], np.sort(np.delete(mean, 10)), atol=1e-6)
     assert "net0 and net1" in repr(found)
+    rows = np.abs(ROWS)
+    rows[[0, 20]] = 0  # such rows are far from all others and equal to each other
+    zeros = nbfeat.similar(featured(rows, label=np.arange(60)), to=100, k=2).frame
+    assert zeros["label"].iloc[0] == 20
+    np.testing.assert_allclose(zeros["distance"], [0, 1])
     one = nbfeat.similar(frame, to=110, k=3, features="net1").frame["distance"]
     np.testing.assert_allclose(one, np.sort(np.delete(cosine(other)[10], 10))[:3], atol=1e-6)
 
 
-def test_rows_of_zeros_are_far_from_all_others_and_equal_to_each_other() -> None:
-    rows = np.abs(ROWS)
-    rows[[0, 20]] = 0
-    found = nbfeat.similar(featured(rows, label=np.arange(60)), to=100, k=2).frame
-    assert found["label"].iloc[0] == 20
-    np.testing.assert_allclose(found["distance"], [0, 1])
-
-
 def test_a_row_is_named_by_its_label_and_what_is_none_is_told() -> None:
     frame = featured(ROWS, label="x").rename(index={101: 100})
-    with pytest.raises(RequestError, match=r"2 rows are labelled 100.*reset_index"):
-        nbfeat.similar(frame, to=100)
-    with pytest.raises(RequestError, match=r"3 is no label of the index \(which begins with 100, 100 and 102\)"):
-        nbfeat.similar(frame, to=3)
-    with pytest.raises(RequestError, match="k takes a whole number"):
-        nbfeat.similar(frame, to=102, k=0)
-    with pytest.raises(RequestError, match=r"metric cannot be 'cosin'. Did you mean cosine"):
-        nbfeat.similar(frame, to=102, metric="cosin")  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match=r"There is no block 'net'. Did you mean net0"):
-        nbfeat.similar(frame, to=102, features="net")
-    with pytest.raises(RequestError, match="has no columns of features"):
-        nbfeat.similar(frame[["label"]], to=102)
-    with pytest.raises(RequestError, match=r"caption 'lable' is not one column of the frame. Did you mean label"):
-        nbfeat.similar(frame, to=102, caption="lable")
-
-
-def test_own_columns_keep_their_names() -> None:
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"to": 100}, r"2 rows are labelled 100.*reset_index"),
+        ({"to": 3}, r"3 is no label of the index \(which begins with 100, 100 and 102\)"),
+        ({"k": 0}, "k takes a whole number"),
+        ({"metric": "cosin"}, r"metric cannot be 'cosin'. Did you mean cosine"),
+        ({"features": "net"}, r"There is no block 'net'. Did you mean net0"),
+        ({"result": frame[["label"]]}, "has no columns of features"),
+        ({"result": [1, 2]}, "must be a pandas DataFrame, not list"),
+        ({"caption": "lable"}, r"caption 'lable' is not one column of the frame. Did you mean label"),
+    ]
+    for options, words in refused:
+        with pytest.raises(RequestError, match=words):
+            nbfeat.similar(**{"result": frame, "to": 102, **options})
     frame = featured(ROWS, distance="far", label="x")
     assert list(nbfeat.similar(frame, to=100).frame.columns) == ["distance_", "distance", "label"]
 
 
-@pytest.mark.usefixtures("fake_network")
 def test_rows_without_features_are_left_out_and_counted(photos: pd.DataFrame, tmp_path: Path) -> None:
     photos.loc["row 5", "path"] = str(tmp_path / "gone.png")
     result = nbfeat.extract(photos, "MobileNet --size 32", images="path")
@@ -117,11 +112,12 @@ def test_rows_without_features_are_left_out_and_counted(photos: pd.DataFrame, tm
     assert "1 row without features left out" in found._repr_html_()
     with pytest.raises(RequestError, match=r"Row 'row 5' has no features: no such file"):
         nbfeat.similar(result, to="row 5")
+    with pytest.raises(ExtractionError, match="not finished: 0 of 20 images"):
+        nbfeat.similar(nbfeat.Extraction(photos, "MobileNet --size 32", images="path"), to="row 0")
     with pytest.raises(RequestError, match=r"'row 44' is no label.*no such file.*Did you mean row 4"):
         nbfeat.similar(result, to="row 44")
 
 
-@pytest.mark.usefixtures("fake_network")
 def test_an_image_of_no_row_is_extracted_as_the_result_was(photos: pd.DataFrame, tmp_path: Path) -> None:
     first = Path(photos["path"].iloc[0])
     copy = tmp_path / "copy.png"
@@ -144,7 +140,6 @@ def test_an_image_of_no_row_is_extracted_as_the_result_was(photos: pd.DataFrame,
         nbfeat.similar(result.frame, to=copy)
 
 
-@pytest.mark.usefixtures("fake_network")
 def test_of_two_image_columns_one_is_compared_with_a_new_image(photos: pd.DataFrame, tmp_path: Path) -> None:
     photos["back"] = list(photos["path"][::-1])
     photos.loc["row 0", "back"] = str(tmp_path / "gone.png")
@@ -159,14 +154,6 @@ def test_of_two_image_columns_one_is_compared_with_a_new_image(photos: pd.DataFr
     assert "left out" not in repr(nbfeat.similar(result, to=to, features="path_mobilenet"))
 
 
-def test_an_extraction_that_is_not_finished_is_told(photos: pd.DataFrame) -> None:
-    with pytest.raises(ExtractionError, match="not finished: 0 of 20 images"):
-        nbfeat.similar(nbfeat.Extraction(photos, "MobileNet --size 32", images="path"), to="row 0")
-    with pytest.raises(RequestError, match="must be a pandas DataFrame, not list"):
-        nbfeat.similar([1, 2], to=0)  # type: ignore[arg-type]
-
-
-@pytest.mark.usefixtures("fake_network")
 def test_a_label_goes_before_a_path_and_a_path_of_a_row_is_that_row(photos: pd.DataFrame) -> None:
     result = nbfeat.extract(photos, "MobileNet --size 32", images="path")
     by_path = nbfeat.similar(result, to=Path(photos["path"].iloc[6]), k=20).frame
@@ -176,7 +163,6 @@ def test_a_label_goes_before_a_path_and_a_path_of_a_row_is_that_row(photos: pd.D
     assert list(by_label["distance"]) == list(nbfeat.similar(result, to="row 7", k=20).frame["distance"])
 
 
-@pytest.mark.usefixtures("fake_network")
 def test_the_gallery_shows_the_one_asked_for_first_and_escapes_everything(photos: pd.DataFrame) -> None:
     photos["label"] = photos["label"].where(photos.index != "row 3", HOSTILE)
     result = nbfeat.extract(photos.rename(index={"row 4": HOSTILE}), "MobileNet --size 32", images="path")
@@ -206,7 +192,8 @@ def test_without_images_the_rows_are_shown() -> None:
 
 
 @pytest.mark.slow
-def test_neighbors_of_flowers_are_flowers_of_their_kind(flowers: pd.DataFrame) -> None:
+def test_neighbors_of_flowers_are_flowers_of_their_kind(flowers: pd.DataFrame, monkeypatch: Any) -> None:
+    monkeypatch.setattr(prepared, "PreparedNetwork", REAL_NETWORK)
     result = nbfeat.extract(flowers, "MobileNetV2", images="path")
     labels, distances = flowers["label"].to_numpy(), cosine(result.features.to_numpy())
     np.fill_diagonal(distances, np.inf)
