@@ -25,8 +25,8 @@ from nbfeat.errors import NbfeatError, RequestError, WeightsError
 from nbfeat.extraction.options import FeatureBlock
 from nbfeat.inference.model import NetworkSpec
 from nbfeat.jupyter.completion import candidates
-from tests.backbones import own_networks
-from tests.backbones.own_networks import SIZE, frame_of
+from tests.backbones import user_networks
+from tests.backbones.user_networks import SIZE, frame_of
 
 pytestmark = pytest.mark.slow
 WEIGHTS = "model.weights.h5"
@@ -35,7 +35,7 @@ WEIGHTS = "model.weights.h5"
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    own_networks.run("save", str(folder))
+    user_networks.run("save", str(folder))
     return folder
 
 
@@ -90,13 +90,13 @@ def test_mixed_precision_is_pooled_in_float32(models: Path) -> None:
 
 
 def test_the_keras_engine_gives_the_same(models: Path) -> None:
-    found = own_networks.run("in_keras", str(models))
+    found = user_networks.run("in_keras", str(models))
     np.testing.assert_allclose(features(models / "plain.keras", "--scaling tf")[0], found["features"], atol=1e-5)
     assert "so Keras runs the network" in found["report"]
 
 
 def test_only_what_gives_the_same_is_turned_channels_first(models: Path) -> None:
-    found = own_networks.run("layouts", str(models), "plain:pool", "nested", "sequential", backend="openvino")
+    found = user_networks.run("layouts", str(models), "plain:pool", "nested", "sequential", backend="openvino")
     assert found == {"plain:pool": True, "nested": False, "sequential": False}
 
 
@@ -293,7 +293,7 @@ def test_layers_of_a_file_are_shown(models: Path) -> None:
 
 
 def test_registered_networks_run_and_are_told_by_their_weights() -> None:
-    found = own_networks.run("registered")
+    found = user_networks.run("registered")
     assert max(found["differs"]) < 1e-4
     assert found["cached"] == [0, 3, 0]
     assert found["engines"][0].startswith("OpenVINO")
@@ -316,7 +316,7 @@ def test_registered_networks_run_and_are_told_by_their_weights() -> None:
 
 
 def test_what_openvino_cannot_run_keras_does_in_the_kernel() -> None:
-    found = own_networks.run("without_openvino")
+    found = user_networks.run("without_openvino")
     assert "OpenVINO cannot run MyNet: no such operation, so Keras runs it in this process" in found["report"]
     assert found["cached"] == [0, 3]
     assert found["alone"] == ["conv:default"]
