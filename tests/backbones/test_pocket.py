@@ -165,38 +165,27 @@ def test_what_teachers_give_is_made_of_one_length_and_learned_from_some_rows_alo
     assert np.array_equal(components(features, learn)[:399], found[:399])
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with what `pocket_child` left."""
+@pytest.mark.slow
+def test_it_learns_the_same_again_and_folded_weights_give_what_it_gave(tmp_path: Path) -> None:
     python = os.environ.get("NBFEAT_TORCH_PYTHON", sys.executable)
     if subprocess.run([python, "-c", "import torch"], check=False, capture_output=True).returncode:
         pytest.skip("torch is not installed: set NBFEAT_TORCH_PYTHON to a Python that has it")
-    folder = tmp_path_factory.mktemp("student")
     done = subprocess.run(
-        [python, "-m", "tests.backbones.pocket_child", str(folder)],
+        [python, "-m", "tests.backbones.pocket_child", str(tmp_path)],
         capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert not done.returncode, done.stderr[-2000:]
-    return folder
-
-
-@pytest.mark.slow
-def test_folded_weights_give_what_the_network_with_batch_norms_gives(student: Path) -> None:
-    weights: Weights = {}
-    with np.load(student / "network.npz") as saved:
-        for each in pocket.CONVOLUTIONS:
-            weights[each.name] = [saved[f"{each.name}/{part}"].astype(np.float32) for part in ("kernel", "bias")]
+    with np.load(tmp_path / "network.npz") as saved:
+        weights = {
+            each.name: [saved[f"{each.name}/{part}"].astype(np.float32) for part in ("kernel", "bias")]
+            for each in pocket.CONVOLUTIONS
+        }
         found, expected = by_hand(saved["pixels"], weights)["top_conv"], saved["maps"]
-    # Half precision has three digits.
-    assert np.abs(found - expected).max() <= 1e-2 * expected.max()
-
-
-@pytest.mark.slow
-def test_it_learns_and_learns_the_same_again(student: Path) -> None:
-    with np.load(student / "learned.npz") as told:
-        assert list(told["epochs"]) == [1, 2, 3, 4, 5, 6]
-        assert told["right"][-1] > 0.5
-        assert told["same"]
+    assert np.abs(found - expected).max() <= 1e-2 * expected.max()  # half precision has three digits
+    with np.load(tmp_path / "learned.npz") as learned:
+        assert list(learned["epochs"]) == [1, 2, 3, 4, 5, 6]
+        assert learned["right"][-1] > 0.5
+        assert learned["same"]
 
 
 @pytest.mark.slow

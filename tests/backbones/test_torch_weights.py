@@ -152,12 +152,9 @@ def test_state_dicts_are_found_where_training_puts_them(kind: str, tmp_path: Pat
         assert list(arrays) == ["w"]
 
 
-def test_axes_of_one_may_have_any_stride(tmp_path: Path) -> None:
+def test_axes_of_one_may_have_any_stride_and_older_names_and_zips_are_read(tmp_path: Path) -> None:
     arrays = read(as_zip(state({"w": tensor(size=shape(1, 2, 1), stride=shape(1 << 40, 2, 7))}), FOUR), tmp_path)
     np.testing.assert_array_equal(arrays["w"], np.array([[[1], [3]]], np.float32), strict=True)
-
-
-def test_older_names_and_zips_are_read(tmp_path: Path) -> None:
     older = call(named("torch._utils", "_rebuild_tensor"), storage(), number(0), shape(4), shape(1))
     few = [Member("old/data.pkl", START + state({"w": older}) + b"."), Member("old/data/0", FOUR)]
     assert list(read(zipped(*few), tmp_path)) == ["w"]
