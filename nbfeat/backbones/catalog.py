@@ -45,7 +45,7 @@ def _known(name: str) -> str:
 
 
 def backbones(pattern: str = "*") -> pd.DataFrame:
-    """List the backbones whose name matches `pattern`.
+    """List the backbones whose name matches `pattern`; RequestError where none does.
 
     Parameters
     ----------
@@ -58,11 +58,6 @@ def backbones(pattern: str = "*") -> pd.DataFrame:
         One row per backbone, by name: its family, the side of its input in pixels, its width (features per image), its
         parameters without the classifier, how its pixels are scaled, the alphas and the layers one can name, and the
         weights it has by default. Width and parameters of registered networks are not known before they are built.
-
-    Raises
-    ------
-    RequestError
-        Where no name matches.
 
     Examples
     --------
@@ -91,7 +86,7 @@ def backbones(pattern: str = "*") -> pd.DataFrame:
 def register_backbone(
     name: str, build: Callable[[int], keras.Model], *, input_size: int, scaling: Scaling, layers: Iterable[str] = ()
 ) -> None:
-    """Add a network of your own to the backbones, for this session.
+    """Add a network of your own to the backbones, for this session; RequestError where a value cannot be.
 
     Parameters
     ----------
@@ -108,11 +103,6 @@ def register_backbone(
     layers
         Names of the layers that completion offers to cut at.
 
-    Raises
-    ------
-    RequestError
-        Where a value cannot be.
-
     Examples
     --------
     >>> def build(size):
@@ -120,12 +110,24 @@ def register_backbone(
     ...     return keras.Model(image, keras.layers.Conv2D(32, 3, name="conv")(image))
     >>> nbfeat.register_backbone("MyNet", build, input_size=96, scaling="tf", layers=["conv"])  # doctest: +SKIP
     """
-    known = _known(str(name))
+    names = (None,) if isinstance(layers, str) else tuple(layers)
+    _check(name, build, input_size, scaling)
+    if not all(isinstance(layer, str) for layer in names):
+        raise RequestError(f"layers takes names of layers, such as ['conv5'], not {layers!r}.")
+    CATALOG.pop(_known(name), None)
+    CATALOG[name] = Backbone(
+        name=name, family="own", module="", size=input_size, smallest=1, width=0, scaling=scaling, parameters=0,
+        layers=tuple(Layer(str(layer), 0, 0) for layer in names), package="registered", default_weights="own",
+        function=build,
+    )  # fmt: skip
+
+
+def _check(name: object, build: object, input_size: object, scaling: object) -> None:
     if not isinstance(name, str) or not name.isidentifier():
         raise RequestError(
             f"A backbone's name is letters, digits and underscores, not {name!r}. Choose one such as 'MyNet'."
         )
-    if known and CATALOG[known].package != "registered":
+    if (known := _known(name)) and CATALOG[known].package != "registered":
         raise RequestError(f"{known} is a published backbone. Choose another name, such as 'My{known}'.")
     if not callable(build):
         raise RequestError(f"build must be a function of the size that returns a model, not {type(build).__name__}.")
@@ -133,16 +135,6 @@ def register_backbone(
         raise RequestError(f"scaling cannot be {scaling!r}. Choose {listing(SCALINGS, 'or')}.")
     if isinstance(input_size, bool) or not isinstance(input_size, int) or not 1 <= input_size <= LARGEST:
         raise RequestError(f"input_size takes a whole number of pixels from 1 to {LARGEST:,}, not {input_size!r}.")
-    names = (None,) if isinstance(layers, str) else tuple(layers)
-    if not all(isinstance(layer, str) for layer in names):
-        raise RequestError(f"layers takes names of layers, such as ['conv5'], not {layers!r}.")
-    if known:
-        del CATALOG[known]
-    CATALOG[name] = Backbone(
-        name=name, family="own", module="", size=input_size, smallest=1, width=0, scaling=scaling, parameters=0,
-        layers=tuple(Layer(str(layer), 0, 0) for layer in names), package="registered", default_weights="own",
-        function=build,
-    )  # fmt: skip
 
 
 def _published() -> Iterator[Backbone]:

@@ -37,12 +37,8 @@ _READ_FILES = {"StringLookup", "IntegerLookup", "TextVectorization"}
 def backbone_at(name: str) -> Backbone:
     """Return the backbone in the file `name`, whose name is its absolute path; nothing of it is built.
 
-    Raises
-    ------
-    RequestError
-        Where there is no such file, or its network does not take square RGB images, or is not of Keras' own layers.
-    WeightsError
-        Where the file is damaged, or not what Keras writes.
+    Raises RequestError where there is no such file, or its network does not take square RGB images, or is not of Keras'
+    own layers; WeightsError where the file is damaged, or not what Keras writes.
     """
     path = Path(name).expanduser().absolute()
     if not path.is_file():

@@ -55,7 +55,7 @@ def load(
 ) -> tuple[keras.Model, Loaded]:
     """Build the network of `backbone` by `make` and give it `weights`; `tell` hears of a download before it begins."""
     if weights == "imagenet" and backbone.package == "keras.applications":
-        with _files_told(tell) as files:
+        with _watched_downloads(tell) as files:
             network = make("imagenet")
         return network, Loaded("imagenet", digest(Path(files[-1])))
     # Reading files takes more imports than a notebook needs.
@@ -123,7 +123,7 @@ def _load_checkpoint(backbone: Backbone, network: Any, path: Path) -> None:
 
 
 @contextmanager
-def _files_told(tell: Tell) -> Iterator[list[str]]:
+def _watched_downloads(tell: Tell) -> Iterator[list[str]]:
     """Watch Keras' `get_file`: tell of downloads, and turn a failed one into a sentence that helps."""
     from keras.src.backend import config
     from keras.src.utils import file_utils

@@ -126,6 +126,7 @@ def laughs() -> dict[str, bytes]:
     """Return values that grow when they are counted, hashed, compared, copied or printed."""
     tree = b")" + b"q\0h\0\x86" * 60  # a pair of a pair of a pair, each twice the same
     long = b"(" + b"K\1" * MANY + b"tq\0"
+    long_call = b"(" + storage() + number(0) + shape(4) + shape(1) + b"N" * MANY + b"tq\0"
     pairs = b"](" + b"".join(listed(text(str(place)), b"N") for place in range(20_000)) + b"eq\0"
     same_hash = b"".join(number(place * ((1 << 61) - 1)) + b"N" for place in range(MANY))
     return {
@@ -138,21 +139,21 @@ def laughs() -> dict[str, bytes]:
         "a doubled tuple as arguments": ORDERED + tree + b"R",
         "a doubled tuple as an axis": state({"w": tensor(size=row(tree))}),
         "a doubled tuple as an id": tree + b"Q",
-        "a doubled tuple as a gradient": state({"w": tensor(more=tree + tree + tree)}),
+        "a doubled tuple as hooks": state({"w": tensor(more=tree + tree + tree)}),
         "DUP": b"]" + b"2" * MANY + b"t",
-        "marks": b"(" * 490_000,
+        "marks": b"(" * MANY,
         "lists": b"]" * 490_000,
-        "dicts": b"}" * 490_000,
         "dicts that are remembered": b"}\x94" * 245_000,
         "ever more dicts": b"}" * (3 << 20),
-        "lists in lists": b"]" * 240_000 + b"a" * 239_999,
-        "tuples in tuples": b")" + b"\x85" * 490_000,
-        "dicts in dicts": (b"}" + text("a")) * 120_000 + b"}" + b"s" * 120_000,
+        "lists in lists": b"]" * MANY + b"a" * (MANY - 1),
+        "tuples in tuples": b")" + b"\x85" * MANY,
+        "dicts in dicts": (b"}" + text("a")) * MANY + b"}" + b"s" * MANY,
         "a list in itself": b"]q\0h\0a",
         "a dict in itself": b"}q\0" + text("state_dict") + b"h\0s",
         "a dict in itself, as a tensor": state({"w": b"}q\0" + text("w") + b"h\0s"}),
         "one long tuple as shapes": b"(" + long + tensor(size=b"h\0", stride=b"h\0") * 1000 + b"t",
         "one long tuple as arguments": b"(" + long + (REBUILD + b"h\0R") * 1000 + b"t",
+        "one long tuple as arguments that fit": b"(" + long_call + (REBUILD + b"h\0R") * 1000 + b"t",
         "one long tuple as ids": b"(" + long + b"h\0Q" * 1000 + b"t",
         "one list as many dicts": b"(" + pairs + (ORDERED + b"h\0\x85R") * 10_000 + b"t",
         "keys of one hash": b"}(" + same_hash + b"u",
@@ -285,7 +286,7 @@ def zips() -> dict[str, bytes]:
         "a huge order of bytes": zipped(*members(PICKLE, FOUR, byteorder=b"little" * 1_000_000)),
         "a huge pickle": zipped(*members(PICKLE + b"." * (5 << 20), FOUR)),
         "an empty pickle": zipped(*members(b"", FOUR)),
-        "a table of 4 MB": zipped(*good[1:], *(Member(f"archive/data/{place}", b"") for place in range(1, 65_000))),
+        "a long table": zipped(*good[1:], *(Member(f"archive/data/{place}", b"") for place in range(1, 10_000))),
         "a long storage": as_zip(GOOD, FOUR * 2),
         "a short storage": as_zip(GOOD, FOUR[:-1]),
         "views": views(),
@@ -305,6 +306,7 @@ def rows() -> dict[str, bytes]:
         "big-endian": as_row(GOOD, (4, FOUR), little=b"\x89"),
         "endian as text": as_row(GOOD, (4, FOUR), little=text("yes")),
         "no keys": as_row(GOOD, (4, FOUR), keys=b"]"),
+        "keys that double": as_row(GOOD, (4, FOUR), keys=listed(b")" + b"q\0h\0\x86" * 60)),
         "keys of None": as_row(GOOD, (4, FOUR), keys=b"N"),
         "keys of lists": as_row(GOOD, (4, FOUR), keys=listed(b"]")),
         "other keys": as_row(GOOD, (4, FOUR), keys=listed(text("1"))),
@@ -344,26 +346,21 @@ def heavy() -> dict[str, bytes]:
 
 
 def everything(canary: Path) -> dict[str, bytes]:
-    """Return every hostile file by name; values are put in both formats."""
-    values = calls(canary) | sizes() | laughs() | tensors()
+    """Return every hostile file by name; values are put in both formats, the largest in one."""
+    values, large = calls(canary) | tensors(), sizes() | laughs()
     inside = {f"{name} ({kind})": make(value) for name, value in values.items() for kind, make in FORMATS.items()}
-    return inside | zips() | {f"{name} (row)": data for name, data in rows().items()}
+    return (
+        inside
+        | {name: FORMATS["zip"](value) for name, value in large.items()}
+        | zips()
+        | {f"{name} (row)": data for name, data in rows().items()}
+    )
 
 
 _PIECES = (
     *(bytes([step]) for step in b"]})(N\x88\x89t\x85\x86\x87aesubRQ\x93\x94"),
-    *(
-        b"q\0",
-        b"q\1",
-        b"h\0",
-        b"h\1",
-        b"h\2",
-        b"r\0\0\0\1",
-        b"K\4",
-        b"M\0\1",
-        b"J\xff\xff\xff\xff",
-        b"G\0\0\0\0\0\0\0\0",
-    ),
+    *(b"q\0 q\1 h\0 h\1 h\2 K\4 J\xff\xff\xff\xff".split(b" ")),
+    *(b"r\0\0\0\1", b"M\0\1", b"G\0\0\0\0\0\0\0\0"),
     *map(text, ("a", "0", "storage", "state_dict", "cpu")),
     *(number(1 << 70), shape(4), shape(2, 2), row(), ORDERED, REBUILD, named("torch", "FloatStorage"), call(ORDERED)),
     *(named("torch._utils", "_rebuild_parameter"), storage(), tensor(), GOOD),

@@ -56,9 +56,6 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     folded(folder)
     (figures, weights), (_, again) = learned(), learned()
-    told: dict[str, Any] = {
-        "epochs": [each["epochs"] for each in figures],
-        "right": [each["held out"]["right"] for each in figures],
-        "same": all(np.array_equal(weights[key], again[key]) for key in weights),
-    }
-    np.savez(folder / "learned.npz", **told)
+    epochs, right = [each["epochs"] for each in figures], [each["held out"]["right"] for each in figures]
+    same = all(np.array_equal(weights[key], again[key]) for key in weights)
+    np.savez(folder / "learned.npz", epochs=epochs, right=right, same=same)

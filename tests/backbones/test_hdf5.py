@@ -78,7 +78,7 @@ def test_weights_are_let_through(fill: Fill, version: str, tmp_path: Path) -> No
     check_hdf5(made(tmp_path, fill, libver=version))
 
 
-def test_published_weights_are_let_through(shared_data: Path) -> None:
+def test_weights_weights_are_let_through(shared_data: Path) -> None:
     files = list((shared_data / "keras_home" / "models").glob("*.h5"))
     for path in files:
         check_hdf5(path)

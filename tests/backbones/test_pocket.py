@@ -18,24 +18,18 @@ from nbfeat import RequestError, WeightsError
 from nbfeat.backbones import pocket
 from nbfeat.backbones.catalog import CATALOG
 from nbfeat.backbones.pocket_training import components
-from nbfeat.backbones.torch_weights import LayerWeights
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import read_pixels
-from tests import keras_child
 from tests.conftest import ROOT
-from tests.faces import Face, every_face, same
+from tests.faces import same
 
 POCKET = CATALOG["Pocket"]
+Weights = dict[str, list[np.ndarray]]
 
 
-def test_it_is_small() -> None:
+def test_its_weights_are_small_whole_half_precision_and_of_the_shapes_of_its_layers() -> None:
     assert pocket.WEIGHTS.stat().st_size <= 2_500_000
-    assert POCKET.parameters <= 1_200_000
-    assert 64 <= POCKET.size <= 112
-    assert POCKET.width <= 512
-
-
-def test_its_weights_are_whole_half_precision_and_of_the_shapes_of_its_layers() -> None:
+    assert (POCKET.parameters <= 1_200_000, 64 <= POCKET.size <= 112, POCKET.width <= 512) == (True, True, True)
     weights = pocket.read(POCKET.bundled)
     assert list(weights) == [each.name for each in pocket.CONVOLUTIONS]
     for each in pocket.CONVOLUTIONS:
@@ -46,15 +40,6 @@ def test_its_weights_are_whole_half_precision_and_of_the_shapes_of_its_layers() 
         assert np.isfinite(kernel).all()
         assert np.array_equal(kernel, kernel.astype(np.float16))
     assert sum(array.size for arrays in weights.values() for array in arrays) == POCKET.parameters
-
-
-def test_the_table_says_what_is_built() -> None:
-    found = keras_child.run("structures", f"Pocket:{POCKET.size}", backend="openvino")[f"Pocket:{POCKET.size}"]
-    assert found["parameters"] == POCKET.parameters
-    shapes = {layer.name: [POCKET.size // layer.stride] * 2 + [layer.channels] for layer in POCKET.layers}
-    assert {name: found["shapes"][name] for name in shapes} == shapes
-    assert list(found["shapes"])[-1] == POCKET.layers[-1].name
-    assert not any(found["negative"][name] for name in shapes)
 
 
 @pytest.mark.parametrize("change", ["another byte", "missing", "cut short"])
@@ -90,7 +75,7 @@ def close(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
-def by_hand(pixels: np.ndarray, weights: LayerWeights) -> dict[str, np.ndarray]:
+def by_hand(pixels: np.ndarray, weights: Weights) -> dict[str, np.ndarray]:
     x = (pixels / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     maps: dict[str, np.ndarray] = {}
     for each in pocket.CONVOLUTIONS:
@@ -104,15 +89,16 @@ def by_hand(pixels: np.ndarray, weights: LayerWeights) -> dict[str, np.ndarray]:
     return maps
 
 
-def test_the_report_says_that_it_is_bundled_and_small(extract: Face, photos: pd.DataFrame) -> None:
-    result = extract(photos, "Pocket", images="path")
+def test_the_report_says_that_it_is_bundled_and_small(photos: pd.DataFrame) -> None:
+    result = nbfeat.extract(photos, "Pocket", images="path")
     assert "80 px squash → Pocket (bundled, small) → end 5×5×512 → average" in repr(result)
     assert result.features.shape == (20, 512)
     assert result.recipe["weights"] == [POCKET.bundled]
-    again = extract(photos, "Pocket --weights bundled", images="path", cache=False)
+    again = nbfeat.extract(photos, "Pocket --weights bundled", images="path", cache=False)
     same(again.features, result.features)
 
 
+@pytest.mark.slow
 def test_its_weights_may_be_random(photos: pd.DataFrame) -> None:
     drawn = nbfeat.extract(photos, "Pocket --weights random", images="path")
     assert "Pocket (random weights)" in repr(drawn)
@@ -134,10 +120,9 @@ def test_what_it_is_not_is_told(block: str, words: str, photos: pd.DataFrame) ->
         nbfeat.extract(photos, block, images="path")
 
 
-@every_face
-def test_it_is_suggested_and_never_taken_unasked(extract: Face, photos: pd.DataFrame) -> None:
+def test_it_is_suggested_and_never_taken_unasked(photos: pd.DataFrame) -> None:
     with pytest.raises(RequestError) as caught:
-        extract(photos, "", images="path")
+        nbfeat.extract(photos, "", images="path")
     text = str(caught.value)
     assert "\n" not in text
     for name in ("`Pocket` (at once, without a download)", "`MobileNetV2` (light)", "`ResNet50` (usual)"):
@@ -180,38 +165,27 @@ def test_what_teachers_give_is_made_of_one_length_and_learned_from_some_rows_alo
     assert np.array_equal(components(features, learn)[:399], found[:399])
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with what `pocket_child` left."""
+@pytest.mark.slow
+def test_it_learns_the_same_again_and_folded_weights_give_what_it_gave(tmp_path: Path) -> None:
     python = os.environ.get("NBFEAT_TORCH_PYTHON", sys.executable)
     if subprocess.run([python, "-c", "import torch"], check=False, capture_output=True).returncode:
         pytest.skip("torch is not installed: set NBFEAT_TORCH_PYTHON to a Python that has it")
-    folder = tmp_path_factory.mktemp("student")
     done = subprocess.run(
-        [python, "-m", "tests.backbones.pocket_child", str(folder)],
+        [python, "-m", "tests.backbones.pocket_child", str(tmp_path)],
         capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert not done.returncode, done.stderr[-2000:]
-    return folder
-
-
-@pytest.mark.slow
-def test_folded_weights_give_what_the_network_with_batch_norms_gives(student: Path) -> None:
-    weights: LayerWeights = {}
-    with np.load(student / "network.npz") as saved:
-        for each in pocket.CONVOLUTIONS:
-            weights[each.name] = [saved[f"{each.name}/{part}"].astype(np.float32) for part in ("kernel", "bias")]
+    with np.load(tmp_path / "network.npz") as saved:
+        weights = {
+            each.name: [saved[f"{each.name}/{part}"].astype(np.float32) for part in ("kernel", "bias")]
+            for each in pocket.CONVOLUTIONS
+        }
         found, expected = by_hand(saved["pixels"], weights)["top_conv"], saved["maps"]
-    # Half precision has three digits.
-    assert np.abs(found - expected).max() <= 1e-2 * expected.max()
-
-
-@pytest.mark.slow
-def test_it_learns_and_learns_the_same_again(student: Path) -> None:
-    with np.load(student / "learned.npz") as told:
-        assert list(told["epochs"]) == [1, 2, 3, 4, 5, 6]
-        assert told["right"][-1] > 0.5
-        assert told["same"]
+    assert np.abs(found - expected).max() <= 1e-2 * expected.max()  # half precision has three digits
+    with np.load(tmp_path / "learned.npz") as learned:
+        assert list(learned["epochs"]) == [1, 2, 3, 4, 5, 6]
+        assert learned["right"][-1] > 0.5
+        assert learned["same"]
 
 
 @pytest.mark.slow

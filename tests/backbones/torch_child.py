@@ -37,12 +37,7 @@ class Watch:
             self.seen.add(f"{event} {arguments}"[:200])
 
 
-def unpickled(path: Path) -> dict[str, object]:
-    """Do what must not be done, to try the watch."""
-    return {"value": pickle.loads(path.read_bytes())}  # noqa: S301 - the test's own
-
-
-def told(paths: Iterator[Path], read_one: Callable[[Path], Mapping[str, object]]) -> dict[str, object]:
+def watched(paths: Iterator[Path], read_one: Callable[[Path], Mapping[str, object]]) -> dict[str, object]:
     """Read every file; return which could be read, how many were refused, and whatever should not have happened."""
     watch, read, odd, refused, slowest, most = Watch(), list[str](), list[str](), 0, 0.0, 0
     for path in paths:
@@ -72,19 +67,10 @@ def told(paths: Iterator[Path], read_one: Callable[[Path], Mapping[str, object]]
     return {"read": read, "refused": refused, "odd": odd, "seen": seen, "seconds": slowest, "bytes": most}
 
 
-def mutations(path: Path, count: int, *, folder: Path) -> Iterator[Path]:
-    chance = random.Random(SEED)
-    data, changed = path.read_bytes(), folder / "changed.pth"
+def changing(folder: str, make: Callable[[random.Random], bytes], count: int) -> Iterator[Path]:
+    chance, path = random.Random(SEED), Path(folder, "changed.pth")
     for _ in range(count):
-        changed.write_bytes(hostile_checkpoints.mutated(data, chance))
-        yield changed
-
-
-def programs(count: int, *, folder: Path) -> Iterator[Path]:
-    chance = random.Random(SEED)
-    path = folder / "program.pth"
-    for _ in range(count):
-        path.write_bytes(hostile_checkpoints.program(chance))
+        path.write_bytes(make(chance))
         yield path
 
 
@@ -96,12 +82,14 @@ def main(task: str, *words: str) -> None:
             case "read" | "unpickle":
                 paths = iter(sorted(Path(words[0]).iterdir()))
             case "mutate":
-                paths = mutations(Path(words[0]), int(words[1]), folder=Path(name))
+                data = Path(words[0]).read_bytes()
+                paths = changing(name, lambda chance: hostile_checkpoints.mutated(data, chance), int(words[1]))
             case "programs":
-                paths = programs(int(words[0]), folder=Path(name))
+                paths = changing(name, hostile_checkpoints.program, int(words[0]))
             case _:
                 raise ValueError(task)
-        print(json.dumps(told(paths, unpickled if task == "unpickle" else torch_weights.read)))
+        unpickled = lambda path: {"value": pickle.loads(path.read_bytes())}  # noqa: S301 - to try the watch
+        print(json.dumps(watched(paths, unpickled if task == "unpickle" else torch_weights.read)))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def repeated(folder: str) -> dict[str, Any]:
 
 def own_networks(folder: str) -> dict[str, Any]:
     """Repeat results of networks of the user's own: the same ones, and others of the same name."""
-    from tests.backbones import own_networks as own
+    from tests.backbones import user_networks as own
 
     frame, file = own.frame_of(own.SIZE, 3), Path(folder, "net.keras")
     found: dict[str, Any] = {}

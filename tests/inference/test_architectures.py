@@ -19,7 +19,7 @@ from sklearn.svm import SVC
 
 import nbfeat
 from tests.backbones.test_alexnet_googlenet import googlenets
-from tests.backbones.test_published import drawn
+from tests.backbones.test_weights import drawn
 from tests.backbones.torch_files import checkpoint
 
 # The layers to cut at, and how many features they give.

@@ -53,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
         if way == "cut":
             return
         if way == "stalled":
-            time.sleep(3)
+            time.sleep(1)
             return
         for start in range(half, len(data), max(1, half // 4)):
             time.sleep(0.05 if way == "slow" else 0)
@@ -71,7 +71,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         monkeypatch.setattr(weights, "HOST", f"http://127.0.0.1:{server.server_address[1]}")
-        monkeypatch.setattr(weights, "PATIENCE", 0.5)
+        monkeypatch.setattr(weights, "PATIENCE", 0.2)
         monkeypatch.setattr(weights, "NOTE_EVERY", 0.0)
         monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
         monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -82,7 +82,6 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def backbone(server: Server, monkeypatch: pytest.MonkeyPatch) -> Backbone:
-    """Return GoogLeNet as if what the server has were its published weights."""
     server.data = np.random.default_rng(0).bytes(100_000)
     return publish(server, monkeypatch)
 
@@ -129,7 +128,7 @@ def test_a_file_that_comes_whole_is_kept_and_not_fetched_again(
     [
         ("404", "the server answered 404 Not Found"),
         ("cut", "the connection ended after 50,000 of 100,000 bytes"),
-        ("stalled", "nothing came for 0.5 seconds"),
+        ("stalled", "nothing came for 0.2 seconds"),
         ("another file", "what came is another file: its SHA-256 begins with "),
         ("too large", "it is larger than 60,000 bytes"),
         ("nobody there", "Connection refused"),

@@ -5,11 +5,9 @@ The files in `checkpoints` are PyTorch 2.13's, written by `saved`.
 
 from __future__ import annotations
 
-import json
+import functools
 import os
 import re
-import subprocess
-import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import pytest
 from nbfeat.backbones import torch_weights
 from nbfeat.backbones.hdf5 import quote
 from nbfeat.errors import WeightsError
+from tests import keras_child
 from tests.backbones import hostile_checkpoints
 from tests.backbones.torch_files import (
     FORMATS,
@@ -44,7 +43,6 @@ from tests.backbones.torch_files import (
     text,
     zipped,
 )
-from tests.conftest import ROOT
 
 Arrays = dict[str, npt.NDArray[Any]]
 FIXTURES = Path(__file__).parent / "checkpoints"
@@ -85,9 +83,8 @@ def saved(torch: Any, path: Path, **how: Any) -> None:
 
 
 def read(data: bytes, folder: Path) -> Arrays:
-    path = folder / "weights.pth"
-    path.write_bytes(data)
-    return torch_weights.read(path)
+    (folder / "weights.pth").write_bytes(data)
+    return torch_weights.read(folder / "weights.pth")
 
 
 def refusal(data: bytes, folder: Path) -> str:
@@ -112,32 +109,21 @@ def test_what_pytorch_saved_is_read(path: Path) -> None:
     assert_as_expected(torch_weights.read(path))
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "row"])
-def test_what_pytorch_saves_is_read(protocol: int, tmp_path: Path, *, new: bool) -> None:
-    torch = pytest.importorskip("torch")
-    path = tmp_path / "weights.pth"
-    saved(torch, path, _use_new_zipfile_serialization=new, pickle_protocol=protocol)
-    assert_as_expected(torch_weights.read(path))
-
-
-def test_a_state_dict_of_a_module_is_read(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
+def test_what_pytorch_saves_is_read(tmp_path: Path, *, new: bool) -> None:
+    torch, path = pytest.importorskip("torch"), tmp_path / "weights.pth"
+    for protocol in (2, 3, 4, 5):
+        saved(torch, path, _use_new_zipfile_serialization=new, pickle_protocol=protocol)
+        assert_as_expected(torch_weights.read(path))
     module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 5), torch.nn.BatchNorm2d(4), torch.nn.LSTM(2, 3))
-    for new in (True, False):
-        torch.save(module.state_dict(), tmp_path / "weights.pth", _use_new_zipfile_serialization=new)
-        arrays = torch_weights.read(tmp_path / "weights.pth")
-        assert list(arrays) == list(module.state_dict())
-        for name, expected in module.state_dict().items():
-            np.testing.assert_array_equal(arrays[name], expected.numpy(), strict=True)
-
-
-def test_a_whole_module_is_refused_for_its_class(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    for new in (True, False):
-        torch.save(torch.nn.Linear(1, 1), tmp_path / "weights.pth", _use_new_zipfile_serialization=new)
-        with pytest.raises(WeightsError, match=r"'torch\.nn\.modules\.linear\.Linear'.*state_dict"):
-            torch_weights.read(tmp_path / "weights.pth")
+    torch.save(module.state_dict(), path, _use_new_zipfile_serialization=new)
+    arrays = torch_weights.read(path)
+    assert list(arrays) == list(module.state_dict())
+    for name, expected in module.state_dict().items():
+        np.testing.assert_array_equal(arrays[name], expected.numpy(), strict=True)
+    torch.save(module, path, _use_new_zipfile_serialization=new)
+    with pytest.raises(WeightsError, match=r"'torch\.nn\.modules\.container\.Sequential'.*state_dict"):
+        torch_weights.read(path)
 
 
 def test_what_python_2_wrote_is_read(tmp_path: Path) -> None:
@@ -166,12 +152,9 @@ def test_state_dicts_are_found_where_training_puts_them(kind: str, tmp_path: Pat
         assert list(arrays) == ["w"]
 
 
-def test_axes_of_one_may_have_any_stride(tmp_path: Path) -> None:
+def test_axes_of_one_may_have_any_stride_and_older_names_and_zips_are_read(tmp_path: Path) -> None:
     arrays = read(as_zip(state({"w": tensor(size=shape(1, 2, 1), stride=shape(1 << 40, 2, 7))}), FOUR), tmp_path)
     np.testing.assert_array_equal(arrays["w"], np.array([[[1], [3]]], np.float32), strict=True)
-
-
-def test_older_names_and_zips_are_read(tmp_path: Path) -> None:
     older = call(named("torch._utils", "_rebuild_tensor"), storage(), number(0), shape(4), shape(1))
     few = [Member("old/data.pkl", START + state({"w": older}) + b"."), Member("old/data/0", FOUR)]
     assert list(read(zipped(*few), tmp_path)) == ["w"]
@@ -237,19 +220,12 @@ def test_truncated_files_are_refused(path: Path, tmp_path: Path) -> None:
     refusal(data[:-1], tmp_path)
 
 
-def watched(*words: object) -> dict[str, Any]:
-    """Have a process of its own read checkpoints; return what it saw of that."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.backbones.torch_child", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=500)
-    assert not done.returncode, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+watched = functools.partial(keras_child.run, module="tests.backbones.torch_child")
 
 
 def child(*words: object) -> dict[str, Any]:
     """Have a process of its own read checkpoints, and check what holds whatever they are."""
-    found = watched(*words)
+    found = watched(*map(str, words))
     assert found["odd"] == []  # every refusal is a WeightsError of one sentence
     assert found["seen"] == []  # no file opened, module imported, program started or code compiled
     assert found["seconds"] < 5
@@ -260,7 +236,7 @@ def child(*words: object) -> dict[str, Any]:
 @linux
 def test_the_watch_sees_what_runs(tmp_path: Path) -> None:
     (tmp_path / "hostile").write_bytes(START + call(named("builtins", "eval"), text("__import__('colorsys')")) + b".")
-    found = watched("unpickle", tmp_path)
+    found = watched("unpickle", str(tmp_path))
     assert {seen.partition(" ")[0] for seen in found["seen"]} >= {"pickle.find_class", "compile", "exec", "import"}
     assert len(found["odd"]) == 1
 
@@ -279,6 +255,7 @@ def test_nothing_hostile_is_read_runs_hangs_or_grows(tmp_path: Path) -> None:
 
 
 @linux
+@pytest.mark.slow
 def test_the_largest_that_are_read_take_little_time_and_memory(tmp_path: Path) -> None:
     files = hostile_checkpoints.heavy()
     for name, data in files.items():

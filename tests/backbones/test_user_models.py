@@ -25,8 +25,8 @@ from nbfeat.errors import NbfeatError, RequestError, WeightsError
 from nbfeat.extraction.networks import network_spec
 from nbfeat.extraction.options import FeatureBlock
 from nbfeat.jupyter.completion import candidates
-from tests.backbones import own_networks
-from tests.backbones.own_networks import SIZE, frame_of
+from tests.backbones import user_networks
+from tests.backbones.user_networks import SIZE, frame_of
 
 pytestmark = pytest.mark.slow
 WEIGHTS = "model.weights.h5"
@@ -35,7 +35,7 @@ WEIGHTS = "model.weights.h5"
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    own_networks.run("save", str(folder))
+    user_networks.run("save", str(folder))
     return folder
 
 
@@ -89,14 +89,11 @@ def test_mixed_precision_is_pooled_in_float32(models: Path) -> None:
     np.testing.assert_allclose(features(models / "half.keras", "--scaling none"), wanted, rtol=0.01)
 
 
-def test_the_keras_engine_gives_the_same(models: Path) -> None:
-    found = own_networks.run("in_keras", str(models))
+def test_the_keras_engine_gives_the_same_and_only_what_does_is_turned_channels_first(models: Path) -> None:
+    found = user_networks.run("in_keras", str(models))
     np.testing.assert_allclose(features(models / "plain.keras", "--scaling tf")[0], found["features"], atol=1e-5)
     assert "so Keras runs the network" in found["report"]
-
-
-def test_only_what_gives_the_same_is_turned_channels_first(models: Path) -> None:
-    found = own_networks.run("layouts", str(models), "plain:pool", "nested", "sequential", backend="openvino")
+    found = user_networks.run("layouts", str(models), "plain:pool", "nested", "sequential", backend="openvino")
     assert found == {"plain:pool": True, "nested": False, "sequential": False}
 
 
@@ -114,23 +111,16 @@ def test_the_report_names_the_file_and_the_cache_its_content(models: Path, tmp_p
     assert other.name in again._repr_html_()  # the report does not look for it again
 
 
-def test_another_content_at_the_same_path_is_another_network(models: Path, tmp_path: Path) -> None:
-    path = tmp_path / "model.keras"
-    keys = []
+def test_a_file_is_known_by_its_content_and_any_name_makes_a_plain_prefix(models: Path, tmp_path: Path) -> None:
+    path, keys = tmp_path / "model.keras", set()
     for name in ("plain", "nested"):
         shutil.copyfile(models / f"{name}.keras", path)
-        keys.append(network_spec(FeatureBlock.parse(f"{path} --scaling none")[0], cuts=()).key())
-    assert len(set(keys)) == 2
-
-
-@pytest.mark.parametrize(
-    ("stem", "prefix"),
-    [("my_model", "my_model"), ("My Model-v2.1", "my_model_v2_1"), ("2024", "model_2024"), ("…", "model")],
-)
-def test_any_name_of_a_file_makes_a_plain_prefix(models: Path, tmp_path: Path, stem: str, prefix: str) -> None:
-    path = tmp_path / f"{stem}.keras"
-    shutil.copyfile(models / "plain.keras", path)
-    assert find(str(path)).column == prefix
+        keys.add(network_spec(FeatureBlock.parse(f"{path} --scaling none")[0], cuts=()).key())
+    assert len(keys) == 2
+    names = {"my_model": "my_model", "My Model-v2.1": "my_model_v2_1", "2024": "model_2024", "…": "model"}
+    for stem, prefix in names.items():
+        path = path.rename(tmp_path / f"{stem}.keras")
+        assert find(str(path)).column == prefix
 
 
 @pytest.mark.parametrize(
@@ -274,7 +264,10 @@ def test_a_file_in_the_working_folder_in_the_magics(
     assert candidates(cell, 0, cell, shell.user_ns) == ["conv", "norm", "side", "both", "pool", "flat", "classes"]
 
 
-def test_an_empty_frame_gets_its_columns_and_a_clash_is_told(models: Path) -> None:
+def test_an_empty_frame_gets_its_columns_a_clash_is_told_and_layers_are_shown(models: Path) -> None:
+    found = nbfeat.layers(str(models / "plain.keras"))
+    assert list(found.index) == ["conv", "norm", "side", "both", "pool", "flat", "classes"]
+    assert found.loc["pool", "shape"] == "7 × 7 × 12"
     block = f"{models / 'plain.keras'} --scaling tf"
     empty = nbfeat.extract(frame_of(SIZE).iloc[:0], block, images="image")
     assert empty.frame.shape == (0, 5)
@@ -283,17 +276,11 @@ def test_an_empty_frame_gets_its_columns_and_a_clash_is_told(models: Path) -> No
         nbfeat.extract(taken, block, images="image")
 
 
-def test_layers_of_a_file_are_shown(models: Path) -> None:
-    found = nbfeat.layers(str(models / "plain.keras"))
-    assert list(found.index) == ["conv", "norm", "side", "both", "pool", "flat", "classes"]
-    assert found.loc["pool", "shape"] == "7 × 7 × 12"
-
-
 # Registered
 
 
 def test_registered_networks_run_and_are_told_by_their_weights() -> None:
-    found = own_networks.run("registered")
+    found = user_networks.run("registered")
     assert max(found["differs"]) < 1e-4
     assert found["cached"] == [0, 3, 0]
     assert found["engines"][0].startswith("OpenVINO")
@@ -316,7 +303,7 @@ def test_registered_networks_run_and_are_told_by_their_weights() -> None:
 
 
 def test_what_openvino_cannot_run_keras_does_in_the_kernel() -> None:
-    found = own_networks.run("without_openvino")
+    found = user_networks.run("without_openvino")
     assert "OpenVINO cannot run MyNet: no such operation, so Keras runs it in this process" in found["report"]
     assert found["cached"] == [0, 3]
     assert found["alone"] == ["conv:default"]
