@@ -1,4 +1,7 @@
-"""Bytes, an array or a PIL image → RGB pixels of the sizes asked for; or why not: the words of a failed image."""
+"""Bytes, an array or a PIL image → RGB pixels, or why not: the words for an image that fails are chosen here.
+
+Every failure passes through `explained`; what a server answers is put into words in `remote`.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +31,16 @@ _ONE_AT_A_TIME = 40_000_000
 LONGEST_TEXT = 200
 OUT_OF_MEMORY = "not enough memory to decode it"  # the one reason that is not of the image
 
-# Pillow's name of the format, its module, suffixes, how a file begins. Never EPS or WMF, which run other programs. MPO
+# The name of the format, Pillow's module, suffixes, how a file begins. Never EPS or WMF, which run other programs. MPO
 # is opened by the reader of JPEG. TGA, which has no sign and which any data might be, comes last.
 _FORMATS = (
     ("JPEG", "Jpeg", ".jpg .jpeg .jpe .jfif .mpo", rb"\xff\xd8\xff"),
     ("PNG", "Png", ".png .apng", rb"\x89PNG\r\n\x1a\n"),
-    ("WEBP", "WebP", ".webp", rb"RIFF.{4}WEBP"),
+    ("WebP", "WebP", ".webp", rb"RIFF.{4}WEBP"),
     ("GIF", "Gif", ".gif", rb"GIF8[79]a"),
     ("BMP", "Bmp", ".bmp .dib", rb"BM"),
     ("TIFF", "Tiff", ".tif .tiff", rb"II[*+]\x00|MM\x00[*+]"),
-    ("JPEG2000", "Jpeg2K", ".jp2 .j2k .j2c .jpc .jpf .jpx", rb"\x00\x00\x00\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"),
+    ("JPEG 2000", "Jpeg2K", ".jp2 .j2k .j2c .jpc .jpf .jpx", rb"\x00\x00\x00\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"),
     ("AVIF", "Avif", ".avif .avifs", rb".{4}ftypavi[fs]"),
     ("PPM", "Ppm", ".ppm .pgm .pbm .pnm", rb"P[1-6]\s"),
     ("ICO", "Ico", ".ico", rb"\x00\x00\x01\x00"),
@@ -50,7 +53,7 @@ _FORMATS = (
 for _module in (*(module for _, module, _, _ in _FORMATS), "Mpo"):
     importlib.import_module(f"PIL.{_module}ImagePlugin")
 
-NAMES = tuple(name for name, *_ in _FORMATS)
+NAMES = tuple(name.replace(" ", "").upper() for name, *_ in _FORMATS)  # as Pillow has them
 SUFFIXES = frozenset(suffix for _, _, suffixes, _ in _FORMATS for suffix in suffixes.split())
 _SIGNS = {sign: name for name, _, _, sign in _FORMATS}
 _FOREIGN = {

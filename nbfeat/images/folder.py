@@ -19,9 +19,10 @@ def folder(path: str | Path, *, labels: bool = True) -> pd.DataFrame:
     """List the images under a folder as a frame of path and label, one row for each, ready for `extract`.
 
     The label is the name of the first folder under `path` that an image is in, however deep it lies; of an image that
-    lies in `path` itself it is missing. Files are taken by the suffixes of the formats that are read, hidden ones
-    left out, in the order in which people count (``2.jpg`` before ``10.jpg``). Linked files are taken; linked folders
-    are not entered.
+    lies in `path` itself it is missing. Paths are absolute, so that they hold wherever the notebook goes on. Files are
+    taken by the suffixes of the formats that are read, hidden ones left out, in the order in which people count
+    (``2.jpg`` before ``10.jpg``). Linked files are taken; linked folders are not entered. Raises RequestError where
+    there is no such folder, or no image in it.
 
     Parameters
     ----------
@@ -29,13 +30,6 @@ def folder(path: str | Path, *, labels: bool = True) -> pd.DataFrame:
         The folder; ``~`` is expanded.
     labels
         False for a frame of paths alone.
-
-    Returns
-    -------
-    pandas.DataFrame
-        ``path``, absolute, so that it holds wherever the notebook goes on, and ``label``.
-
-    Raises RequestError where there is no such folder, or no image in it.
 
     Examples
     --------
