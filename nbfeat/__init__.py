@@ -37,30 +37,25 @@ if TYPE_CHECKING:
     from nbfeat.jupyter.panel.panel import Panel as Panel
     from nbfeat.parquet.result_file import read as read
 
-_PUBLIC = {
-    "extract": "nbfeat.extraction.extraction",
-    "Extraction": "nbfeat.extraction.extraction",
-    "compare": "nbfeat.explore.compare",
-    "FeatureBlock": "nbfeat.extraction.options",
-    "ImageFeatures": "nbfeat.extraction.transformer",
-    "layers": "nbfeat.inference.layers",
-    "read": "nbfeat.parquet.result_file",
-    "Result": "nbfeat.extraction.feature_table",
-    "folder": "nbfeat.images.folder",
-    "thumbnails": "nbfeat.explore.thumbnails",
-    "similar": "nbfeat.explore.neighbors",
-    "duplicates": "nbfeat.explore.duplicates",
-    "scatter": "nbfeat.explore.scatter",
-    "register_backbone": "nbfeat.backbones.registered",
-    "storage": "nbfeat.cache.storage",
-    "Panel": "nbfeat.jupyter.panel.panel",
-    "NbfeatError": "nbfeat.errors",
-    "RequestError": "nbfeat.errors",
-    "WeightsError": "nbfeat.errors",
-    "NetworkError": "nbfeat.errors",
-    "ExtractionError": "nbfeat.errors",
-    "ImageError": "nbfeat.errors",
+_MODULES = {
+    "nbfeat.backbones.registered": "register_backbone",
+    "nbfeat.cache.storage": "storage",
+    "nbfeat.errors": "NbfeatError RequestError WeightsError NetworkError ExtractionError ImageError",
+    "nbfeat.explore.compare": "compare",
+    "nbfeat.explore.duplicates": "duplicates",
+    "nbfeat.explore.neighbors": "similar",
+    "nbfeat.explore.scatter": "scatter",
+    "nbfeat.explore.thumbnails": "thumbnails",
+    "nbfeat.extraction.extraction": "extract Extraction",
+    "nbfeat.extraction.feature_table": "Result",
+    "nbfeat.extraction.options": "FeatureBlock",
+    "nbfeat.extraction.transformer": "ImageFeatures",
+    "nbfeat.images.folder": "folder",
+    "nbfeat.inference.layers": "layers",
+    "nbfeat.jupyter.panel.panel": "Panel",
+    "nbfeat.parquet.result_file": "read",
 }
+_PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = ["backbones", *_PUBLIC]  # noqa: PLE0604 - the table's keys
 __version__ = "0.1.0"
 
