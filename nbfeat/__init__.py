@@ -37,30 +37,24 @@ if TYPE_CHECKING:
     from nbfeat.inference.layers import layers as layers
     from nbfeat.jupyter.panel.panel import Panel as Panel
 
-_PUBLIC = {
-    "extract": "nbfeat.extraction.extraction",
-    "Extraction": "nbfeat.extraction.extraction",
-    "compare": "nbfeat.explore.compare",
-    "FeatureBlock": "nbfeat.extraction.options",
-    "ImageFeatures": "nbfeat.extraction.transformer",
-    "layers": "nbfeat.inference.layers",
-    "read": "nbfeat.extraction.result",
-    "Result": "nbfeat.extraction.result",
-    "folder": "nbfeat.images.folder",
-    "thumbnails": "nbfeat.explore.gallery",
-    "similar": "nbfeat.explore.neighbors",
-    "duplicates": "nbfeat.explore.duplicates",
-    "scatter": "nbfeat.explore.scatter",
-    "register_backbone": "nbfeat.backbones.catalog",
-    "storage": "nbfeat.cache.storage",
-    "Panel": "nbfeat.jupyter.panel.panel",
-    "NbfeatError": "nbfeat.errors",
-    "RequestError": "nbfeat.errors",
-    "WeightsError": "nbfeat.errors",
-    "NetworkError": "nbfeat.errors",
-    "ExtractionError": "nbfeat.errors",
-    "ImageError": "nbfeat.errors",
+_MODULES = {
+    "nbfeat.backbones.catalog": "register_backbone",
+    "nbfeat.cache.storage": "storage",
+    "nbfeat.errors": "NbfeatError RequestError WeightsError NetworkError ExtractionError ImageError",
+    "nbfeat.explore.compare": "compare",
+    "nbfeat.explore.duplicates": "duplicates",
+    "nbfeat.explore.neighbors": "similar",
+    "nbfeat.explore.scatter": "scatter",
+    "nbfeat.explore.gallery": "thumbnails",
+    "nbfeat.extraction.extraction": "extract Extraction",
+    "nbfeat.extraction.result": "Result read",
+    "nbfeat.extraction.options": "FeatureBlock",
+    "nbfeat.extraction.transformer": "ImageFeatures",
+    "nbfeat.images.folder": "folder",
+    "nbfeat.inference.layers": "layers",
+    "nbfeat.jupyter.panel.panel": "Panel",
 }
+_PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = ["backbones", *_PUBLIC]  # noqa: PLE0604 - the table's keys
 __version__ = "0.1.0"
 

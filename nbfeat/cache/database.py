@@ -46,7 +46,6 @@ PRAGMA user_version = {FORMAT};
 COMMIT
 """
 FILES, FAILURES = "files", "failures by "
-_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 # SQLITE_ERROR is what a table or column that is not there gives.
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
 _ERRORS = (sqlite3.Error, OSError, ValueError, TypeError)
@@ -129,13 +128,12 @@ class Cache:
 
     def keep(self, entries: CacheEntries) -> None:
         """Keep what was found out, whole or not at all."""
-        if not self.writes or not entries:
-            return
         self._unmeasured += sum(4 * block.width * len(images) for block, images, _ in entries.vectors)
         if self._unmeasured >= LOOK_EVERY:
             self._try("written", self._make_room)
             self._unmeasured = 0
-        self._try("written", lambda db: self._insert(db, entries))
+        if entries:
+            self._try("written", lambda db: self._insert(db, entries))
 
     def _insert(self, db: sqlite3.Connection, entries: CacheEntries) -> None:
         owners: list[tuple[str, str, Iterable[tuple[bytes, bytes]]]] = [
@@ -238,7 +236,7 @@ class Cache:
             tail = "It was begun anew" if self.writes else "Features are not kept: delete that folder"
             self.note = f"The cache in {self._folder} was damaged ({why}). {tail}."
             return
-        if (code or 0) & 0xFF in _BUSY:
+        if (code or 0) & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
             why, way = "another program has locked it", "Close it, and run the cell again."
         elif isinstance(error, sqlite3.NotSupportedError):
             way = "Update nbfeat, or set NBFEAT_HOME to another folder."

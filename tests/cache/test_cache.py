@@ -412,6 +412,17 @@ def test_a_newer_format_is_left_alone(photos: pd.DataFrame, own_cache: Path) -> 
         nbfeat.storage.clear()
 
 
+def test_an_older_format_gives_way(photos: pd.DataFrame, own_cache: Path) -> None:
+    file = own_cache / "features" / "features-0.sqlite"
+    file.parent.mkdir(mode=0o700)
+    rows(file, "CREATE TABLE features (block INTEGER, image BLOB, vector BLOB, sum INTEGER)")
+    rows(file, "PRAGMA user_version = 1")
+    assert run(photos).notes == []
+    assert run(photos).cached == 20
+    assert file_of(own_cache) == file
+    assert rows(file, "SELECT name FROM sqlite_master WHERE type = 'table' AND name = 'features'") == []
+
+
 def test_a_locked_database_is_read_and_not_written(
     photos: pd.DataFrame, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
