@@ -26,6 +26,7 @@ from traitlets.config import Config
 
 from nbfeat.inference import engines
 from tests.fake import FakeNetwork
+from tests.memory import bytes_of
 
 WARM_UP = 10
 CELLS = (
@@ -78,13 +79,6 @@ def _objects() -> dict[str, int]:
     return dict(sorted(mine.items()))
 
 
-def _memory() -> int:
-    """Return the bytes of memory that this process has."""
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="ascii").splitlines() if status.is_file() else ["VmRSS: 0 kB"]
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
-
-
 def main(rounds: int, block: str = "") -> None:
     """Go round, and print what was there after the warm-up and at the end, and how memory grew from round to round."""
     if not block:
@@ -98,10 +92,10 @@ def main(rounds: int, block: str = "") -> None:
     shell.user_ns["photos"] = pd.DataFrame({"path": paths})
     for _ in range(WARM_UP):
         one_round(shell, block or "MobileNet --size 32")
-    before, start = left_behind(shell), _memory()
+    before, start = left_behind(shell), bytes_of("VmRSS")
     for _ in range(rounds):
         one_round(shell, block or "MobileNet --size 32")
-    print(json.dumps({"before": before, "after": left_behind(shell), "bytes": _memory() - start}))
+    print(json.dumps({"before": before, "after": left_behind(shell), "bytes": bytes_of("VmRSS") - start}))
 
 
 if __name__ == "__main__":
