@@ -361,7 +361,8 @@ def test_settings_of_the_notebook_do_not_change_what_is_repeated(
 
 def test_the_cell_that_repeats_reads_back_from_its_text() -> None:
     request = grammar.read("photos --like 'last week.parquet' --into more --root '~/my photos'", None, {})
-    head, _, body = str(request).partition("\n")
+    assert request is not None
+    head, _, body = grammar.written(request.frame, request.run, map(str, request.blocks)).partition("\n")
     assert head == "%%extract photos --root '~/my photos' --like 'last week.parquet' --into more"
     assert grammar.read(head.removeprefix("%%extract "), body, {}) == request
 
