@@ -39,28 +39,10 @@ class Watched:
         with self.moved:
             assert self.moved.wait_for(done, 30)
 
-    def run(self) -> Job:
-        self.job.start()
-        assert self.job.wait(30)
-        return self.job
-
 
 @pytest.fixture
 def extraction(photos: pd.DataFrame) -> Extraction:
     return Extraction(photos, BLOCK, images="path", batch_size=4)
-
-
-def test_a_job_runs_to_its_end_in_a_thread_of_its_own(extraction: Extraction) -> None:
-    watched = Watched(extraction)
-    assert watched.job.state is State.IDLE
-    job = watched.run()
-    assert watched.states == [State.RUNNING, State.DONE]
-    assert watched.bound == [extraction]
-    assert job.step is not None
-    assert job.step.done == 20
-    assert "20 rows" in job.coming
-    job.cancel()  # only what runs can be cancelled
-    assert watched.states == [State.RUNNING, State.DONE]
 
 
 def test_cancelling_asks_for_no_further_step_and_going_on_computes_only_the_rest(
@@ -68,6 +50,7 @@ def test_cancelling_asks_for_no_further_step_and_going_on_computes_only_the_rest
 ) -> None:
     watched = Watched(extraction)
     job = watched.job
+    assert job.state is State.IDLE
     job.cancel()
     assert not watched.states
     job.start()
@@ -82,29 +65,13 @@ def test_cancelling_asks_for_no_further_step_and_going_on_computes_only_the_rest
     assert watched.states[2:] == [State.CANCELLED]
     assert extraction.state == "stopped"
     assert 4 <= extraction.done < 20
-    watched.run()
+    job.start()
+    assert job.wait(30)
+    job.cancel()  # it is not running
     assert watched.states[3:] == [State.RUNNING, State.DONE]
+    assert watched.bound == [extraction]
+    assert "20 rows" in job.coming
     assert FakeEngine.computed <= 20 + 2 * 4, "more was computed again than what was in flight"
-
-
-def test_what_goes_wrong_is_kept_to_be_shown(
-    photos: pd.DataFrame, extraction: Extraction, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(_: Extraction) -> None:
-        raise ExtractionError("no such name any more")
-
-    def broken(_: FakeEngine) -> None:
-        raise OSError("a wire is loose")
-
-    job = Watched(Extraction(photos.assign(path="gone.png"), BLOCK, images="path")).run()
-    assert isinstance(job.error, ExtractionError)
-    watched = Watched(extraction, bind=refuse)
-    assert str(watched.run().error) == "no such name any more"
-    assert watched.states == [State.RUNNING, State.FAILED]
-    monkeypatch.setattr(FakeEngine, "collect", broken)  # an error that nobody thought of
-    job = Watched(Extraction(photos, BLOCK, images="path", cache=False)).run()
-    assert job.state is State.FAILED
-    assert isinstance(job.error, OSError)
 
 
 def test_cancelled_before_it_is_bound_nothing_is_bound(extraction: Extraction) -> None:

@@ -44,10 +44,10 @@ def test_the_frame_is_rebound_and_other_references_keep_the_old_one(notebook: In
 def test_the_result_can_be_kept_and_silenced(notebook: InteractiveShell) -> None:
     run_cell(notebook, "result = %extract photos MobileNet --size 32")
     assert isinstance(notebook.user_ns["result"], Extraction)
-    with capture_output() as shown:
+    with capture_output() as output:
         notebook.run_cell("%extract photos MobileNet --size 32 --quiet;")
         notebook.run_cell("%%extract photos --quiet --size 32\nMobileNet --prefix silent;")
-    assert shown.stdout == ""
+    assert output.stdout == ""
     assert "silent_0000" in notebook.user_ns["photos"]
 
 
@@ -72,12 +72,12 @@ def test_failing_work_is_one_line_and_still_an_error(
     notebook.user_ns["photos"] = notebook.user_ns["photos"].assign(path="gone.png")
     for is_short in (True, False):
         monkeypatch.setattr(magics_of(notebook), "short_errors", is_short)
-        with capture_output() as shown:
+        with capture_output() as output:
             outcome = notebook.run_cell("%extract photos MobileNet --size 32 --images path")
         assert isinstance(outcome.error_in_exec, ExtractionError)
-        last = shown.stdout.strip().splitlines()[-1]
+        last = output.stdout.strip().splitlines()[-1]
         assert re.sub("\\x1b\\[[0-9;]*m", "", last).startswith("ExtractionError: None of the 20 images")
-        assert ("Traceback" not in shown.stdout) is is_short
+        assert ("Traceback" not in output.stdout) is is_short
     assert list(notebook.user_ns["photos"].columns) == ["path", "label", "split"]
 
 
@@ -92,10 +92,10 @@ def test_an_interrupt_binds_nothing_says_how_far_it_came_and_stops(
 
     before = notebook.user_ns["photos"]
     monkeypatch.setattr(Extraction, "steps", interrupted)
-    with capture_output() as shown:
+    with capture_output() as output:
         outcome = notebook.run_cell("%extract photos MobileNet --size 32")
     assert isinstance(outcome.error_in_exec, KeyboardInterrupt)
-    assert "8 of 20 kept; run the cell again to go on" in shown.stdout
+    assert "8 of 20 kept; run the cell again to go on" in output.stdout
     assert notebook.user_ns["photos"] is before
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("nbfeat")]
 
@@ -128,9 +128,9 @@ def test_settings_are_the_defaults_of_cells_and_are_checked(notebook: Interactiv
 
 
 def test_help_is_one_text(notebook: InteractiveShell) -> None:
-    with capture_output() as shown:
+    with capture_output() as output:
         notebook.run_cell("%extract -h")
-    assert shown.stdout.strip() == grammar.usage().strip()
+    assert output.stdout.strip() == grammar.usage().strip()
     assert ExtractMagics.extract.__doc__ == grammar.usage()
 
 
@@ -198,23 +198,23 @@ def test_two_reloads_leave_one_of_each_and_unloading_leaves_none(notebook: Inter
 def test_progress_is_one_display_and_its_last_text_is_the_end(
     photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown: list[dict[str, str]] = []
+    bundles: list[dict[str, str]] = []
 
     class Handle:
         def update(self, bundle: dict[str, str], **_: Any) -> None:
-            shown.append(bundle)
+            bundles.append(bundle)
 
     def display(bundle: dict[str, str], **_: Any) -> Handle:
-        assert not shown, "a second display"
-        shown.append(bundle)
+        assert not bundles, "a second display"
+        bundles.append(bundle)
         return Handle()
 
     monkeypatch.setattr(progress, "display", display)
     steps = Extraction(photos, "MobileNet --size 32", images="path", batch_size=1).steps()
     progress.ProgressDisplay("photos").follow(steps)
-    assert len(shown) <= 4
-    assert shown[-1]["text/plain"].splitlines()[-1].startswith("done · 20 of 20 images")
-    assert all("<div" in bundle["text/html"] for bundle in shown)
+    assert len(bundles) <= 4
+    assert bundles[-1]["text/plain"].splitlines()[-1].startswith("done · 20 of 20 images")
+    assert all("<div" in bundle["text/html"] for bundle in bundles)
 
 
 def test_durations_read_as_people_write_them() -> None:

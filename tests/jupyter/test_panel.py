@@ -78,11 +78,6 @@ def show_page(one: Panel, page: str) -> str:
 # States
 
 
-def test_every_state_has_a_look_of_its_own_that_needs_no_color() -> None:
-    assert set(LOOKS) == set(State)
-    assert len({look.sign for look in LOOKS.values()}) == len({look.word for look in LOOKS.values()}) == len(State)
-
-
 def check_look(one: Panel, state: State) -> None:
     look = LOOKS[state]
     assert one.state is state
@@ -96,6 +91,8 @@ def check_look(one: Panel, state: State) -> None:
 
 
 def test_every_state_and_transition_as_it_is_clicked(opened: Open, notebook: InteractiveShell, gate: Gate) -> None:
+    assert set(LOOKS) == set(State)
+    assert len({look.sign for look in LOOKS.values()}) == len({look.word for look in LOOKS.values()}) == len(State)
     before = notebook.user_ns["photos"]
     one = opened()
     check_look(one, State.IDLE)
@@ -429,7 +426,9 @@ def test_the_code_goes_to_a_new_cell(notebook: InteractiveShell) -> None:
 # What is said before it runs
 
 
-def test_width_and_memory_are_said_before(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_width_and_memory_and_what_cannot_be_are_said_before_anything_runs(
+    opened: Open, photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = opened()
     card = one.blocks.cards[0]
     assert "<b>1,024 columns</b> · 82 kB · <code>mobilenet_0000 … 1023</code>" in card.expected.value
@@ -438,17 +437,10 @@ def test_width_and_memory_are_said_before(opened: Open, monkeypatch: pytest.Monk
     card.options["components"].value = DEFAULT
     card.options["pooling"].value = "flatten"
     assert "<b>about 1,024 columns</b>" in card.expected.value
-    one.blocks.add()
-    assert "new columns" in one.blocks.total.value
-    assert one.problem == ""
     monkeypatch.setattr("nbfeat.extraction.columns.free_bytes", lambda: 100_000)
-    card.options["prefix"].value = "x"
+    card.options["pooling"].value = DEFAULT
     assert "⚠ more than half of the 100 kB of free memory" in card.expected.value
-
-
-def test_what_cannot_be_is_said_before_anything_runs(opened: Open, photos: pd.DataFrame) -> None:
-    one = opened()
-    card = one.blocks.cards[0]
+    assert one.problem == ""
     card.options["normalize"].value = "whiten"
     assert "--normalize whiten needs --components" in one._problem.value
     assert one.extract_button.disabled
@@ -475,6 +467,7 @@ def test_blocks_are_added_and_removed_down_to_one_and_offer_what_the_backbone_ha
     second = one.blocks.cards[1]
     assert second.options["layer"].value != first.options["layer"].value
     assert not one.problem
+    assert "new columns" in one.blocks.total.value
     assert len(one.code.splitlines()) == 3
     first.remove.click()
     assert one.blocks.cards == [second]

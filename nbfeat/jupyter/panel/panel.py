@@ -253,15 +253,15 @@ class Panel:
         """Show how it stands: while it runs one widget changes, the others with the state."""
         with self._kit.turn():
             state = self.state
-            shown = look.LOOKS[state]
+            appearance = look.LOOKS[state]
             self._progress.value = look.progress_of(self.job, self._ran[1].name if self._ran else "")
-            self.extract_button.disabled = not shown.can_extract or bool(self.problem)
-            self.cancel_button.disabled = not shown.can_cancel
-            if not shown.has_result:
+            self.extract_button.disabled = not appearance.can_extract or bool(self.problem)
+            self.cancel_button.disabled = not appearance.can_cancel
+            if not appearance.has_result:
                 self.results.hide()  # it is another run's
             self._problem.value = f"⚠ {escape(self.problem)}" if self.problem else ""
             if state is not self._drawn_state or not self._spoken.value:
-                self._spoken.value = f'<span role="status">{shown.word}</span>'
+                self._spoken.value = f'<span role="status">{appearance.word}</span>'
             self._drawn_at, self._drawn_state = time.monotonic(), state
 
     def _report(self) -> dict[str, str]:
