@@ -521,7 +521,7 @@ def test_the_cluster_is_the_one_that_is_named_or_was_started_to_be_joined(
 def test_a_cluster_that_cannot_be_had_is_told(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ray: Any = importlib.import_module("ray")
 
-    folders = []
+    folders: list[Path] = []
 
     def busy(**options: Any) -> None:
         os.environ["RAY_AUTH_MODE"] = "token"  # as Ray does
