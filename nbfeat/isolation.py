@@ -1,13 +1,15 @@
-"""Keras, OpenVINO and Pillow without noise, telemetry or lasting changes to this process."""
+"""Keras, OpenVINO, Ray and Pillow without noise, telemetry or lasting changes to this process."""
 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.abc import MetaPathFinder
@@ -150,3 +152,56 @@ def _set_pillow() -> None:
     filters: Any = warnings.filters
     added = filters[0]
     _undo.callback(lambda: added in filters and filters.remove(added))
+
+
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_USAGE_DISABLED": "1",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # what its other parts write to the terminal
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as there, a cluster that is started binds to 127.0.0.1
+}
+
+
+@contextmanager
+def quiet_ray() -> Iterator[tuple[Any, Callable[..., Any]]]:
+    """Yield Ray, which says and sends nothing in the block, and what calls it to begin and to end.
+
+    That is in a thread, where Ray takes no signals: an interrupt waits for its end, and a second one does not.
+    """
+    before, thread = ray_variables(), ThreadPoolExecutor(1, thread_name_prefix="nbfeat-ray")
+    loggers = [logging.getLogger(name) for name in ("ray", "ray.data")]
+
+    def call(work: Callable[..., Any], *values: object, **options: object) -> Any:
+        future = thread.submit(work, *values, **options)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            wait([future])
+            raise
+
+    try:
+        os.environ.update(RAY_ENVIRONMENT)
+        call(importlib.import_module, "ray.data")
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield importlib.import_module("ray"), call
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+    finally:
+        thread.shutdown(wait=False)
+        put_ray_variables_back(before)
+
+
+def ray_variables() -> dict[str, str]:
+    """Return what the environment says to Ray."""
+    return {name: value for name, value in os.environ.items() if name.startswith(("RAY_", "PYTHONBREAKPOINT"))}
+
+
+def put_ray_variables_back(before: dict[str, str]) -> None:
+    """Let the environment say to Ray what it said `before`, and take back what Ray set itself."""
+    for name in ray_variables().keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)

@@ -6,23 +6,19 @@ table of rows that it gets.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
-import logging
 import os
 import re
 import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +33,8 @@ from nbfeat.extraction.pipeline import Pipeline
 from nbfeat.extraction.profile import Timings
 from nbfeat.extraction.recipe import SLIGHT
 from nbfeat.extraction.run import Run
-from nbfeat.images import fingerprint, sources
-from nbfeat.images.remote import Access, absolute
+from nbfeat.images import fingerprint, remote, sources
+from nbfeat.images.remote import absolute
 from nbfeat.inference import prepared
 from nbfeat.inference.engines import cpu_count
 from nbfeat.inference.engines import devices as hardware
@@ -52,12 +48,6 @@ MOST_BYTES = 1 << 30  # of images that travel themselves
 MOST_CORES = 4  # of a worker: with more, its one thread that is not decoding bounds it
 STORE = 512 << 20  # bytes of shared memory of a cluster that is started here; beyond it, Ray writes to disk
 DEATHS = 3  # of workers before they are ready, in a row; later ones are replaced without end, and their rows retried
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DATA_USAGE_DISABLED": "1",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # what its other parts write to the terminal
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as there, a cluster that is started binds to 127.0.0.1
-}
 
 
 def executor_for(on: str | None, images: Sequence[object], networks: Sequence[tuple[Any, Any]]) -> RayExecutor | None:
@@ -87,6 +77,14 @@ def executor_for(on: str | None, images: Sequence[object], networks: Sequence[tu
             "most: save them as files that all machines can read, and give their paths."
         )
     return RayExecutor()
+
+
+class Share(NamedTuple):
+    """What each of so many workers gets."""
+
+    workers: int
+    cores: int
+    gpus: int = 0
 
 
 class RayExecutor(ExitStack):
@@ -130,17 +128,8 @@ class RayExecutor(ExitStack):
 
     def _begin(self) -> None:
         """Join the cluster that is there; else start one, which listens to nobody else."""
-        self.callback(_put_back, _ray_variables())
-        os.environ.update(ENVIRONMENT)
-        # Ray is begun and ended in a thread: no interrupt comes there, and Ray takes no signals.
-        thread = ThreadPoolExecutor(1, thread_name_prefix="nbfeat-ray")
-        self.callback(thread.shutdown, wait=False)
-        _finished(thread, importlib.import_module, "ray.data")
-        self._ray = importlib.import_module("ray")
+        self._ray, call = self.enter_context(isolation.quiet_ray())
         self.callback(setattr, self, "_ray", None)
-        for logger in map(logging.getLogger, ("ray", "ray.data")):
-            self.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.CRITICAL)
         if self._ray.is_initialized():
             return
         address = address_of_cluster()
@@ -151,9 +140,9 @@ class RayExecutor(ExitStack):
             self._folder = tempfile.mkdtemp(prefix="nbfeat-", dir=short)
             options |= {"num_cpus": cpu_count.available_cores(), "object_store_memory": STORE}
             options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "_temp_dir": f"{self._folder}/ray"}
-        self.callback(_finished, thread, self._end)
+        self.callback(call, self._end)
         try:
-            _finished(thread, self._ray.init, **options)
+            call(self._ray.init, **options)
         except Exception as error:  # Ray raises nothing else where a busy machine took more than half a minute
             if address:
                 raise RequestError(
@@ -170,15 +159,25 @@ class RayExecutor(ExitStack):
         self._folder = ""
 
     def share(self, *, gpu: bool) -> Share:
-        """Share what the cluster has."""
-        return Share.of([node["Resources"] for node in self._ray.nodes() if node["Alive"]], gpu=gpu)
+        """Share what the cluster has: a worker for each GPU, else at least two on each node that has as many cores."""
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        sizes = [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
+        sizes = [(cpus, gpus) for cpus, gpus in sizes if cpus and (gpus or not gpu)]
+        if not sizes:
+            raise RequestError(
+                f"The Ray cluster has no {'GPU' if gpu else 'CPU'}. Use another --device, or leave --on away."
+            )
+        if gpu:
+            return Share(sum(gpus for _, gpus in sizes), max(1, min(cpus // gpus for cpus, gpus in sizes)), 1)
+        cores = max(1, min(MOST_CORES, min(cpus for cpus, _ in sizes) // 2))
+        return Share(sum(cpus // cores for cpus, _ in sizes), cores)
 
     def describe(self, share: Share) -> str:
         """Say where it runs."""
         machines = sum(bool(node["Alive"]) for node in self._ray.nodes())
         where = "started here" if self._folder else f"of {machines:,} machine{'s' if machines > 1 else ''}"
         cores = f"{share.cores} core{'s' if share.cores > 1 else ''}"
-        return f"Ran on Ray {version('ray')}, a cluster {where}: {share.workers:,} workers of {cores} each."
+        return f"Ran on Ray {self._ray.__version__}, a cluster {where}: {share.workers:,} workers of {cores} each."
 
     def mapped(self, tables: Sequence[Table], order: tuple[Any, ...], share: Share) -> Generator[Found, None, None]:
         """Yield what workers find out about `tables`, in any order; close it to cancel what is under way."""
@@ -203,28 +202,6 @@ class RayExecutor(ExitStack):
 
 
 # Which cluster
-
-
-class Share(NamedTuple):
-    """What each of so many workers gets."""
-
-    workers: int
-    cores: int
-    gpus: int = 0
-
-    @classmethod
-    def of(cls, nodes: Sequence[Mapping[str, float]], *, gpu: bool) -> Self:
-        """Share what `nodes` have: a worker for each GPU, else at least two on each node that has as many cores."""
-        sizes = [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
-        sizes = [(cpus, gpus) for cpus, gpus in sizes if cpus and (gpus or not gpu)]
-        if not sizes:
-            raise RequestError(
-                f"The Ray cluster has no {'GPU' if gpu else 'CPU'}. Use another --device, or leave --on away."
-            )
-        if gpu:
-            return cls(sum(gpus for _, gpus in sizes), max(1, min(cpus // gpus for cpus, gpus in sizes)), 1)
-        cores = max(1, min(MOST_CORES, min(cpus for cpus, _ in sizes) // 2))
-        return cls(sum(cpus // cores for cpus, _ in sizes), cores)
 
 
 def address_of_cluster() -> str | None:
@@ -252,26 +229,6 @@ def _answers(address: str) -> bool:
         socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
         return True
     return False
-
-
-def _finished(thread: ThreadPoolExecutor, work: Callable[..., Any], *values: object, **options: object) -> Any:
-    """Return what `work` gives in `thread`; an interrupt waits for its end, and a second one does not."""
-    future = thread.submit(work, *values, **options)
-    try:
-        return future.result()
-    except KeyboardInterrupt:
-        wait([future])
-        raise
-
-
-def _ray_variables() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith(("RAY_", "PYTHONBREAKPOINT"))}
-
-
-def _put_back(before: Mapping[str, str]) -> None:
-    for name in _ray_variables().keys() - before.keys():  # Ray, too, sets some
-        del os.environ[name]
-    os.environ.update(before)
 
 
 def _line(error: Exception, number: int = -1) -> str:
@@ -323,25 +280,17 @@ def _tables(run: Run, cells: Mapping[int, tuple[str | bytes, bytes]], share: Sha
 class Found:
     """What a worker found out about the rows of a table: batches, each with the place of its network."""
 
-    rows: list[int] = field(default_factory=list)
-    problem: str = ""  # that stops the run
-    differs: list[str] = field(default_factory=list)  # what is another there than here
+    rows: list[int]
+    differs: list[str]  # what is another there than here
+    error: NbfeatError | None = None  # that stops the run: a worker that raises would be started again
     timings: Timings = field(default_factory=Timings)
     batches: list[tuple[int | None, Batch]] = field(default_factory=list)
-
-    @contextmanager
-    def noting_problems(self) -> Iterator[None]:
-        """Take down what goes wrong in the block: a worker that raises would be started again."""
-        try:
-            yield
-        except NbfeatError as error:
-            self.problem = f"{error} (on {socket.gethostname()})"
 
 
 def _batches(run: Run, found: Found, share: Share) -> Iterator[Batch]:
     """Yield the batches that were `found`, without images that another table had first."""
-    if found.problem:
-        raise NetworkError(found.problem)
+    if found.error:
+        raise found.error
     if found.differs:
         run.note(
             f"Workers have another {listing(found.differs)} than this machine: the same image may give slightly other "
@@ -374,13 +323,13 @@ class Worker:
     """
 
     def __init__(
-        self, networks: Sequence[Any], device: str, batch_size: int | None, cores: int, remote: Access | None
+        self, networks: Sequence[Any], device: str, batch_size: int | None, cores: int, access: remote.Access | None
     ) -> None:
         cpu_count.take(cores)
-        self._remote = remote  # what may be fetched, whatever the environment here says
-        self._lanes: list[NetworkState] = []
-        self._opened = Found()
-        with self._opened.noting_problems():
+        self._access = access  # what may be fetched, whatever the environment here says
+        self._lanes, self._differs = list[NetworkState](), list[str]()
+        self._error: NbfeatError | None = None
+        try:
             devices = hardware.choose_devices(device)
             for spec, pixels, precision, key_fields in networks:
                 opening = prepared.PreparedNetwork(spec, devices=devices, batch_size=batch_size)
@@ -389,6 +338,8 @@ class Worker:
                 self._lanes.append(NetworkState(spec, pixels, opening, np.zeros(0, bool)))
                 self._lanes[-1].set_precision(precision)
                 self._compare(self._lanes[-1], key_fields)
+        except NbfeatError as error:
+            self._error = error
 
     def _compare(self, lane: NetworkState, key_fields: Mapping[str, Mapping[str, Any]]) -> None:
         """Take down what differs in ways that change numbers slightly; raise NetworkError for all else."""
@@ -401,15 +352,18 @@ class Worker:
                         f"not {there.get(name)!r}. Give all machines the same nbfeat and files."
                     )
                 shown = {"cpu": "CPU", "backend": "Keras backend", "keras": "Keras"}.get(name, name)
-                self._opened.differs += [] if shown in self._opened.differs else [shown]
+                self._differs += [] if shown in self._differs else [shown]
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return what is found out about the one table in `batch`."""
         table: Table = batch["item"][0]
-        found = replace(self._opened, rows=table.rows, timings=Timings(), batches=[])
-        with found.noting_problems():
-            if not found.problem:
-                self._compute(table, found)
+        found = Found(table.rows, self._differs)
+        try:
+            if self._error:
+                raise self._error
+            self._compute(table, found)
+        except NbfeatError as error:
+            found.error = NetworkError(f"{error} (on {socket.gethostname()})")
         return {"item": np.array([found], object)}
 
     def _compute(self, table: Table, found: Found) -> None:
@@ -421,7 +375,7 @@ class Worker:
                 there[here[:length]] = file[:length]
         for lane, done in zip(self._lanes, table.done, strict=True):
             lane.done = done
-        pipeline = Pipeline(table.images, self._lanes, Path("/"), found.timings, Cache(None), {}, remote=self._remote)
+        pipeline = Pipeline(table.images, self._lanes, Path("/"), found.timings, Cache(None), {}, remote=self._access)
         with isolation.pillow_defaults(), closing(pipeline.run(range(len(rows)))) as batches:
             for batch in batches:
                 place = None if batch.lane is None else self._lanes.index(batch.lane)

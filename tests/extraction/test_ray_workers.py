@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -16,8 +17,8 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -29,7 +30,7 @@ from PIL import Image
 from pyarrow import parquet
 
 import nbfeat
-from nbfeat import Extraction, ExtractionError, NetworkError, RequestError
+from nbfeat import Extraction, ExtractionError, NetworkError, RequestError, isolation
 from nbfeat.extraction import ray_workers, sink
 from nbfeat.extraction.ray_workers import Found, RayExecutor, Share, Table, Worker
 from nbfeat.images import fingerprint, public_hosts, remote
@@ -316,17 +317,19 @@ def test_a_result_is_repeated_there(photos: pd.DataFrame, here: type[Here]) -> N
 
 
 def test_workers_share_the_cores_of_all_machines(monkeypatch: pytest.MonkeyPatch) -> None:
-    def share(*cpus: int) -> Share:
-        return Share.of([{"CPU": count} for count in cpus], gpu=False)
+    def share(*nodes: dict[str, float], gpu: bool = False) -> Share:
+        executor, alive = RayExecutor(), [{"Resources": node, "Alive": True} for node in nodes]
+        executor._ray = SimpleNamespace(nodes=lambda: [*alive, {"Resources": {"CPU": 1.0}, "Alive": False}])
+        return executor.share(gpu=gpu)
 
-    assert share(1) == Share(workers=1, cores=1)
-    assert share(2) == Share(workers=2, cores=1)
-    assert share(8, 6) == Share(workers=4, cores=3)  # machines have at least two, so that one may die
-    assert share(64, 64) == Share(workers=32, cores=4)
+    assert share({"CPU": 1}) == Share(workers=1, cores=1)
+    assert share({"CPU": 2}) == Share(workers=2, cores=1)
+    assert share({"CPU": 8}, {"CPU": 6}) == Share(workers=4, cores=3)  # at least two each, so that one may die
+    assert share({"CPU": 64}, {"CPU": 64}) == Share(workers=32, cores=4)
     nodes: list[dict[str, float]] = [{"CPU": 16, "GPU": 2}, {"CPU": 8, "GPU": 2}, {"CPU": 32}, {}]
-    assert Share.of(nodes, gpu=True) == Share(workers=4, cores=4, gpus=1)
+    assert share(*nodes, gpu=True) == Share(workers=4, cores=4, gpus=1)
     with pytest.raises(RequestError, match="has no GPU"):
-        Share.of([{"CPU": 2}], gpu=True)
+        share({"CPU": 2}, gpu=True)
     monkeypatch.setattr(cpu_count, "_taken", [])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(cpu_count, "quotas", lambda: iter([]))
@@ -517,14 +520,18 @@ def test_the_cluster_is_the_one_that_is_named_or_was_started_to_be_joined(
 def test_a_cluster_that_cannot_be_had_is_told(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ray: Any = importlib.import_module("ray")
 
-    def busy(**_: object) -> None:
+    folders: list[Path] = []
+
+    def busy(**options: Any) -> None:
         os.environ["RAY_AUTH_MODE"] = "token"  # as Ray does
+        folders.extend(Path(options[name]).parent for name in ["_temp_dir"] if name in options)
+        assert all(stat.S_IMODE(folder.stat().st_mode) == 0o700 for folder in folders)
         raise Exception("The current node timed out.\nAnd more.")  # noqa: TRY002 - as Ray does
 
     monkeypatch.setattr(ray, "init", busy)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "local" if way == "start" else "ray://nobody")
-    before, folders = dict(os.environ), set(Path(tempfile.gettempdir()).glob("nbfeat-*"))
+    before = dict(os.environ)
     error = NetworkError if way == "start" else RequestError
     words = (
         r"started here: And more\. Run"
@@ -534,9 +541,10 @@ def test_a_cluster_that_cannot_be_had_is_told(way: str, monkeypatch: pytest.Monk
     with pytest.raises(error, match=words), RayExecutor() as executor:
         executor._begin()
     assert dict(os.environ) == before
-    assert set(Path(tempfile.gettempdir()).glob("nbfeat-*")) == folders
+    assert [folder.exists() for folder in folders] == ([False] if way == "start" else [])
 
 
+@needs_ray
 def test_an_interrupt_waits_and_a_second_one_does_not() -> None:
     before, ends = signal.signal(signal.SIGINT, signal.default_int_handler), threading.Event()
 
@@ -547,13 +555,13 @@ def test_an_interrupt_waits_and_a_second_one_does_not() -> None:
         ends.wait(0.2 if interrupts == 1 else 10)
 
     try:
-        with ThreadPoolExecutor(1) as thread:
+        with isolation.quiet_ray() as (_, call):
             start = time.monotonic()
             with pytest.raises(KeyboardInterrupt):
-                ray_workers._finished(thread, work, 1)
+                call(work, 1)
             assert time.monotonic() - start > 0.3
             with pytest.raises(KeyboardInterrupt):
-                ray_workers._finished(thread, work, 2)
+                call(work, 2)
             assert time.monotonic() - start < 5
             ends.set()
     finally:
@@ -567,8 +575,8 @@ def test_an_interrupt_waits_and_a_second_one_does_not() -> None:
 def ray(own_home: Path) -> Iterator[Any]:  # workers build networks there
     """Start a cluster of two cores and 100 MB of shared memory, as a user would."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'nbfeat[ray]'")
-    before, found = ray_workers._ray_variables(), importlib.import_module("ray")
-    os.environ.update(ray_workers.ENVIRONMENT)
+    before, found = isolation.ray_variables(), importlib.import_module("ray")
+    os.environ.update(isolation.RAY_ENVIRONMENT)
     # Not one of pytest's folders, whose names are too long for Ray's sockets.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         for left in (2, 1, 0):
@@ -584,7 +592,7 @@ def ray(own_home: Path) -> Iterator[Any]:  # workers build networks there
                     raise
         yield found
         found.shutdown(wait_for_processes=True)
-    ray_workers._put_back(before)
+    isolation.put_ray_variables_back(before)
 
 
 def workers() -> list[int]:
