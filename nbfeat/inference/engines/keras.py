@@ -200,8 +200,7 @@ def replicate(model: Any, devices: tuple[str, ...]) -> list[Replica]:
     make = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}.get(backend)
     if make is None:
         raise NetworkError(f"Keras' backend {backend!r} is not one that nbfeat can run: use tensorflow, jax or torch.")
-    call = _call(model)
-    return [make(model, device, call, number == 0) for number, device in enumerate(devices)]
+    return [make(model, device, _call(model), device == devices[0]) for device in devices]
 
 
 def _call(model: Any) -> Call:
