@@ -36,9 +36,12 @@ def draw(network: keras.Model, scaling: Scaling) -> None:
     layers = importlib.import_module("keras").layers
     for layer in leaves(network):
         for variable in layer.weights:
+            shape, is_norm = variable.shape, isinstance(layer, layers.BatchNormalization)
+            if variable.name == "bias" or (is_norm and variable.name in {"gamma", "beta"}):
+                # As Keras has them; but what it has on OpenVINO is a graph, compiled whenever it is asked for.
+                variable.assign(np.full(shape, variable.name == "gamma", "float32"))
             if "kernel" not in variable.name:
                 continue
-            shape = variable.shape
             depthwise = isinstance(layer, layers.DepthwiseConv2D) or variable.name == "depthwise_kernel"
             fan_in = int(np.prod(shape[:2] if depthwise else shape[:-1]))
             generator = np.random.default_rng([SEED, zlib.crc32(f"{layer.name}/{variable.name}".encode())])

@@ -118,15 +118,8 @@ def choose_precision(
                 continue
             yield f"comparing {precision} with float32 on some of your images"
             exact = exact or network.start("float32")
-            try:
-                other = network.start(precision)
-                check = _compared(precision, exact, other, sample(), is_open=is_open)
-                is_kept = bool(len(sample()))  # where none could be read, that is told in its place
-            except NetworkError:  # the hardware does not compute in it
-                if not is_open:
-                    raise
-                check, is_kept = PrecisionCheck(precision, 0, 0.0, 0.0), True
-            if is_kept:
+            check, other = _compared(network, precision, exact, sample, is_open=is_open)
+            if check.images or other is None:  # else no image could be read, which is told in its place
                 with suppress(HomeError, OSError):  # then it will be compared again
                     write_whole(keep(FOLDER) / file, json.dumps(asdict(check)))
         if said := check.message(asked=not is_open):
@@ -136,24 +129,33 @@ def choose_precision(
     return Choice("float32" if asked == "auto" else asked, exact, message)
 
 
-def _compared(precision: Precision, exact: Engine, other: Engine, pixels: Pixels, *, is_open: bool) -> PrecisionCheck:
-    """Run both over the first of `pixels`, and, where they agree there, over the others; time them then."""
-    agreement, seen = 1.0, 0
+def _compared(
+    network: PreparedNetwork, precision: Precision, exact: Engine, sample: Callable[[], Pixels], *, is_open: bool
+) -> tuple[PrecisionCheck, Engine | None]:
+    """Compare on the first images of the sample, and, where those agree, on the others; time both engines then."""
+    try:
+        other = network.start(precision)
+    except NetworkError:  # the hardware does not compute in it
+        if not is_open:
+            raise
+        return PrecisionCheck(precision, 0, 0.0, 0.0), None
+    pixels, agreement, seen, speedup = sample(), 1.0, 0, 0.0
     first = FIRST_IMAGES if is_open else len(pixels)
     try:
         for some in (pixels[:first], pixels[first:]):
             if agreement >= AGREES and len(some):
                 agreement = min(agreement, agreement_of(vectors_of(exact, some), vectors_of(other, some)))
                 seen += len(some)
-        speedup = _speedup(exact, other, pixels) if agreement >= AGREES and seen else 0.0
+        if agreement >= AGREES and seen:
+            speedup = _speedup(exact, other, pixels)
     except NetworkError:  # its numbers grew too large
         if not is_open:
             raise
-        return PrecisionCheck(precision, len(pixels), -1.0, 0.0)
+        agreement, seen = -1.0, len(pixels)
     finally:
         exact.close()
         other.close()
-    return PrecisionCheck(precision, seen, agreement, speedup)
+    return PrecisionCheck(precision, seen, agreement, speedup), other
 
 
 def _speedup(exact: Engine, other: Engine, pixels: Pixels) -> float:

@@ -200,8 +200,7 @@ def replicate(model: Any, devices: tuple[str, ...]) -> list[Replica]:
     make = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}.get(backend)
     if make is None:
         raise NetworkError(f"Keras' backend {backend!r} is not one that nbfeat can run: use tensorflow, jax or torch.")
-    call = _call(model)
-    return [make(model, device, call, number == 0) for number, device in enumerate(devices)]
+    return [make(model, device, _call(model), device == devices[0]) for device in devices]
 
 
 def _call(model: Any) -> Call:
@@ -289,26 +288,25 @@ def mixed_precision(spec: NetworkSpec, base: Base, precision: Precision) -> Base
     if precision == "float32":
         return base
     network, loaded = base
+    cause = None
     try:
         turned = in_policy(network, f"mixed_{precision}")
         kept = _kept_exact(turned)
-        computing = [layer for layer in keras_weights.leaves(turned) if layer not in kept]
-        left = sorted({layer.name for layer in computing if layer.compute_dtype != precision})
-        reason = f"of its layers, {left[0]} stays in float32" if left else ""
+        left = [layer for layer in keras_weights.leaves(turned) if layer not in kept]
+        exact = sorted(layer.name for layer in left if layer.compute_dtype != precision)
+        reason = f"of its layers, {exact[0]} stays in float32" if exact else ""
         if not reason and spec.is_registered:
             models = (in_policy(network, "float32"), network)
             twin, straight = (build(spec, lambda _: None, base=(one, loaded)).model for one in models)
             reason = "" if gives_the_same(twin, straight) else "a copy of it gives other numbers"
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise _refusal(spec, precision, lines[0].rstrip(".")) from error
+        cause = error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     if reason:
-        raise _refusal(spec, precision, reason)
+        raise NetworkError(
+            f"{spec.title} cannot be turned to {precision} ({reason}). Use --precision float32."
+        ) from cause
     return turned, loaded
-
-
-def _refusal(spec: NetworkSpec, precision: Precision, reason: str) -> NetworkError:
-    return NetworkError(f"{spec.title} cannot be turned to {precision} ({reason}). Use --precision float32.")
 
 
 def in_policy(network: Any, policy: str) -> Any:

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from nbfeat import isolation
@@ -41,10 +41,7 @@ def in_a_fresh_session(work: Callable[[], Result], device: str) -> Result:
 
 
 def grow_memory() -> None:
-    """Let TensorFlow take the memory of GPUs as it needs it, so that others can use them too.
-
-    Where it has started already, or the user has said how to share a GPU, it stays as it is.
-    """
+    """Let TensorFlow take the memory of GPUs as it needs it, unless it has started or the user has said how to."""
     if importlib.import_module("keras").backend.backend() != "tensorflow":
         return
     config: Any = importlib.import_module("tensorflow").config
@@ -56,13 +53,9 @@ def grow_memory() -> None:
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Compute in all bits of float32 on the backend that Keras has here; every switch is put back after the block."""
-    inside: dict[str, Callable[[], AbstractContextManager[None]]] = {
-        "tensorflow": _tensorflow,
-        "jax": _jax,
-        "torch": _torch,
-    }
+    switched: dict[str, Any] = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
     backend = importlib.import_module("keras").backend.backend()
-    with isolation.without_fast_math(), inside.get(backend, contextlib.nullcontext)():
+    with isolation.without_fast_math(), switched.get(backend, contextlib.nullcontext)():
         yield
 
 
