@@ -22,14 +22,13 @@ from nbfeat.errors import ExtractionError, RequestError, format_bytes, listing
 from nbfeat.extraction import report
 from nbfeat.extraction.columns import FeatureColumns
 from nbfeat.extraction.feature_table import FeatureTable
-from nbfeat.extraction.pipeline import LocalExecutor
-from nbfeat.extraction.profile import Bottleneck, Profile, Timings
+from nbfeat.extraction.pipeline import LocalExecutor, images_per_second
+from nbfeat.extraction.profile import Bottleneck, Profile
 from nbfeat.extraction.ray_workers import executor_for
 from nbfeat.extraction.recipe import Like, Recipe
 from nbfeat.extraction.request import Blocks, Frame, read_request
 from nbfeat.extraction.run import Run, Step
 from nbfeat.extraction.sink import DatasetSink, MemorySink
-from nbfeat.images.remote import Access
 from nbfeat.images.sources import hosts, name_of
 from nbfeat.inference.spec import NUMERICS
 
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 State = Literal["new", "running", "stopped", "failed", "done"]
-LARGEST_BATCH = 4096
-FIRST_REASONS = 3
 LIBRARIES = ("nbfeat", "keras", "openvino", "pillow", "simplejpeg", "numpy", "scikit-learn")
 
 
@@ -113,20 +110,9 @@ class Extraction(FeatureTable):
         self.blocks, self.parts, self.repeats = request.blocks, request.parts, request.repeats
         self.state: State = "new"
         self.seconds = 0.0
-        self._run = Run(
-            request.images,
-            request.root,
-            request.networks,
-            executor_for(on, request.images, request.networks) or LocalExecutor(),
-            device=request.device,
-            precision=request.precision,
-            batch_size=request.batch_size,
-            cache=parquet is None if cache is None else cache,
-            remote=Access.here() if allow_remote else None,
-        )
-        if self.repeats is not None:
-            earlier = {part.network: part.repeats.precision for part in self.parts if part.repeats}
-            self._run.repeat([earlier[number] for number in range(len(request.networks))])
+        executor = executor_for(on, request.images, request.networks) or LocalExecutor()
+        self._run = Run(request, executor, cache=parquet is None if cache is None else cache)
+        self.progress, self.timings, self.notes = self._run.progress, self._run.timings, self._run.notes
         self.written = None
         if parquet is not None:
             self.written = DatasetSink(parquet, self._run, request, lambda: self.recipe)
@@ -215,12 +201,12 @@ class Extraction(FeatureTable):
     @property
     def done(self) -> int:
         """How many images are finished, failed ones and those from the cache too."""
-        return self._run.progress.done
+        return self.progress.done
 
     @property
     def cached(self) -> int:
         """How many images have all their features from the cache."""
-        return self._run.progress.cached
+        return self.progress.cached
 
     @property
     def total(self) -> int:
@@ -230,32 +216,22 @@ class Extraction(FeatureTable):
     @property
     def computed(self) -> int:
         """How many images a network ran over, or share the features of one."""
-        return self._run.progress.computed
+        return self.progress.computed
 
     @property
     def equal(self) -> int:
         """How many images share the features of another of the same content."""
-        return self._run.progress.equal
+        return self.progress.equal
 
     @property
     def kept(self) -> int:
         """How many images another run need not compute, since they are in the cache or in files."""
-        return self.done - len(self._run.progress.reasons) if self._run.keeps else self._sink.kept
+        return self.done - len(self.progress.reasons) if self._run.keeps else self._sink.kept
 
     @property
     def keeps(self) -> bool:
         """Whether what is finished is in the cache or in files, so that another run goes on from there."""
         return self._run.keeps or bool(self.kept)
-
-    @property
-    def notes(self) -> list[str]:
-        """What went another way than asked for."""
-        return self._run.notes
-
-    @property
-    def timings(self) -> Timings:
-        """Where the time went."""
-        return self._run.timings
 
     @property
     def profile(self) -> Profile:
@@ -287,7 +263,7 @@ class Extraction(FeatureTable):
     def _step(self, note: str = "") -> Step:
         rate = self.rate
         left = (self.total - self.done) / rate if rate else None
-        counts = self.done, self.total, len(self._run.progress.reasons), self.cached
+        counts = self.done, self.total, len(self.progress.reasons), self.cached
         return Step(*counts, self.seconds, rate, left, self._bottleneck, note, self._sink.kept_words)
 
     def _coming(self) -> str:
@@ -335,13 +311,13 @@ class Extraction(FeatureTable):
         import pandas as pd
 
         count = len(self.request.frame)
-        found = sorted(self._run.progress.reasons, key=lambda row: (row % count, row))
+        found = sorted(self.progress.reasons, key=lambda row: (row % count, row))
         positions = [row % count for row in found]
         table = {
             "position": positions,
             "column": [self.request.columns[row // count] for row in found],
             "image": [name_of(self.request.images[row]) for row in found],
-            "reason": [self._run.progress.reasons[row] for row in found],
+            "reason": [self.progress.reasons[row] for row in found],
         }
         return pd.DataFrame(table, index=self.request.frame.index.take(np.array(positions, int)))
 
@@ -440,11 +416,9 @@ class Extraction(FeatureTable):
 
     def speed_of(self, part: FeatureColumns) -> float:
         """Measure how many images per second go from file to features of `part` alone, without the cache."""
-        from nbfeat.extraction.speed import images_per_second
-
         assert part.lane is not None
         images = self.request.images_of(part.column)
-        good = np.flatnonzero(self._run.progress.ok[images])
+        good = np.flatnonzero(self.progress.ok[images])
         some = [self.request.images[images.start + at] for at in good]
         return images_per_second(part.lane, part.key, some, self.root, remote=self._run.remote)
 

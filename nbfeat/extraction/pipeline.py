@@ -14,13 +14,14 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from nbfeat import isolation
 from nbfeat.cache.database import Cache
 from nbfeat.errors import ImageError
 from nbfeat.extraction.network_state import Batch, NetworkState
@@ -30,11 +31,15 @@ from nbfeat.images import fingerprint
 from nbfeat.images.decode import OUT_OF_MEMORY, Source, pixels_of
 from nbfeat.images.remote import Access, Fetcher
 from nbfeat.images.resize import PixelSpec
-from nbfeat.images.sources import load_image
+from nbfeat.images.sources import Fetch, address_of, load_image, spread
 from nbfeat.inference.engines.base import Engine, Pixels, Vectors
 from nbfeat.inference.engines.cpu_count import available_cores
+from nbfeat.inference.engines.devices import timed
+from nbfeat.inference.precision import readable_sample
 
 BATCHES_AHEAD = 3  # decoded and waiting; more only costs memory
+# Of images whose speed is measured: those that warm up, rounds of which the fastest counts, seconds of a round.
+FIRST_IMAGES, ROUNDS, SECONDS = 8, 3, 0.3
 SETTLED_AT_ONCE = 64  # rows that need no network, told of together
 
 
@@ -256,3 +261,35 @@ class Pipeline:
             else:
                 specs[lane.pixels] = None
         return list(specs)
+
+
+def images_per_second(
+    lane: NetworkState, key: str, images: Sequence[object], root: Path, *, remote: Access | None = None
+) -> float:
+    """Measure the output `key` of `lane` alone on up to 64 of `images`, spread over them, without the cache.
+
+    Opening the network does not count, nor does the disk: the files are read once before, and `remote` images fetched.
+    Images of the same content run once, as ever. Returns NaN where none can be read.
+    """
+
+    def read(image: object, fetch: Fetch | None) -> object:
+        """Read the image; give what was fetched in place of its address."""
+        source, _ = load_image(image, root, fetch)
+        return image if address_of(image) is None else source
+
+    some = readable_sample(images, read, root, remote)
+    if not some:
+        return float("nan")
+    engine = lane.opening.start(lane.precision, key)
+
+    def rate(chosen: Sequence[object]) -> float:
+        alone = NetworkState(lane.spec, lane.pixels, lane.opening, np.zeros(len(chosen), bool), engine=engine)
+        pipeline = Pipeline(chosen, [alone], root, Timings(), Cache(None), {})
+        with closing(pipeline.run(range(len(chosen)))) as batches:
+            ran, seconds = timed(lambda: sum(len(batch.rows) for batch in batches))
+        return ran / seconds
+
+    with isolation.pillow_defaults():
+        guess = rate([some[at] for at in spread(len(some), FIRST_IMAGES)])
+        affordable = [some[at] for at in spread(len(some), max(FIRST_IMAGES, int(guess * SECONDS)))]
+        return max(rate(affordable) for _ in range(ROUNDS))

@@ -20,15 +20,14 @@ from nbfeat.cache.database import Cache
 from nbfeat.errors import ExtractionError, listing, sentences
 from nbfeat.extraction.network_state import Batch, NetworkState, decoders
 from nbfeat.extraction.profile import Bottleneck, Timings
+from nbfeat.extraction.request import Request
 from nbfeat.images.public_hosts import NOT_ALLOWED
 from nbfeat.images.remote import Access
-from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import name_of, state_of
 from nbfeat.inference import prepared
 from nbfeat.inference.engines import devices as hardware
-from nbfeat.inference.engines.base import Asked, Precision
+from nbfeat.inference.engines.base import Precision
 from nbfeat.inference.precision import choose_precision
-from nbfeat.inference.spec import NetworkSpec
 
 ROWS_AT_ONCE = 500
 FIRST_REASONS = 3
@@ -44,38 +43,27 @@ class Executor(AbstractContextManager[Any], Protocol):
 
 
 class Run:
-    """The features of `images` from several networks; relative paths start at `root`, and `remote` ones are fetched.
+    """The features of the images of a request, from the networks that it needs.
 
     It works on a window of the images at a time: on all of them, unless `look_at` says which.
     """
 
-    def __init__(
-        self,
-        images: Sequence[object],
-        root: Path,
-        networks: Sequence[tuple[NetworkSpec, PixelSpec]],
-        executor: Executor,
-        *,
-        device: str,
-        precision: Asked,
-        batch_size: int | None,
-        cache: bool,
-        remote: Access | None = None,
-    ) -> None:
-        self.images, self.root, self.networks = images, root, networks
-        self.device, self.precision, self.batch_size = device, precision, batch_size
-        self.remote, self.executor = remote, executor
-        self.progress = Progress(len(images), len(networks))
+    def __init__(self, request: Request, executor: Executor, *, cache: bool) -> None:
+        self.images, self.root, self.networks = request.images, request.root, request.networks
+        self.device, self.precision, self.batch_size = request.device, request.precision, request.batch_size
+        self.remote, self.executor = Access.here() if request.remote else None, executor
+        self.progress = Progress(len(self.images), len(self.networks))
         self.timings = Timings()
         self.notes: list[str] = []
         self.lanes: list[NetworkState] = []
         self.keeps = False  # whether what is finished is in the cache
-        self.uses_cache = cache and bool(images)
+        self.uses_cache = cache and bool(self.images)
         self.cache = Cache(None)
         self.seen: dict[bytes, int] = {}  # which image of the window had a content first
         self.computed_elsewhere = False  # whether some of it has no use for the cache
         self._window: NDArray[np.int64] | None = None
-        self._repeated: Sequence[Precision] = ()
+        earlier = {part.network: part.repeats.precision for part in request.parts if part.repeats}
+        self._repeated: Sequence[Precision] = [earlier[number] for number in sorted(earlier)]
 
     @contextmanager
     def caching(self) -> Iterator[None]:

@@ -13,9 +13,10 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import _check_feature_names_in, check_is_fitted, validate_data
 
 from nbfeat.errors import ExtractionError, RequestError, sentences
-from nbfeat.extraction.extraction import FIRST_REASONS, Extraction
+from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.options import Normalize, one_of
 from nbfeat.extraction.request import Blocks, check_frame
+from nbfeat.extraction.run import FIRST_REASONS
 from nbfeat.images.sources import image_column
 from nbfeat.inference.spec import Pooling
 

@@ -29,7 +29,7 @@ from nbfeat.backbones.weights import Loaded
 from nbfeat.explore import scoring as module
 from nbfeat.explore.compare import Comparison, verdict
 from nbfeat.explore.scoring import drawn, folds_of, read_target
-from nbfeat.extraction.speed import images_per_second
+from nbfeat.extraction.pipeline import images_per_second
 from nbfeat.inference import prepared
 from tests.fake import FakeEngine
 from tests.look import HOSTILE
