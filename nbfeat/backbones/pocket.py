@@ -4,8 +4,8 @@ Twenty plain convolutions with ReLU, in five blocks around a shortcut, each narr
 residual learning"). It was trained with batch norms, which are folded into the convolutions here.
 
 **Model card.** Data: 54,000 photographs of Tiny ImageNet (64 × 64 pixels, 200 classes), 6,000 more held out. Terms:
-these are for non-commercial research and education, and so are the weights; see ``POCKET-LICENSE``. Recipe:
-`pocket_training`, as it is, with seed 0; Pocket learned the classes and, mostly, the features that MobileNetV2 and
+these are for non-commercial research and education, and so are the weights; see ``POCKET-LICENSE``. Recipe: the
+program in the project's history, with seed 0; Pocket learned the classes and, mostly, the features that MobileNetV2 and
 MobileNet 0.75 give of the photographs, 44 epochs in 81 minutes on one core of a machine that was busy with other work.
 Weights: float16. Figures: with a linear classifier on its features, 51 % of the held-out photographs (at 64 pixels) are
 given their class, of 200, and 76 % within five guesses; of 300 photographs of five flowers, in five-fold
