@@ -8,13 +8,10 @@ local response normalization, fewer kernels than the network of 2012. Sizes and 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nbfeat.backbones.catalog import find
 from nbfeat.backbones.torch_weights import Arrays, Convolution, LayerWeights, array_of
-
-if TYPE_CHECKING:
-    import keras
 
 GRID = 6  # rows and columns of the map that `fc6` reads
 WIDTH = 4096  # of `fc6` and `fc7`
@@ -29,7 +26,7 @@ _CONVOLUTIONS = (
 _POOLED = {"conv1": "pool1", "conv2": "pool2", "conv5": "pool5"}
 
 
-def build(size: int) -> keras.Model:
+def build(size: int) -> Any:
     """Build AlexNet up to `fc7`, for square images of `size` pixels scaled as `torch`; `pool5` ends convolutions."""
     import keras
     from keras import layers

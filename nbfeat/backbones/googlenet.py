@@ -13,13 +13,10 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nbfeat.backbones.catalog import find
 from nbfeat.backbones.torch_weights import Arrays, Convolution, LayerWeights, array_of
-
-if TYPE_CHECKING:
-    import keras
 
 EPSILON = 0.001  # of every batch norm
 _NORM = ("weight", "bias", "running_mean", "running_var")  # gamma, beta, moving mean and variance
@@ -44,7 +41,7 @@ _INCEPTIONS = {
 _POOLED = {"3b": (3, "pool3"), "4e": (2, "pool4")}  # side and name of the pooling that follows
 
 
-def build(size: int) -> keras.Model:
+def build(size: int) -> Any:
     """Build GoogLeNet up to `inception_5b`, for square images of `size` pixels scaled as `tf`, without classifiers."""
     import keras
 

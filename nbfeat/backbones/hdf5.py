@@ -27,16 +27,15 @@ SLACK = 1 << 20  # bytes; new weights are zeros, and a small file may hold littl
 # Deflate, shuffle, Fletcher's checksum and LZF, which h5py brings itself; others would be looked for on this machine.
 _FILTERS = frozenset({1, 2, 3, 32_000})
 _WEIGHTS = "model.weights.h5"
-_MEMBERS = {"metadata.json", "config.json", _WEIGHTS}
 
 
 class Refused(Exception):  # noqa: N818 - it is the reason why, before it has the file's name
-    """Why a file is not read: a clause without its name, and the next step."""
+    """Why a file is not read: a clause without its name, then the next step where it is not that of its kind."""
 
 
 def damaged(what: str) -> Refused:
     """Refuse a file that is not as it was written."""
-    return Refused(f"{what}. Download it again.")
+    return Refused(what, "Download it again.")
 
 
 def quote(text: str | bytes, most: int = 60) -> str:
@@ -46,7 +45,7 @@ def quote(text: str | bytes, most: int = 60) -> str:
 
 
 @contextmanager
-def refusing(path: Path, kind: str) -> Iterator[None]:
+def refusing(path: Path, kind: str, advice: str = "Download it again.") -> Iterator[None]:
     """Turn what goes wrong over the file at `path` into a WeightsError: "`path` cannot be read as `kind`: …"."""
     cause: Exception | None = None
     try:
@@ -56,44 +55,35 @@ def refusing(path: Path, kind: str) -> Iterator[None]:
             return
         reason = "it is not a file. Check the path."
     except Refused as refused:
-        reason = str(refused)
+        reason = ". ".join((*refused.args, advice)[:2])
     except WeightsError:
         raise
-    except MemoryError as error:
-        cause, reason = error, "there is not enough memory for it. Close other notebooks and try again."
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        cause, reason = error, f"{_line(error)}. Check the path, or download the file again."
     except Exception as error:
-        cause, reason = (
-            error,
-            f"it is damaged beyond reading ({type(error).__name__}: {_line(error)}). Download it again.",
-        )
+        cause, text = error, quote(getattr(error, "strerror", None) or str(error), 200)[1:-1]
+        reason = f"it is damaged beyond reading ({type(error).__name__}: {text}). Download it again."
+        if isinstance(error, MemoryError):
+            reason = "there is not enough memory for it. Close other notebooks and try again."
+        elif isinstance(error, OSError | ValueError):  # ValueError: a NUL in the path
+            reason = f"{text}. Check the path, or download the file again."
     raise WeightsError(f"{path.name} cannot be read as {kind}: {reason}") from cause
 
 
-def _line(error: Exception) -> str:
-    return quote(getattr(error, "strerror", None) or str(error), 200)[1:-1]
-
-
 def check_hdf5(path: Path) -> None:
-    """Raise WeightsError where a file is no HDF5, leads out of itself, holds other things than numbers, or expands.
-
-    That is: external links or storage, virtual datasets, filters that h5py does not bring, more than `MOST_RATIO` times
-    its own size in numbers.
-    """
+    """Raise WeightsError where a file is no HDF5, leads out of itself, holds other things than numbers, or expands."""
     import h5py
 
-    with refusing(path, "weights in HDF5"), h5py.File(path, "r") as file:
+    advice = "Save the weights anew with model.save_weights(), or download them again."
+    with refusing(path, "weights in HDF5", advice), h5py.File(path, "r") as file:
         names = set[bytes]()
 
         def refusal(name: bytes, link: Any) -> Refused | None:
             if len(names) >= MOST_LINKS or name.count(b"/") > MOST_LEVELS:
-                return _unwanted(f"it has more than {MOST_LINKS:,} links, or more than {MOST_LEVELS} levels of groups")
+                return Refused(f"it has more than {MOST_LINKS:,} links, or more than {MOST_LEVELS} levels of groups")
             group, _, own = name.rpartition(b"/")
             if group and group not in names:  # HDF5 would take it as a path, and follow other links on the way
-                return _unwanted(f"its link {quote(own)} has a name that is a path")
+                return Refused(f"its link {quote(own)} has a name that is a path")
             if link.type not in {h5py.h5l.TYPE_HARD, h5py.h5l.TYPE_SOFT}:
-                return _unwanted(f"its link {quote(own)} leads to another file")
+                return Refused(f"its link {quote(own)} leads to another file")
             if link.type == h5py.h5l.TYPE_HARD:  # what a soft link leads to has a hard one too
                 names.add(name)
             return None
@@ -104,11 +94,7 @@ def check_hdf5(path: Path) -> None:
         things, size = (h5py.h5o.open(file.id, name) for name in names), path.stat().st_size
         declared = sum(_bytes_declared(one) for one in things if isinstance(one, h5py.h5d.DatasetID))
         if declared > MOST_RATIO * size + SLACK:
-            raise _unwanted(f"its {size:,} bytes would become more than {MOST_RATIO} times as many")
-
-
-def _unwanted(what: str) -> Refused:
-    return Refused(f"{what}. Save the weights anew with model.save_weights(), or download them again.")
+            raise Refused(f"its {size:,} bytes would become more than {MOST_RATIO} times as many")
 
 
 def _bytes_declared(dataset: Any) -> int:
@@ -118,12 +104,12 @@ def _bytes_declared(dataset: Any) -> int:
     stored, kind = dataset.get_create_plist(), dataset.get_type()
     name = quote(h5py.h5i.get_name(dataset) or b"")
     if stored.get_layout() == h5py.h5d.VIRTUAL or stored.get_external_count():
-        raise _unwanted(f"the numbers of its dataset {name} are in another file")
+        raise Refused(f"the numbers of its dataset {name} are in another file")
     if kind.get_class() not in {h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5t.ENUM}:
-        raise _unwanted(f"its dataset {name} is not of numbers")
+        raise Refused(f"its dataset {name} is not of numbers")
     for number in range(stored.get_nfilters()):
         if (known := stored.get_filter(number)[0]) not in _FILTERS:
-            raise _unwanted(f"its dataset {name} is stored with filter {known}, which is not used here")
+            raise Refused(f"its dataset {name} is stored with filter {known}, which is not used here")
     lengths = [dataset.shape or (), stored.get_chunk() if stored.get_layout() == h5py.h5d.CHUNKED else ()]
     return max(map(math.prod, lengths)) * int(kind.get_size())
 
@@ -147,12 +133,12 @@ def description(path: Path) -> dict[str, Any]:
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     advice = "Save it anew with model.save('model.keras')."
-    with refusing(path, "a model of Keras"), zipfile.ZipFile(path) as archive:
+    with refusing(path, "a model of Keras", advice), zipfile.ZipFile(path) as archive:
         names, size = archive.namelist(), path.stat().st_size
-        if unknown := [name for name in names if name not in _MEMBERS]:
-            raise Refused(f"its part {quote(unknown[0])} is none that a model of stock layers has. {advice}")
+        if unknown := [name for name in names if name not in {"metadata.json", "config.json", _WEIGHTS}]:
+            raise Refused(f"its part {quote(unknown[0])} is none that a model of stock layers has")
         if len(set(names)) != len(names) or not {"config.json", _WEIGHTS} <= set(names):
             raise damaged("it has not the parts of a model")
         if sum(part.file_size for part in archive.infolist()) > MOST_RATIO * size + SLACK:
-            raise Refused(f"its {size:,} bytes would become more than {MOST_RATIO} times as many. {advice}")
+            raise Refused(f"its {size:,} bytes would become more than {MOST_RATIO} times as many")
         yield archive

@@ -24,15 +24,12 @@ from __future__ import annotations
 import hashlib
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.errors import WeightsError
-
-if TYPE_CHECKING:
-    import keras
 
 WEIGHTS = Path(__file__).with_suffix(".npz")
 
@@ -72,7 +69,7 @@ CONVOLUTIONS = (
 )
 
 
-def build(size: int) -> keras.Model:
+def build(size: int) -> Any:
     """Build Pocket for square images of `size` pixels scaled as `torch`; weights are as Keras initializes them."""
     import keras
     from keras import layers

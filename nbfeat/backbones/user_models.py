@@ -12,14 +12,11 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nbfeat.backbones.backbone import Backbone, Layer, Scaling
 from nbfeat.backbones.hdf5 import check_archive, description, quote
 from nbfeat.errors import NetworkError, RequestError, WeightsError, near, sentences
-
-if TYPE_CHECKING:
-    import keras
 
 NAME = "Keras model"  # what the network of any file is called where its path must not matter
 SUFFIXES = (".keras", ".h5", ".hdf5")  # the others are refused, with the way to a .keras file
@@ -59,17 +56,14 @@ def _read(path: Path, *_state: int) -> Backbone:
     try:
         model.pop("compile_config", None)  # how it was trained; it is not loaded
         _refuse_what_is_not_keras(path.name, model)
-        size = _side(path.name, _input_shape(path.name, model))
+        size = _side(path.name, model)
         names = [layer["config"]["name"] for layer in model["config"]["layers"] if layer["class_name"] != "InputLayer"]
     except (LookupError, TypeError, AttributeError, StopIteration, RecursionError) as error:
         raise WeightsError(
             f"{path.name} describes no model that could be read. Save it anew with model.save('model.keras')."
         ) from error
-    return Backbone(
-        name=str(path), family="own", module="", size=size, smallest=1, width=0, scaling="none", parameters=0,
-        layers=tuple(Layer(str(name), 0, 0) for name in names), package="file", default_weights="own",
-        is_fixed=bool(size),
-    )  # fmt: skip
+    layers = tuple(Layer(str(name), 0, 0) for name in names)
+    return Backbone(name=str(path), size=size, scaling="none", layers=layers, package="file", is_fixed=bool(size))
 
 
 def _refuse_what_is_not_keras(title: str, model: dict[str, Any]) -> None:
@@ -79,17 +73,15 @@ def _refuse_what_is_not_keras(title: str, model: dict[str, Any]) -> None:
     for thing, layer in _objects(model):
         kind, where = str(thing["class_name"]), quote(layer)
         if kind in _RUN_CODE:
-            what = "Lambda" if "ambda" in kind else kind
+            what = f"{'Lambda' if 'ambda' in kind else kind} layer"
             raise RequestError(
-                f"{title} has a {what} layer, whose code would run unseen: replace the {what} layer {where} by a layer "
-                "of Keras."
+                f"{title} has a {what}, whose code would run unseen: replace the {what} {where} by a layer of Keras."
             )
         if kind in _READ_FILES:
             raise RequestError(f"{title} has the layer {where} ({kind}), which is none for images: save it without.")
         if foreign := _foreign(thing):
-            raise RequestError(
-                f"{title} has, in its layer {where}, {quote(foreign)}, whose code is not in the file. {REGISTER}"
-            )
+            what = f"{title} has, in its layer {where}, {quote(foreign)}"
+            raise RequestError(f"{what}, whose code is not in the file. {REGISTER}")
 
 
 def _foreign(thing: dict[str, Any]) -> str:
@@ -121,24 +113,18 @@ def _objects(model: Any) -> Iterator[tuple[dict[str, Any], str]]:
             left += [(value, layer) for value in (thing.values() if isinstance(thing, dict) else thing)]
 
 
-def _input_shape(title: str, model: dict[str, Any]) -> list[Any]:
-    """Return the shape of the one input, with the batch."""
+def _side(title: str, model: dict[str, Any]) -> int:
+    """Return the side of the images that a model takes; 0 where it takes any."""
     config = model["config"]
     inputs = [each["config"]["batch_shape"] for each in config["layers"] if each["class_name"] == "InputLayer"]
     if model["class_name"] == "Sequential" and not inputs:
         inputs = [config.get("build_input_shape")]
         if inputs == [None]:
-            raise RequestError(
-                f"{title} has no input yet. Begin it with keras.Input((224, 224, 3)), and save it again."
-            )
+            way = "Begin it with keras.Input((224, 224, 3)), and save it again."
+            raise RequestError(f"{title} has no input yet. {way}")
     if len(inputs) != 1:
         raise RequestError(f"{title} has {len(inputs)} inputs. Save a model with one input, of images.")
-    return list(inputs[0])
-
-
-def _side(title: str, shape: list[Any]) -> int:
-    """Return the side of the images that an input of `shape` takes; 0 where it takes any."""
-    match shape:
+    match shape := list(inputs[0]):
         case [_, None, None, 3]:
             return 0
         case [_, int(rows), columns, 3] if rows == columns and 1 <= rows <= LARGEST:
@@ -171,7 +157,7 @@ def check(
     return size or backbone.size
 
 
-def load(path: Path, size: int) -> keras.Model:
+def load(path: Path, size: int) -> Any:
     """Load the network in a ``.keras`` file, for images of `size` pixels; WeightsError where Keras cannot."""
     check_archive(path)
     backbone_at(str(path))  # the file may be another one by now
@@ -191,7 +177,7 @@ def load(path: Path, size: int) -> keras.Model:
     return _functional(network, size, path.name)
 
 
-def build(backbone: Backbone, size: int) -> keras.Model:
+def build(backbone: Backbone, size: int) -> Any:
     """Build a registered network for images of `size` pixels, as the function gives it.
 
     Raises RequestError where it gives something else than a model for such images, NetworkError where it fails.
@@ -215,7 +201,7 @@ def build(backbone: Backbone, size: int) -> keras.Model:
     return _functional(network, size, backbone.name)
 
 
-def _functional(network: Any, size: int, title: str) -> keras.Model:
+def _functional(network: Any, size: int, title: str) -> Any:
     """Return `network` as a functional model of one input (None, size, size, 3), with the same weights."""
     from nbfeat.backbones import keras_weights
 
