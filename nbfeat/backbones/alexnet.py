@@ -1,8 +1,7 @@
-"""AlexNet in Keras, as torchvision has it.
+"""AlexNet in Keras, as ``torchvision.models.alexnet`` has it.
 
 The variant with one tower (Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks"): no
-local response normalization, fewer kernels than the network of 2012. Sizes and names of weights are those of
-``torchvision.models.alexnet``; layers are called as in the papers, and each is what follows the ReLU.
+local response normalization, fewer kernels than in 2012. Layers are called as in the papers, and follow the ReLU.
 """
 
 from __future__ import annotations
@@ -48,11 +47,7 @@ def build(size: int) -> Any:
 
 
 def weights_from(state: Arrays) -> LayerWeights:
-    """Convert torchvision's state dict to what each layer's `set_weights` takes.
-
-    What else is in it, such as the classifier of 1,000 classes, is left alone. Raises WeightsError naming the first
-    array that is missing or of another shape.
-    """
+    """Convert torchvision's state dict, without the classifiers, to what each layer's `set_weights` takes."""
     take = partial(array_of, state, find("AlexNet"))
     found: LayerWeights = {}
     for name, key, before, after, side in _CONVOLUTIONS:

@@ -66,8 +66,7 @@ class Backbone:
         if self.package != "file":
             return self.name.lower()
         # Composed: some file systems take letters and their accents apart.
-        stem = unicodedata.normalize("NFKC", Path(self.name).stem).lower()
-        words = re.sub(r"\W+", "_", stem).strip("_")
+        words = re.sub(r"\W+", "_", unicodedata.normalize("NFKC", Path(self.name).stem).lower()).strip("_")
         return words if words.isidentifier() else f"model_{words}".rstrip("_")
 
     def width_at(self, alpha: float | None) -> int:

@@ -1,8 +1,7 @@
 """Which backbones there are: the table of published ones, those that were registered, and finding one by its name.
 
 The table is ``catalog.csv``, written by hand, so that help, completion and checks never wait for Keras; a test builds
-every network and compares. Scaling is what the published weights expect, in Keras' words; "none" where the network's
-first layers do it.
+every network and compares. Scaling is what the published weights expect; "none" where the network itself does it.
 
 Layers are chosen so that every stage has its end and every stride its layer, as far as Keras names them: the others are
 numbered by a counter that depends on what was built before. So the stems of Inception are missing, as are the

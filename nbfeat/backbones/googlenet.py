@@ -102,11 +102,7 @@ def _branches(part: str) -> tuple[Convolution, ...]:
 
 
 def weights_from(state: Arrays) -> LayerWeights:
-    """Convert torchvision's state dict to what each layer's `set_weights` takes.
-
-    What else is in it, such as the classifiers, is left alone. Raises WeightsError naming the first array that is
-    missing or of another shape.
-    """
+    """Convert torchvision's state dict, without the classifiers, to what each layer's `set_weights` takes."""
     take = partial(array_of, state, find("GoogLeNet"))
     found: LayerWeights = {}
     for name, key, before, after, side in chain(_STEM, *map(_branches, _INCEPTIONS)):

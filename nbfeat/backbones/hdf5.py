@@ -1,8 +1,8 @@
 """Whether a file of Keras weights (HDF5, ``.keras``) is only that, and no larger than it looks; else, why not.
 
 An HDF5 file may send its reader to other files (external links, external storage, virtual datasets) and may declare
-more numbers than it has bytes; a zip may hold other things than a model, or become much larger. Keras refuses some of
-this while it reads. Here all is looked at before anything is opened or read.
+more numbers than it has bytes; a zip may hold other things than a model, or become much larger. Here all of this is
+looked at before anything is opened or read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from nbfeat.errors import WeightsError
 
@@ -126,8 +126,7 @@ def check_archive(path: Path) -> None:
 def description(path: Path) -> dict[str, Any]:
     """Return what a ``.keras`` file says of its model, without Keras; WeightsError where it cannot be read."""
     with _opened(path) as archive:
-        found: dict[str, Any] = json.loads(archive.read("config.json"))
-        return found
+        return cast("dict[str, Any]", json.loads(archive.read("config.json")))
 
 
 @contextmanager

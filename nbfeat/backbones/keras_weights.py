@@ -1,12 +1,12 @@
 """Weights in a file of Keras' (``.weights.h5``, ``.h5``, ``.keras``), or of a network, given to one that they fit.
 
-Files of a network with its classifier serve the network without it. What is in a file is looked at before Keras reads
-it, and what does not fit is told by the first layer that differs.
+Files of a network with its classifier serve the network without it. A misfit is told by the first layer that differs.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,29 +28,20 @@ def load(network: Any, path: Path) -> None:
         raise _do_not_fit(network, path, _first_difference(str(error))) from error
 
 
-def copy(network: Any, twin: Any) -> None:
-    """Give `twin`, a clone of `network`, the weights of the latter."""
-    normalization: Any = importlib.import_module("keras").layers.Normalization
-    twin.set_weights(network.get_weights())
-    for layer in leaves(twin):
-        if isinstance(layer, normalization):
-            layer.finalize_state()  # it computes with what it made of its weights when it was built
-
-
-def cloned(network: Any, edit: Callable[[Any, dict[str, Any]], None], *, inputs: Any = None) -> Any:
-    """Clone `network` with its weights, each layer by its configuration after `edit` was given both.
-
-    The clone takes `inputs`, or tensors like those of `network`.
-    """
+def cloned(network: Any, edit: Callable[[Any, dict[str, Any]], object], *, inputs: Any = None) -> Any:
+    """Clone `network` with its weights for `inputs`, each layer by its configuration after `edit` was given both."""
 
     def clone(layer: Any) -> Any:
         config = layer.get_config()
         edit(layer, config)
         return type(layer).from_config(config)
 
-    models: Any = importlib.import_module("keras").models
-    twin = models.clone_model(network, input_tensors=inputs, clone_function=clone, recursive=True)
-    copy(network, twin)
+    keras: Any = importlib.import_module("keras")
+    twin = keras.models.clone_model(network, input_tensors=inputs, clone_function=clone, recursive=True)
+    twin.set_weights(network.get_weights())
+    for layer in leaves(twin):
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # it computes with what it made of its weights when it was built
     return twin
 
 
@@ -70,14 +61,14 @@ def _is_by_name(network: Any, path: Path) -> bool:
         group = file.get("model_weights", file)
         if "layer_names" not in group.attrs:
             return False
-        saved = {_text(name): group[_text(name)] for name in group.attrs["layer_names"]}
+        saved = {name: group[name] for name in map(os.fsdecode, group.attrs["layer_names"])}  # text or bytes
         for layer in network.layers:
             if not layer.weights:
                 continue
             if layer.name not in saved:
                 raise _do_not_fit(network, path, f"{layer.name}, which the file has not")
-            here = [tuple(weight.shape) for weight in layer.weights]
-            there = [tuple(saved[layer.name][_text(name)].shape) for name in saved[layer.name].attrs["weight_names"]]
+            arrays, here = saved[layer.name], [tuple(weight.shape) for weight in layer.weights]
+            there = [tuple(arrays[name].shape) for name in map(os.fsdecode, arrays.attrs["weight_names"])]
             if here != there:
                 ours, theirs = (
                     " and ".join(_sides(str(one)) for one in shapes) or "nothing" for shapes in (here, there)
@@ -107,7 +98,3 @@ def _do_not_fit(network: Any, path: Path, first: str) -> WeightsError:
 
 def _sides(shape: str) -> str:
     return " × ".join(re.findall(r"\d+", shape)) or "a number"
-
-
-def _text(name: str | bytes) -> str:
-    return name.decode() if isinstance(name, bytes) else name

@@ -91,10 +91,7 @@ def build(size: int) -> Any:
 
 
 def read(sha256: str) -> dict[str, list[NDArray[np.float32]]]:
-    """Return each layer's kernel (rows, columns, inputs, outputs) and bias, from the file beside this module.
-
-    Raises WeightsError where it is missing, or its SHA-256 is not the one that is asked for.
-    """
+    """Return each layer's kernel (rows, columns, inputs, outputs) and bias, from the file here of that SHA-256."""
     advice = "Install nbfeat again: `pip install --force-reinstall --no-deps nbfeat`."
     try:
         content = WEIGHTS.read_bytes()

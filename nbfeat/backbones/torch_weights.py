@@ -2,10 +2,9 @@
 
 A checkpoint is a pickle that describes tensors, and beside it the bytes of their storages: since PyTorch 1.6 as members
 of a zip, before that in a row. Python's own unpickler, the one in Python, reads it with the steps and names that state
-dicts need and no others. Whatever a file holds, reading it runs nothing, opens no other file, and takes no more memory
-than the tensors do that its own bytes can fill, a copy of one of them, and some 50 MB.
-
-Sources: ``pickle.py`` for the steps, ``torch/_utils.py`` and ``torch/serialization.py`` for names and layouts.
+dicts need and no others (``torch/_utils.py``, ``torch/serialization.py``). Whatever a file holds, reading it runs
+nothing, opens no other file, and takes no more memory than the tensors do that its own bytes can fill, a copy of one of
+them, and some 50 MB.
 """
 
 from __future__ import annotations
@@ -63,8 +62,15 @@ def read(path: Path) -> Arrays:
         if not head.startswith((b"PK\3\4", b"\x80")):
             raise Refused(f"it is no checkpoint of PyTorch's (it begins with {quote(head)})")
         value, places = _read_zip(file) if head.startswith(b"PK") else _read_row(file, size)
+        if isinstance(value, dict):  # it may be beside what training needs
+            value = next((value[key] for key in ("state_dict", "model") if isinstance(value.get(key), dict)), value)
+        if not isinstance(value, dict) or not value:
+            raise Refused("it holds no state dict")
+        for name, tensor in value.items():
+            if type(name) is not str or type(tensor) is not _Tensor:
+                raise Refused(f"its entry {quote(str(name))} is no tensor")
         arrays, by_name, room = Arrays(), Arrays(), size
-        for name, tensor in _state_dict(value).items():
+        for name, tensor in value.items():
             # Text has a hash that the file cannot foresee, to make all its tensors collide.
             one, storage = f"{tensor.storage.key} {tensor.offset} {tensor.shape} {tensor.strides}", tensor.storage
             if one not in arrays:
@@ -286,18 +292,6 @@ _FOUND: dict[str, Any] = {
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, _gradient, _hooks: tensor,
 }
-
-
-def _state_dict(value: object) -> dict[str, _Tensor]:
-    """Return the state dict that a checkpoint is or, beside what training needs, has."""
-    if isinstance(value, dict):
-        value = next((value[name] for name in ("state_dict", "model") if isinstance(value.get(name), dict)), value)
-    if not isinstance(value, dict) or not value:
-        raise Refused("it holds no state dict")
-    for name, tensor in value.items():
-        if type(name) is not str or type(tensor) is not _Tensor:
-            raise Refused(f"its entry {quote(str(name))} is no tensor")
-    return value
 
 
 class Convolution(NamedTuple):

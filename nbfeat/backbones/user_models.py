@@ -1,7 +1,6 @@
 """Networks of the user's own: what a ``.keras`` file says of its network, loading it, and what a function builds.
 
-A file is read without Keras first, and only what Keras itself can build is taken. Anything else would need code that is
-not in the file, or run code that is.
+Of a file, which is read without Keras first, only what Keras itself can build is taken: no code runs that is in it.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ _READ_FILES = {"StringLookup", "IntegerLookup", "TextVectorization"}
 def backbone_at(name: str) -> Backbone:
     """Return the backbone in the file `name`, whose name is its absolute path; nothing of it is built.
 
-    Raises RequestError where there is no such file, or its network does not take square RGB images, or is not of Keras'
-    own layers; WeightsError where the file is damaged, or not what Keras writes.
+    Raises RequestError for what is not a network for square RGB images of Keras' own layers, WeightsError for damage.
     """
     path = Path(name).expanduser().absolute()
     if not path.is_file():
@@ -59,9 +57,8 @@ def _read(path: Path, *_state: int) -> Backbone:
         size = _side(path.name, model)
         names = [layer["config"]["name"] for layer in model["config"]["layers"] if layer["class_name"] != "InputLayer"]
     except (LookupError, TypeError, AttributeError, StopIteration, RecursionError) as error:
-        raise WeightsError(
-            f"{path.name} describes no model that could be read. Save it anew with model.save('model.keras')."
-        ) from error
+        way = "Save it anew with model.save('model.keras')."
+        raise WeightsError(f"{path.name} describes no model that could be read. {way}") from error
     layers = tuple(Layer(str(name), 0, 0) for name in names)
     return Backbone(name=str(path), size=size, scaling="none", layers=layers, package="file", is_fixed=bool(size))
 
@@ -109,8 +106,9 @@ def _objects(model: Any) -> Iterator[tuple[dict[str, Any], str]]:
                 layer = str(config["name"])
             if "class_name" in thing:
                 yield thing, layer
-        if isinstance(thing, dict | list):
-            left += [(value, layer) for value in (thing.values() if isinstance(thing, dict) else thing)]
+            thing = list(thing.values())
+        if isinstance(thing, list):
+            left += [(value, layer) for value in thing]
 
 
 def _side(title: str, model: dict[str, Any]) -> int:
@@ -178,26 +176,20 @@ def load(path: Path, size: int) -> Any:
 
 
 def build(backbone: Backbone, size: int) -> Any:
-    """Build a registered network for images of `size` pixels, as the function gives it.
-
-    Raises RequestError where it gives something else than a model for such images, NetworkError where it fails.
-    """
+    """Build a registered network for images of `size` pixels, as its function gives it."""
     import numpy as np
 
-    state = np.random.get_state()
+    state, what = np.random.get_state(), f"The function that builds {backbone.name}"
     try:
         assert backbone.function is not None
         network = backbone.function(size)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".rstrip(".")
-        raise NetworkError(
-            f"The function that builds {backbone.name} failed: {reason}. Call it with {size} to see where."
-        ) from error
+        raise NetworkError(f"{what} failed: {reason}. Call it with {size} to see where.") from error
     finally:
         np.random.set_state(state)
     if not isinstance(network, importlib.import_module("keras").Model):
-        kind = type(network).__name__
-        raise RequestError(f"The function that builds {backbone.name} must return a Keras model, not {kind}.")
+        raise RequestError(f"{what} must return a Keras model, not {type(network).__name__}.")
     return _functional(network, size, backbone.name)
 
 
@@ -214,9 +206,8 @@ def _functional(network: Any, size: int, title: str) -> Any:
         raise RequestError(f"{title} takes inputs of shape {shape}, not {wanted}. Build it with keras.Input({wanted}).")
     if tuple(inputs[0].shape) != (None, *wanted):
         # A size or a batch that was left open, or fixed, would be so in every layer.
-        twin = keras.models.clone_model(network, input_tensors=keras.Input(wanted, dtype=inputs[0].dtype))
-        keras_weights.copy(network, twin)
-        network = twin
+        pixels = keras.Input(wanted, dtype=inputs[0].dtype)
+        network = keras_weights.cloned(network, lambda *_: None, inputs=pixels)
     outputs = network.outputs if len(network.outputs) > 1 else network.outputs[0]
     return keras.Model(network.inputs[0], outputs, name=network.name)
 
@@ -228,10 +219,7 @@ def check_pixels(network: Any, scaling: Scaling, title: str) -> None:
 
 
 def output_of(network: Any, name: str, title: str) -> Any:
-    """Return the tensor that layer `name` gives in `network`; "" is the model's own output.
-
-    A layer that is itself a model has tensors of its own inside, so the one in this network is looked for.
-    """
+    """Return the tensor that layer `name`, which may itself be a model, gives in `network`; "" is its own output."""
     if not name:
         if len(network.outputs) > 1:
             raise RequestError(f"{title} has {len(network.outputs)} outputs: choose where to cut it with --layer.")

@@ -2,8 +2,7 @@
 
 Published weights of Keras' own networks come from the address and with the check that Keras gives them, into Keras' own
 folder; those of the networks written here from where PyTorch publishes them, checked by the hash in their name: once,
-into the home folder, or from where PyTorch itself left them. Files are looked at before they are loaded: none may run
-code, or lead its reader to another file.
+into the home folder, or from where PyTorch itself left them.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,21 +143,15 @@ def _watched_downloads(tell: Tell) -> Iterator[list[str]]:
 def on_this_machine(backbone: Backbone) -> Path | None:
     """Return a whole file of the published weights of `backbone`, or None."""
     torch_home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch"
-    folders = (home() / "weights", Path(torch_home).expanduser() / "hub" / "checkpoints")
-    for path in (folder / backbone.published for folder in folders):
-        try:
-            if _is_published(backbone, path.name, digest(path)):
-                return path
-        except OSError:
-            continue
+    for folder in (home() / "weights", Path(torch_home).expanduser() / "hub" / "checkpoints"):
+        with suppress(OSError):
+            if _is_published(backbone, backbone.published, digest(folder / backbone.published)):
+                return folder / backbone.published
     return None
 
 
 def fetch(backbone: Backbone, folder: Path) -> Generator[str, None, Path]:
-    """Return where the published weights of `backbone` are; download them to `folder` where they are not here yet.
-
-    Yields how far it is. Nothing is left of half a file. WeightsError says where to get the file and where to put it.
-    """
+    """Return where the published weights of `backbone` are, downloaded to `folder` if need be; yield how far it is."""
     if here := on_this_machine(backbone):
         return here
     name = backbone.published
