@@ -25,8 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.backbones.backbone import Backbone
-from nbfeat.backbones.hdf5 import Refused, damaged, quote, refusing
-from nbfeat.errors import WeightsError
+from nbfeat.errors import Refused, WeightsError, damaged, quote, refusing
 
 Arrays = dict[str, NDArray[Any]]
 LayerWeights = dict[str, list[NDArray[np.float32]]]  # what each layer's `set_weights` takes, by the layer's name

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from nbfeat.backbones.backbone import Backbone, Layer, Scaling
-from nbfeat.backbones.hdf5 import check_archive, description, quote
-from nbfeat.errors import NetworkError, RequestError, WeightsError, near, sentences
+from nbfeat.backbones.keras_weights import check_archive, cloned, description
+from nbfeat.errors import NetworkError, RequestError, WeightsError, near, quote, sentences
 
 NAME = "Keras model"  # what the network of any file is called where its path must not matter
 SUFFIXES = (".keras", ".h5", ".hdf5")  # the others are refused, with the way to a .keras file
@@ -195,8 +195,6 @@ def build(backbone: Backbone, size: int) -> Any:
 
 def _functional(network: Any, size: int, title: str) -> Any:
     """Return `network` as a functional model of one input (None, size, size, 3), with the same weights."""
-    from nbfeat.backbones import keras_weights
-
     keras: Any = importlib.import_module("keras")
     inputs = getattr(network, "inputs", None) or []
     if len(inputs) != 1 or not getattr(network, "outputs", None):
@@ -207,7 +205,7 @@ def _functional(network: Any, size: int, title: str) -> Any:
     if tuple(inputs[0].shape) != (None, *wanted):
         # A size or a batch that was left open, or fixed, would be so in every layer.
         pixels = keras.Input(wanted, dtype=inputs[0].dtype)
-        network = keras_weights.cloned(network, lambda *_: None, inputs=pixels)
+        network = cloned(network, lambda *_: None, inputs=pixels)
     outputs = network.outputs if len(network.outputs) > 1 else network.outputs[0]
     return keras.Model(network.inputs[0], outputs, name=network.name)
 
