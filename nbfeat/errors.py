@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 _NOT_PRINTABLE = re.compile(r"[^\S ]|[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -67,3 +70,42 @@ def format_bytes(size: float) -> str:
             return f"{size:,.0f} {unit}" if unit in {"bytes", "kB"} else f"{size:,.1f} {unit}"
         size /= 1000
     return f"{size:,.1f} TB"
+
+
+class Refused(Exception):  # noqa: N818 - it is the reason why, before it has the file's name
+    """Why a file is not read: a clause without its name, then the next step where it is not that of its kind."""
+
+
+def damaged(what: str) -> Refused:
+    """Refuse a file that is not as it was written."""
+    return Refused(what, "Download it again.")
+
+
+def quote(text: str | bytes, most: int = 60) -> str:
+    """Return text from a file in quotes on one line, in ASCII, cut after `most` characters."""
+    line = ascii(text[:most] if isinstance(text, str) else text[:most].decode("latin-1"))
+    return f"{line[:-1]}...{line[-1]}" if len(text) > most else line
+
+
+@contextmanager
+def refusing(path: Path, kind: str, advice: str = "Download it again.") -> Iterator[None]:
+    """Turn what goes wrong over the file at `path` into a WeightsError: "`path` cannot be read as `kind`: …"."""
+    cause: Exception | None = None
+    try:
+        # Opening a pipe waits for its other end for ever, and reading a device may do anything.
+        if stat.S_ISREG(path.stat().st_mode):
+            yield
+            return
+        reason = "it is not a file. Check the path."
+    except Refused as refused:
+        reason = ". ".join((*refused.args, advice)[:2])
+    except WeightsError:
+        raise
+    except Exception as error:
+        cause, text = error, quote(getattr(error, "strerror", None) or str(error), 200)[1:-1]
+        reason = f"it is damaged beyond reading ({type(error).__name__}: {text}). Download it again."
+        if isinstance(error, MemoryError):
+            reason = "there is not enough memory for it. Close other notebooks and try again."
+        elif isinstance(error, OSError | ValueError):  # ValueError: a NUL in the path
+            reason = f"{text}. Check the path, or download the file again."
+    raise WeightsError(f"{path.name} cannot be read as {kind}: {reason}") from cause

@@ -1,7 +1,4 @@
-"""Which networks there are, and how to build them.
-
-The package is also the public function of its name: ``nbfeat.backbones("Res*")`` lists what the catalog has.
-"""
+"""Which networks there are, and how to build them; the package is also the public function that lists them."""
 
 from __future__ import annotations
 
@@ -10,9 +7,7 @@ from types import ModuleType
 from typing import Any
 
 
-class _Listing(ModuleType):
-    """A package that can be called; Python lets a module choose its class."""
-
+class _Listing(ModuleType):  # Python lets a module choose its class
     def __call__(self, pattern: str = "*") -> Any:
         """List the backbones whose names match `pattern`: see `nbfeat.backbones.catalog.backbones`."""
         from nbfeat.backbones.catalog import backbones

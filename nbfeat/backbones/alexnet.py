@@ -1,20 +1,16 @@
-"""AlexNet in Keras, as torchvision has it.
+"""AlexNet in Keras, as ``torchvision.models.alexnet`` has it.
 
 The variant with one tower (Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks"): no
-local response normalization, fewer kernels than the network of 2012. Sizes and names of weights are those of
-``torchvision.models.alexnet``; layers are called as in the papers, and each is what follows the ReLU.
+local response normalization, fewer kernels than in 2012. Layers are called as in the papers, and follow the ReLU.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nbfeat.backbones.catalog import find
 from nbfeat.backbones.torch_weights import Arrays, Convolution, LayerWeights, array_of
-
-if TYPE_CHECKING:
-    import keras
 
 GRID = 6  # rows and columns of the map that `fc6` reads
 WIDTH = 4096  # of `fc6` and `fc7`
@@ -29,7 +25,7 @@ _CONVOLUTIONS = (
 _POOLED = {"conv1": "pool1", "conv2": "pool2", "conv5": "pool5"}
 
 
-def build(size: int) -> keras.Model:
+def build(size: int) -> Any:
     """Build AlexNet up to `fc7`, for square images of `size` pixels scaled as `torch`; `pool5` ends convolutions."""
     import keras
     from keras import layers
@@ -51,11 +47,7 @@ def build(size: int) -> keras.Model:
 
 
 def weights_from(state: Arrays) -> LayerWeights:
-    """Convert torchvision's state dict to what each layer's `set_weights` takes.
-
-    What else is in it, such as the classifier of 1,000 classes, is left alone. Raises WeightsError naming the first
-    array that is missing or of another shape.
-    """
+    """Convert torchvision's state dict, without the classifiers, to what each layer's `set_weights` takes."""
     take = partial(array_of, state, find("AlexNet"))
     found: LayerWeights = {}
     for name, key, before, after, side in _CONVOLUTIONS:

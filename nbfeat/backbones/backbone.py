@@ -29,34 +29,26 @@ class Layer:
 class Backbone:
     """A network without its classifier, built by `module` of `package`.
 
-    `size` and `smallest` are input sides in pixels. `width` and `parameters` are those at alpha 1; the width is that of
-    the default cut: the layer `end`, or where that is empty the last layer of the network, which is among `layers` only
-    where Keras gives it a name of its own. `published` is the file of its weights where PyTorch publishes them,
-    `bundled` the SHA-256 of that file where it is in this package, `alphas` are the width multipliers with published
-    weights.
-
-    A network of the user's own has no `module`: its `package` is ``file`` and its name the path of a ``.keras`` file,
-    or ``registered`` for what its `function` builds. Its width and parameters are 0, not being known before
-    it is built; so is its size, where it takes images of any. One that `is_fixed` takes images of its size alone.
+    A network of the user's own has no width, parameters and layers' channels, not being known before it is built.
     """
 
-    name: str
-    family: str
-    module: str
-    size: int
-    smallest: int
-    width: int
+    name: str  # of one in a file, the path
+    family: str = "own"
+    module: str = ""
+    size: int  # side of its input in pixels; 0 for any
+    smallest: int = 1
+    width: int = 0  # of the default cut, at alpha 1
     scaling: Scaling
-    parameters: int
+    parameters: int = 0  # at alpha 1
     layers: tuple[Layer, ...]
     package: Package = "keras.applications"
-    end: str = ""
-    published: str = ""
-    bundled: str = ""
-    alphas: tuple[float, ...] = ()
-    default_weights: str = "imagenet"
-    is_fixed: bool = False
-    function: Callable[[int], Any] | None = None
+    end: str = ""  # the layer of the default cut where it is not the last, which may have no name of its own
+    published: str = ""  # the file of its weights where PyTorch publishes them
+    bundled: str = ""  # the SHA-256 of its weights where they are in this package
+    alphas: tuple[float, ...] = ()  # width multipliers with published weights
+    default_weights: str = "own"
+    is_fixed: bool = False  # to images of its size
+    function: Callable[[int], Any] | None = None  # that builds one that is registered
 
     @property
     def is_user_model(self) -> bool:
@@ -74,8 +66,7 @@ class Backbone:
         if self.package != "file":
             return self.name.lower()
         # Composed: some file systems take letters and their accents apart.
-        stem = unicodedata.normalize("NFKC", Path(self.name).stem).lower()
-        words = re.sub(r"\W+", "_", stem).strip("_")
+        words = re.sub(r"\W+", "_", unicodedata.normalize("NFKC", Path(self.name).stem).lower()).strip("_")
         return words if words.isidentifier() else f"model_{words}".rstrip("_")
 
     def width_at(self, alpha: float | None) -> int:
@@ -85,9 +76,8 @@ class Backbone:
         if not self.alphas:
             raise RequestError(f"{self.name} has no width multiplier: leave --alpha away.")
         if not 0 < alpha < float("inf"):
-            raise RequestError(
-                f"--alpha {alpha} is no width multiplier for {self.name}: take a number above 0, such as 0.5."
-            )
+            way = "take a number above 0, such as 0.5"
+            raise RequestError(f"--alpha {alpha} is no width multiplier for {self.name}: {way}.")
         if self.family == "MobileNetV2":
             # Its last convolution never gets narrower (Sandler et al. 2018), and wider in eights only.
             return max(self.width, int(self.width * alpha + 4) // 8 * 8)

@@ -1,8 +1,7 @@
 """Which backbones there are: the table of published ones, those that were registered, and finding one by its name.
 
 The table is ``catalog.csv``, written by hand, so that help, completion and checks never wait for Keras; a test builds
-every network and compares. Scaling is what the published weights expect, in Keras' words; "none" where the network's
-first layers do it.
+every network and compares. Scaling is what the published weights expect; "none" where the network itself does it.
 
 Layers are chosen so that every stage has its end and every stride its layer, as far as Keras names them: the others are
 numbered by a counter that depends on what was built before. So the stems of Inception are missing, as are the
@@ -115,18 +114,16 @@ def register_backbone(
     if not all(isinstance(layer, str) for layer in names):
         raise RequestError(f"layers takes names of layers, such as ['conv5'], not {layers!r}.")
     CATALOG.pop(_known(name), None)
+    cuts = tuple(Layer(str(layer), 0, 0) for layer in names)
     CATALOG[name] = Backbone(
-        name=name, family="own", module="", size=input_size, smallest=1, width=0, scaling=scaling, parameters=0,
-        layers=tuple(Layer(str(layer), 0, 0) for layer in names), package="registered", default_weights="own",
-        function=build,
-    )  # fmt: skip
+        name=name, size=input_size, scaling=scaling, layers=cuts, package="registered", function=build
+    )
 
 
 def _check(name: object, build: object, input_size: object, scaling: object) -> None:
     if not isinstance(name, str) or not name.isidentifier():
-        raise RequestError(
-            f"A backbone's name is letters, digits and underscores, not {name!r}. Choose one such as 'MyNet'."
-        )
+        way = "Choose one such as 'MyNet'."
+        raise RequestError(f"A backbone's name is letters, digits and underscores, not {name!r}. {way}")
     if (known := _known(name)) and CATALOG[known].package != "registered":
         raise RequestError(f"{known} is a published backbone. Choose another name, such as 'My{known}'.")
     if not callable(build):

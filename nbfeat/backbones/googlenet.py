@@ -13,13 +13,10 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nbfeat.backbones.catalog import find
 from nbfeat.backbones.torch_weights import Arrays, Convolution, LayerWeights, array_of
-
-if TYPE_CHECKING:
-    import keras
 
 EPSILON = 0.001  # of every batch norm
 _NORM = ("weight", "bias", "running_mean", "running_var")  # gamma, beta, moving mean and variance
@@ -44,7 +41,7 @@ _INCEPTIONS = {
 _POOLED = {"3b": (3, "pool3"), "4e": (2, "pool4")}  # side and name of the pooling that follows
 
 
-def build(size: int) -> keras.Model:
+def build(size: int) -> Any:
     """Build GoogLeNet up to `inception_5b`, for square images of `size` pixels scaled as `tf`, without classifiers."""
     import keras
 
@@ -105,11 +102,7 @@ def _branches(part: str) -> tuple[Convolution, ...]:
 
 
 def weights_from(state: Arrays) -> LayerWeights:
-    """Convert torchvision's state dict to what each layer's `set_weights` takes.
-
-    What else is in it, such as the classifiers, is left alone. Raises WeightsError naming the first array that is
-    missing or of another shape.
-    """
+    """Convert torchvision's state dict, without the classifiers, to what each layer's `set_weights` takes."""
     take = partial(array_of, state, find("GoogLeNet"))
     found: LayerWeights = {}
     for name, key, before, after, side in chain(_STEM, *map(_branches, _INCEPTIONS)):

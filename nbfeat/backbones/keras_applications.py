@@ -1,29 +1,20 @@
-"""Build a network without its classifier: one of keras.applications, or one that is written here.
-
-Keras is imported when a network is built, never before: in a child process for the CPU engine, in this one for the
-Keras engine.
-"""
+"""Build a network without its classifier: one of keras.applications, or one that is written here."""
 
 from __future__ import annotations
 
 import importlib
 import warnings
-from typing import TYPE_CHECKING
+from typing import Any
 
+from nbfeat.backbones.backbone import Backbone
 from nbfeat.errors import RequestError, listing
 
-if TYPE_CHECKING:
-    import keras
 
-    from nbfeat.backbones.backbone import Backbone
-
-
-def build(backbone: Backbone, *, size: int, alpha: float | None = None, weights: str | None = None) -> keras.Model:
+def build(backbone: Backbone, *, size: int, alpha: float | None = None, weights: str | None = None) -> Any:
     """Build `backbone` with ``include_top=False`` for square images of `size` pixels.
 
-    A network written here is the ``build(size)`` of its module, and may go on after the default cut.
-
-    The layers carry the names of a fresh session only if this process (or thread) has built nothing before.
+    A network written here may go on after the default cut. Layers have the names of a fresh session only if this
+    process (or thread) has built nothing before.
     """
     check(backbone, size=size, alpha=alpha, weights=weights)
     if backbone.package == "nbfeat.backbones":

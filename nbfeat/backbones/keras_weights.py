@@ -1,21 +1,109 @@
-"""Weights in a file of Keras' (``.weights.h5``, ``.h5``, ``.keras``), or of a network, given to one that they fit.
+"""Weights in a file of Keras' (``.weights.h5``, ``.h5``, ``.keras``), looked at and given to a network that they fit.
 
-Files of a network with its classifier serve the network without it. What is in a file is looked at before Keras reads
-it, and what does not fit is told by the first layer that differs.
+An HDF5 file may send its reader to other files (external links, external storage, virtual datasets) and may declare
+more numbers than it has bytes; a zip may hold other things than a model, or become much larger. Here all of this is
+looked at before anything is opened or read. Files of a network with its classifier serve the network without it.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
+import math
+import os
 import re
+import shutil
+import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import h5py
+from nbfeat.errors import Refused, WeightsError, damaged, quote, refusing
 
-from nbfeat.backbones.hdf5 import check_archive, check_hdf5, refusing
-from nbfeat.errors import WeightsError
+MOST_LINKS = 100_000  # a network of a thousand layers has 5,000
+MOST_LEVELS = 64
+MOST_RATIO = 16  # weights compress to a half at best, those that were pruned to a tenth
+SLACK = 1 << 20  # bytes; new weights are zeros, and a small file may hold little else
+# Deflate, shuffle, Fletcher's checksum and LZF, which h5py brings itself; others would be looked for on this machine.
+_FILTERS = frozenset({1, 2, 3, 32_000})
+_WEIGHTS = "model.weights.h5"
+
+
+def check_hdf5(path: Path) -> None:
+    """Raise WeightsError where a file is no HDF5, leads out of itself, holds other things than numbers, or expands."""
+    import h5py
+
+    advice = "Save the weights anew with model.save_weights(), or download them again."
+    with refusing(path, "weights in HDF5", advice), h5py.File(path, "r") as file:
+        names = set[bytes]()
+
+        def refusal(name: bytes, link: Any) -> Refused | None:
+            if len(names) >= MOST_LINKS or name.count(b"/") > MOST_LEVELS:
+                return Refused(f"it has more than {MOST_LINKS:,} links, or more than {MOST_LEVELS} levels of groups")
+            group, _, own = name.rpartition(b"/")
+            if group and group not in names:  # HDF5 would take it as a path, and follow other links on the way
+                return Refused(f"its link {quote(own)} has a name that is a path")
+            if link.type not in {h5py.h5l.TYPE_HARD, h5py.h5l.TYPE_SOFT}:
+                return Refused(f"its link {quote(own)} leads to another file")
+            if link.type == h5py.h5l.TYPE_HARD:  # what a soft link leads to has a hard one too
+                names.add(name)
+            return None
+
+        # By hard links alone, and each group once. Nothing is opened before it is sure that no link leads elsewhere.
+        if refused := file.id.links.visit(refusal, info=True):
+            raise refused
+        things, size = (h5py.h5o.open(file.id, name) for name in names), path.stat().st_size
+        declared = sum(_bytes_declared(one) for one in things if isinstance(one, h5py.h5d.DatasetID))
+        if declared > MOST_RATIO * size + SLACK:
+            raise Refused(f"its {size:,} bytes would become more than {MOST_RATIO} times as many")
+
+
+def _bytes_declared(dataset: Any) -> int:
+    """Return how many bytes reading a dataset, or a chunk of it, would take; refuse one that is not plain numbers."""
+    import h5py
+
+    stored, kind = dataset.get_create_plist(), dataset.get_type()
+    name = quote(h5py.h5i.get_name(dataset) or b"")
+    if stored.get_layout() == h5py.h5d.VIRTUAL or stored.get_external_count():
+        raise Refused(f"the numbers of its dataset {name} are in another file")
+    if kind.get_class() not in {h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5t.ENUM}:
+        raise Refused(f"its dataset {name} is not of numbers")
+    for number in range(stored.get_nfilters()):
+        if (known := stored.get_filter(number)[0]) not in _FILTERS:
+            raise Refused(f"its dataset {name} is stored with filter {known}, which is not used here")
+    lengths = [dataset.shape or (), stored.get_chunk() if stored.get_layout() == h5py.h5d.CHUNKED else ()]
+    return max(map(math.prod, lengths)) * int(kind.get_size())
+
+
+def check_archive(path: Path) -> None:
+    """Raise WeightsError where a ``.keras`` file has other parts than a model, or they lead elsewhere or expand."""
+    with _opened(path) as archive, tempfile.TemporaryDirectory(prefix="nbfeat-") as folder:
+        whole = Path(folder, _WEIGHTS)
+        with archive.open(_WEIGHTS) as packed, whole.open("wb") as out:
+            shutil.copyfileobj(packed, out)
+        check_hdf5(whole)
+
+
+def description(path: Path) -> dict[str, Any]:
+    """Return what a ``.keras`` file says of its model, without Keras; WeightsError where it cannot be read."""
+    with _opened(path) as archive:
+        return cast("dict[str, Any]", json.loads(archive.read("config.json")))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    advice = "Save it anew with model.save('model.keras')."
+    with refusing(path, "a model of Keras", advice), zipfile.ZipFile(path) as archive:
+        names, size = archive.namelist(), path.stat().st_size
+        if unknown := [name for name in names if name not in {"metadata.json", "config.json", _WEIGHTS}]:
+            raise Refused(f"its part {quote(unknown[0])} is none that a model of stock layers has")
+        if len(set(names)) != len(names) or not {"config.json", _WEIGHTS} <= set(names):
+            raise damaged("it has not the parts of a model")
+        if sum(part.file_size for part in archive.infolist()) > MOST_RATIO * size + SLACK:
+            raise Refused(f"its {size:,} bytes would become more than {MOST_RATIO} times as many")
+        yield archive
 
 
 def load(network: Any, path: Path) -> None:
@@ -28,29 +116,20 @@ def load(network: Any, path: Path) -> None:
         raise _do_not_fit(network, path, _first_difference(str(error))) from error
 
 
-def copy(network: Any, twin: Any) -> None:
-    """Give `twin`, a clone of `network`, the weights of the latter."""
-    normalization: Any = importlib.import_module("keras").layers.Normalization
-    twin.set_weights(network.get_weights())
-    for layer in leaves(twin):
-        if isinstance(layer, normalization):
-            layer.finalize_state()  # it computes with what it made of its weights when it was built
-
-
-def cloned(network: Any, edit: Callable[[Any, dict[str, Any]], None], *, inputs: Any = None) -> Any:
-    """Clone `network` with its weights, each layer by its configuration after `edit` was given both.
-
-    The clone takes `inputs`, or tensors like those of `network`.
-    """
+def cloned(network: Any, edit: Callable[[Any, dict[str, Any]], object], *, inputs: Any = None) -> Any:
+    """Clone `network` with its weights for `inputs`, each layer by its configuration after `edit` was given both."""
 
     def clone(layer: Any) -> Any:
         config = layer.get_config()
         edit(layer, config)
         return type(layer).from_config(config)
 
-    models: Any = importlib.import_module("keras").models
-    twin = models.clone_model(network, input_tensors=inputs, clone_function=clone, recursive=True)
-    copy(network, twin)
+    keras: Any = importlib.import_module("keras")
+    twin = keras.models.clone_model(network, input_tensors=inputs, clone_function=clone, recursive=True)
+    twin.set_weights(network.get_weights())
+    for layer in leaves(twin):
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # it computes with what it made of its weights when it was built
     return twin
 
 
@@ -66,18 +145,20 @@ def leaves(layer: Any) -> Iterator[Any]:
 
 def _is_by_name(network: Any, path: Path) -> bool:
     """Tell whether a file is of the older kind; such a one is compared here, since Keras passes over gaps."""
+    import h5py
+
     with refusing(path, "weights in HDF5"), h5py.File(path, "r") as file:
         group = file.get("model_weights", file)
         if "layer_names" not in group.attrs:
             return False
-        saved = {_text(name): group[_text(name)] for name in group.attrs["layer_names"]}
+        saved = {name: group[name] for name in map(os.fsdecode, group.attrs["layer_names"])}  # text or bytes
         for layer in network.layers:
             if not layer.weights:
                 continue
             if layer.name not in saved:
                 raise _do_not_fit(network, path, f"{layer.name}, which the file has not")
-            here = [tuple(weight.shape) for weight in layer.weights]
-            there = [tuple(saved[layer.name][_text(name)].shape) for name in saved[layer.name].attrs["weight_names"]]
+            arrays, here = saved[layer.name], [tuple(weight.shape) for weight in layer.weights]
+            there = [tuple(arrays[name].shape) for name in map(os.fsdecode, arrays.attrs["weight_names"])]
             if here != there:
                 ours, theirs = (
                     " and ".join(_sides(str(one)) for one in shapes) or "nothing" for shapes in (here, there)
@@ -107,7 +188,3 @@ def _do_not_fit(network: Any, path: Path, first: str) -> WeightsError:
 
 def _sides(shape: str) -> str:
     return " × ".join(re.findall(r"\d+", shape)) or "a number"
-
-
-def _text(name: str | bytes) -> str:
-    return name.decode() if isinstance(name, bytes) else name

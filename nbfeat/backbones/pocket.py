@@ -4,8 +4,8 @@ Twenty plain convolutions with ReLU, in five blocks around a shortcut, each narr
 residual learning"). It was trained with batch norms, which are folded into the convolutions here.
 
 **Model card.** Data: 54,000 photographs of Tiny ImageNet (64 × 64 pixels, 200 classes), 6,000 more held out. Terms:
-these are for non-commercial research and education, and so are the weights; see ``POCKET-LICENSE``. Recipe:
-`pocket_training`, as it is, with seed 0; Pocket learned the classes and, mostly, the features that MobileNetV2 and
+these are for non-commercial research and education, and so are the weights; see ``POCKET-LICENSE``. Recipe: the
+program in the project's history, with seed 0; Pocket learned the classes and, mostly, the features that MobileNetV2 and
 MobileNet 0.75 give of the photographs, 44 epochs in 81 minutes on one core of a machine that was busy with other work.
 Weights: float16. Figures: with a linear classifier on its features, 51 % of the held-out photographs (at 64 pixels) are
 given their class, of 200, and 76 % within five guesses; of 300 photographs of five flowers, in five-fold
@@ -24,15 +24,12 @@ from __future__ import annotations
 import hashlib
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.errors import WeightsError
-
-if TYPE_CHECKING:
-    import keras
 
 WEIGHTS = Path(__file__).with_suffix(".npz")
 
@@ -72,7 +69,7 @@ CONVOLUTIONS = (
 )
 
 
-def build(size: int) -> keras.Model:
+def build(size: int) -> Any:
     """Build Pocket for square images of `size` pixels scaled as `torch`; weights are as Keras initializes them."""
     import keras
     from keras import layers
@@ -94,10 +91,7 @@ def build(size: int) -> keras.Model:
 
 
 def read(sha256: str) -> dict[str, list[NDArray[np.float32]]]:
-    """Return each layer's kernel (rows, columns, inputs, outputs) and bias, from the file beside this module.
-
-    Raises WeightsError where it is missing, or its SHA-256 is not the one that is asked for.
-    """
+    """Return each layer's kernel (rows, columns, inputs, outputs) and bias, from the file here of that SHA-256."""
     advice = "Install nbfeat again: `pip install --force-reinstall --no-deps nbfeat`."
     try:
         content = WEIGHTS.read_bytes()

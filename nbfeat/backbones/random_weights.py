@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,21 +17,13 @@ from numpy.typing import NDArray
 from nbfeat.backbones.backbone import Scaling
 from nbfeat.backbones.keras_weights import leaves
 
-if TYPE_CHECKING:
-    import keras
-
 SEED = 20_150_206  # the day He et al.'s "Delving deep into rectifiers" appeared
 CALIBRATION_IMAGES = 8
 # The middle and half the range of scaled pixels; a network without scaling takes 0 … 255 and scales inside itself.
-_RANGES: dict[Scaling, tuple[float, float]] = {
-    "tf": (0, 1),
-    "torch": (0, 2),
-    "caffe": (0, 127.5),
-    "none": (127.5, 127.5),
-}
+_RANGES = {"tf": (0, 1), "torch": (0, 2), "caffe": (0, 127.5), "none": (127.5, 127.5)}
 
 
-def draw(network: keras.Model, scaling: Scaling) -> None:
+def draw(network: Any, scaling: Scaling) -> None:
     """Give `network` seeded random weights whose features have a sane scale, the same on every backend."""
     layers = importlib.import_module("keras").layers
     for layer in leaves(network):
@@ -49,7 +41,7 @@ def draw(network: keras.Model, scaling: Scaling) -> None:
     _calibrate(network, scaling)
 
 
-def _calibrate(network: keras.Model, scaling: Scaling) -> None:
+def _calibrate(network: Any, scaling: Scaling) -> None:
     """Set the statistics of every batch norm from one pass over smooth noise."""
     keras: Any = importlib.import_module("keras")
     kind = keras.layers.BatchNormalization
@@ -72,9 +64,8 @@ def _calibrate(network: keras.Model, scaling: Scaling) -> None:
     for layer in network.layers:
         if layer.weights and not isinstance(layer, kind):
             twin.get_layer(layer.name).set_weights(layer.get_weights())
-    wanted = [moments(twin.get_layer(norm.name).input) for norm in norms]
     noise = _smooth_noise(network.input_shape[1], scaling)
-    measure = keras.Model(twin.inputs, wanted)
+    measure = keras.Model(twin.inputs, [moments(twin.get_layer(norm.name).input) for norm in norms])
     # On OpenVINO a tensor is a graph of its own: `predict` computes all of them at once.
     all_at_once = keras.backend.backend() == "openvino"
     measured = measure.predict(noise, verbose=0) if all_at_once else measure(noise, training=False)

@@ -2,10 +2,9 @@
 
 A checkpoint is a pickle that describes tensors, and beside it the bytes of their storages: since PyTorch 1.6 as members
 of a zip, before that in a row. Python's own unpickler, the one in Python, reads it with the steps and names that state
-dicts need and no others. Whatever a file holds, reading it runs nothing, opens no other file, and takes no more memory
-than the tensors do that its own bytes can fill, a copy of one of them, and some 50 MB.
-
-Sources: ``pickle.py`` for the steps, ``torch/_utils.py`` and ``torch/serialization.py`` for names and layouts.
+dicts need and no others (``torch/_utils.py``, ``torch/serialization.py``). Whatever a file holds, reading it runs
+nothing, opens no other file, and takes no more memory than the tensors do that its own bytes can fill, a copy of one of
+them, and some 50 MB.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.backbones.backbone import Backbone
-from nbfeat.backbones.hdf5 import Refused, damaged, quote, refusing
-from nbfeat.errors import WeightsError
+from nbfeat.errors import Refused, WeightsError, damaged, quote, refusing
 
 Arrays = dict[str, NDArray[Any]]
 LayerWeights = dict[str, list[NDArray[np.float32]]]  # what each layer's `set_weights` takes, by the layer's name
@@ -42,7 +40,6 @@ _TYPES = {
     "Double": "<f8", "Float": "<f4", "Half": "<f2", "BFloat16": "V2", "Long": "<i8", "Int": "<i4", "Short": "<i2",
     "Char": "|i1", "Byte": "|u1", "Bool": "|b1", "ComplexFloat": "<c8", "ComplexDouble": "<c16",
 }  # fmt: skip
-_STORAGES = {f"{module}.{kind}Storage": np.dtype(_TYPES[kind]) for kind in _TYPES for module in ("torch", "torch.cuda")}
 _MEMBER = re.compile(
     r"((?!\.\.?/)[^/\\\0]+)/"
     r"(data\.pkl|data/[0-9]{1,20}|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id)"
@@ -54,19 +51,25 @@ _HARMLESS_FLAGS = 0x0808  # sizes follow the data, names are UTF-8
 
 
 def read(path: Path) -> Arrays:
-    """Return the tensors of a state dict by name, in the file's order.
+    """Return the tensors of a state dict by name, in the file's order; WeightsError where there is anything else.
 
-    Arrays have the shapes and types of the tensors; bfloat16, which NumPy lacks, becomes float32 without loss. Names of
-    one tensor (tied weights) have one array. A state dict under ``state_dict`` or ``model`` is found there. Raises
-    WeightsError where the file is damaged, or holds or asks for anything that the weights alone do not need.
+    bfloat16, which NumPy lacks, becomes float32 without loss. Names of one tensor (tied weights) have one array.
     """
-    with refusing(path, "PyTorch weights"), path.open("rb") as file:
+    advice = "Save the weights alone, with torch.save(model.state_dict(), ...), or download them again."
+    with refusing(path, "PyTorch weights", advice), path.open("rb") as file:
         head, size = file.read(20), os.fstat(file.fileno()).st_size
         if not head.startswith((b"PK\3\4", b"\x80")):
-            raise _unwanted(f"it is no checkpoint of PyTorch's (it begins with {quote(head)})")
+            raise Refused(f"it is no checkpoint of PyTorch's (it begins with {quote(head)})")
         value, places = _read_zip(file) if head.startswith(b"PK") else _read_row(file, size)
+        if isinstance(value, dict):  # it may be beside what training needs
+            value = next((value[key] for key in ("state_dict", "model") if isinstance(value.get(key), dict)), value)
+        if not isinstance(value, dict) or not value:
+            raise Refused("it holds no state dict")
+        for name, tensor in value.items():
+            if type(name) is not str or type(tensor) is not _Tensor:
+                raise Refused(f"its entry {quote(str(name))} is no tensor")
         arrays, by_name, room = Arrays(), Arrays(), size
-        for name, tensor in _state_dict(value).items():
+        for name, tensor in value.items():
             # Text has a hash that the file cannot foresee, to make all its tensors collide.
             one, storage = f"{tensor.storage.key} {tensor.offset} {tensor.shape} {tensor.strides}", tensor.storage
             if one not in arrays:
@@ -75,23 +78,19 @@ def read(path: Path) -> Arrays:
                     raise damaged(f"its storage {storage.key} is missing or has another size than its pickle says")
                 room -= tensor.span * storage.dtype.itemsize
                 if room < 0:
-                    raise _unwanted("its tensors share their bytes and would take more memory than the file has bytes")
+                    raise Refused("its tensors share their bytes and would take more memory than the file has bytes")
                 arrays[one] = tensor.read(file, start)
             by_name[name] = arrays[one]
         return by_name
-
-
-def _unwanted(what: str) -> Refused:
-    return Refused(f"{what}. Save the weights alone, with torch.save(model.state_dict(), ...), or download them again.")
 
 
 def _read_zip(file: BinaryIO) -> tuple[object, Places]:
     """Return what the checkpoint describes, and where its storages lie, by their keys."""
     places = _members(file)
     if not 0 < places.get("data.pkl", (0, 0))[1] <= MOST_BYTES:
-        raise _unwanted(f"it is a zip without the data.pkl of a checkpoint, or with one of over {MOST_BYTES:,} bytes")
+        raise Refused(f"it is a zip without the data.pkl of a checkpoint, or with one of over {MOST_BYTES:,} bytes")
     if "byteorder" in places and _bytes_at(file, *places["byteorder"]) != b"little":
-        raise _unwanted("its numbers are not little-endian")
+        raise Refused("its numbers are not little-endian")
     unpickler = _Unpickler(_bytes_at(file, *places["data.pkl"]))
     value = unpickler.load()
     if unpickler.file.read(1):
@@ -109,9 +108,9 @@ def _members(file: BinaryIO) -> Places:
         for member in sorted(archive.infolist(), key=lambda member: member.header_offset):
             known, name = _MEMBER.fullmatch(member.orig_filename), quote(member.orig_filename)
             if member.compress_type or member.flag_bits & ~_HARMLESS_FLAGS or member.file_size != member.compress_size:
-                raise _unwanted(f"its member {name} is compressed or encrypted")
+                raise Refused(f"its member {name} is compressed or encrypted")
             if not known or len(folders | {known[1]}) > 1:
-                raise _unwanted(f"its member {name} is none that a checkpoint has")
+                raise Refused(f"its member {name} is none that a checkpoint has")
             folders.add(known[1])
             start = member.header_offset + 30 + sum(struct.unpack("<2H", _bytes_at(file, member.header_offset + 26, 4)))
             if member.header_offset < free or known[2] in places or (member.header_offset and not places):
@@ -128,10 +127,10 @@ def _read_row(file: BinaryIO, size: int) -> tuple[object, Places]:
     """Return what a checkpoint from before PyTorch 1.6 describes, and where its storages lie, by their keys."""
     unpickler = _Unpickler(_bytes_at(file, 0, MOST_BYTES))
     if unpickler.load() != _MAGIC or unpickler.load() != _VERSION:
-        raise _unwanted("it is a pickle, but none that PyTorch wrote")
+        raise Refused("it is a pickle, but none that PyTorch wrote")
     system, value, keys = unpickler.load(), unpickler.load(), unpickler.load()
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise _unwanted("its numbers are not little-endian")
+        raise Refused("its numbers are not little-endian")
     places, at = Places(), unpickler.file.tell()
     for key in keys:
         storage = unpickler.storages.get(key) if isinstance(key, str) else None
@@ -196,7 +195,7 @@ class _Steps(dict[int, Any]):
     def __getitem__(self, step: int) -> Any:
         self.left -= 1
         if self.left < 0 or step not in self:
-            raise _unwanted(f"its pickle has a step, {quote(bytes([step]))}, that no state dict needs, or too many")
+            raise Refused(f"its pickle has a step, {quote(bytes([step]))}, that no state dict needs, or too many")
         return super().__getitem__(step)
 
 
@@ -213,24 +212,19 @@ class _Unpickler(_InPython):  # type: ignore[misc]
         return super().load()
 
     def find_class(self, module: str, name: str) -> Any:
-        match f"{module}.{name}":
-            case "collections.OrderedDict":
-                return self._ordered_dict
-            case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2":
-                return _rebuild_tensor
-            case "torch._utils._rebuild_parameter":
-                return lambda tensor, _gradient, _hooks: tensor
-            case full if full in _STORAGES:
-                return _STORAGES[full]
-            case full:
-                raise _unwanted(f"it asks for {quote(full)}, which weights do not need and which was not run")
+        full = f"{module}.{name}"
+        if full == "collections.OrderedDict":
+            return self._ordered_dict
+        if full not in _FOUND:
+            raise Refused(f"it asks for {quote(full)}, which weights do not need and which was not run")
+        return _FOUND[full]
 
     def persistent_load(self, pid: Any) -> _Storage:
         match pid:
             case ("storage", np.dtype() as dtype, str(key), str(), count, *view) if view in ([], [None]):
                 storage = _Storage(key, dtype, count)
             case _:
-                raise _unwanted("its pickle refers to what is not the storage of a tensor")
+                raise Refused("its pickle refers to what is not the storage of a tensor")
         # The key is in the text of every tensor, so it is kept short.
         if not re.fullmatch(r"[0-9]{1,20}", key, re.ASCII) or not _naturals(count):
             raise damaged("a storage in it has an impossible name or size")
@@ -268,14 +262,14 @@ class _Unpickler(_InPython):  # type: ignore[misc]
 def _key(key: Any) -> Any:
     # Text is hashed with a secret of the process and small numbers do not collide; other keys could take for ever.
     if not (type(key) is str or _naturals(key)):
-        raise _unwanted("a dict in its pickle has a key that is neither text nor a number")
+        raise Refused("a dict in its pickle has a key that is neither text nor a number")
     return key
 
 
 def _rebuild_tensor(
     storage: Any, offset: Any, shape: Any, strides: Any, _gradient: Any = None, _hooks: Any = None, metadata: Any = None
 ) -> _Tensor:
-    """Describe a tensor that lies within its storage and has no more elements."""
+    """Describe a tensor that lies within its storage and has no more elements than it."""
     if not (
         type(storage) is _Storage and type(shape) is tuple and type(strides) is tuple
         and len(shape) == len(strides) <= MOST_AXES and _naturals(offset, *shape, *strides)
@@ -283,7 +277,7 @@ def _rebuild_tensor(
     ):  # fmt: skip
         raise damaged("a tensor in it has an impossible shape")
     if metadata:
-        raise _unwanted("a tensor in it is to be conjugated or negated")
+        raise Refused("a tensor in it is to be conjugated or negated")
     last = sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
     span = 0 if 0 in shape else last + 1
     if math.prod(shape) > storage.count or (span and offset + span > storage.count):
@@ -291,26 +285,22 @@ def _rebuild_tensor(
     return _Tensor(storage, offset, shape, strides, span)
 
 
-def _state_dict(value: object) -> dict[str, _Tensor]:
-    """Return the state dict that a checkpoint is or, beside what training needs, has."""
-    if isinstance(value, dict):
-        value = next((value[name] for name in ("state_dict", "model") if isinstance(value.get(name), dict)), value)
-    if not isinstance(value, dict) or not value:
-        raise _unwanted("it holds no state dict")
-    for name, tensor in value.items():
-        if type(name) is not str or type(tensor) is not _Tensor:
-            raise _unwanted(f"its entry {quote(str(name))} is no tensor")
-    return value
+_FOUND: dict[str, Any] = {
+    **{f"{module}.{kind}Storage": np.dtype(_TYPES[kind]) for kind in _TYPES for module in ("torch", "torch.cuda")},
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": lambda tensor, _gradient, _hooks: tensor,
+}
 
 
 class Convolution(NamedTuple):
-    """A convolution: its name in Keras, its key in a state dict, channels before and after, the side of its kernel."""
+    """A convolution of a network written here."""
 
-    name: str
-    key: str
-    before: int
+    name: str  # in Keras
+    key: str  # in a state dict
+    before: int  # channels
     after: int
-    side: int
+    side: int  # of the kernel
 
 
 def array_of(arrays: Arrays, backbone: Backbone, key: str, *shape: int) -> NDArray[np.float32]:

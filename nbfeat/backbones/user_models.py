@@ -1,7 +1,6 @@
 """Networks of the user's own: what a ``.keras`` file says of its network, loading it, and what a function builds.
 
-A file is read without Keras first, and only what Keras itself can build is taken. Anything else would need code that is
-not in the file, or run code that is.
+Of a file, which is read without Keras first, only what Keras itself can build is taken: no code runs that is in it.
 """
 
 from __future__ import annotations
@@ -12,14 +11,11 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nbfeat.backbones.backbone import Backbone, Layer, Scaling
-from nbfeat.backbones.hdf5 import check_archive, description, quote
-from nbfeat.errors import NetworkError, RequestError, WeightsError, near, sentences
-
-if TYPE_CHECKING:
-    import keras
+from nbfeat.backbones.keras_weights import check_archive, cloned, description
+from nbfeat.errors import NetworkError, RequestError, WeightsError, near, quote, sentences
 
 NAME = "Keras model"  # what the network of any file is called where its path must not matter
 SUFFIXES = (".keras", ".h5", ".hdf5")  # the others are refused, with the way to a .keras file
@@ -37,8 +33,7 @@ _READ_FILES = {"StringLookup", "IntegerLookup", "TextVectorization"}
 def backbone_at(name: str) -> Backbone:
     """Return the backbone in the file `name`, whose name is its absolute path; nothing of it is built.
 
-    Raises RequestError where there is no such file, or its network does not take square RGB images, or is not of Keras'
-    own layers; WeightsError where the file is damaged, or not what Keras writes.
+    Raises RequestError for what is not a network for square RGB images of Keras' own layers, WeightsError for damage.
     """
     path = Path(name).expanduser().absolute()
     if not path.is_file():
@@ -59,17 +54,13 @@ def _read(path: Path, *_state: int) -> Backbone:
     try:
         model.pop("compile_config", None)  # how it was trained; it is not loaded
         _refuse_what_is_not_keras(path.name, model)
-        size = _side(path.name, _input_shape(path.name, model))
+        size = _side(path.name, model)
         names = [layer["config"]["name"] for layer in model["config"]["layers"] if layer["class_name"] != "InputLayer"]
     except (LookupError, TypeError, AttributeError, StopIteration, RecursionError) as error:
-        raise WeightsError(
-            f"{path.name} describes no model that could be read. Save it anew with model.save('model.keras')."
-        ) from error
-    return Backbone(
-        name=str(path), family="own", module="", size=size, smallest=1, width=0, scaling="none", parameters=0,
-        layers=tuple(Layer(str(name), 0, 0) for name in names), package="file", default_weights="own",
-        is_fixed=bool(size),
-    )  # fmt: skip
+        way = "Save it anew with model.save('model.keras')."
+        raise WeightsError(f"{path.name} describes no model that could be read. {way}") from error
+    layers = tuple(Layer(str(name), 0, 0) for name in names)
+    return Backbone(name=str(path), size=size, scaling="none", layers=layers, package="file", is_fixed=bool(size))
 
 
 def _refuse_what_is_not_keras(title: str, model: dict[str, Any]) -> None:
@@ -79,17 +70,15 @@ def _refuse_what_is_not_keras(title: str, model: dict[str, Any]) -> None:
     for thing, layer in _objects(model):
         kind, where = str(thing["class_name"]), quote(layer)
         if kind in _RUN_CODE:
-            what = "Lambda" if "ambda" in kind else kind
+            what = f"{'Lambda' if 'ambda' in kind else kind} layer"
             raise RequestError(
-                f"{title} has a {what} layer, whose code would run unseen: replace the {what} layer {where} by a layer "
-                "of Keras."
+                f"{title} has a {what}, whose code would run unseen: replace the {what} {where} by a layer of Keras."
             )
         if kind in _READ_FILES:
             raise RequestError(f"{title} has the layer {where} ({kind}), which is none for images: save it without.")
         if foreign := _foreign(thing):
-            raise RequestError(
-                f"{title} has, in its layer {where}, {quote(foreign)}, whose code is not in the file. {REGISTER}"
-            )
+            what = f"{title} has, in its layer {where}, {quote(foreign)}"
+            raise RequestError(f"{what}, whose code is not in the file. {REGISTER}")
 
 
 def _foreign(thing: dict[str, Any]) -> str:
@@ -117,28 +106,23 @@ def _objects(model: Any) -> Iterator[tuple[dict[str, Any], str]]:
                 layer = str(config["name"])
             if "class_name" in thing:
                 yield thing, layer
-        if isinstance(thing, dict | list):
-            left += [(value, layer) for value in (thing.values() if isinstance(thing, dict) else thing)]
+            thing = list(thing.values())
+        if isinstance(thing, list):
+            left += [(value, layer) for value in thing]
 
 
-def _input_shape(title: str, model: dict[str, Any]) -> list[Any]:
-    """Return the shape of the one input, with the batch."""
+def _side(title: str, model: dict[str, Any]) -> int:
+    """Return the side of the images that a model takes; 0 where it takes any."""
     config = model["config"]
     inputs = [each["config"]["batch_shape"] for each in config["layers"] if each["class_name"] == "InputLayer"]
     if model["class_name"] == "Sequential" and not inputs:
         inputs = [config.get("build_input_shape")]
         if inputs == [None]:
-            raise RequestError(
-                f"{title} has no input yet. Begin it with keras.Input((224, 224, 3)), and save it again."
-            )
+            way = "Begin it with keras.Input((224, 224, 3)), and save it again."
+            raise RequestError(f"{title} has no input yet. {way}")
     if len(inputs) != 1:
         raise RequestError(f"{title} has {len(inputs)} inputs. Save a model with one input, of images.")
-    return list(inputs[0])
-
-
-def _side(title: str, shape: list[Any]) -> int:
-    """Return the side of the images that an input of `shape` takes; 0 where it takes any."""
-    match shape:
+    match shape := list(inputs[0]):
         case [_, None, None, 3]:
             return 0
         case [_, int(rows), columns, 3] if rows == columns and 1 <= rows <= LARGEST:
@@ -171,7 +155,7 @@ def check(
     return size or backbone.size
 
 
-def load(path: Path, size: int) -> keras.Model:
+def load(path: Path, size: int) -> Any:
     """Load the network in a ``.keras`` file, for images of `size` pixels; WeightsError where Keras cannot."""
     check_archive(path)
     backbone_at(str(path))  # the file may be another one by now
@@ -191,34 +175,26 @@ def load(path: Path, size: int) -> keras.Model:
     return _functional(network, size, path.name)
 
 
-def build(backbone: Backbone, size: int) -> keras.Model:
-    """Build a registered network for images of `size` pixels, as the function gives it.
-
-    Raises RequestError where it gives something else than a model for such images, NetworkError where it fails.
-    """
+def build(backbone: Backbone, size: int) -> Any:
+    """Build a registered network for images of `size` pixels, as its function gives it."""
     import numpy as np
 
-    state = np.random.get_state()
+    state, what = np.random.get_state(), f"The function that builds {backbone.name}"
     try:
         assert backbone.function is not None
         network = backbone.function(size)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".rstrip(".")
-        raise NetworkError(
-            f"The function that builds {backbone.name} failed: {reason}. Call it with {size} to see where."
-        ) from error
+        raise NetworkError(f"{what} failed: {reason}. Call it with {size} to see where.") from error
     finally:
         np.random.set_state(state)
     if not isinstance(network, importlib.import_module("keras").Model):
-        kind = type(network).__name__
-        raise RequestError(f"The function that builds {backbone.name} must return a Keras model, not {kind}.")
+        raise RequestError(f"{what} must return a Keras model, not {type(network).__name__}.")
     return _functional(network, size, backbone.name)
 
 
-def _functional(network: Any, size: int, title: str) -> keras.Model:
+def _functional(network: Any, size: int, title: str) -> Any:
     """Return `network` as a functional model of one input (None, size, size, 3), with the same weights."""
-    from nbfeat.backbones import keras_weights
-
     keras: Any = importlib.import_module("keras")
     inputs = getattr(network, "inputs", None) or []
     if len(inputs) != 1 or not getattr(network, "outputs", None):
@@ -228,9 +204,8 @@ def _functional(network: Any, size: int, title: str) -> keras.Model:
         raise RequestError(f"{title} takes inputs of shape {shape}, not {wanted}. Build it with keras.Input({wanted}).")
     if tuple(inputs[0].shape) != (None, *wanted):
         # A size or a batch that was left open, or fixed, would be so in every layer.
-        twin = keras.models.clone_model(network, input_tensors=keras.Input(wanted, dtype=inputs[0].dtype))
-        keras_weights.copy(network, twin)
-        network = twin
+        pixels = keras.Input(wanted, dtype=inputs[0].dtype)
+        network = cloned(network, lambda *_: None, inputs=pixels)
     outputs = network.outputs if len(network.outputs) > 1 else network.outputs[0]
     return keras.Model(network.inputs[0], outputs, name=network.name)
 
@@ -242,10 +217,7 @@ def check_pixels(network: Any, scaling: Scaling, title: str) -> None:
 
 
 def output_of(network: Any, name: str, title: str) -> Any:
-    """Return the tensor that layer `name` gives in `network`; "" is the model's own output.
-
-    A layer that is itself a model has tensors of its own inside, so the one in this network is looked for.
-    """
+    """Return the tensor that layer `name`, which may itself be a model, gives in `network`; "" is its own output."""
     if not name:
         if len(network.outputs) > 1:
             raise RequestError(f"{title} has {len(network.outputs)} outputs: choose where to cut it with --layer.")

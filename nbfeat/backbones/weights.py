@@ -2,8 +2,7 @@
 
 Published weights of Keras' own networks come from the address and with the check that Keras gives them, into Keras' own
 folder; those of the networks written here from where PyTorch publishes them, checked by the hash in their name: once,
-into the home folder, or from where PyTorch itself left them. Files are looked at before they are loaded: none may run
-code, or lead its reader to another file.
+into the home folder, or from where PyTorch itself left them.
 """
 
 from __future__ import annotations
@@ -12,29 +11,24 @@ import hashlib
 import importlib
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.backbones.backbone import Backbone
 from nbfeat.errors import RequestError, WeightsError
-from nbfeat.paths import home
-
-if TYPE_CHECKING:
-    import keras
+from nbfeat.paths import file_written_whole, home
 
 HOST = "https://download.pytorch.org/models"
 PATIENCE = 30.0  # seconds without a byte
 NOTE_EVERY = 1.0  # seconds
 LARGEST = 1_000_000_000  # bytes; AlexNet's have 244 million
-_PART = 1 << 20  # bytes that are read at a time
 
 Tell = Callable[[str], None]
 CHECKPOINTS = (".pth", ".pt")
@@ -50,9 +44,7 @@ class Loaded:
     sha256: str
 
 
-def load(
-    backbone: Backbone, make: Callable[[str | None], keras.Model], weights: str, tell: Tell
-) -> tuple[keras.Model, Loaded]:
+def load(backbone: Backbone, make: Callable[[str | None], Any], weights: str, tell: Tell) -> tuple[Any, Loaded]:
     """Build the network of `backbone` by `make` and give it `weights`; `tell` hears of a download before it begins."""
     if weights == "imagenet" and backbone.package == "keras.applications":
         with _watched_downloads(tell) as files:
@@ -71,7 +63,7 @@ def load(
         return network, Loaded("random", digest_of_arrays(network.get_weights()))
     path = on_this_machine(backbone) if weights == "imagenet" else weights_file(weights)
     if path is None:
-        raise _not_here(backbone, "they were not downloaded")
+        raise _not_downloaded(backbone, "they were not downloaded")
     if path.suffix in CHECKPOINTS:
         _load_checkpoint(backbone, network, path)
     else:
@@ -88,9 +80,8 @@ def weights_file(weights: str) -> Path:
             f"--weights takes imagenet, bundled, random or a file of weights; there is no file {weights!r}."
         )
     if path.suffix not in SUFFIXES:
-        raise RequestError(
-            f"{path.name} is not a file of weights: its name should end in .weights.h5, .h5, .keras or .pth."
-        )
+        endings = "its name should end in .weights.h5, .h5, .keras or .pth"
+        raise RequestError(f"{path.name} is not a file of weights: {endings}.")
     return path.absolute()
 
 
@@ -138,10 +129,7 @@ def _watched_downloads(tell: Tell) -> Iterator[list[str]]:
             path: str = original(fname, origin, *args, **kwargs)
         except Exception as error:
             reason = str(error).rpartition(" -- ")[2] or type(error).__name__
-            raise WeightsError(
-                f"The weights {fname} are not on this machine and could not be downloaded ({reason}). "
-                f"Download {origin} and put it at {place}, or use --weights random to try things out."
-            ) from error
+            raise _not_here(origin, place, reason) from error
         files.append(path)
         return path
 
@@ -155,65 +143,53 @@ def _watched_downloads(tell: Tell) -> Iterator[list[str]]:
 def on_this_machine(backbone: Backbone) -> Path | None:
     """Return a whole file of the published weights of `backbone`, or None."""
     torch_home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch"
-    folders = (home() / "weights", Path(torch_home).expanduser() / "hub" / "checkpoints")
-    for path in (folder / backbone.published for folder in folders):
-        try:
-            if _is_published(backbone, path.name, digest(path)):
-                return path
-        except OSError:
-            continue
+    for folder in (home() / "weights", Path(torch_home).expanduser() / "hub" / "checkpoints"):
+        with suppress(OSError):
+            if _is_published(backbone, backbone.published, digest(folder / backbone.published)):
+                return folder / backbone.published
     return None
 
 
 def fetch(backbone: Backbone, folder: Path) -> Generator[str, None, Path]:
-    """Return where the published weights of `backbone` are; download them to `folder` where they are not here yet.
-
-    Yields how far it is. Nothing is left of half a file. WeightsError says where to get the file and where to put it.
-    """
+    """Return where the published weights of `backbone` are, downloaded to `folder` if need be; yield how far it is."""
     if here := on_this_machine(backbone):
         return here
     name = backbone.published
     yield f"downloading {name} (once; it stays in {folder})"
-    handle, half = tempfile.mkstemp(prefix=f".{name[:24]}-", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            sha256 = yield from _download(backbone, file)
-        if not _is_published(backbone, name, sha256):
-            raise _not_here(backbone, f"what came is another file: its SHA-256 begins with {sha256[:8]}")
-        return Path(half).replace(folder / name)
-    finally:
-        Path(half).unlink(missing_ok=True)
+    with file_written_whole(folder / name) as half:
+        yield from _download(backbone, half)
+        if not _is_published(backbone, name, sha256 := digest(half)):
+            raise _not_downloaded(backbone, f"what came is another file: its SHA-256 begins with {sha256[:8]}")
+    return folder / name
 
 
-def _download(backbone: Backbone, file: IO[bytes]) -> Generator[str, None, str]:
-    """Write the published weights to `file`; yield how far it is and return the SHA-256."""
+def _download(backbone: Backbone, path: Path) -> Iterator[str]:
+    """Write the published weights to a file; yield how far it is."""
     import http.client
     import urllib.error
     import urllib.request
 
-    hasher, done, noted_at = hashlib.sha256(), 0, time.monotonic()
+    address, done, noted_at = f"{HOST}/{backbone.published}", 0, time.monotonic()
     try:
-        with urllib.request.urlopen(f"{HOST}/{backbone.published}", timeout=PATIENCE) as answer:
+        with path.open("wb") as file, urllib.request.urlopen(address, timeout=PATIENCE) as answer:
             total = int(answer.headers.get("Content-Length") or 0)
-            while part := answer.read1(_PART):
-                file.write(part)
-                hasher.update(part)
-                done += len(part)
+            while part := answer.read1(1 << 20):
+                done += file.write(part)
                 if done > LARGEST:
-                    raise _not_here(backbone, f"it is larger than {LARGEST:,} bytes")
+                    raise ConnectionError(f"it is larger than {LARGEST:,} bytes")
                 if total and time.monotonic() - noted_at >= NOTE_EVERY:
                     noted_at = time.monotonic()
                     yield f"downloading {backbone.published}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
             if done < total:
-                raise _not_here(backbone, f"the connection ended after {done:,} of {total:,} bytes")
-    except TimeoutError as error:
-        raise _not_here(backbone, f"nothing came for {PATIENCE:g} seconds") from error
-    except urllib.error.HTTPError as error:
-        error.close()  # it holds the connection
-        raise _not_here(backbone, f"the server answered {error.code} {error.reason}") from error
+                raise ConnectionError(f"the connection ended after {done:,} of {total:,} bytes")
     except (OSError, http.client.HTTPException) as error:
-        raise _not_here(backbone, str(getattr(error, "reason", error)) or type(error).__name__) from error
-    return hasher.hexdigest()
+        reason = str(getattr(error, "reason", error)) or type(error).__name__
+        if isinstance(error, TimeoutError):
+            reason = f"nothing came for {PATIENCE:g} seconds"
+        elif isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
+            reason = f"the server answered {error.code} {error.reason}"
+        raise _not_downloaded(backbone, reason) from error
 
 
 def _is_published(backbone: Backbone, name: str, sha256: str) -> bool:
@@ -222,9 +198,12 @@ def _is_published(backbone: Backbone, name: str, sha256: str) -> bool:
     return name == backbone.published and digits is not None and sha256.startswith(digits[1])
 
 
-def _not_here(backbone: Backbone, reason: str) -> WeightsError:
+def _not_downloaded(backbone: Backbone, reason: str) -> WeightsError:
+    return _not_here(f"{HOST}/{backbone.published}", home() / "weights" / backbone.published, reason)
+
+
+def _not_here(address: str, place: Path, reason: str) -> WeightsError:
     return WeightsError(
-        f"The weights {backbone.published} are not on this machine and could not be downloaded ({reason}). "
-        f"Download {HOST}/{backbone.published} and put it at {home() / 'weights' / backbone.published}, or use "
-        "--weights random to try things out."
+        f"The weights {place.name} are not on this machine and could not be downloaded ({reason}). "
+        f"Download {address} and put it at {place}, or use --weights random to try things out."
     )

@@ -1,27 +1,27 @@
 """Features that were computed before, by image content and cache key, in one SQLite file.
 
-A run never fails because of its cache. What goes wrong becomes one sentence in `note`: a full disk or a locked file
-stops the writing, a damaged file is begun anew, and what cannot be opened is not used.
+A run never fails because of its cache: what goes wrong is one sentence in `note`, and is done without.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sqlite3
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nbfeat.cache.keys import CacheKey
 from nbfeat.errors import printable
 from nbfeat.paths import HomeError, file_system, is_remote, keep
 
@@ -51,6 +51,43 @@ _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
 _ERRORS = (sqlite3.Error, OSError, ValueError, TypeError)
 
 Vector = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CacheKey:
+    """One output of one network. Every field but the last two is in the key: other values are other features."""
+
+    backbone: str
+    alpha: float | None
+    weights: str  # their SHA-256
+    layer: str  # that the network is cut at; "" for its end
+    pooling: str | None
+    scaling: str  # of pixels
+    size: int
+    resize: str
+    interpolation: str
+    least_reduced: int  # how many times the size an image is decoded at, at least
+    decoders: str  # names with versions
+    keras: str  # its version
+    numerics: int  # raised whenever nbfeat itself comes to give other numbers
+    engine: Mapping[str, object]  # fields of its own: kind, precision, CPU …
+    width: int  # features of an image, which follow from the rest
+    weights_name: str  # for people
+
+    @cached_property
+    def key_fields(self) -> Mapping[str, object]:
+        """All that decides the numbers, as plain values."""
+        return {field.name: getattr(self, field.name) for field in fields(self)[:-3]} | dict(self.engine)
+
+    @cached_property
+    def key(self) -> str:
+        """The hash of all that, in 40 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(dict(self.key_fields), sort_keys=True).encode()).hexdigest()[:40]
+
+    @property
+    def description(self) -> str:
+        """What the features are, as JSON for people."""
+        return json.dumps({**self.key_fields, "width": self.width, "weights_name": self.weights_name})
 
 
 @dataclass(slots=True)
@@ -157,16 +194,13 @@ class Cache:
 
     def blocks(self) -> list[dict[str, Any]]:
         """Return a description of each block, with its key, number of images, last use and bytes."""
-        query = (
-            "SELECT name, description, used, (SELECT COUNT(*) FROM entries WHERE owner = id) "
-            "FROM owners ORDER BY used DESC"
-        )
+        sql = "SELECT name, description, used, COUNT(*) FROM owners JOIN entries ON owner=id GROUP BY 1 ORDER BY 3 DESC"
         found: list[tuple[Any, ...]] = []
-        self._try("read", lambda db: found.extend(db.execute(query).fetchall()))
+        self._try("read", lambda db: found.extend(db.execute(sql).fetchall()))
         return [
             {**block, "key": key, "images": images, "used": used, "bytes": 4 * block["width"] * images}
             for key, stored, used, images in found
-            if images and (description := checked(stored, b"", key)) and (block := json.loads(description))
+            if (description := checked(stored, b"", key)) and (block := json.loads(description))
         ]
 
     def clear(self) -> None:
@@ -182,10 +216,8 @@ class Cache:
                 _evict(db, number)
         if db.execute(used).fetchone()[0] > limit:
             self.writes = False
-            self.note = (
-                f"The cache is full with this run alone ({limit / 1e9:,.1f} GB, a tenth of the free disk): further "
-                "features are not kept. Set NBFEAT_HOME to a folder on a larger disk."
-            )
+            full = f"The cache is full with this run alone ({limit / 1e9:,.1f} GB, a tenth of the free disk)"
+            self.note = f"{full}: further features are not kept. Set NBFEAT_HOME to a folder on a larger disk."
 
     def _open(self, folder: Path) -> None:
         kind = file_system(folder)
@@ -193,9 +225,8 @@ class Cache:
         self._db = db = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
         [found] = db.execute("PRAGMA user_version").fetchone()
         if found > FORMAT:
-            raise sqlite3.NotSupportedError(
-                f"it was written by a newer nbfeat, in format {found}; this one reads {FORMAT}"
-            )
+            newer = f"it was written by a newer nbfeat, in format {found}"
+            raise sqlite3.NotSupportedError(f"{newer}; this one reads {FORMAT}")
         if found < FORMAT:  # these two count for a new file only
             db.execute("PRAGMA page_size = 4096")  # larger ones write up to four times as much per batch
             db.execute("PRAGMA auto_vacuum = FULL")

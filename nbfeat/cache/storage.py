@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from datetime import datetime
 from pathlib import Path
@@ -77,40 +77,36 @@ class Storage:
         """Open the cache if there is one; looking at it makes none."""
         return Cache.at_home() if (self.folder / "features").is_dir() else Cache(None)
 
-    def _networks(self) -> list[dict[str, Any]]:
-        rows = []
+    def _networks(self) -> Iterator[dict[str, Any]]:
         for folder in sorted((self.folder / "networks").glob("*")):
             # Without a manifest it is being built, or was left behind by a process that was killed.
             with suppress(OSError, ValueError, KeyError, TypeError):
                 manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-                spec, loaded = manifest["spec"], manifest["weights"]
+                spec, weights = manifest["spec"], manifest["weights"]["name"]
                 cuts = [f"{cut['layer'] or 'end'} {cut['pooling']}".strip() for cut in spec["cuts"]]
-                rows.append(
-                    {"backbone": spec["backbone"], "alpha": spec["alpha"], "weights": loaded["name"],
-                     "size": spec["size"], "cuts": cuts, "bytes": bytes_in(folder), "folder": str(folder)}
-                )  # fmt: skip
-        return rows
+                row = {"backbone": spec["backbone"], "alpha": spec["alpha"], "weights": weights, "size": spec["size"]}
+                yield {**row, "cuts": cuts, "bytes": bytes_in(folder), "folder": str(folder)}
 
-    def _tables(self) -> tuple[str, list[tuple[Sequence[Sequence[object]], Sequence[str]]], str]:
+    def _tables(self) -> tuple[str, list[tuple[list[tuple[object, ...]], tuple[str, ...]]], str]:
         """Return the heading, the rows and head of each table, and what can be done."""
+        features: list[tuple[object, ...]] = []
         with closing(self._cache()) as cache:
-            blocks = cache.blocks()
+            for row in cache.blocks():
+                cut = f"{row['layer'] or 'end'} {row['pooling'] or ''}".strip()
+                block = f"{_backbone(row)}, {row['size']} px {row['resize']}: {cut}, {row['precision']}"
+                features.append((block, row["images"], format_bytes(row["bytes"]), _when(row["used"])))
             limit = f"; features may take up to {format_bytes(cache.limit())}" if cache.writes else ""
-        features = [(_block(row), row["images"], format_bytes(row["bytes"]), _when(row["used"])) for row in blocks]
-        networks = [
+        networks: list[tuple[object, ...]] = [
             (f"{_backbone(row)}, {row['size']} px: {', '.join(row['cuts'])}", format_bytes(row["bytes"]))
             for row in self._networks()
         ]
-        weights = [(file.name, format_bytes(bytes_in(file))) for file in sorted((self.folder / "weights").glob("*"))]
-        tables: list[tuple[Sequence[Sequence[object]], Sequence[str]]] = [
-            (features, ("features", "images", "bytes", "last used")),
-            (networks, ("networks", "bytes")),
-            (weights, ("weights", "bytes")),
-        ]
+        files = sorted((self.folder / "weights").glob("*"))
+        weights: list[tuple[object, ...]] = [(file.name, format_bytes(bytes_in(file))) for file in files]
+        heads = ("features", "images", "bytes", "last used"), ("networks", "bytes"), ("weights", "bytes")
+        tables = [(rows, head) for rows, head in zip((features, networks, weights), heads, strict=True) if rows]
         first, *others = [f'"{kind}"' for kind in KINDS]
         way = f"Clear with nbfeat.storage.clear({first}), {listing(others, 'or')}; NBFEAT_HOME names another folder."
-        head = f"{self.folder}: {format_bytes(self.bytes)}{limit}"
-        return head, [(rows, names) for rows, names in tables if rows], way
+        return f"{self.folder}: {format_bytes(self.bytes)}{limit}", tables, way
 
     def __repr__(self) -> str:
         head, tables, way = self._tables()
@@ -127,11 +123,6 @@ storage = Storage()
 def _backbone(row: dict[str, Any]) -> str:
     alpha = f" {row['alpha']:g}" if row["alpha"] else ""
     return f"{row['backbone']}{alpha} ({row.get('weights_name') or row['weights']} weights)"
-
-
-def _block(row: dict[str, Any]) -> str:
-    cut = f"{row['layer'] or 'end'} {row['pooling'] or ''}".strip()
-    return f"{_backbone(row)}, {row['size']} px {row['resize']}: {cut}, {row['precision']}"
 
 
 def _when(seconds: float) -> str:

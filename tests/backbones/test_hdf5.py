@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pytest
 
-from nbfeat.backbones.hdf5 import MOST_LEVELS, check_hdf5
+from nbfeat.backbones.keras_weights import MOST_LEVELS, check_hdf5
 from nbfeat.errors import WeightsError
 
 Fill = Callable[[Any], object]

@@ -17,7 +17,6 @@ import nbfeat
 from nbfeat import RequestError, WeightsError
 from nbfeat.backbones import pocket
 from nbfeat.backbones.catalog import CATALOG
-from nbfeat.backbones.pocket_training import components
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import read_pixels
 from tests.conftest import ROOT
@@ -152,40 +151,6 @@ def test_it_works_in_a_fresh_process_without_network_and_with_empty_homes(pictur
     found = json.loads(done.stdout)
     assert (found["shape"], found["ok"]) == ([20, 512], 20)
     assert not done.stderr
-
-
-def test_what_teachers_give_is_made_of_one_length_and_learned_from_some_rows_alone() -> None:
-    random = np.random.default_rng(0)
-    features = (random.normal(size=(400, 300)) * np.linspace(1, 9, 300) + 5).astype(np.float32)
-    learn = np.arange(400) < 350
-    found = components(features, learn)
-    assert found.shape == (400, 256)
-    assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
-    features[399] = 0
-    assert np.array_equal(components(features, learn)[:399], found[:399])
-
-
-@pytest.mark.slow
-def test_it_learns_the_same_again_and_folded_weights_give_what_it_gave(tmp_path: Path) -> None:
-    python = os.environ.get("NBFEAT_TORCH_PYTHON", sys.executable)
-    if subprocess.run([python, "-c", "import torch"], check=False, capture_output=True).returncode:
-        pytest.skip("torch is not installed: set NBFEAT_TORCH_PYTHON to a Python that has it")
-    done = subprocess.run(
-        [python, "-m", "tests.backbones.pocket_child", str(tmp_path)],
-        capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert not done.returncode, done.stderr[-2000:]
-    with np.load(tmp_path / "network.npz") as saved:
-        weights = {
-            each.name: [saved[f"{each.name}/{part}"].astype(np.float32) for part in ("kernel", "bias")]
-            for each in pocket.CONVOLUTIONS
-        }
-        found, expected = by_hand(saved["pixels"], weights)["top_conv"], saved["maps"]
-    assert np.abs(found - expected).max() <= 1e-2 * expected.max()  # half precision has three digits
-    with np.load(tmp_path / "learned.npz") as learned:
-        assert list(learned["epochs"]) == [1, 2, 3, 4, 5, 6]
-        assert learned["right"][-1] > 0.5
-        assert learned["same"]
 
 
 @pytest.mark.slow

@@ -17,8 +17,7 @@ import numpy.typing as npt
 import pytest
 
 from nbfeat.backbones import torch_weights
-from nbfeat.backbones.hdf5 import quote
-from nbfeat.errors import WeightsError
+from nbfeat.errors import WeightsError, quote
 from tests import keras_child
 from tests.backbones import hostile_checkpoints
 from tests.backbones.torch_files import (
