@@ -680,8 +680,7 @@ def test_twelve_bits_of_a_tiff_are_stretched(shared_data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "first"),
-    [("exif_orientation/Landscape_{}.jpg", 0), ("pillow/hopper_orientation_{}.jpg", 2)],
+    ("pattern", "first"), [("exif_orientation/Landscape_{}.jpg", 0), ("pillow/hopper_orientation_{}.jpg", 2)]
 )
 def test_odd_images_of_all_orientations_look_alike(pattern: str, first: int, shared_data: Path) -> None:
     expected = read(pattern.format(2), PixelSpec(64), shared_data / "odd").astype(int)
