@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +22,21 @@ from tests.fake import FakeEngine, FakeNetwork, Gate
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("NBFEAT_TEST_DATA", ROOT.parent / "shared" / "data"))
+# Files of long tests that share no fixture of their own: with xdist each test goes to whichever process is idle.
+APART = {"test_architectures.py", "test_notebooks.py", "test_promises.py", "test_robustness.py"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file together, for its fixtures, and those of `APART` for the end, one by one."""
+    xdist: Any = importlib.import_module("xdist.scheduler")
+
+    class ByFile(xdist.LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if Path(file).name in APART else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

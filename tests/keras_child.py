@@ -228,14 +228,7 @@ def torch_spec(name: str, weights: Path, size: str | int) -> NetworkSpec:
 
 PROGRAMS: dict[str, Callable[..., dict[str, Any]]] = {
     program.__name__: program
-    for program in (
-        vectors,
-        photographs,
-        files_of_weights,
-        structures,
-        from_torch,
-        normalizing,
-    )
+    for program in (vectors, photographs, files_of_weights, structures, from_torch, normalizing)
 }
 
 if __name__ == "__main__":

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -25,81 +23,56 @@ from nbfeat.extraction.networks import network_spec
 from nbfeat.inference.compiled_models import located
 from tests.backbones.test_alexnet_googlenet import googlenets
 from tests.backbones.torch_files import checkpoint
+from tests.fake import to_its_end
+from tests.web import Answer, Request, Web
 
 
-class Server(ThreadingHTTPServer):
-    """A download host with one file, which sends it in the `way` that a test asks for."""
+def sent(data: bytes, way: str) -> Answer:
+    """Send a file in the `way` that a test asks for."""
 
-    way, data, asked = "whole", b"", 0
-    daemon_threads = True
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        self.server.asked += 1
-        way, data = self.server.way, self.server.data
-        if way == "404":
-            self.send_error(404)
-            return
-        self.send_response(200)
-        if way != "without a length":
-            self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
+    def answer(request: Request) -> None:
+        request.begin(**({} if way == "without a length" else {"Content_Length": str(len(data))}))
         half = len(data) // 2
-        self.wfile.write(data[:half])
-        self.wfile.flush()
-        if way == "cut":
-            return
+        request.wfile.write(data[:half])
         if way == "stalled":
-            time.sleep(1)
-            return
-        for start in range(half, len(data), max(1, half // 4)):
+            request.server.closing.wait(1)
+        for start in range(half, half if way in {"cut", "stalled"} else len(data), max(1, half // 4)):
             time.sleep(0.05 if way == "slow" else 0)
-            self.wfile.write(data[start : start + max(1, half // 4)])
-            self.wfile.flush()
+            request.wfile.write(data[start : start + max(1, half // 4)])
 
-    def log_message(self, *_: object) -> None:
-        pass
+    return answer
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Web]:
     """Run a server in place of PyTorch's."""
-    with Server(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        monkeypatch.setattr(weights, "HOST", f"http://127.0.0.1:{server.server_address[1]}")
+    with Web() as server:
+        monkeypatch.setattr(weights, "HOST", server.url(""))
         monkeypatch.setattr(weights, "PATIENCE", 0.2)
         monkeypatch.setattr(weights, "NOTE_EVERY", 0.0)
         monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         yield server
-        server.shutdown()
-        thread.join()
+
+
+DATA = np.random.default_rng(0).bytes(100_000)
 
 
 @pytest.fixture
-def backbone(server: Server, monkeypatch: pytest.MonkeyPatch) -> Backbone:
-    server.data = np.random.default_rng(0).bytes(100_000)
-    return publish(server, monkeypatch)
+def backbone(server: Web, monkeypatch: pytest.MonkeyPatch) -> Backbone:
+    return publish(DATA, server, monkeypatch)
 
 
-def publish(server: Server, monkeypatch: pytest.MonkeyPatch) -> Backbone:
-    name = f"googlenet-{hashlib.sha256(server.data).hexdigest()[:8]}.pth"
+def publish(data: bytes, server: Web, monkeypatch: pytest.MonkeyPatch) -> Backbone:
+    name = f"googlenet-{hashlib.sha256(data).hexdigest()[:8]}.pth"
+    server.put(f"/{name}", data)
     backbone = replace(CATALOG["GoogLeNet"], published=name)
     monkeypatch.setitem(CATALOG, "GoogLeNet", backbone)
     return backbone
 
 
 def fetched(backbone: Backbone, folder: Path) -> tuple[list[str], Path]:
-    told, fetching = list[str](), weights.fetch(backbone, folder)
-    while True:
-        try:
-            told.append(next(fetching))
-        except StopIteration as end:
-            return told, end.value
+    return to_its_end(weights.fetch(backbone, folder))
 
 
 @pytest.fixture
@@ -111,16 +84,16 @@ def folder(own_cache: Path) -> Path:
 
 @pytest.mark.parametrize("way", ["whole", "slow", "without a length"])
 def test_a_file_that_comes_whole_is_kept_and_not_fetched_again(
-    backbone: Backbone, server: Server, folder: Path, way: str
+    backbone: Backbone, server: Web, folder: Path, way: str
 ) -> None:
-    server.way = way
+    server.put(f"/{backbone.published}", sent(DATA, way))
     told, path = fetched(backbone, folder)
     assert told[0] == f"downloading {backbone.published} (once; it stays in {folder})"
     assert (f"downloading {backbone.published}: 0 of 0 MB" in told) == (way != "without a length")
-    assert path.read_bytes() == server.data
+    assert path.read_bytes() == DATA
     assert list(folder.iterdir()) == [path]
     assert fetched(backbone, folder) == ([], path)
-    assert server.asked == 1
+    assert len(server.asked) == 1
 
 
 @pytest.mark.parametrize(
@@ -135,11 +108,11 @@ def test_a_file_that_comes_whole_is_kept_and_not_fetched_again(
     ],
 )
 def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(
-    backbone: Backbone, server: Server, folder: Path, way: str, reason: str, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone, server: Web, folder: Path, way: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server.way = way
-    if way == "another file":
-        server.data = server.data[::-1]
+    server.put(f"/{backbone.published}", sent(DATA[::-1] if way == "another file" else DATA, way))
+    if way == "404":
+        server.answers.clear()
     elif way == "too large":
         monkeypatch.setattr(weights, "LARGEST", 60_000)
     elif way == "nobody there":
@@ -156,8 +129,8 @@ def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(
     assert not list(folder.iterdir())
 
 
-def test_a_download_that_is_stopped_leaves_nothing(backbone: Backbone, server: Server, folder: Path) -> None:
-    server.way = "slow"
+def test_a_download_that_is_stopped_leaves_nothing(backbone: Backbone, server: Web, folder: Path) -> None:
+    server.put(f"/{backbone.published}", sent(DATA, "slow"))
     fetching = weights.fetch(backbone, folder)
     assert len(list(itertools.islice(fetching, 2))) == 2
     assert len(list(folder.iterdir())) == 1
@@ -166,28 +139,28 @@ def test_a_download_that_is_stopped_leaves_nothing(backbone: Backbone, server: S
 
 
 def test_a_file_that_is_here_needs_no_network(
-    backbone: Backbone, server: Server, folder: Path, tmp_path: Path, own_cache: Path
+    backbone: Backbone, server: Web, folder: Path, tmp_path: Path, own_cache: Path
 ) -> None:
     assert weights.on_this_machine(backbone) is None
     torchs = tmp_path / "torch" / "hub" / "checkpoints" / backbone.published
     torchs.parent.mkdir(parents=True)
-    torchs.write_bytes(server.data[:-1])
+    torchs.write_bytes(DATA[:-1])
     assert weights.on_this_machine(backbone) is None, "it is not whole"
-    torchs.write_bytes(server.data)
+    torchs.write_bytes(DATA)
     assert weights.on_this_machine(backbone) == torchs
     by_hand = own_cache / "weights" / backbone.published
     shutil.copy(torchs, by_hand)
     assert weights.on_this_machine(backbone) == by_hand
-    assert server.asked == 0
+    assert server.asked == []
     assert list(folder.iterdir()) == [by_hand]
 
 
-def test_keras_fetches_its_own(server: Server) -> None:
+def test_keras_fetches_its_own(server: Web) -> None:
     block = nbfeat.FeatureBlock.parse("MobileNet")[0]
     with pytest.raises(StopIteration) as end:
         next(located(network_spec(block, cuts=())))
     assert end.value.value[1] is None
-    assert server.asked == 0
+    assert server.asked == []
 
 
 @pytest.mark.slow
@@ -221,10 +194,10 @@ def drawn(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 @pytest.mark.parametrize("home", ["usable", "in the way"])
 def test_the_whole_way_from_the_server_to_features(
-    server: Server, photos: pd.DataFrame, own_cache: Path, home: str, monkeypatch: pytest.MonkeyPatch
+    server: Web, photos: pd.DataFrame, own_cache: Path, home: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server.data = checkpoint(drawn(googlenets()))
-    backbone = publish(server, monkeypatch)
+    data = checkpoint(drawn(googlenets()))
+    backbone = publish(data, server, monkeypatch)
     (own_cache / "networks").unlink()
     if home == "in the way":
         own_cache.rmdir()
@@ -235,8 +208,8 @@ def test_the_whole_way_from_the_server_to_features(
     assert result.features.shape == (20, 1024)
     assert result.features.std().max() > 0
     if home == "usable":
-        assert server.asked == 1
-        assert result.recipe["weights"] == [hashlib.sha256(server.data).hexdigest()]
+        assert len(server.asked) == 1
+        assert result.recipe["weights"] == [hashlib.sha256(data).hexdigest()]
         file = own_cache / "weights" / backbone.published
         named = nbfeat.extract(photos, f"GoogLeNet --size 64 --weights {file}", images="path")
         np.testing.assert_array_equal(named.features.to_numpy(), result.features.to_numpy())

@@ -118,11 +118,7 @@ def growth_tables(setting: measure.Setting) -> Iterator[measure.Table]:
     draw(folder, sizes[-1])
     real = measure.weights_of("MobileNetV2", ALPHA) == "imagenet"
     block = f"MobileNetV2 --alpha {ALPHA}" if real else "Pocket"
-    request: Told = {
-        "folder": str(folder),
-        "block": block,
-        "options": {"weights": "imagenet" if real else "bundled"},
-    }
+    request: Told = {"folder": str(folder), "block": block, "options": {"weights": "imagenet" if real else "bundled"}}
     fresh({**request, "count": 100})  # builds the network, and settles the precision
     told: dict[int, list[Told]] = {size: [] for size in sizes}
     for number in range(setting.rounds):

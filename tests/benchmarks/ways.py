@@ -114,11 +114,7 @@ class Counts(NamedTuple):
     ours: int
 
 
-COUNTS = {
-    "MobileNetV2": Counts(24, 48, 4, 480),
-    "ResNet50": Counts(16, 24, 2, 240),
-    "VGG16": Counts(12, 12, 1, 160),
-}
+COUNTS = {"MobileNetV2": Counts(24, 48, 4, 480), "ResNet50": Counts(16, 24, 2, 240), "VGG16": Counts(12, 12, 1, 160)}
 QUICK = Counts(4, 4, 1, 32)
 Way = Callable[[], float]
 

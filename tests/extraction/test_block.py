@@ -15,15 +15,7 @@ from hypothesis import strategies as some
 import nbfeat
 from nbfeat import Extraction, FeatureBlock, RequestError
 from nbfeat.backbones.backbone import SCALINGS
-from nbfeat.extraction.options import (
-    BLOCK_OPTIONS,
-    NORMALIZES,
-    OPTIONS,
-    POOLINGS,
-    RUN_OPTIONS,
-    quoted,
-    split_words,
-)
+from nbfeat.extraction.options import BLOCK_OPTIONS, NORMALIZES, OPTIONS, POOLINGS, RUN_OPTIONS, quoted, split_words
 from nbfeat.images.resize import INTERPOLATIONS, RESIZES
 from nbfeat.inference.engines.base import PRECISIONS
 from nbfeat.jupyter import grammar

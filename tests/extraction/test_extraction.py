@@ -223,12 +223,6 @@ def test_l2_gives_unit_rows(extract: Face, photos: pd.DataFrame) -> None:
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-6)
 
 
-def test_several_layers_share_one_network(extract: Face, photos: pd.DataFrame) -> None:
-    result = extract(photos, f"{BLOCK} --layer conv1_relu,conv_pw_3_relu", images="path")
-    assert fake.FakeEngine.opened == 1
-    assert [part.prefix for part in result.parts] == ["mobilenet_conv1_relu", "mobilenet_conv_pw_3_relu"]
-
-
 def test_blocks_of_one_backbone_share_a_network_and_others_do_not(photos: pd.DataFrame) -> None:
     blocks = [BLOCK, f"{BLOCK} --layer conv1_relu", "VGG16 --size 32", f"{BLOCK} --resize pad --prefix padded"]
     Extraction(photos, *blocks, images="path").run()

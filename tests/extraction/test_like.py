@@ -268,10 +268,7 @@ class OtherMachine(fake.FakeNetwork):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        (
-            OtherWeights,
-            r"mobilenet was made with weights random \(SHA-256 0{12}…\), and .* imagenet \(SHA-256 1212",
-        ),
+        (OtherWeights, r"mobilenet was made with weights random \(SHA-256 0{12}…\), and .* imagenet \(SHA-256 1212"),
         (OtherWidth, r"mobilenet was made with width 48, and here it would be 6\."),
     ],
 )

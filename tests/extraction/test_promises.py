@@ -20,9 +20,7 @@ import PIL.ImageFile
 import pytest
 
 import nbfeat
-from nbfeat import ExtractionError, RequestError, WeightsError
-from nbfeat.images.resize import PixelSpec
-from nbfeat.images.sources import read_pixels
+from nbfeat import RequestError, WeightsError
 from tests.faces import Face, every_face, same
 
 SMALL = "MobileNet --alpha 0.25 --size 64 --weights random"
@@ -52,14 +50,6 @@ def test_a_real_network_gives_the_same_through_every_face(extract: Face, photos:
 def test_an_unknown_layer_comes_with_near_names(extract: Face, photos: pd.DataFrame) -> None:
     with pytest.raises(RequestError, match=r"no layer 'conv_pw5_relu'. Did you mean conv_pw_5_relu"):
         extract(photos, f"{SMALL} --layer conv_pw5_relu", images="path")
-
-
-@pytest.mark.slow
-def test_a_layer_that_is_a_vector_is_not_pooled(photos: pd.DataFrame) -> None:
-    squeeze = "EfficientNetB0 --size 64 --weights random --layer block1a_se_squeeze"
-    assert len(nbfeat.extract(photos, squeeze, images="path").columns) == 32
-    with pytest.raises(RequestError, match="already gives a vector of 32"):
-        nbfeat.extract(photos, squeeze, images="path", pooling="max")
 
 
 def test_layers_show_where_to_cut() -> None:
@@ -186,15 +176,6 @@ def test_every_odd_file_is_a_row_or_a_reason(
     capfd.readouterr()  # libtiff writes its complaints to the file descriptor
 
 
-def test_orientations_of_one_image_agree(shared_data: Path) -> None:
-    seen = [
-        read_pixels(shared_data / "odd" / "exif_orientation" / f"Landscape_{number}.jpg", [PixelSpec(224)], Path())[0]
-        for number in range(1, 9)
-    ]
-    worst = max(np.abs(pixels.astype(int) - seen[0].astype(int)).mean() for pixels in seen)
-    assert worst <= 1.5
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
 def test_memory_does_not_grow_with_the_number_of_images(many: list[str], tmp_path: Path) -> None:
@@ -247,11 +228,3 @@ def test_the_demo_runs_without_internet(tmp_path: Path) -> None:
     assert "Pocket (bundled, small)" in done.stdout
     assert "five-fold cross-validation" in done.stdout
     assert done.stderr == ""
-
-
-def test_all_images_failing_is_an_error_in_short(extract: Face, tmp_path: Path) -> None:
-    for number in range(4):
-        (tmp_path / f"{number}.jpg").write_text("text")
-    frame = pd.DataFrame({"path": sorted(map(str, tmp_path.glob("*.jpg")))})
-    with pytest.raises(ExtractionError, match=r"None of the 4 images could be read.*0\.jpg"):
-        extract(frame, SMALL)

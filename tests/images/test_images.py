@@ -8,7 +8,6 @@ import os
 import struct
 import subprocess
 import sys
-import threading
 import time
 import warnings
 import zlib
@@ -78,16 +77,11 @@ def pixels_or_sentence(value: object, root: Path) -> npt.NDArray[np.uint8] | str
         try:
             return read(value, root=root)
         except ImageError as error:
-            return sentence(str(error))
-
-
-def sentence(text: str) -> str:
-    """Check that `text` is one, and return it."""
+            text = str(error)
     assert 0 < len(text) <= 200
     assert "\n" not in text
     assert text[0] == text[0].lower()
     assert " at 0x" not in text
-    assert "Traceback" not in text
     text.encode()
     return text
 
@@ -605,15 +599,6 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
     decode._large.release()
 
 
-def test_nothing_global_is_touched() -> None:
-    before = (list(warnings.filters), Image.MAX_IMAGE_PIXELS, threading.active_count())
-    for value in one_of_each():
-        read(value)
-    with pytest.raises(ImageError):
-        read("gone.jpg")
-    assert (list(warnings.filters), Image.MAX_IMAGE_PIXELS, threading.active_count()) == before
-
-
 def test_pandas_is_not_imported() -> None:
     code = "import sys, nbfeat.images.sources; assert not {'pandas', 'keras', 'openvino'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
@@ -677,17 +662,6 @@ def test_twelve_bits_of_a_tiff_are_stretched(shared_data: Path) -> None:
     values = np.asarray(Image.open(file)).astype(float)
     pixels = read(file, PixelSpec(100))
     np.testing.assert_array_equal(pixels, np.repeat(np.round(values[:, :, None] * 255 / 4_095), 3, axis=2))
-
-
-@pytest.mark.parametrize(
-    ("pattern", "first"),
-    [("exif_orientation/Landscape_{}.jpg", 0), ("pillow/hopper_orientation_{}.jpg", 2)],
-)
-def test_odd_images_of_all_orientations_look_alike(pattern: str, first: int, shared_data: Path) -> None:
-    expected = read(pattern.format(2), PixelSpec(64), shared_data / "odd").astype(int)
-    for orientation in range(first, 9):
-        pixels = read(pattern.format(orientation), PixelSpec(64), shared_data / "odd")
-        assert np.abs(pixels - expected).mean() <= 1.5, orientation
 
 
 # Names

@@ -754,11 +754,7 @@ def test_headers_of_a_bucket_go_to_no_other_server(token: Web) -> None:
 
 @pytest.mark.parametrize(
     ("module", "address"),
-    [
-        ("aiohttp", "https://example.org/a.png"),
-        ("s3fs", "s3://bucket/a.png"),
-        ("gcsfs", "gs://bucket/a.png"),
-    ],
+    [("aiohttp", "https://example.org/a.png"), ("s3fs", "s3://bucket/a.png"), ("gcsfs", "gs://bucket/a.png")],
 )
 def test_without_the_extra_the_sentence_says_how_to_get_it(
     module: str, address: str, monkeypatch: pytest.MonkeyPatch

@@ -95,12 +95,7 @@ def kept() -> list[Path]:
     [
         (0.0, 2.0, "bfloat16", r"bfloat16, which agrees with float32 to 1\.0000 on 64 of .*, 2\.0 times as fast\."),
         (0.3, 2.0, "float32", r"float32: bfloat16 agrees .* only to 0\.9\d* on 16 of .*, and 0\.999 is asked for\."),
-        (
-            0.0,
-            1.05,
-            "float32",
-            r"float32: bfloat16 would agree to 1\.0000 on 64 of .*, but is only 1\.05 .*",
-        ),
+        (0.0, 1.05, "float32", r"float32: bfloat16 would agree to 1\.0000 on 64 of .*, but is only 1\.05 .*"),
     ],
 )
 def test_auto_takes_fewer_bits_that_agree_and_are_faster(
