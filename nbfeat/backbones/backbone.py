@@ -13,7 +13,6 @@ from nbfeat.errors import RequestError
 
 Scaling = Literal["caffe", "tf", "torch", "none"]
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
-Package = Literal["keras.applications", "nbfeat.backbones", "file", "registered"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +34,18 @@ class Backbone:
     name: str  # of one in a file, the path
     family: str = "own"
     module: str = ""
-    size: int  # side of its input in pixels; 0 for any
+    size: int  # side of its input in pixels: of a file, the one that it takes, or 0 for any
     smallest: int = 1
     width: int = 0  # of the default cut, at alpha 1
     scaling: Scaling
     parameters: int = 0  # at alpha 1
     layers: tuple[Layer, ...]
-    package: Package = "keras.applications"
+    package: Literal["keras.applications", "nbfeat.backbones", "file", "registered"] = "keras.applications"
     end: str = ""  # the layer of the default cut where it is not the last, which may have no name of its own
     published: str = ""  # the file of its weights where PyTorch publishes them
     bundled: str = ""  # the SHA-256 of its weights where they are in this package
     alphas: tuple[float, ...] = ()  # width multipliers with published weights
     default_weights: str = "own"
-    is_fixed: bool = False  # to images of its size
     function: Callable[[int], Any] | None = None  # that builds one that is registered
 
     @property

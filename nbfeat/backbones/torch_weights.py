@@ -65,11 +65,10 @@ def read(path: Path) -> Arrays:
             value = next((value[key] for key in ("state_dict", "model") if isinstance(value.get(key), dict)), value)
         if not isinstance(value, dict) or not value:
             raise Refused("it holds no state dict")
+        arrays, by_name, room = Arrays(), Arrays(), size
         for name, tensor in value.items():
             if type(name) is not str or type(tensor) is not _Tensor:
                 raise Refused(f"its entry {quote(str(name))} is no tensor")
-        arrays, by_name, room = Arrays(), Arrays(), size
-        for name, tensor in value.items():
             # Text has a hash that the file cannot foresee, to make all its tensors collide.
             one, storage = f"{tensor.storage.key} {tensor.offset} {tensor.shape} {tensor.strides}", tensor.storage
             if one not in arrays:

@@ -41,8 +41,8 @@ def backbone_at(name: str) -> Backbone:
         way = near(path.name, siblings) or f"Relative paths start at {Path.cwd()}; check this one."
         raise RequestError(f"There is no file {name!r}. {way}")
     if path.suffix != ".keras":
-        older = "a model in the older format, which may run code"
-        what = "weights alone" if path.name.endswith(".weights.h5") else older
+        holds_weights = path.name.endswith(".weights.h5")
+        what = "weights alone" if holds_weights else "a model in the older format, which may run code"
         raise RequestError(f"{path.name} holds {what}. Save it as .keras with model.save('model.keras').")
     state = path.stat()
     return _read(path, state.st_size, state.st_mtime_ns, state.st_ino)
@@ -60,7 +60,7 @@ def _read(path: Path, *_state: int) -> Backbone:
         way = "Save it anew with model.save('model.keras')."
         raise WeightsError(f"{path.name} describes no model that could be read. {way}") from error
     layers = tuple(Layer(str(name), 0, 0) for name in names)
-    return Backbone(name=str(path), size=size, scaling="none", layers=layers, package="file", is_fixed=bool(size))
+    return Backbone(name=str(path), size=size, scaling="none", layers=layers, package="file")
 
 
 def _refuse_what_is_not_keras(title: str, model: dict[str, Any]) -> None:
@@ -148,7 +148,7 @@ def check(
             f"{title} does not say how its pixels are prepared: add --scaling tf (-1 … 1), torch or caffe (as "
             "keras.applications does), or none (0 … 255, as where the model scales them itself)."
         )
-    if backbone.is_fixed and size not in {None, backbone.size}:
+    if backbone.package == "file" and backbone.size and size not in {None, backbone.size}:
         raise RequestError(f"{title} takes images of {backbone.size} pixels: leave --size {size} away.")
     if not (size or backbone.size):
         raise RequestError(f"{title} takes images of any size: say which, such as --size 224.")

@@ -195,8 +195,7 @@ class Cache:
     def blocks(self) -> list[dict[str, Any]]:
         """Return a description of each block, with its key, number of images, last use and bytes."""
         sql = "SELECT name, description, used, COUNT(*) FROM owners JOIN entries ON owner=id GROUP BY 1 ORDER BY 3 DESC"
-        found: list[tuple[Any, ...]] = []
-        self._try("read", lambda db: found.extend(db.execute(sql).fetchall()))
+        found: list[tuple[Any, ...]] = self._try("read", lambda db: db.execute(sql).fetchall()) or []
         return [
             {**block, "key": key, "images": images, "used": used, "bytes": 4 * block["width"] * images}
             for key, stored, used, images in found
@@ -240,15 +239,15 @@ class Cache:
         if is_remote(kind):
             self.note = f"The cache is on a network file system ({kind}); a local folder in NBFEAT_HOME is faster."
 
-    def _try(self, verb: str, work: Callable[[sqlite3.Connection], object]) -> None:
-        """Do `work`; where that fails, say so in `note`, and do without."""
+    def _try(self, verb: str, work: Callable[[sqlite3.Connection], Any]) -> Any:
+        """Do `work` and return what it gives; where that fails, say so in `note`, and do without."""
         with self._lock:
-            if self._db is None or (verb == "written" and not self.writes):
-                return
-            try:
-                work(self._db)
-            except _ERRORS as error:
-                self._give_up(error, verb)
+            if self._db is not None and (verb == "read" or self.writes):
+                try:
+                    return work(self._db)
+                except _ERRORS as error:
+                    self._give_up(error, verb)
+        return None
 
     def _give_up(self, error: Exception, verb: str) -> None:
         """Begin anew where the file is damaged, else stop writing; say so in `note`."""

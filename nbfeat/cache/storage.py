@@ -59,8 +59,7 @@ class Storage:
         """Forget one kind of what is kept, and give the disk back; what is asked for again is made again.
 
         `what` is ``"features"`` that were computed, ``"networks"`` that were built, ``"weights"`` that were downloaded,
-        ``"precisions"``: in what each network was found to compute best; or ``"all"``. Notebooks that run meanwhile go
-        on.
+        ``"precisions"``: in what each network was found to compute best; or ``"all"``. Running notebooks go on.
         """
         if what not in KINDS:
             raise RequestError(f"clear takes {', '.join(KINDS)}, not {what!r}.")
