@@ -34,7 +34,6 @@ from tests.fake import to_its_end
 # Sides of the customary maps of torchvision's networks, for images of these sizes.
 SIDES = {
     ("AlexNet", 224): [55, 27, 27, 13, 13, 13, 13, 6],
-    ("AlexNet", 193): [47, 23, 23, 11, 11, 11, 11, 5],
     ("AlexNet", 63): [15, 7, 7, 3, 3, 3, 3, 1],
     ("GoogLeNet", 224): [112, 56, 28, 28, 14, 14, 14, 14, 14, 7, 7],
     ("GoogLeNet", 208): [104, 52, 26, 26, 13, 13, 13, 13, 13, 7, 7],
