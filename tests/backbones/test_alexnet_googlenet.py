@@ -21,7 +21,7 @@ import pytest
 import nbfeat
 from nbfeat.backbones import alexnet, googlenet
 from nbfeat.backbones.catalog import CATALOG
-from nbfeat.errors import RequestError, WeightsError
+from nbfeat.errors import WeightsError
 from nbfeat.inference.compiled_models import prepare
 from nbfeat.inference.engines.openvino import OpenVINOEngine
 from nbfeat.inference.prepared import vectors_of
@@ -80,13 +80,6 @@ def test_random_weights_give_features_of_a_sane_scale(name: str, layers: list[st
         features = found[f"{name.lower()}_{layer}"].to_numpy()
         assert 1e-2 < np.linalg.norm(features, axis=1).min() <= np.linalg.norm(features, axis=1).max() < 1e4
         assert features.std(axis=0).max() > 1e-3, "every image gives the same"
-
-
-@pytest.mark.parametrize("name", ["AlexNet", "GoogLeNet"])
-def test_what_cannot_be_built_is_refused_in_a_sentence(name: str, photos: pd.DataFrame) -> None:
-    smallest = CATALOG[name].smallest
-    with pytest.raises(RequestError, match=f"{name} takes images of at least {smallest} pixels, not --size 14"):
-        nbfeat.extract(photos, f"{name} --size 14 --weights random", images="path")
 
 
 def ones(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
