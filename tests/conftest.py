@@ -104,9 +104,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def many(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Draw 20,000 tiny images, no two alike, and return their paths."""
+    """Draw 8,000 tiny images, no two alike, and return their paths."""
     folder, generator = tmp_path_factory.mktemp("many"), np.random.default_rng(0)
-    paths = [str(folder / f"{number:05d}.png") for number in range(20_000)]
+    paths = [str(folder / f"{number:05d}.png") for number in range(8_000)]
     for path in paths:
         Image.fromarray(generator.integers(0, 255, (12, 12, 3), dtype=np.uint8)).save(path)
     return paths

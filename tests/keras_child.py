@@ -32,9 +32,9 @@ from nbfeat.inference.model import build, load_base, negative_layers
 from nbfeat.inference.spec import Cut, NetworkSpec
 
 SMALLEST = 64  # pixels; below it some maps are a single cell
-PHOTOGRAPHED: tuple[tuple[str, str, dict[str, float], tuple[str, ...]], ...] = (
-    ("MobileNetV2", "MobileNetV2", {}, ("bilinear",)),
-    ("MobileNet", "MobileNet --alpha 0.25", {"alpha": 0.25}, ("bilinear", "nearest")),
+PHOTOGRAPHED: tuple[tuple[str, str, dict[str, float], str], ...] = (
+    ("MobileNetV2", "MobileNetV2", {}, "bilinear"),
+    ("MobileNet", "MobileNet --alpha 0.25", {"alpha": 0.25}, "nearest"),
 )
 
 
@@ -129,19 +129,18 @@ def photographs(*paths: str) -> dict[str, Any]:
     out, *files = paths
     devices.openvino_works = lambda: False  # as where it is not installed
     found: dict[str, Any] = {}
-    for name, block, options, ways in PHOTOGRAPHED:
+    for name, block, options, how in PHOTOGRAPHED:
         model = getattr(keras.applications, name)(
             include_top=False, weights="imagenet", input_shape=(224, 224, 3), **options
         )
         module = getattr(keras.applications, CATALOG[name].module)
-        for how in ways:
-            load = keras.utils.load_img
-            images = [keras.utils.img_to_array(load(f, target_size=(224, 224), interpolation=how)) for f in files]
-            theirs = model.predict(module.preprocess_input(np.stack(images)), verbose=0).mean(axis=(1, 2))
-            np.save(Path(out) / f"{name}-{how}.npy", theirs)
-            result = nbfeat.extract(pd.DataFrame({"path": files}), block, images="path", interpolation=how, cache=False)
-            found[f"{name} {how}"] = cosine(result.features.to_numpy(), theirs)
-            found["report"] = repr(result)
+        load = keras.utils.load_img
+        images = [keras.utils.img_to_array(load(f, target_size=(224, 224), interpolation=how)) for f in files]
+        theirs = model.predict(module.preprocess_input(np.stack(images)), verbose=0).mean(axis=(1, 2))
+        np.save(Path(out) / f"{name}.npy", theirs)
+        result = nbfeat.extract(pd.DataFrame({"path": files}), block, images="path", interpolation=how, cache=False)
+        found[name] = cosine(result.features.to_numpy(), theirs)
+        found["report"] = repr(result)
     return found
 
 
@@ -160,13 +159,14 @@ def files_of_weights(folder: str) -> dict[str, Any]:
     paths["whole model"] = Path(folder, "whole.h5")
     whole.save(paths["whole model"])
     found: dict[str, Any] = {}
+    wide = make(alpha=0.5, include_top=False)
     for kind, path in paths.items():
         network = make(alpha=0.25, include_top=False)
         keras_weights.load(network, path)
         pairs = zip(network.get_weights(), whole.get_weights(), strict=False)
         found[kind] = {"same": all(np.array_equal(ours, theirs) for ours, theirs in pairs)}
         try:
-            keras_weights.load(make(alpha=0.5, include_top=False), path)
+            keras_weights.load(wide, path)
         except nbfeat.WeightsError as error:
             found[kind]["refused"] = str(error)
     try:

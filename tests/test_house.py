@@ -99,12 +99,15 @@ def test_lint_is_waved_away_seldom_and_with_a_reason() -> None:
     assert [line for line in waved if " - " not in line.partition("# noqa")[2]] == []
 
 
-def test_importing_nbfeat_imports_nothing_heavy() -> None:
-    code = "import sys, nbfeat; print(' '.join(name for name in sys.modules if '.' not in name))"
-    loaded = set(
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    )
-    assert not loaded & {*HEAVY, "pandas", "numpy", "PIL", "ipywidgets", "IPython", "sklearn"}
+@pytest.mark.parametrize(
+    ("module", "light"),
+    [("nbfeat", ()), ("nbfeat.backbones.catalog", ()), ("nbfeat.images.sources", ("numpy", "PIL"))],
+)
+def test_importing_imports_nothing_heavy(module: str, light: tuple[str, ...]) -> None:
+    code = f"import sys, {module}; print(*(name for name in sys.modules if '.' not in name))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = {*HEAVY, *NOTEBOOK, "pandas", "numpy", "PIL", "sklearn"} - {*light}
+    assert not {*loaded} & heavy
 
 
 def test_every_public_name_can_be_had_and_says_what_it_is() -> None:

@@ -8,7 +8,6 @@ import inspect
 import json
 import math
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,6 @@ from nbfeat.backbones.backbone import SCALINGS, Backbone
 from nbfeat.backbones.catalog import CATALOG, backbones, find
 from nbfeat.errors import RequestError
 from tests import keras_child
-from tests.conftest import ROOT
 
 WRITTEN_HERE = {"AlexNet", "GoogLeNet", "Pocket"}
 
@@ -86,15 +84,6 @@ def test_backbones_matches_wildcards_in_any_case_or_names_what_is_near() -> None
         backbones("Rezn*")
     with pytest.raises(RequestError, match=r"Did you mean .*ResNet50"):
         backbones("*ResNet5")
-
-
-def test_the_table_is_read_without_keras_or_pandas() -> None:
-    code = (
-        "import sys; from nbfeat.backbones.catalog import find; find('resnet50'); "
-        "print({'keras', 'tensorflow', 'openvino', 'numpy', 'pandas', 'IPython'} & set(sys.modules))"
-    )
-    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert printed.stdout.strip() == "set()"
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ def sent(data: bytes, way: str) -> Answer:
     """Send a file in the `way` that a test asks for."""
 
     def answer(request: Request) -> None:
-        request.begin(**({} if way == "without a length" else {"Content_Length": str(len(data))}))
+        request.begin(200, **({} if way == "without a length" else {"Content_Length": str(len(data))}))
         half = len(data) // 2
         request.wfile.write(data[:half])
         if way == "stalled":

@@ -196,7 +196,7 @@ print(json.dumps({{"peak": peak, "matrix": result.features.to_numpy().nbytes / 2
     frame = str(tmp_path / "many.pickle")
     small = child(code.format(frame=frame, count=1000, block=SMALL))
     large = child(code.format(frame=frame, count=len(many), block=SMALL), NBFEAT_HOME=str(tmp_path / "another"))
-    assert large["peak"] - large["matrix"] - small["peak"] < 200
+    assert large["peak"] - large["matrix"] - small["peak"] < 60, "all pixels would be 86 MB"
     assert small["peak"] < 240  # with two engines for a moment, while precisions are compared
     assert small["heavy"] == large["heavy"] == []
 
