@@ -389,7 +389,7 @@ class Extraction(FeatureTable):
         return self.to_recipe()
 
     def _report(self) -> report.Report:
-        finished, failures = self.state == "done", self.failures
+        finished = self.state == "done"
         subject = f"{len(self.columns):,} new columns from" if finished else f"{self.state}: {self.done:,} of"
         equal = [f"{self.equal:,} images are equal to others and share their features."] if self.equal else []
         written = [self.written.sentence] if self.written and finished else []
@@ -397,8 +397,8 @@ class Extraction(FeatureTable):
             headline=report.headline(subject, self._step(), self.timings.preparing),
             blocks=[report.made_row(part, self.cached) for part in self.parts] if finished else [],
             planned=[] if finished else [report.briefly(block) for block in self.blocks],
-            failed=report.failed(len(failures), self.total),
-            failures=report.first(failures),
+            total=self.total,
+            failures=self.failures,
             notes=[
                 *self.notes,
                 *written,

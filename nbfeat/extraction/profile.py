@@ -88,24 +88,19 @@ class Profile(Mapping[str, Any]):
     @property
     def sentence(self) -> str:
         """What bounds the speed, how it shows, and what would help."""
-        bottleneck: Bottleneck | None = self["bottleneck"]
-        if bottleneck is None:
+        if (bottleneck := self["bottleneck"]) is None:
             return "Nothing had to be computed."
-        waited = f"{self._waited:,.1f} of {self['total']:,.1f} s"
+        what = f"{bottleneck.capitalize()} is the bottleneck: the network had no images"
         if bottleneck == "network":
-            return f"The network is the bottleneck: decoded images waited for it in {waited}. {_ADVICE[bottleneck]}"
-        return (
-            f"{bottleneck.capitalize()} is the bottleneck: the network had no images in {waited}. {_ADVICE[bottleneck]}"
-        )
+            what = "The network is the bottleneck: decoded images waited for it"
+        return f"{what} in {self._waited:,.1f} of {self['total']:,.1f} s. {_ADVICE[bottleneck]}"
 
     def _rows(self, space: str) -> list[tuple[str, str, str]]:
         """Return the rows of the table; `space` before shorter numbers sets the points below each other."""
         work = {**_WORK, "total": "from start to end"}
         seconds = [f"{self[name]:,.2f}" for name in work]
         width = max(len("seconds"), *map(len, seconds))
-        return [
-            (name, number.rjust(width, space), what) for (name, what), number in zip(work.items(), seconds, strict=True)
-        ]
+        return [(name, number.rjust(width, space), work[name]) for name, number in zip(work, seconds, strict=True)]
 
     def __repr__(self) -> str:
         return f"{text_table(self._rows(' '), ('work', 'seconds', ''))}\n{self.sentence}"

@@ -54,7 +54,7 @@ def executor_for(on: str | None, images: Sequence[object], networks: Sequence[tu
     """Return what computes on Ray, None for this process; raise RequestError where that cannot be."""
     if on is None:
         return None
-    one_of(PLACES, "--on")(on)
+    one_of(PLACES, "--on", on)
     if importlib.util.find_spec("ray") is None:
         raise RequestError("--on ray needs Ray Data, which is not installed: pip install 'nbfeat[ray]'.")
     if title := next((spec.title for spec, _ in networks if spec.is_registered), None):

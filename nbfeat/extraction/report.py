@@ -27,7 +27,7 @@ _HEAD = ("columns", "width", "from")
 _FAILURES = ("row", "image", "reason")
 _BOUNDS = {"reading": "reading", "decoding": "decoding", "network": "the network"}
 FAILURES_SHOWN = 10
-_REASON_SHOWN = 90
+LONGEST = 90  # characters of a reason in plain text
 
 Row = tuple[str, int, str]  # the names of columns, how many, and what they were made from
 
@@ -40,9 +40,20 @@ class Report:
     footer: str
     blocks: Sequence[Row] = ()
     planned: Sequence[str] = ()  # in place of `blocks`, before there are columns
-    failed: str = ""
-    failures: Sequence[Sequence[Any]] = ()  # row, image and reason of the first
+    total: int  # images
+    failures: pd.DataFrame
     notes: Sequence[str] = ()
+
+    @property
+    def _failed(self) -> str:
+        """How many images failed, and where to read why; empty where none did."""
+        count = len(self.failures)
+        return f"{count:,} of {self.total:,} images failed and are NaN: see result.failures" if count else ""
+
+    @property
+    def _first(self) -> Any:
+        """Return row, image and reason of the failures that are shown."""
+        return self.failures[["position", "image", "reason"]].head(FAILURES_SHOWN).to_numpy().tolist()
 
     def text(self) -> str:
         """Draw the report as plain text."""
@@ -50,9 +61,12 @@ class Report:
         if self.blocks:
             lines.append(indented(text_table(self.blocks, _HEAD)))
         lines += [f"  {block}" for block in self.planned]
-        if self.failed:
-            rows = [(position, image, _shorten(reason)) for position, image, reason in self.failures]
-            lines += [self.failed, indented(text_table(rows, _FAILURES))]
+        if self._failed:
+            rows = [
+                (*rest, reason if len(reason) <= LONGEST else reason[: LONGEST - 1] + "…")
+                for *rest, reason in self._first
+            ]
+            lines += [self._failed, indented(text_table(rows, _FAILURES))]
         return "\n".join([*lines, *self.notes, self.footer])
 
     def html(self) -> Html:
@@ -62,10 +76,10 @@ class Report:
             joint = "\N{NO-BREAK SPACE}…\N{NO-BREAK SPACE}"
             parts.append(table([(names.replace(" … ", joint), *rest) for names, *rest in self.blocks], _HEAD))
         parts += [paragraph(block) for block in self.planned]
-        if self.failed:
-            parts.append(details(self.failed, table(self.failures, _FAILURES)))
+        if self._failed:
+            parts.append(details(self._failed, table(self._first, _FAILURES)))
         parts += [paragraph(note) for note in self.notes]
-        return Html("".join([*parts, faint(self.footer)]))
+        return Html("".join(parts) + f'<div style="opacity:.65;font-size:90%">{escape(self.footer)}</div>')
 
 
 def made_row(part: FeatureColumns, cached: int) -> Row:
@@ -96,7 +110,6 @@ def read_row(part: PartRecipe) -> Row:
 
 
 def _spanned(columns: Sequence[str]) -> str:
-    """Name a block's columns from the first to the last: ``resnet50_0000 … 2047``."""
     return f"{columns[0]} … {columns[-1].rpartition('_')[2]}" if len(columns) > 1 else columns[0]
 
 
@@ -113,9 +126,8 @@ def briefly(block: FeatureBlock) -> str:
 def _weights(part: FeatureColumns) -> str:
     """Say which weights, where the name of the network does not."""
     name = part.lane.weights.name if part.lane else ""
-    if part.lane and (part.lane.spec.backbone == NAME or name == title_of(part.block)):
+    if not part.lane or part.lane.spec.backbone == NAME or name == title_of(part.block):
         return ""
-    # Nobody should mistake its features for ImageNet's.
     return " (bundled, small)" if name == "bundled" else f" ({name} weights)" if name else ""
 
 
@@ -163,27 +175,6 @@ def footer(engines: Sequence[str], precision: str, bottleneck: str | None) -> st
     """Say what ran it, and what bounded its speed."""
     bound = f" · bounded by {_BOUNDS[bottleneck]}" if bottleneck else ""
     return f"{listing(engines) or 'nothing ran'} · {precision}{bound}"
-
-
-def failed(count: int, total: int) -> str:
-    """Say how many images failed, and where to read why; nothing where none did."""
-    return f"{count:,} of {total:,} images failed and are NaN: see result.failures" if count else ""
-
-
-def first(failures: pd.DataFrame) -> list[list[Any]]:
-    """Return row, image and reason of the failures that are shown."""
-    rows: list[list[Any]] = failures.head(FAILURES_SHOWN)[["position", "image", "reason"]].to_numpy().tolist()
-    return rows
-
-
-def faint(text: str) -> Html:
-    """Draw what is said last and least."""
-    return Html(f'<div style="opacity:.65;font-size:90%">{escape(text)}</div>')
-
-
-def _shorten(text: str) -> str:
-    """Cut a long reason for a table in plain text."""
-    return text if len(text) <= _REASON_SHOWN else text[: _REASON_SHOWN - 1] + "…"
 
 
 def indented(text: str) -> str:

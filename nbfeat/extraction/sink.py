@@ -91,7 +91,7 @@ class MemorySink:
             part.rows = rows
         places = [part.place_in(frame, replace=self._request.replace) for part in self._parts]
         for part, there in zip(self._parts, places, strict=True):
-            part.replaced = bool(there.replaced)
+            part.replaced = bool(there)
         self._frame = attach(frame, [part.frame(frame.index) for part in self._parts], places)
         for lane in self._run.lanes:
             lane.features.clear()  # what no part holds may go

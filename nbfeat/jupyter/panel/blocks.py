@@ -10,8 +10,8 @@ import ipywidgets as widgets
 from nbfeat.backbones.catalog import CATALOG, find
 from nbfeat.errors import NbfeatError, format_bytes
 from nbfeat.extraction import columns
-from nbfeat.extraction.networks import expected_width
 from nbfeat.extraction.options import BLOCK_OPTIONS, FeatureBlock, column_names, column_prefix, quoted, spelled
+from nbfeat.extraction.request import expected_width
 from nbfeat.html import escape
 from nbfeat.inference.layers import layer_names
 from nbfeat.jupyter.panel.widgets import (
