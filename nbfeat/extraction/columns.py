@@ -1,7 +1,4 @@
-"""Columns of a frame that blocks make: where they go, the memory that they take, what is learned for them, attaching.
-
-Their names are decided in `options`; how features are normalized, in `normalize`.
-"""
+"""Columns of a frame that blocks make: where they go, their memory, what is learned for them, attaching."""
 
 from __future__ import annotations
 
@@ -49,14 +46,9 @@ class FeatureColumns:
     replaced: bool = False  # whether the columns stood in the frame before
 
     @property
-    def key(self) -> str:
-        """The name of the network's output."""
-        return self.block.cut.key
-
-    @property
     def output(self) -> Output | None:
         """What the cut turned out to be; None where no network was needed (an empty frame)."""
-        return self.lane.outputs[self.key] if self.lane else None
+        return self.lane.outputs[self.block.cut.key] if self.lane else None
 
     @property
     def raw_width(self) -> int:
@@ -78,7 +70,7 @@ class FeatureColumns:
     @property
     def source(self) -> tuple[int, str, Hashable]:
         """What its raw features are: those of one source differ in normalization alone."""
-        return self.network, self.key, self.column
+        return self.network, self.block.cut.key, self.column
 
     @property
     def recipe(self) -> PartRecipe:
@@ -87,7 +79,7 @@ class FeatureColumns:
             return replace(self.repeats, column=self.column)
         assert self.lane is not None
         learned = self.normalizer or normalize.Normalizer()
-        fields = self.lane.kept[self.key].key_fields
+        fields = self.lane.kept[self.block.cut.key].key_fields
         return PartRecipe(self.block, self.column, self.prefix, self.raw_width, self.lane.weights, fields, learned)
 
     def place_in(self, frame: pd.DataFrame, *, replace: bool) -> list[int]:
@@ -96,7 +88,7 @@ class FeatureColumns:
 
     def make_room(self, images: int) -> None:
         """Take memory for the features of `images`, unless other columns of the same source did."""
-        if self.lane is not None and self.key not in self.lane.features:
+        if self.lane is not None and self.block.cut.key not in self.lane.features:
             size, free = 4 * images * self.raw_width, free_bytes()
             if free is not None and size > SHARE * free:
                 raise RequestError(
@@ -104,11 +96,12 @@ class FeatureColumns:
                     f"{format_bytes(size)}, more than half of the {format_bytes(free)} of free memory. Pool the map "
                     "with --pooling avg or max, cut at a later layer, or take fewer rows."
                 )
-            self.lane.features[self.key] = np.full((images, self.raw_width), np.nan, np.float32)
+            self.lane.features[self.block.cut.key] = np.full((images, self.raw_width), np.nan, np.float32)
 
     def raw(self, images: slice) -> NDArray[np.float32]:
         """Return the features as the network gave them, of these `images` of its window: a view."""
-        return self.lane.features[self.key][images] if self.lane else np.empty((0, self.raw_width), np.float32)
+        none = np.empty((0, self.raw_width), np.float32)
+        return self.lane.features[self.block.cut.key][images] if self.lane else none
 
     def learn(self, rows: NDArray[np.float32], chosen: NDArray[np.bool_]) -> None:
         """Learn the normalization from the `chosen` ones of the raw `rows`, or take what was learned before."""
@@ -167,10 +160,9 @@ def normalized(parts: Sequence[FeatureColumns], raw: Sequence[NDArray[np.float32
 def place(frame: pd.DataFrame, prefix: str, width: int, *, replace: bool) -> list[int]:
     """Find the positions in `frame` that `width` columns of `prefix` take the place of; none where they go to its end.
 
-    Columns that are exactly what a block of this prefix makes are replaced where they stand. Any other clash is an
-    error, unless `replace` says to overwrite.
+    Those that are exactly what a block of this prefix makes are its own. Another is an error, unless `replace` is true.
     """
-    own, wanted = own_columns(frame, prefix), set(column_names(prefix, width))
+    own, wanted = set(made_columns(frame).get(prefix, ())), set(column_names(prefix, width))
     taken = {at for at, column in enumerate(frame.columns) if isinstance(column, str) and column in wanted} - own
     if taken and not replace:
         shown = listing(frame.columns[sorted(taken)[:SHOWN]])
@@ -182,13 +174,8 @@ def place(frame: pd.DataFrame, prefix: str, width: int, *, replace: bool) -> lis
     return sorted(own | taken)
 
 
-def own_columns(frame: pd.DataFrame, prefix: str) -> set[int]:
-    """Return the positions of columns that a block of `prefix` made before: 0 … width-1, each once, float32."""
-    return set(made_columns(frame).get(prefix, ()))
-
-
 def made_columns(frame: pd.DataFrame) -> dict[str, list[int]]:
-    """Return the positions of the columns that blocks made before, in the order of their numbers, by prefix."""
+    """Return the positions of the columns that blocks made before, by prefix: 0 … width-1, each once, float32."""
     found: dict[str, list[tuple[int, int]]] = {}
     for position, (column, kind) in enumerate(zip(frame.columns, frame.dtypes, strict=True)):
         if isinstance(column, str) and (match := _MADE.fullmatch(column)):
@@ -204,10 +191,7 @@ def made_columns(frame: pd.DataFrame) -> dict[str, list[int]]:
 
 
 def attach(frame: pd.DataFrame, blocks: Sequence[pd.DataFrame], places: Sequence[Sequence[int]]) -> pd.DataFrame:
-    """Return a new frame with `blocks` in place of the columns at `places`, or at its end where there are none.
-
-    The given one is not touched, its index and order are kept.
-    """
+    """Return a new frame with `blocks` in place of the columns at `places`, at its end where there are none."""
     import pandas as pd
 
     gone, start, end = set(chain(*places)), 0, frame.shape[1]

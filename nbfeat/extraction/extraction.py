@@ -446,7 +446,7 @@ class Extraction(FeatureTable):
         images = self.request.images_of(part.column)
         good = np.flatnonzero(self._run.progress.ok[images])
         some = [self.request.images[images.start + at] for at in good]
-        return images_per_second(part.lane, part.key, some, self.root, remote=self._run.remote)
+        return images_per_second(part.lane, part.block.cut.key, some, self.root, remote=self._run.remote)
 
     def images_in(self, column: Hashable) -> list[object]:
         """Return the cells of an image column as they were when this was made."""

@@ -1,7 +1,6 @@
 """Normalize features: learn on some rows, apply to all.
 
 Every normalization, L2 too, happens here on rows, so that networks and what is kept of them do not depend on it.
-What is learned is held as plain arrays.
 """
 
 from __future__ import annotations
@@ -46,20 +45,12 @@ class Normalizer:
         if self.shift is not None and self.stretch is not None:
             rows = (rows - self.shift) * self.stretch
         if self.center is not None and self.axes is not None:
-            rows = _projected(rows - self.center, self.axes)
+            # Row by row: a product of two matrices gives a row other last bits by how many there are beside it, which
+            # would tell a repeated result from the first.
+            centered, rows = rows - self.center, np.empty((len(rows), len(self.axes)), np.float32)
+            for row, projected in zip(centered, rows, strict=True):
+                np.dot(self.axes, row, out=projected)
         return rows
-
-
-def _projected(rows: Rows, axes: Rows) -> Rows:
-    """Return ``rows @ axes.T``, each row to the bit what it would be alone.
-
-    A product of two matrices gives a row other last bits by how many there are beside it, which would tell a repeated
-    result from the first. A product with one row does not.
-    """
-    out = np.empty((len(rows), len(axes)), np.float32)
-    for row, projected in zip(rows, out, strict=True):
-        np.dot(axes, row, out=projected)
-    return out
 
 
 def learn(block: FeatureBlock, rows: Rows, chosen: NDArray[np.bool_]) -> Normalizer:

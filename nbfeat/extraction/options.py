@@ -25,7 +25,6 @@ PLACES = ("ray",)  # to compute at, beside this process
 
 _BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001))))  # those that come along from web pages, too
 LARGEST_SIZE = 4096  # pixels; a batch of eight is then 400 MB, beyond what any backbone was trained for
-DIGITS = 4  # of the number in a column name, at least; so that blocks of different widths sort and read alike
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,5 +284,5 @@ def column_prefix(block: FeatureBlock, backbone: str, image_column: str | None =
 
 def column_names(prefix: str, width: int) -> list[str]:
     """Return the names of `width` columns, numbers padded with zeros, from ``prefix_0000`` on."""
-    digits = max(DIGITS, len(str(width - 1)))
+    digits = max(4, len(str(width - 1)))  # so that blocks of different widths sort and read alike
     return [f"{prefix}_{number:0{digits}d}" for number in range(width)]

@@ -1,7 +1,4 @@
-"""Recipe: all that it takes to repeat a result on other images, what its normalizations learned included.
-
-What decides the numbers of a network is named by the fields of the cache's key; here they are compared.
-"""
+"""Recipe: all that it takes to repeat a result on other images, what its normalizations learned included."""
 
 from __future__ import annotations
 
@@ -9,13 +6,12 @@ import base64
 import json
 import os
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nbfeat.backbones.weights import Loaded
 from nbfeat.errors import RequestError, format_bytes, listing, near
@@ -33,7 +29,6 @@ LARGEST = 64_000_000  # bytes; readers of Parquet refuse 100 million in one entr
 SLIGHT = frozenset({"engine", "backend", "keras", "decoders", "cpu", "beside"})
 _WORDS = {"engine": "", "backend": "", "keras": "Keras ", "decoders": ""}  # of those, with the words before the value
 _HASH = 64  # hexadecimal digits of a SHA-256
-_SHOWN = 12  # of them
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,15 +67,14 @@ class PartRecipe:
             return f"{self.prefix} was made with {name.replace('_', ' ')} {was}, and here it would be {now}"
         return ""
 
-    def slight_differences(self, lane: NetworkState) -> list[str]:
+    def slight_differences(self, lane: NetworkState) -> Iterator[str]:
         """Say what is another here in ways that change the numbers slightly."""
         here, there = lane.kept[self.block.cut.key].key_fields, self.key_fields
-        changed = [
-            f"{words}{there[name]} (here {here[name]})"
-            for name, words in _WORDS.items()
-            if name in there and name in here and there[name] != here[name]
-        ]
-        return [*changed, "another CPU"] if there.get("cpu") != here.get("cpu") else changed
+        for name, words in _WORDS.items():
+            if name in there and name in here and there[name] != here[name]:
+                yield f"{words}{there[name]} (here {here[name]})"
+        if there.get("cpu") != here.get("cpu"):
+            yield "another CPU"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +82,7 @@ class Recipe:
     """What an Extraction takes as `like`: parts with what they learned, and provenance for people."""
 
     parts: tuple[PartRecipe, ...]
-    told: Mapping[str, Any]  # `Extraction.recipe`, plain values
+    provenance: Mapping[str, Any]  # `Extraction.recipe`, plain values
     source: str = "the earlier result"  # what it is called in messages and reports
 
     @property
@@ -107,10 +101,7 @@ class Recipe:
         return list(dict.fromkeys(part.column for part in self.parts))
 
     def check(self, lanes: list[NetworkState]) -> str:
-        """Compare with the networks that are open here, one for each part; return what differs slightly, or "".
-
-        Raises RequestError where they would give other features, naming the difference.
-        """
+        """Say what differs slightly in `lanes`, the open network of each part; raise RequestError for more."""
         slight: dict[str, None] = {}
         for part, lane in zip(self.parts, lanes, strict=True):
             if difference := part.difference(lane):
@@ -126,7 +117,7 @@ class Recipe:
 def _shown(value: object) -> str:
     """Return a hash by its first digits, any other value as it is, unless it is long."""
     if isinstance(value, str) and len(value) == _HASH:
-        return f"SHA-256 {value[:_SHOWN]}…"
+        return f"SHA-256 {value[:12]}…"
     return repr(value)[:_HASH] + ("…" if len(repr(value)) > _HASH else "")
 
 
@@ -163,8 +154,7 @@ def recipe_of(like: object) -> Recipe:
         location = Location.at(path)
         return unpack(dataset.finished(location)[0].recipe, location.name)[0]
     if is_result(like):
-        recipe: Recipe = like.fitted
-        return recipe
+        return cast("Recipe", like.fitted)
     raise RequestError(
         f"--like takes a result of nbfeat, or a Parquet file that one was written to, not {type(like).__name__}. "
         "Keep a result with `result = %extract …` or `result = nbfeat.extract(…)`."
@@ -174,9 +164,6 @@ def recipe_of(like: object) -> Recipe:
 def is_result(value: object) -> TypeGuard[Any]:
     """Tell whether `value` is a result: an Extraction, or what `nbfeat.read` gives."""
     return hasattr(type(value), "fitted") and type(value).__module__.startswith("nbfeat.")
-
-
-# In files
 
 
 def recipe_in(file: Path) -> tuple[Recipe, list[Failure]]:
@@ -201,8 +188,7 @@ def check_columns(file: Path, recipe: Recipe, columns: Sequence[str]) -> None:
     """Raise RequestError unless each of the recipe's columns is there once."""
     counts = Counter(columns)
     for part in recipe.parts:
-        width = part.block.components or part.width
-        # A width from elsewhere may be any number: look before so many names are made.
+        width = part.block.components or part.width  # which may be any number: look before so many names are made
         if width > len(columns) or any(counts[name] != 1 for name in part.names):
             raise RequestError(
                 f"{file.name} has not the {width:,} columns {part.prefix}_0000 … that it says it has: it was changed "
@@ -217,7 +203,7 @@ class UnreadableError(ValueError):
 def pack(recipe: Recipe, failures: Iterable[Failure]) -> str:
     """Write a recipe and failures as text; raise RequestError where it is too long for a footer."""
     parts, lost = [_packed(part) for part in recipe.parts], list(failures)
-    text = json.dumps({"format": FORMAT, "recipe": dict(recipe.told), "parts": parts, "failures": lost})
+    text = json.dumps({"format": FORMAT, "recipe": dict(recipe.provenance), "parts": parts, "failures": lost})
     if len(text) > LARGEST:
         sizes = {part["prefix"]: len(json.dumps(part)) for part in parts}
         largest = max(sizes, key=sizes.__getitem__)
@@ -231,10 +217,7 @@ def pack(recipe: Recipe, failures: Iterable[Failure]) -> str:
 
 
 def unpack(text: bytes | str, source: str) -> tuple[Recipe, list[Failure]]:
-    """Read what `pack` wrote, from the file `source`; raise RequestError where anything of it is not so.
-
-    Nothing of a text from elsewhere is taken on trust.
-    """
+    """Read what `pack` wrote, from the file `source`; raise RequestError where anything of it is not so."""
     way = AGAIN
     try:
         whole = json.loads(text)
@@ -264,13 +247,12 @@ def _packed(part: PartRecipe) -> dict[str, Any]:
         "weights": {"name": part.weights.name, "sha256": part.weights.sha256},
         "key_fields": dict(part.key_fields),
         "unit_length": part.normalizer.unit_length,
-        "arrays": {name: _text_of(array) for name, array in arrays.items() if array is not None},
+        "arrays": {
+            name: {"shape": list(array.shape), "float32": base64.b64encode(array.astype("<f4").tobytes()).decode()}
+            for name, array in arrays.items()
+            if array is not None
+        },
     }
-
-
-def _text_of(array: NDArray[np.floating[Any]]) -> dict[str, Any]:
-    data = np.ascontiguousarray(array, "<f4").tobytes()
-    return {"shape": list(array.shape), "float32": base64.b64encode(data).decode("ascii")}
 
 
 def _unpacked(values: dict[str, Any]) -> PartRecipe:

@@ -1,7 +1,4 @@
-"""Report: what a result says of itself, drawn as text and as html; the words that it is put together from.
-
-What is shown in a notebook, in a terminal and in a saved file is the same.
-"""
+"""Report: what a result says of itself, drawn as text and as html; the words that it is put together from."""
 
 from __future__ import annotations
 
@@ -44,16 +41,10 @@ class Report:
     failures: pd.DataFrame
     notes: Sequence[str] = ()
 
-    @property
-    def _failed(self) -> str:
-        """How many images failed, and where to read why; empty where none did."""
-        count = len(self.failures)
-        return f"{count:,} of {self.total:,} images failed and are NaN: see result.failures" if count else ""
-
-    @property
-    def _first(self) -> Any:
-        """Return row, image and reason of the failures that are shown."""
-        return self.failures[["position", "image", "reason"]].head(FAILURES_SHOWN).to_numpy().tolist()
+    def _failed(self) -> tuple[str, list[list[Any]]]:
+        """Say how many images failed, and where to read why; return row, image and reason of the first."""
+        first = self.failures[["position", "image", "reason"]].head(FAILURES_SHOWN).to_numpy().tolist()
+        return f"{len(self.failures):,} of {self.total:,} images failed and are NaN: see result.failures", first
 
     def text(self) -> str:
         """Draw the report as plain text."""
@@ -61,12 +52,10 @@ class Report:
         if self.blocks:
             lines.append(indented(text_table(self.blocks, _HEAD)))
         lines += [f"  {block}" for block in self.planned]
-        if self._failed:
-            rows = [
-                (*rest, reason if len(reason) <= LONGEST else reason[: LONGEST - 1] + "…")
-                for *rest, reason in self._first
-            ]
-            lines += [self._failed, indented(text_table(rows, _FAILURES))]
+        if len(self.failures):
+            failed, first = self._failed()
+            rows = [(*rest, text[: LONGEST - 1] + "…" if text[LONGEST:] else text) for *rest, text in first]
+            lines += [failed, indented(text_table(rows, _FAILURES))]
         return "\n".join([*lines, *self.notes, self.footer])
 
     def html(self) -> Html:
@@ -76,8 +65,9 @@ class Report:
             joint = "\N{NO-BREAK SPACE}…\N{NO-BREAK SPACE}"
             parts.append(table([(names.replace(" … ", joint), *rest) for names, *rest in self.blocks], _HEAD))
         parts += [paragraph(block) for block in self.planned]
-        if self._failed:
-            parts.append(details(self._failed, table(self._first, _FAILURES)))
+        if len(self.failures):
+            failed, first = self._failed()
+            parts.append(details(failed, table(first, _FAILURES)))
         parts += [paragraph(note) for note in self.notes]
         return Html("".join(parts) + f'<div style="opacity:.65;font-size:90%">{escape(self.footer)}</div>')
 
@@ -95,10 +85,8 @@ def made_row(part: FeatureColumns, cached: int) -> Row:
     if output:
         steps.append(f"{block.layer or 'end'} {'×'.join(map(str, output.shape))}")
         steps += [_POOLED[output.pooling]] if output.pooling else []
-    if block.normalize != "none":
-        steps.append(block.normalize)
-    if block.components:
-        steps.append(f"PCA to {block.components:,}")
+    steps += [block.normalize] if block.normalize != "none" else []
+    steps += [f"PCA to {block.components:,}"] if block.components else []
     marks = ["replaced"] if part.replaced else []
     marks += [f"{part.lane.cached:,} from the cache"] if part.lane and part.lane.cached > cached else []
     return _spanned(names) + (f" ({', '.join(marks)})" if marks else ""), len(names), " → ".join(steps)
@@ -125,8 +113,7 @@ def briefly(block: FeatureBlock) -> str:
 
 def _weights(part: FeatureColumns) -> str:
     """Say which weights, where the name of the network does not."""
-    name = part.lane.weights.name if part.lane else ""
-    if not part.lane or part.lane.spec.backbone == NAME or name == title_of(part.block):
+    if not part.lane or part.lane.spec.backbone == NAME or (name := part.lane.weights.name) == title_of(part.block):
         return ""
     return " (bundled, small)" if name == "bundled" else f" ({name} weights)" if name else ""
 
@@ -146,8 +133,7 @@ def normalization_notes(parts: Sequence[FeatureColumns], *, repeats: Recipe | No
         )
     elif learned:
         notes.append(f"{listing(learned)}: normalization learned from {fit_rows:,} rows.")
-    gem = [(part.prefix, part.output) for part in parts if part.output and part.output.pooling == "gem"]
-    if lost := [prefix for prefix, output in gem if output.negative]:
+    if lost := [part.prefix for part in parts if (cut := part.output) and cut.pooling == "gem" and cut.negative]:
         notes.append(f"{listing(lost)}: GeM counts values below zero as zero, and this layer has some.")
     return notes
 

@@ -20,7 +20,6 @@ from nbfeat.extraction.recipe import Like, Recipe, to_repeat
 from nbfeat.images.decode import short
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import image_column
-from nbfeat.inference import layers
 from nbfeat.inference.engines import devices as hardware
 from nbfeat.inference.engines.base import Asked
 from nbfeat.inference.spec import Cut, NetworkSpec, whole
@@ -220,10 +219,3 @@ def network_spec(block: FeatureBlock, cuts: tuple[Cut, ...] = ()) -> NetworkSpec
         keras_applications.check(backbone, size=size, alpha=alpha, weights=chosen)
     name = user_models.NAME if is_file else backbone.name
     return NetworkSpec(backbone=name, alpha=alpha, weights=chosen, scaling=scaling, size=size, cuts=cuts)
-
-
-def expected_width(block: FeatureBlock) -> tuple[int, bool] | None:
-    """Return how many features of an image `block` will give, without building anything, and whether that is exact."""
-    if block.components:
-        return block.components, True
-    return layers.expected_width(find(block.backbone), block.cut, alpha=block.alpha, size=block.size)
