@@ -87,7 +87,7 @@ def scatter(
     """
     import pandas as pd
 
-    one_of(METHODS, "method")(method)
+    one_of(METHODS, "method", method)
     if method == "umap" and importlib.util.find_spec("umap") is None:
         raise RequestError(
             "method='umap' needs a package that is not installed: pip install umap-learn. Or take method='tsne'."

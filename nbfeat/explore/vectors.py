@@ -94,7 +94,7 @@ class Space:
 
     def __post_init__(self) -> None:
         """Check the metric."""
-        one_of(METRICS, "metric")(self.metric)
+        one_of(METRICS, "metric", self.metric)
 
     def nearest(self, query: Sequence[Rows], rows: Positions, count: int) -> tuple[Positions, Floats]:
         """Return the `count` of `rows` nearest to the one row in each block of `query`, and how far each is.

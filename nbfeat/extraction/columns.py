@@ -1,14 +1,14 @@
-"""Columns of a frame that blocks make: where they go, the memory that they take, what is learned for them, attaching.
-
-Their names are decided in `options`; how features are normalized, in `normalize`.
-"""
+"""Columns of a frame that blocks make: where they go, their memory, what is learned for them, attaching."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,6 @@ from nbfeat.backbones.catalog import find
 from nbfeat.errors import RequestError, format_bytes, listing
 from nbfeat.extraction import normalize
 from nbfeat.extraction.network_state import NetworkState
-from nbfeat.extraction.networks import cut_of
 from nbfeat.extraction.options import FeatureBlock, column_names, column_prefix
 from nbfeat.extraction.recipe import PartRecipe, Recipe
 from nbfeat.inference.spec import Output
@@ -30,14 +29,6 @@ if TYPE_CHECKING:
 SHOWN = 3
 SHARE = 0.5  # of the free memory; the rest is for the frame that is made of it, and for whatever else runs
 _MADE = re.compile(r"(.*)_(\d{4,})", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a block's columns go: at a position among the given columns, and which of those they replace."""
-
-    at: int
-    replaced: tuple[int, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -55,14 +46,9 @@ class FeatureColumns:
     replaced: bool = False  # whether the columns stood in the frame before
 
     @property
-    def key(self) -> str:
-        """The name of the network's output."""
-        return cut_of(self.block).key
-
-    @property
     def output(self) -> Output | None:
         """What the cut turned out to be; None where no network was needed (an empty frame)."""
-        return self.lane.outputs[self.key] if self.lane else None
+        return self.lane.outputs[self.block.cut.key] if self.lane else None
 
     @property
     def raw_width(self) -> int:
@@ -84,7 +70,7 @@ class FeatureColumns:
     @property
     def source(self) -> tuple[int, str, Hashable]:
         """What its raw features are: those of one source differ in normalization alone."""
-        return self.network, self.key, self.column
+        return self.network, self.block.cut.key, self.column
 
     @property
     def recipe(self) -> PartRecipe:
@@ -93,21 +79,29 @@ class FeatureColumns:
             return replace(self.repeats, column=self.column)
         assert self.lane is not None
         learned = self.normalizer or normalize.Normalizer()
-        fields = self.lane.kept[self.key].key_fields
+        fields = self.lane.kept[self.block.cut.key].key_fields
         return PartRecipe(self.block, self.column, self.prefix, self.raw_width, self.lane.weights, fields, learned)
 
-    def place_in(self, frame: pd.DataFrame, *, replace: bool) -> Place:
-        """Find where the columns go in `frame`."""
+    def place_in(self, frame: pd.DataFrame, *, replace: bool) -> list[int]:
+        """Find which columns of `frame` these take the place of."""
         return place(frame, self.prefix, len(self.names), replace=replace)
 
     def make_room(self, images: int) -> None:
         """Take memory for the features of `images`, unless other columns of the same source did."""
-        if self.lane is not None and self.key not in self.lane.features:
-            self.lane.features[self.key] = _matrix(images, self.raw_width, str(self.block))
+        if self.lane is not None and self.block.cut.key not in self.lane.features:
+            size, free = 4 * images * self.raw_width, free_bytes()
+            if free is not None and size > SHARE * free:
+                raise RequestError(
+                    f"`{self.block}` gives {self.raw_width:,} features per image: {images:,} rows of them take "
+                    f"{format_bytes(size)}, more than half of the {format_bytes(free)} of free memory. Pool the map "
+                    "with --pooling avg or max, cut at a later layer, or take fewer rows."
+                )
+            self.lane.features[self.block.cut.key] = np.full((images, self.raw_width), np.nan, np.float32)
 
     def raw(self, images: slice) -> NDArray[np.float32]:
         """Return the features as the network gave them, of these `images` of its window: a view."""
-        return self.lane.features[self.key][images] if self.lane else np.empty((0, self.raw_width), np.float32)
+        none = np.empty((0, self.raw_width), np.float32)
+        return self.lane.features[self.block.cut.key][images] if self.lane else none
 
     def learn(self, rows: NDArray[np.float32], chosen: NDArray[np.bool_]) -> None:
         """Learn the normalization from the `chosen` ones of the raw `rows`, or take what was learned before."""
@@ -163,36 +157,25 @@ def normalized(parts: Sequence[FeatureColumns], raw: Sequence[NDArray[np.float32
     ]
 
 
-def place(frame: pd.DataFrame, prefix: str, width: int, *, replace: bool) -> Place:
-    """Find where `width` columns of `prefix` go in `frame`.
+def place(frame: pd.DataFrame, prefix: str, width: int, *, replace: bool) -> list[int]:
+    """Find the positions in `frame` that `width` columns of `prefix` take the place of; none where they go to its end.
 
-    Columns that are exactly what a block of this prefix makes are replaced where they stand. Any other clash is an
-    error, unless `replace` says to overwrite.
+    Those that are exactly what a block of this prefix makes are its own. Another is an error, unless `replace` is true.
     """
-    own, wanted = own_columns(frame, prefix), set(column_names(prefix, width))
-    taken = [
-        position
-        for position, column in enumerate(frame.columns)
-        if position not in own and isinstance(column, str) and column in wanted
-    ]
+    own, wanted = set(made_columns(frame).get(prefix, ())), set(column_names(prefix, width))
+    taken = {at for at, column in enumerate(frame.columns) if isinstance(column, str) and column in wanted} - own
     if taken and not replace:
-        shown = listing([str(frame.columns[position]) for position in taken[:SHOWN]])
+        shown = listing(frame.columns[sorted(taken)[:SHOWN]])
         more = f" and {len(taken) - SHOWN:,} more" if len(taken) > SHOWN else ""
         raise RequestError(
             f"The frame already has columns {shown}{more}, which this block did not make. "
             f"Choose other names with --prefix, or overwrite them with --replace."
         )
-    replaced = tuple(sorted([*own, *taken]))
-    return Place(replaced[0] if replaced else frame.shape[1], replaced)
-
-
-def own_columns(frame: pd.DataFrame, prefix: str) -> set[int]:
-    """Return the positions of columns that a block of `prefix` made before: 0 … width-1, each once, float32."""
-    return set(made_columns(frame).get(prefix, ()))
+    return sorted(own | taken)
 
 
 def made_columns(frame: pd.DataFrame) -> dict[str, list[int]]:
-    """Return the positions of the columns that blocks made before, in the order of their numbers, by prefix."""
+    """Return the positions of the columns that blocks made before, by prefix: 0 … width-1, each once, float32."""
     found: dict[str, list[tuple[int, int]]] = {}
     for position, (column, kind) in enumerate(zip(frame.columns, frame.dtypes, strict=True)):
         if isinstance(column, str) and (match := _MADE.fullmatch(column)):
@@ -201,53 +184,34 @@ def made_columns(frame: pd.DataFrame) -> dict[str, list[int]]:
             found.setdefault(match[1], []).append((number, position))
     made = {}
     for prefix, numbered in found.items():
-        numbers, positions = zip(*sorted(numbered), strict=True)
-        wanted = column_names(prefix, len(positions))
-        if numbers[0] == 0 and [frame.columns[position] for position in positions] == wanted:
-            made[prefix] = list(positions)
+        positions = [position for _, position in sorted(numbered)]
+        if min(numbered)[0] == 0 and list(frame.columns[positions]) == column_names(prefix, len(positions)):
+            made[prefix] = positions
     return made
 
 
-def attach(frame: pd.DataFrame, blocks: Sequence[pd.DataFrame], places: Sequence[Place]) -> pd.DataFrame:
-    """Return a new frame with `blocks` at their places; the given one is not touched, its index and order are kept."""
+def attach(frame: pd.DataFrame, blocks: Sequence[pd.DataFrame], places: Sequence[Sequence[int]]) -> pd.DataFrame:
+    """Return a new frame with `blocks` in place of the columns at `places`, at its end where there are none."""
     import pandas as pd
 
-    gone = {position for place in places for position in place.replaced}
+    gone, start, end = set(chain(*places)), 0, frame.shape[1]
     pieces: list[pd.DataFrame] = []
-    kept: list[int] = []
-    for position in range(frame.shape[1] + 1):
-        arriving = [block for block, place in zip(blocks, places, strict=True) if place.at == position]
-        if arriving and kept:
+    arriving = [(min(place, default=end), block) for block, place in zip(blocks, places, strict=True)]
+    for at, block in [*sorted(arriving, key=itemgetter(0)), (end, None)]:
+        if kept := [position for position in range(start, at) if position not in gone]:
             pieces.append(frame.iloc[:, kept])
-            kept = []
-        pieces += arriving
-        if position < frame.shape[1] and position not in gone:
-            kept.append(position)
-    if kept or not pieces:
-        pieces.append(frame.iloc[:, kept])
-    return pd.concat(pieces, axis=1)
-
-
-def _matrix(rows: int, width: int, block: str) -> NDArray[np.float32]:
-    """Return a matrix of NaN for `rows` × `width` features, or say why that is too much."""
-    size, free = 4 * rows * width, free_bytes()
-    if free is not None and size > SHARE * free:
-        raise RequestError(
-            f"`{block}` gives {width:,} features per image: {rows:,} rows of them take {format_bytes(size)}, more "
-            f"than half of the {format_bytes(free)} of free memory. Pool the map with --pooling avg or max, cut at a "
-            "later layer, or take fewer rows."
-        )
-    return np.full((rows, width), np.nan, np.float32)
+        pieces += [] if block is None else [block]
+        start = at
+    return pd.concat(pieces or [frame], axis=1)
 
 
 def free_bytes() -> int | None:
     """Return the memory that can be had without swapping, or None where the system does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    except (OSError, ValueError):
-        pass
+    with suppress(OSError, ValueError):
+        if available := re.search(
+            r"^MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="ascii"), re.MULTILINE
+        ):
+            return 1024 * int(available[1])
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # macOS: half of what is built in
     except (AttributeError, ValueError, OSError):

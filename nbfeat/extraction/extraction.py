@@ -365,7 +365,7 @@ class Extraction(FeatureTable):
         return self.to_recipe()
 
     def _report(self) -> report.Report:
-        finished, failures = self.state == "done", self.failures
+        finished = self.state == "done"
         subject = f"{len(self.columns):,} new columns from" if finished else f"{self.state}: {self.done:,} of"
         equal = [f"{self.equal:,} images are equal to others and share their features."] if self.equal else []
         written = [self.written.sentence] if self.written and finished else []
@@ -373,8 +373,8 @@ class Extraction(FeatureTable):
             headline=report.headline(subject, self._step(), self.timings.preparing),
             blocks=[report.made_row(part, self.cached) for part in self.parts] if finished else [],
             planned=[] if finished else [report.briefly(block) for block in self.blocks],
-            failed=report.failed(len(failures), self.total),
-            failures=report.first(failures),
+            total=self.total,
+            failures=self.failures,
             notes=[
                 *self.notes,
                 *written,
@@ -420,7 +420,7 @@ class Extraction(FeatureTable):
         images = self.request.images_of(part.column)
         good = np.flatnonzero(self.progress.ok[images])
         some = [self.request.images[images.start + at] for at in good]
-        return images_per_second(part.lane, part.key, some, self.root, remote=self._run.remote)
+        return images_per_second(part.lane, part.block.cut.key, some, self.root, remote=self._run.remote)
 
     def images_in(self, column: Hashable) -> list[object]:
         """Return the cells of an image column as they were when this was made."""

@@ -43,7 +43,7 @@ class FeatureTable(ABC):
     @property
     def recipe(self) -> Mapping[str, Any]:
         """Everything needed to repeat this result: blocks, versions, hashes of weights, precision, decoding."""
-        return self.fitted.told
+        return self.fitted.provenance
 
     @property
     def prefixes(self) -> list[str]:

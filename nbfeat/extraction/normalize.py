@@ -1,7 +1,6 @@
 """Normalize features: learn on some rows, apply to all.
 
 Every normalization, L2 too, happens here on rows, so that networks and what is kept of them do not depend on it.
-What is learned is held as plain arrays.
 """
 
 from __future__ import annotations
@@ -46,32 +45,23 @@ class Normalizer:
         if self.shift is not None and self.stretch is not None:
             rows = (rows - self.shift) * self.stretch
         if self.center is not None and self.axes is not None:
-            rows = _projected(rows - self.center, self.axes)
+            # Row by row: a product of two matrices gives a row other last bits by how many there are beside it, which
+            # would tell a repeated result from the first.
+            centered, rows = rows - self.center, np.empty((len(rows), len(self.axes)), np.float32)
+            for row, projected in zip(centered, rows, strict=True):
+                np.dot(self.axes, row, out=projected)
         return rows
 
 
-def _projected(rows: Rows, axes: Rows) -> Rows:
-    """Return ``rows @ axes.T``, each row to the bit what it would be alone.
-
-    A product of two matrices gives a row other last bits by how many there are beside it, which would tell a repeated
-    result from the first. A product with one row does not.
-    """
-    out = np.empty((len(rows), len(axes)), np.float32)
-    for row, projected in zip(rows, out, strict=True):
-        np.dot(axes, row, out=projected)
-    return out
-
-
 def learn(block: FeatureBlock, rows: Rows, chosen: NDArray[np.bool_]) -> Normalizer:
-    """Learn what `block` asks for from the `chosen` rows.
-
-    Standardization, min-max and PCA are scikit-learn's. PCA is seeded.
-    """
+    """Learn what `block` asks for from the `chosen` rows, by scikit-learn; PCA is seeded."""
+    base = Normalizer(unit_length=block.normalize == "l2")
     if not block.is_learned:
-        return Normalizer(unit_length=block.normalize == "l2")
+        return base
     learned = rows[chosen]
     _check(block, rows.shape[1], len(learned))
-    base = _affine(block, learned)
+    if block.normalize in {"standard", "minmax"}:
+        base = Learner(block, rows.shape[1]).fit(learned)
     if block.components is None:
         return base
     from sklearn.decomposition import PCA
@@ -86,8 +76,16 @@ class Learner:
     """Learn the normalization of a `block` without components from rows that come in turn, never all at once."""
 
     def __init__(self, block: FeatureBlock, width: int) -> None:
+        from sklearn.preprocessing import MinMaxScaler, StandardScaler
+
         self._block, self._width, self._count = block, width, 0
-        self._scaler = _scaler(block)
+        self._scaler: Any = StandardScaler() if block.normalize == "standard" else MinMaxScaler()
+
+    def fit(self, rows: Rows) -> Normalizer:
+        """Learn from these rows alone."""
+        self._scaler.fit(rows)
+        self._count = len(rows)
+        return self.learned()
 
     def see(self, rows: Rows) -> None:
         """Learn from some more rows."""
@@ -98,25 +96,9 @@ class Learner:
     def learned(self) -> Normalizer:
         """Return what was learned; raise RequestError where there were no rows."""
         _check(self._block, self._width, self._count)
-        return _of_scaler(self._block, self._scaler)
-
-
-def _affine(block: FeatureBlock, rows: Rows) -> Normalizer:
-    if block.normalize in {"standard", "minmax"}:
-        return _of_scaler(block, _scaler(block).fit(rows))
-    return Normalizer(unit_length=block.normalize == "l2")
-
-
-def _scaler(block: FeatureBlock) -> Any:
-    from sklearn.preprocessing import MinMaxScaler, StandardScaler
-
-    return StandardScaler() if block.normalize == "standard" else MinMaxScaler()
-
-
-def _of_scaler(block: FeatureBlock, scaler: Any) -> Normalizer:
-    if block.normalize == "standard":
-        return Normalizer(shift=_f32(scaler.mean_), stretch=_f32(1 / scaler.scale_))
-    return Normalizer(shift=_f32(scaler.data_min_), stretch=_f32(scaler.scale_))
+        if self._block.normalize == "standard":
+            return Normalizer(shift=_f32(self._scaler.mean_), stretch=_f32(1 / self._scaler.scale_))
+        return Normalizer(shift=_f32(self._scaler.data_min_), stretch=_f32(self._scaler.scale_))
 
 
 def _check(block: FeatureBlock, width: int, count: int) -> None:
@@ -124,11 +106,10 @@ def _check(block: FeatureBlock, width: int, count: int) -> None:
         raise RequestError(
             f"--normalize {block.normalize} has no rows to learn from: --fit-on selects none that has features."
         )
-    wanted = block.components
-    if wanted is not None and wanted > min(count, width):
+    if (block.components or 0) > min(count, width):
         raise RequestError(
-            f"--components {wanted:,} is more than {block.backbone} can give: {width:,} features were learned from "
-            f"{count:,} rows. Use --components {min(count, width):,} or fewer."
+            f"--components {block.components:,} is more than {block.backbone} can give: {width:,} features were "
+            f"learned from {count:,} rows. Use --components {min(count, width):,} or fewer."
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, Self, get_args
 from nbfeat.backbones.backbone import SCALINGS, Scaling
 from nbfeat.errors import RequestError, listing, near, sentences
 from nbfeat.images.resize import INTERPOLATIONS, RESIZES, Interpolation, Resize
-from nbfeat.inference.spec import Pooling, alpha_of, whole
+from nbfeat.inference.spec import Cut, Pooling, alpha_of, whole
 
 Normalize = Literal["none", "l2", "standard", "minmax", "whiten"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
@@ -25,7 +25,6 @@ PLACES = ("ray",)  # to compute at, beside this process
 
 _BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001))))  # those that come along from web pages, too
 LARGEST_SIZE = 4096  # pixels; a batch of eight is then 400 MB, beyond what any backbone was trained for
-DIGITS = 4  # of the number in a column name, at least; so that blocks of different widths sort and read alike
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,30 +51,21 @@ class Option:
         """All spellings, the short one first."""
         return (self.short, self.flag) if self.short else (self.flag,)
 
-    @property
-    def action(self) -> str:
-        """What argparse does with it."""
-        return "store_true" if self.switch else "append" if self.repeat else "store"
-
     def check(self, value: Any) -> Any:
         """Return `value` as this option's type, or raise RequestError."""
         if self.switch:
             return value
         if self.repeat and isinstance(value, list):
             return [self.check(one) for one in value]
-        return one_of(self.choices, self.flag)(value) if self.choices else self.type(value)
+        return one_of(self.choices, self.flag, value) if self.choices else self.type(value)
 
 
-def one_of(choices: Sequence[str], what: str) -> Callable[[str], str]:
-    """Return a check that a value is one of `choices`."""
-
-    def check(value: str) -> str:
-        if value in choices:
-            return value
-        hint = near(str(value), choices) or f"Choose {listing(choices, 'or')}."
-        raise RequestError(f"{what} cannot be {value!r}. {hint}")
-
-    return check
+def one_of(choices: Sequence[str], what: str, value: str) -> str:
+    """Return `value` if it is one of `choices`, or raise RequestError."""
+    if value in choices:
+        return value
+    hint = near(str(value), choices) or f"Choose {listing(choices, 'or')}."
+    raise RequestError(f"{what} cannot be {value!r}. {hint}")
 
 
 BLOCK_OPTIONS: tuple[Option, ...] = (
@@ -141,23 +131,19 @@ class WordParser(argparse.ArgumentParser):
         self.options = tuple(options)
         for option in self.options:
             # One that is not given is absent from the result, so that defaults can be layered.
-            self.add_argument(*option.flags, dest=option.name, action=option.action, default=argparse.SUPPRESS)
+            action = "store_true" if option.switch else "append" if option.repeat else "store"
+            self.add_argument(*option.flags, dest=option.name, action=action, default=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
         """Raise RequestError in place of argparse's exit."""
-        told = f"{message[:1].upper()}{message[1:]}. `%extract?` lists the options and what they take."
-        raise RequestError(told)
+        raise RequestError(f"{message[:1].upper()}{message[1:]}. `%extract?` lists the options and what they take.")
 
     def read(self, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         """Split words into the options given and the words that belong to none."""
         found, rest = self.parse_known_intermixed_args(words)
-        for word in rest:
-            if word.startswith("-") and word != "-":
-                flag = word.partition("=")[0]
-                known = [spelling for option in self.options for spelling in option.flags]
-                raise RequestError(
-                    sentences(f"There is no option {flag}.", near(flag, known), "`%extract?` lists them.")
-                )
+        if flag := next((word.partition("=")[0] for word in rest if word.startswith("-") and word != "-"), ""):
+            hint = near(flag, [spelling for option in self.options for spelling in option.flags])
+            raise RequestError(sentences(f"There is no option {flag}.", hint, "`%extract?` lists them."))
         # argparse would turn the sentence of a check into one of its own.
         given = vars(found)
         return {option.name: option.check(given[option.name]) for option in self.options if option.name in given}, rest
@@ -178,11 +164,8 @@ def split_words(text: str) -> list[str]:
 
 def without_comment(text: str) -> str:
     """Return a line without what follows a ``#`` that begins a word."""
-    # A quoted run, a run of other characters, or a # that begins a word.
-    for match in re.finditer(r"'[^']*'|\"[^\"]*\"|(?:(?<=\s)|^)#|.", text, re.DOTALL):
-        if match.group() == "#" and (match.start() == 0 or text[match.start() - 1].isspace()):
-            return text[: match.start()]
-    return text
+    before = re.match(r"""(?:'[^']*'|"[^"]*"|(?<=\S)#|[^#])*""", text)  # quoted, a # in a word, or any other sign
+    return before[0] if before else text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,10 +192,8 @@ class FeatureBlock:
     def __post_init__(self) -> None:
         """Check every value against the table."""
         for option in BLOCK_OPTIONS:
-            value = getattr(self, option.name)
-            if value is None:
-                continue
-            object.__setattr__(self, option.name, option.check(value))
+            if (value := getattr(self, option.name)) is not None:
+                object.__setattr__(self, option.name, option.check(value))
         if self.normalize == "whiten" and self.components is None:
             raise RequestError(
                 "--normalize whiten needs --components N: without a limit, new images get values in the millions."
@@ -257,9 +238,14 @@ class FeatureBlock:
     def __str__(self) -> str:
         """Return the words that `parse` reads back to this block."""
         defaults = type(self).__dataclass_fields__
-        values = {option.name: getattr(self, option.name) for option in BLOCK_OPTIONS}
-        given = {name: value for name, value in values.items() if value != defaults[name].default}
+        values = [(option.name, getattr(self, option.name)) for option in BLOCK_OPTIONS]
+        given = {name: value for name, value in values if value != defaults[name].default}
         return " ".join([quoted(self.backbone), *spelled(BLOCK_OPTIONS, given)])
+
+    @property
+    def cut(self) -> Cut:
+        """The output of the network that it reads."""
+        return Cut(self.layer or "", self.pooling or "")
 
     @property
     def is_learned(self) -> bool:
@@ -270,13 +256,13 @@ class FeatureBlock:
 def spelled(options: Iterable[Option], values: Mapping[str, Any]) -> list[str]:
     """Write those of `options` that have values, as `split_words` and WordParser read them back."""
     words = []
-    for option in options:
-        if option.name in values and option.switch:
-            words += [option.flag] if values[option.name] else []
-        elif option.name in values:
-            for value in map(str, values[option.name] if option.repeat else [values[option.name]]):
-                joint = "=" if value.startswith("-") else " "
-                words.append(f"{option.flag}{joint}{quoted(value)}")
+    for option in (option for option in options if option.name in values):
+        given = values[option.name]
+        if option.switch:
+            words += [option.flag] if given else []
+        else:
+            for value in map(str, given if option.repeat else [given]):
+                words.append(f"{option.flag}{'=' if value.startswith('-') else ' '}{quoted(value)}")
     return words
 
 
@@ -289,16 +275,14 @@ def quoted(word: str) -> str:
 
 def column_prefix(block: FeatureBlock, backbone: str, image_column: str | None = None) -> str:
     """Return the first part of a block's column names: ``[image column_]backbone[alpha][_layer][_pooling]``."""
-    if block.prefix is not None:
-        name = block.prefix
-    else:
-        alpha = "" if block.alpha is None else f"{block.alpha:.2f}".replace(".", "")
-        pooling = "" if block.pooling in {None, "avg"} else block.pooling
-        name = "_".join(part for part in (backbone.lower() + alpha, block.layer, pooling) if part)
+    alpha = "" if block.alpha is None else f"{block.alpha:.2f}".replace(".", "")
+    pooling = "" if block.pooling == "avg" else block.pooling
+    name = "_".join(part for part in (backbone.lower() + alpha, block.layer, pooling) if part)
+    name = name if block.prefix is None else block.prefix
     return f"{image_column}_{name}" if image_column is not None else name
 
 
 def column_names(prefix: str, width: int) -> list[str]:
     """Return the names of `width` columns, numbers padded with zeros, from ``prefix_0000`` on."""
-    digits = max(DIGITS, len(str(width - 1)))
+    digits = max(4, len(str(width - 1)))  # so that blocks of different widths sort and read alike
     return [f"{prefix}_{number:0{digits}d}" for number in range(width)]

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections import UserDict
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from nbfeat.html import Html, paragraph, table, text_table
 
 Bottleneck = Literal["reading", "decoding", "network"]
 CLEARLY_MORE = 2  # of small files both take little, and mostly wait for a processor
-_ADVICE: dict[Bottleneck, str] = {
-    "reading": "A disk that is nearer or faster would help.",
-    "decoding": "More cores would help, or smaller images.",
-    "network": "A GPU, more cores or a smaller backbone would help.",
+_SENTENCES = {
+    None: "Nothing had to be computed.",
+    "reading": "Reading is the bottleneck: the network had no images {}. A disk that is nearer or faster would help.",
+    "decoding": "Decoding is the bottleneck: the network had no images {}. More cores would help, or smaller images.",
+    "network": "The network is the bottleneck: decoded images waited for it {}. A GPU, more cores or a smaller "
+    "backbone would help.",
 }
 _WORK = {
     "preparing": "building or loading networks, comparing precisions",
@@ -24,6 +27,7 @@ _WORK = {
     "network": "at work, beside the threads",
     "cache": "taking features from it, and keeping new ones",
     "attaching": "normalizing, and attaching the columns or writing them",
+    "total": "from start to end",
 }
 
 
@@ -56,7 +60,7 @@ class Timings:
         return "reading" if self.reading > CLEARLY_MORE * self.decoding else "decoding"
 
 
-class Profile(Mapping[str, Any]):
+class Profile(UserDict[str, Any]):
     """Seconds of a run by kind of work, its ``"total"``, and its ``"bottleneck"``; shown as a table and a sentence.
 
     Images are read and decoded while the network is at work, so that the parts are more than the total.
@@ -64,48 +68,20 @@ class Profile(Mapping[str, Any]):
 
     def __init__(self, timings: Timings, *, seconds: float, computed: bool) -> None:
         bottleneck = timings.bottleneck if computed else None
-        self._values: dict[str, Any] = {
-            "preparing": timings.preparing,
-            "reading": timings.reading,
-            "decoding": timings.decoding,
-            "network": timings.network,
-            "cache": timings.recalling + timings.keeping,
-            "attaching": timings.attaching,
-            "total": seconds,
-            "bottleneck": bottleneck,
-        }
+        work = {**asdict(timings), "cache": timings.recalling + timings.keeping, "total": seconds}
+        super().__init__({name: work[name] for name in _WORK}, bottleneck=bottleneck)
         self._waited = timings.waiting_for_network if bottleneck == "network" else timings.waiting_for_images
-
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
 
     @property
     def sentence(self) -> str:
         """What bounds the speed, how it shows, and what would help."""
-        bottleneck: Bottleneck | None = self["bottleneck"]
-        if bottleneck is None:
-            return "Nothing had to be computed."
-        waited = f"{self._waited:,.1f} of {self['total']:,.1f} s"
-        if bottleneck == "network":
-            return f"The network is the bottleneck: decoded images waited for it in {waited}. {_ADVICE[bottleneck]}"
-        return (
-            f"{bottleneck.capitalize()} is the bottleneck: the network had no images in {waited}. {_ADVICE[bottleneck]}"
-        )
+        return _SENTENCES[self["bottleneck"]].format(f"in {self._waited:,.1f} of {self['total']:,.1f} s")
 
     def _rows(self, space: str) -> list[tuple[str, str, str]]:
         """Return the rows of the table; `space` before shorter numbers sets the points below each other."""
-        work = {**_WORK, "total": "from start to end"}
-        seconds = [f"{self[name]:,.2f}" for name in work]
-        width = max(len("seconds"), *map(len, seconds))
-        return [
-            (name, number.rjust(width, space), what) for (name, what), number in zip(work.items(), seconds, strict=True)
-        ]
+        seconds = {name: f"{self[name]:,.2f}" for name in _WORK}
+        width = max(len("seconds"), *map(len, seconds.values()))
+        return [(name, seconds[name].rjust(width, space), what) for name, what in _WORK.items()]
 
     def __repr__(self) -> str:
         return f"{text_table(self._rows(' '), ('work', 'seconds', ''))}\n{self.sentence}"

@@ -14,6 +14,7 @@ import shutil
 import socket
 import tempfile
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field
@@ -34,7 +35,6 @@ from nbfeat.extraction.profile import Timings
 from nbfeat.extraction.recipe import SLIGHT
 from nbfeat.extraction.run import Run
 from nbfeat.images import fingerprint, remote, sources
-from nbfeat.images.remote import absolute
 from nbfeat.inference import prepared
 from nbfeat.inference.engines import cpu_count
 from nbfeat.inference.engines import devices as hardware
@@ -54,7 +54,7 @@ def executor_for(on: str | None, images: Sequence[object], networks: Sequence[tu
     """Return what computes on Ray, None for this process; raise RequestError where that cannot be."""
     if on is None:
         return None
-    one_of(PLACES, "--on")(on)
+    one_of(PLACES, "--on", on)
     if importlib.util.find_spec("ray") is None:
         raise RequestError("--on ray needs Ray Data, which is not installed: pip install 'nbfeat[ray]'.")
     if title := next((spec.title for spec, _ in networks if spec.is_registered), None):
@@ -64,8 +64,8 @@ def executor_for(on: str | None, images: Sequence[object], networks: Sequence[tu
         )
     size = 0
     for image in map(sources.held, images):
-        if isinstance(image, (Image.Image, np.ndarray)) or hasattr(image, "read"):
-            what = "an open file" if hasattr(image, "read") else sources.name_of(image).strip("<>")
+        if (is_file := hasattr(image, "read")) or isinstance(image, (Image.Image, np.ndarray)):
+            what = "an open file" if is_file else sources.name_of(image).strip("<>")
             raise RequestError(
                 f"Only paths and bytes travel to workers, and there is {what}: save the images as files that all "
                 "machines can read, and give their paths, or leave --on away."
@@ -95,10 +95,7 @@ class RayExecutor(ExitStack):
     _folder = ""  # of a cluster that was started for the block
 
     def run(self, run: Run, rows: Sequence[int]) -> Generator[Batch, None, None]:
-        """Yield batches until every row was in one for each network that lacks it, or has failed, or equals another.
-
-        Close it to cancel what is under way.
-        """
+        """Yield batches until all `rows` are finished; close it to cancel what is under way."""
         cells, failures = _cells(run, rows)
         if failures:
             yield Batch(failures=failures)
@@ -111,8 +108,8 @@ class RayExecutor(ExitStack):
         run.note(self.describe(share) if is_new else "")  # a cluster may grow later
         run.timings.preparing += time.perf_counter() - start
         networks = [
-            (*network, lane.precision, {key: dict(kept.key_fields) for key, kept in lane.kept.items()})
-            for network, lane in zip(run.networks, run.lanes, strict=True)
+            (lane.spec, lane.pixels, lane.precision, {key: dict(kept.key_fields) for key, kept in lane.kept.items()})
+            for lane in run.lanes
         ]
         device = "cpu" if is_cpu else "gpu:0"  # the one that Ray lets the worker see
         order, left = (networks, device, run.batch_size, share.cores, run.remote), set(cells)
@@ -130,6 +127,7 @@ class RayExecutor(ExitStack):
         """Join the cluster that is there; else start one, which listens to nobody else."""
         self._ray, call = self.enter_context(isolation.quiet_ray())
         self.callback(setattr, self, "_ray", None)
+        self._folder = ""
         if self._ray.is_initialized():
             return
         address = address_of_cluster()
@@ -138,9 +136,10 @@ class RayExecutor(ExitStack):
             # Private, as Ray opens its own to all. Its sockets lie there, whose paths the system allows 100 characters.
             short = "/tmp" if Path("/tmp").is_dir() else None  # noqa: S108 - mkdtemp makes a private folder there
             self._folder = tempfile.mkdtemp(prefix="nbfeat-", dir=short)
+            self.callback(call, shutil.rmtree, self._folder, ignore_errors=True)
             options |= {"num_cpus": cpu_count.available_cores(), "object_store_memory": STORE}
             options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "_temp_dir": f"{self._folder}/ray"}
-        self.callback(call, self._end)
+        self.callback(call, self._ray.shutdown, wait_for_processes=True)  # one that was joined stays as it is
         try:
             call(self._ray.init, **options)
         except Exception as error:  # Ray raises nothing else where a busy machine took more than half a minute
@@ -152,11 +151,6 @@ class RayExecutor(ExitStack):
             raise NetworkError(
                 f"No Ray cluster could be started here: {_line(error)}. Run it again, or leave --on away."
             ) from error
-
-    def _end(self) -> None:
-        self._ray.shutdown(wait_for_processes=True)  # one that was joined stays as it is
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder = ""
 
     def share(self, *, gpu: bool) -> Share:
         """Share what the cluster has: a worker for each GPU, else at least two on each node that has as many cores."""
@@ -201,14 +195,9 @@ class RayExecutor(ExitStack):
             ) from error
 
 
-# Which cluster
-
-
 def address_of_cluster() -> str | None:
-    """Return the address that RAY_ADDRESS names, or that of a cluster which this user began here with `ray start`.
-
-    Others on this machine are not joined: they were started by a program for itself, and may end with it.
-    """
+    """Return the address that RAY_ADDRESS names, or that of a cluster which this user began here with `ray start`."""
+    # Others on this machine are not joined: they were started by a program for itself, and may end with it.
     if named := os.environ.get("RAY_ADDRESS", ""):
         if re.fullmatch(r"[^/]+:\d+", named) and not _answers(named):
             raise RequestError(
@@ -216,11 +205,10 @@ def address_of_cluster() -> str | None:
             )
         return None if named == "local" else named  # Ray's word for a cluster of one's own
     file = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", "ray_current_cluster")  # where Ray has it
-    try:
-        written, is_own = file.read_text(encoding="utf-8").strip(), file.stat().st_uid == os.getuid()
-    except (OSError, AttributeError):  # none, or no Unix
-        return None
-    return written if is_own and _answers(written) else None
+    with suppress(OSError, AttributeError):  # none, or no Unix
+        if file.stat().st_uid == os.getuid() and _answers(written := file.read_text(encoding="utf-8").strip()):
+            return written
+    return None
 
 
 def _answers(address: str) -> bool:
@@ -233,9 +221,6 @@ def _answers(address: str) -> bool:
 
 def _line(error: Exception, number: int = -1) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[number].rstrip(".")
-
-
-# What travels, and what comes back
 
 
 @dataclass(slots=True)
@@ -256,7 +241,7 @@ def _cells(run: Run, rows: Sequence[int]) -> tuple[dict[int, tuple[str | bytes, 
         image = run.images[row]
         try:
             if run.remote and (address := sources.address_of(image)) is not None:
-                cells[row] = absolute(address, run.root), b""
+                cells[row] = remote.absolute(address, run.root), b""
             elif (path := sources.path_of(image, run.root)) is not None:
                 cells[row] = path, fingerprint.seen(path)
             else:
@@ -313,13 +298,10 @@ def _batches(run: Run, found: Found, share: Share) -> Iterator[Batch]:
         yield batch
 
 
-# What a worker does
-
-
 class Worker:
     """What runs in each process of a cluster: networks that are opened once, and rows that come in tables.
 
-    Of each network it is told the spec, the pixels, the precision, and the fields of its cache keys where the run is.
+    Of each network it gets the spec, the pixels, the precision, and the fields of its cache keys where the run is.
     """
 
     def __init__(
@@ -327,37 +309,35 @@ class Worker:
     ) -> None:
         cpu_count.take(cores)
         self._access = access  # what may be fetched, whatever the environment here says
-        self._lanes, self._differs = list[NetworkState](), list[str]()
+        self._lanes, self._differs = list[NetworkState](), dict[str, None]()
         self._error: NbfeatError | None = None
         try:
             devices = hardware.choose_devices(device)
             for spec, pixels, precision, key_fields in networks:
                 opening = prepared.PreparedNetwork(spec, devices=devices, batch_size=batch_size)
-                for _ in opening:
-                    pass
-                self._lanes.append(NetworkState(spec, pixels, opening, np.zeros(0, bool)))
-                self._lanes[-1].set_precision(precision)
-                self._compare(self._lanes[-1], key_fields)
+                deque(opening, maxlen=0)
+                self._lanes.append(lane := NetworkState(spec, pixels, opening, np.zeros(0, bool)))
+                lane.set_precision(precision)
+                for key, fields in key_fields.items():
+                    self._compare(lane, lane.kept[key].key_fields, fields)
         except NbfeatError as error:
             self._error = error
 
-    def _compare(self, lane: NetworkState, key_fields: Mapping[str, Mapping[str, Any]]) -> None:
+    def _compare(self, lane: NetworkState, here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
         """Take down what differs in ways that change numbers slightly; raise NetworkError for all else."""
-        for key, fields in key_fields.items():
-            here, there = json.loads(json.dumps([dict(lane.kept[key].key_fields), fields]))  # lists, not tuples
-            for name in sorted(name for name in {*here, *there} if here.get(name) != there.get(name)):
-                if name not in SLIGHT:
-                    raise NetworkError(
-                        f"{lane.spec.title} would give other features on a worker, whose {name} is {here.get(name)!r}, "
-                        f"not {there.get(name)!r}. Give all machines the same nbfeat and files."
-                    )
-                shown = {"cpu": "CPU", "backend": "Keras backend", "keras": "Keras"}.get(name, name)
-                self._differs += [] if shown in self._differs else [shown]
+        here, there = json.loads(json.dumps([dict(here), there]))  # lists, not tuples
+        for name in sorted(name for name in {*here, *there} if here.get(name) != there.get(name)):
+            if name not in SLIGHT:
+                raise NetworkError(
+                    f"{lane.spec.title} would give other features on a worker, whose {name} is {here.get(name)!r}, "
+                    f"not {there.get(name)!r}. Give all machines the same nbfeat and files."
+                )
+            self._differs[{"cpu": "CPU", "backend": "Keras backend", "keras": "Keras"}.get(name, name)] = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return what is found out about the one table in `batch`."""
         table: Table = batch["item"][0]
-        found = Found(table.rows, self._differs)
+        found = Found(table.rows, list(self._differs))
         try:
             if self._error:
                 raise self._error

@@ -1,28 +1,21 @@
-"""Recipe: all that it takes to repeat a result on other images, what its normalizations learned included.
-
-What decides the numbers of a network is named by the fields of the cache's key; here they are compared.
-"""
+"""Recipe: all that it takes to repeat a result on other images, what its normalizations learned included."""
 
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from math import prod
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nbfeat.backbones.weights import Loaded
 from nbfeat.errors import RequestError, format_bytes, listing, near
 from nbfeat.extraction.network_state import NetworkState
-from nbfeat.extraction.networks import cut_of
 from nbfeat.extraction.normalize import Normalizer
 from nbfeat.extraction.options import FeatureBlock, column_names
 from nbfeat.inference.engines.base import PRECISIONS, Precision
@@ -36,7 +29,6 @@ LARGEST = 64_000_000  # bytes; readers of Parquet refuse 100 million in one entr
 SLIGHT = frozenset({"engine", "backend", "keras", "decoders", "cpu", "beside"})
 _WORDS = {"engine": "", "backend": "", "keras": "Keras ", "decoders": ""}  # of those, with the words before the value
 _HASH = 64  # hexadecimal digits of a SHA-256
-_SHOWN = 12  # of them
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,29 +46,17 @@ class PartRecipe:
     @property
     def precision(self) -> Precision:
         """What the network computed in."""
-        computed_in: Precision = self.key_fields["precision"]
-        return computed_in
+        return cast("Precision", self.key_fields["precision"])
 
     @property
     def names(self) -> list[str]:
         """The names of the columns."""
         return column_names(self.prefix, self.block.components or self.width)
 
-    @property
-    def key(self) -> str:
-        """The name of the network's output."""
-        return cut_of(self.block).key
-
-    def check(self, lane: NetworkState, source: str) -> None:
-        """Raise RequestError, naming the difference, where `lane` would give other features than those of `source`."""
-        if difference := self.difference(lane):
-            raise RequestError(
-                f"{source} cannot be repeated: {difference}. Bring back what there was, or extract both frames anew."
-            )
-
     def difference(self, lane: NetworkState) -> str:
         """Say why `lane` would give other features; an empty string where it would not."""
-        here = {**lane.kept[self.key].key_fields, "width": lane.outputs[self.key].width}
+        key = self.block.cut.key
+        here = {**lane.kept[key].key_fields, "width": lane.outputs[key].width}
         there = {**self.key_fields, "width": self.width}
         for name in sorted({*here, *there} - SLIGHT):
             if there.get(name) == here.get(name):
@@ -87,15 +67,14 @@ class PartRecipe:
             return f"{self.prefix} was made with {name.replace('_', ' ')} {was}, and here it would be {now}"
         return ""
 
-    def slight_differences(self, lane: NetworkState) -> list[str]:
+    def slight_differences(self, lane: NetworkState) -> Iterator[str]:
         """Say what is another here in ways that change the numbers slightly."""
-        here, there = lane.kept[self.key].key_fields, self.key_fields
-        changed = [
-            f"{words}{there[name]} (here {here[name]})"
-            for name, words in _WORDS.items()
-            if name in there and name in here and there[name] != here[name]
-        ]
-        return [*changed, "another CPU"] if there.get("cpu") != here.get("cpu") else changed
+        here, there = lane.kept[self.block.cut.key].key_fields, self.key_fields
+        for name, words in _WORDS.items():
+            if name in there and name in here and there[name] != here[name]:
+                yield f"{words}{there[name]} (here {here[name]})"
+        if there.get("cpu") != here.get("cpu"):
+            yield "another CPU"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,7 +82,7 @@ class Recipe:
     """What an Extraction takes as `like`: parts with what they learned, and provenance for people."""
 
     parts: tuple[PartRecipe, ...]
-    told: Mapping[str, Any]  # `Extraction.recipe`, plain values
+    provenance: Mapping[str, Any]  # `Extraction.recipe`, plain values
     source: str = "the earlier result"  # what it is called in messages and reports
 
     @property
@@ -122,49 +101,31 @@ class Recipe:
         return list(dict.fromkeys(part.column for part in self.parts))
 
     def check(self, lanes: list[NetworkState]) -> str:
-        """Compare with the networks that are open here, one for each part; return what differs slightly, or "".
-
-        Raises
-        ------
-        RequestError
-            Where they would give other features, naming the difference.
-        """
-        differences: list[str] = []
+        """Say what differs slightly in `lanes`, the open network of each part; raise RequestError for more."""
+        slight: dict[str, None] = {}
         for part, lane in zip(self.parts, lanes, strict=True):
-            part.check(lane, self.source)
-            differences += part.slight_differences(lane)
-        if not differences:
-            return ""
-        made = listing(dict.fromkeys(differences))
-        return f"{self.source} was made with {made}: the same image may give slightly other numbers here."
+            if difference := part.difference(lane):
+                raise RequestError(
+                    f"{self.source} cannot be repeated: {difference}. Bring back what there was, or extract both "
+                    "frames anew."
+                )
+            slight |= dict.fromkeys(part.slight_differences(lane))
+        here = "the same image may give slightly other numbers here"
+        return f"{self.source} was made with {listing(slight)}: {here}." if slight else ""
 
 
 def _shown(value: object) -> str:
     """Return a hash by its first digits, any other value as it is, unless it is long."""
     if isinstance(value, str) and len(value) == _HASH:
-        return f"SHA-256 {value[:_SHOWN]}…"
-    text = repr(value)
-    return text if len(text) <= _HASH else text[:_HASH] + "…"
+        return f"SHA-256 {value[:12]}…"
+    return repr(value)[:_HASH] + ("…" if len(repr(value)) > _HASH else "")
 
 
-class Repeatable(Protocol):
-    """A result that is done."""
-
-    @property
-    def fitted(self) -> Recipe:
-        """What it takes to repeat it."""
-
-
-Like: TypeAlias = "Repeatable | Recipe | str | Path"
+Like = Any  # a result that is done, a Recipe, or the path of a Parquet file
 
 
 def to_repeat(
-    like: Like | None,
-    *,
-    blocks: Sequence[object],
-    fit_on: object,
-    precision: str,
-    defaults: Mapping[str, Any],
+    like: Like | None, *, blocks: Sequence[object], fit_on: object, precision: str, defaults: Mapping[str, Any]
 ) -> Recipe | None:
     """Return the recipe that is to be repeated, or None; nothing else may be asked for that the recipe decides."""
     if like is None:
@@ -188,29 +149,21 @@ def recipe_of(like: object) -> Recipe:
     if isinstance(like, Recipe):
         return like
     if isinstance(like, str | os.PathLike):
-        return read_recipe(os.fspath(like))
+        if not dataset.is_dataset(path := os.fspath(like)):
+            return recipe_in(existing_file(path))[0]
+        location = Location.at(path)
+        return unpack(dataset.finished(location)[0].recipe, location.name)[0]
     if is_result(like):
-        return like.fitted
+        return cast("Recipe", like.fitted)
     raise RequestError(
         f"--like takes a result of nbfeat, or a Parquet file that one was written to, not {type(like).__name__}. "
         "Keep a result with `result = %extract …` or `result = nbfeat.extract(…)`."
     )
 
 
-def is_result(value: object) -> TypeGuard[Repeatable]:
+def is_result(value: object) -> TypeGuard[Any]:
     """Tell whether `value` is a result: an Extraction, or what `nbfeat.read` gives."""
     return hasattr(type(value), "fitted") and type(value).__module__.startswith("nbfeat.")
-
-
-# In files
-
-
-def read_recipe(path: str | Path) -> Recipe:
-    """Read what it takes to repeat the result in a Parquet file, or in a folder of them, none of its rows."""
-    if dataset.is_dataset(path):
-        location = Location.at(path)
-        return unpack(dataset.finished(location)[0].recipe, location.name)[0]
-    return recipe_in(existing_file(path))[0]
 
 
 def recipe_in(file: Path) -> tuple[Recipe, list[Failure]]:
@@ -224,19 +177,18 @@ def recipe_in(file: Path) -> tuple[Recipe, list[Failure]]:
 def existing_file(path: str | Path) -> Path:
     """Return the file of this path, or raise RequestError with near names."""
     file = Path(path).expanduser().absolute()
-    if not file.is_file():
-        siblings = [one.name for one in file.parent.glob("*.parquet")] if file.parent.is_dir() else []
-        way = near(file.name, siblings) or f"Relative paths start at {Path.cwd()}; check this one."
-        raise RequestError(f"There is no file {os.fspath(path)!r}. {way}")
-    return file
+    if file.is_file():
+        return file
+    siblings = (one.name for one in file.parent.glob("*.parquet"))
+    way = near(file.name, siblings) or f"Relative paths start at {Path.cwd()}; check this one."
+    raise RequestError(f"There is no file {os.fspath(path)!r}. {way}")
 
 
 def check_columns(file: Path, recipe: Recipe, columns: Sequence[str]) -> None:
     """Raise RequestError unless each of the recipe's columns is there once."""
     counts = Counter(columns)
     for part in recipe.parts:
-        width = part.block.components or part.width
-        # A width from elsewhere may be any number: look before so many names are made.
+        width = part.block.components or part.width  # which may be any number: look before so many names are made
         if width > len(columns) or any(counts[name] != 1 for name in part.names):
             raise RequestError(
                 f"{file.name} has not the {width:,} columns {part.prefix}_0000 … that it says it has: it was changed "
@@ -245,22 +197,16 @@ def check_columns(file: Path, recipe: Recipe, columns: Sequence[str]) -> None:
 
 
 class UnreadableError(ValueError):
-    """The text is not what `pack` writes; its message says what of it."""
+    """A text is not what `pack` writes; the message names what of it."""
 
 
 def pack(recipe: Recipe, failures: Iterable[Failure]) -> str:
-    """Write a recipe and failures as text.
-
-    Raises
-    ------
-    RequestError
-        Where it is too long for a footer, naming what takes most.
-    """
+    """Write a recipe and failures as text; raise RequestError where it is too long for a footer."""
     parts, lost = [_packed(part) for part in recipe.parts], list(failures)
-    text = json.dumps({"format": FORMAT, "recipe": dict(recipe.told), "parts": parts, "failures": lost})
+    text = json.dumps({"format": FORMAT, "recipe": dict(recipe.provenance), "parts": parts, "failures": lost})
     if len(text) > LARGEST:
         sizes = {part["prefix"]: len(json.dumps(part)) for part in parts}
-        largest = max(sizes, key=lambda prefix: sizes[prefix])
+        largest = max(sizes, key=sizes.__getitem__)
         raise RequestError(
             f"What {listing(sizes)} learned and {len(lost):,} failures take {format_bytes(len(text))} "
             f"({largest}: {format_bytes(sizes[largest])}), more than the {format_bytes(LARGEST)} that a Parquet file "
@@ -271,38 +217,28 @@ def pack(recipe: Recipe, failures: Iterable[Failure]) -> str:
 
 
 def unpack(text: bytes | str, source: str) -> tuple[Recipe, list[Failure]]:
-    """Read what `pack` wrote, from the file `source`.
-
-    Raises
-    ------
-    RequestError
-        Where anything of it is not so: nothing of a text from elsewhere is taken on trust.
-    """
+    """Read what `pack` wrote, from the file `source`; raise RequestError where anything of it is not so."""
+    way = AGAIN
     try:
         whole = json.loads(text)
-        _check_format(whole["format"])
-        parts = tuple(map(_unpacked, whole["parts"]))
-        _expect(bool(parts) and len({part.prefix for part in parts}) == len(parts), "the prefixes of its blocks")
-        told = whole["recipe"]
-        _expect(isinstance(told, dict) and _are(told["engines"], str), "its engines")
-        return Recipe(parts, told, source), [Failure.read(values) for values in whole["failures"]]
+        number = whole["format"]
+        _expect(type(number) is int and number > 0, "its format")
+        if number == FORMAT:
+            parts, provenance = tuple(map(_unpacked, whole["parts"])), whole["recipe"]
+            _expect(bool(parts) and len({part.prefix for part in parts}) == len(parts), "the prefixes of its blocks")
+            _expect(all(isinstance(engine, str) for engine in provenance["engines"]), "its engines")
+            return Recipe(parts, provenance, source), [Failure.read(values) for values in whole["failures"]]
+        reason = f"it was written by a newer nbfeat (format {number}, this one reads {FORMAT})"
+        way = "Install that version to read it."
     except UnreadableError as error:
-        reason = str(error)
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        reason = f"{error} cannot be what nbfeat wrote"
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         reason = f"what it says of its features cannot be read ({type(error).__name__})"
-    way = "Install that version to read it." if "newer" in reason else AGAIN
     raise RequestError(f"{source} cannot be read as a result of nbfeat: {reason}. {way}")
 
 
-def _check_format(number: object) -> None:
-    _expect(type(number) is int and number > 0, "its format")
-    if number != FORMAT:
-        raise UnreadableError(f"it was written by a newer nbfeat (format {number}, this one reads {FORMAT})")
-
-
 def _packed(part: PartRecipe) -> dict[str, Any]:
-    arrays = {field.name: getattr(part.normalizer, field.name) for field in fields(Normalizer)}
-    unit_length = arrays.pop("unit_length")
+    arrays = {name: getattr(part.normalizer, name) for name in ("shift", "stretch", "center", "axes")}
     return {
         "block": str(part.block),
         "images": str(part.column),
@@ -310,55 +246,35 @@ def _packed(part: PartRecipe) -> dict[str, Any]:
         "width": part.width,
         "weights": {"name": part.weights.name, "sha256": part.weights.sha256},
         "key_fields": dict(part.key_fields),
-        "unit_length": unit_length,
-        "arrays": {name: _text_of(array) for name, array in arrays.items() if array is not None},
+        "unit_length": part.normalizer.unit_length,
+        "arrays": {
+            name: {"shape": list(array.shape), "float32": base64.b64encode(array.astype("<f4").tobytes()).decode()}
+            for name, array in arrays.items()
+            if array is not None
+        },
     }
 
 
 def _unpacked(values: dict[str, Any]) -> PartRecipe:
-    blocks = FeatureBlock.parse(values["block"])
-    prefix, width, column, key_fields = values["prefix"], values["width"], values["images"], values["key_fields"]
-    _expect(len(blocks) == 1 and _are([prefix, column], str), "one of its blocks")
-    _expect(type(width) is int and width > 0, "the width of a block")
-    weights = Loaded(**values["weights"])
-    _expect(_are([weights.name, weights.sha256], str) and isinstance(key_fields, dict), "the weights of a block")
-    _expect(key_fields["precision"] in PRECISIONS, "the precision of a block")
-    normalizer = _normalizer(blocks[0], width, values["unit_length"], values["arrays"])
-    return PartRecipe(blocks[0], column, prefix, width, weights, key_fields, normalizer)
-
-
-def _normalizer(block: FeatureBlock, width: int, unit_length: object, arrays: dict[str, Any]) -> Normalizer:
-    """Read what a block learned; the arrays are those that `normalize.learn` makes for it, and of its width."""
+    """Read a part, whose arrays are those that `normalize.learn` makes for its block; all has to be as written."""
+    [block], width, key_fields = FeatureBlock.parse(values["block"]), values["width"], dict(values["key_fields"])
     shapes: dict[str, tuple[int, ...]] = {}
     if block.normalize in {"standard", "minmax"}:
         shapes.update(shift=(width,), stretch=(width,))
     if block.components is not None:
         shapes.update(center=(width,), axes=(block.components, width))
-    _expect(unit_length is (block.normalize == "l2"), f"the normalization of `{block}`")
-    _expect(arrays.keys() == shapes.keys(), f"what `{block}` learned")
-    read = {name: _array_of(arrays[name], shape, f"{name} of `{block}`") for name, shape in shapes.items()}
-    return Normalizer(unit_length=block.normalize == "l2", **read)
-
-
-def _text_of(array: NDArray[np.floating[Any]]) -> dict[str, Any]:
-    data = np.ascontiguousarray(array, "<f4").tobytes()
-    return {"shape": list(array.shape), "float32": base64.b64encode(data).decode("ascii")}
-
-
-def _array_of(values: dict[str, Any], shape: tuple[int, ...], what: str) -> NDArray[np.float32]:
-    _expect(values["shape"] == list(shape), f"the shape of {what}")
-    try:
-        data = base64.b64decode(values["float32"], validate=True)
-    except binascii.Error:
-        data = b""
-    _expect(len(data) == 4 * prod(shape), f"the numbers in {what}")
-    return np.frombuffer(data, "<f4").astype(np.float32).reshape(shape)
-
-
-def _are(values: Iterable[object], kind: type) -> bool:
-    return all(isinstance(value, kind) for value in values)
+    data = {name: base64.b64decode(values["arrays"][name]["float32"], validate=True) for name in shapes}
+    arrays = {name: np.frombuffer(data[name], "<f4").astype(np.float32).reshape(shapes[name]) for name in shapes}
+    weights = Loaded(**{name: str(text) for name, text in values["weights"].items()})
+    normalizer = Normalizer(block.normalize == "l2", **arrays)
+    part = PartRecipe(block, str(values["images"]), str(values["prefix"]), width, weights, key_fields, normalizer)
+    _expect(type(width) is int and width > 0 and part.precision in PRECISIONS, f"`{block}`")
+    written = {**_packed(part), "block": values["block"]}
+    given = {name: values[name] for name in written}
+    _expect(json.dumps(written, sort_keys=True) == json.dumps(given, sort_keys=True), f"`{block}`")
+    return part
 
 
 def _expect(fits: bool, what: str) -> None:
     if not fits:
-        raise UnreadableError(f"{what} cannot be what nbfeat wrote")
+        raise UnreadableError(what)

@@ -1,7 +1,4 @@
-"""Report: what a result says of itself, drawn as text and as html; the words that it is put together from.
-
-What is shown in a notebook, in a terminal and in a saved file is the same.
-"""
+"""Report: what a result says of itself, drawn as text and as html; the words that it is put together from."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ _HEAD = ("columns", "width", "from")
 _FAILURES = ("row", "image", "reason")
 _BOUNDS = {"reading": "reading", "decoding": "decoding", "network": "the network"}
 FAILURES_SHOWN = 10
-_REASON_SHOWN = 90
+LONGEST = 90  # characters of a reason in plain text
 
 Row = tuple[str, int, str]  # the names of columns, how many, and what they were made from
 
@@ -40,9 +37,14 @@ class Report:
     footer: str
     blocks: Sequence[Row] = ()
     planned: Sequence[str] = ()  # in place of `blocks`, before there are columns
-    failed: str = ""
-    failures: Sequence[Sequence[Any]] = ()  # row, image and reason of the first
+    total: int  # images
+    failures: pd.DataFrame
     notes: Sequence[str] = ()
+
+    def _failed(self) -> tuple[str, list[list[Any]]]:
+        """Say how many images failed, and where to read why; return row, image and reason of the first."""
+        first = self.failures[["position", "image", "reason"]].head(FAILURES_SHOWN).to_numpy().tolist()
+        return f"{len(self.failures):,} of {self.total:,} images failed and are NaN: see result.failures", first
 
     def text(self) -> str:
         """Draw the report as plain text."""
@@ -50,9 +52,10 @@ class Report:
         if self.blocks:
             lines.append(indented(text_table(self.blocks, _HEAD)))
         lines += [f"  {block}" for block in self.planned]
-        if self.failed:
-            rows = [(position, image, _shorten(reason)) for position, image, reason in self.failures]
-            lines += [self.failed, indented(text_table(rows, _FAILURES))]
+        if len(self.failures):
+            failed, first = self._failed()
+            rows = [(*rest, text[: LONGEST - 1] + "…" if text[LONGEST:] else text) for *rest, text in first]
+            lines += [failed, indented(text_table(rows, _FAILURES))]
         return "\n".join([*lines, *self.notes, self.footer])
 
     def html(self) -> Html:
@@ -62,10 +65,11 @@ class Report:
             joint = "\N{NO-BREAK SPACE}…\N{NO-BREAK SPACE}"
             parts.append(table([(names.replace(" … ", joint), *rest) for names, *rest in self.blocks], _HEAD))
         parts += [paragraph(block) for block in self.planned]
-        if self.failed:
-            parts.append(details(self.failed, table(self.failures, _FAILURES)))
+        if len(self.failures):
+            failed, first = self._failed()
+            parts.append(details(failed, table(first, _FAILURES)))
         parts += [paragraph(note) for note in self.notes]
-        return Html("".join([*parts, faint(self.footer)]))
+        return Html("".join(parts) + f'<div style="opacity:.65;font-size:90%">{escape(self.footer)}</div>')
 
 
 def made_row(part: FeatureColumns, cached: int) -> Row:
@@ -81,10 +85,8 @@ def made_row(part: FeatureColumns, cached: int) -> Row:
     if output:
         steps.append(f"{block.layer or 'end'} {'×'.join(map(str, output.shape))}")
         steps += [_POOLED[output.pooling]] if output.pooling else []
-    if block.normalize != "none":
-        steps.append(block.normalize)
-    if block.components:
-        steps.append(f"PCA to {block.components:,}")
+    steps += [block.normalize] if block.normalize != "none" else []
+    steps += [f"PCA to {block.components:,}"] if block.components else []
     marks = ["replaced"] if part.replaced else []
     marks += [f"{part.lane.cached:,} from the cache"] if part.lane and part.lane.cached > cached else []
     return _spanned(names) + (f" ({', '.join(marks)})" if marks else ""), len(names), " → ".join(steps)
@@ -96,7 +98,6 @@ def read_row(part: PartRecipe) -> Row:
 
 
 def _spanned(columns: Sequence[str]) -> str:
-    """Name a block's columns from the first to the last: ``resnet50_0000 … 2047``."""
     return f"{columns[0]} … {columns[-1].rpartition('_')[2]}" if len(columns) > 1 else columns[0]
 
 
@@ -112,10 +113,8 @@ def briefly(block: FeatureBlock) -> str:
 
 def _weights(part: FeatureColumns) -> str:
     """Say which weights, where the name of the network does not."""
-    name = part.lane.weights.name if part.lane else ""
-    if part.lane and (part.lane.spec.backbone == NAME or name == title_of(part.block)):
+    if not part.lane or part.lane.spec.backbone == NAME or (name := part.lane.weights.name) == title_of(part.block):
         return ""
-    # Nobody should mistake its features for ImageNet's.
     return " (bundled, small)" if name == "bundled" else f" ({name} weights)" if name else ""
 
 
@@ -134,8 +133,7 @@ def normalization_notes(parts: Sequence[FeatureColumns], *, repeats: Recipe | No
         )
     elif learned:
         notes.append(f"{listing(learned)}: normalization learned from {fit_rows:,} rows.")
-    gem = [(part.prefix, part.output) for part in parts if part.output and part.output.pooling == "gem"]
-    if lost := [prefix for prefix, output in gem if output.negative]:
+    if lost := [part.prefix for part in parts if (cut := part.output) and cut.pooling == "gem" and cut.negative]:
         notes.append(f"{listing(lost)}: GeM counts values below zero as zero, and this layer has some.")
     return notes
 
@@ -163,27 +161,6 @@ def footer(engines: Sequence[str], precision: str, bottleneck: str | None) -> st
     """Say what ran it, and what bounded its speed."""
     bound = f" · bounded by {_BOUNDS[bottleneck]}" if bottleneck else ""
     return f"{listing(engines) or 'nothing ran'} · {precision}{bound}"
-
-
-def failed(count: int, total: int) -> str:
-    """Say how many images failed, and where to read why; nothing where none did."""
-    return f"{count:,} of {total:,} images failed and are NaN: see result.failures" if count else ""
-
-
-def first(failures: pd.DataFrame) -> list[list[Any]]:
-    """Return row, image and reason of the failures that are shown."""
-    rows: list[list[Any]] = failures.head(FAILURES_SHOWN)[["position", "image", "reason"]].to_numpy().tolist()
-    return rows
-
-
-def faint(text: str) -> Html:
-    """Draw what is said last and least."""
-    return Html(f'<div style="opacity:.65;font-size:90%">{escape(text)}</div>')
-
-
-def _shorten(text: str) -> str:
-    """Cut a long reason for a table in plain text."""
-    return text if len(text) <= _REASON_SHOWN else text[: _REASON_SHOWN - 1] + "…"
 
 
 def indented(text: str) -> str:

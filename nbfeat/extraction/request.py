@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from nbfeat.backbones import keras_applications, user_models, weights
 from nbfeat.backbones.catalog import find
 from nbfeat.errors import RequestError
 from nbfeat.extraction.columns import FeatureColumns, plan, plan_again
-from nbfeat.extraction.networks import networks_of
 from nbfeat.extraction.options import FeatureBlock
 from nbfeat.extraction.recipe import Like, Recipe, to_repeat
 from nbfeat.images.decode import short
@@ -22,7 +22,7 @@ from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import image_column
 from nbfeat.inference.engines import devices as hardware
 from nbfeat.inference.engines.base import Asked
-from nbfeat.inference.spec import NetworkSpec, whole
+from nbfeat.inference.spec import Cut, NetworkSpec, whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,29 +85,23 @@ def read_request(
     """Read and check what was asked for; nothing is started."""
     frame, checked = read_frame(frame), hardware.check_precision(precision)
     repeats = to_repeat(like, blocks=blocks, fit_on=fit_on, precision=precision, defaults=defaults)
-    asked = list(images) if isinstance(images, list | tuple) else [images]
-    if repeats is not None:
-        asked = list(repeats.columns) if images is None else asked
-        of_blocks = repeats.blocks
-    else:
-        of_blocks = read_blocks(blocks, defaults)
-    columns = [image_column(frame, column) for column in asked]
+    of_blocks = repeats.blocks if repeats else read_blocks(blocks, defaults)
+    asked = images if isinstance(images, list | tuple) else [images]
+    columns = [image_column(frame, column) for column in (repeats.columns if repeats and images is None else asked)]
     parts = plan_again(repeats, columns) if repeats else plan(of_blocks, columns)
-    fit_rows = None if fit_on is None else rows_selected(frame, fit_on)
-    grouped = networks_of(of_blocks)
+    networks = networks_of(of_blocks)
     for part in parts:
         if part.is_sized:
             part.place_in(frame, replace=replace)
-        part.network = next(number for number, (*_, group) in enumerate(grouped) if part.block in group)
-    cells = [value for column in columns for value in frame[column].tolist()]
+        part.network = next(number for number, group in enumerate(networks.values()) if part.block in group)
     return Request(
         frame=frame,
         blocks=of_blocks,
         columns=columns,
         parts=parts,
-        networks=[(spec, pixels) for spec, pixels, _ in grouped],
-        images=cells,
-        fit_rows=fit_rows,
+        networks=list(networks),
+        images=[value for column in columns for value in frame[column].tolist()],
+        fit_rows=None if fit_on is None else rows_selected(frame, fit_on),
         repeats=repeats,
         root=Path(root or "").expanduser().absolute(),
         replace=replace,
@@ -140,13 +134,7 @@ def read_blocks(blocks: Sequence[Blocks], defaults: Mapping[str, Any]) -> list[F
 
 
 def read_frame(frame: Frame) -> pd.DataFrame:
-    """Return the DataFrame that `frame` is, that a Parquet file or folder of this path holds, or a dataset of Ray's.
-
-    Raises
-    ------
-    RequestError
-        Where it is something else, or cannot be read.
-    """
+    """Return the DataFrame that `frame` is, that a Parquet file or folder of this path holds, or a dataset of Ray's."""
     if isinstance(frame, str | Path):
         frame = _read_parquet(frame)
     elif (ray := sys.modules.get("ray.data")) is not None and isinstance(frame, ray.Dataset):  # whoever has one has it
@@ -155,26 +143,25 @@ def read_frame(frame: Frame) -> pd.DataFrame:
     return frame
 
 
-def _read_parquet(path: str | Path) -> pd.DataFrame:
+def _read_parquet(path: str | Path) -> Any:
     import pyarrow as pa
     from pyarrow import parquet
 
-    shown, way = short(str(path)), "Name one with the images in a column, or give a pandas DataFrame."
+    shown, file = short(str(path)), Path(path).expanduser()
+    way = "Name one with the images in a column, or give a pandas DataFrame."
     if "://" in str(path):
         raise RequestError(
             f"A frame is read from a path of this machine, not from {shown}: give pandas.read_parquet(…) of it."
         )
     try:
-        table = parquet.read_table(Path(path).expanduser())
-        if table.column_names:
-            frame: pd.DataFrame = table.to_pandas()
-            return frame
-        reason = "has no columns" if Path(path).expanduser().is_file() else "is a folder without Parquet files"
+        if (table := parquet.read_table(file)).column_names:
+            return table.to_pandas()
+        reason = "has no columns" if file.is_file() else "is a folder without Parquet files"
     except (FileNotFoundError, NotADirectoryError):
         raise RequestError(f"There is no Parquet file or folder {shown} to read the frame from. {way}") from None
     except (pa.ArrowException, OSError, ValueError) as error:
-        told = f"{error}".partition("\n")[0].partition(". ")[0].rstrip(".")
-        reason = f"cannot be read as Parquet ({short(told)})"
+        message = f"{error}".partition("\n")[0].partition(". ")[0].rstrip(".")
+        reason = f"cannot be read as Parquet ({short(message)})"
     raise RequestError(f"{shown} {reason}. {way}")
 
 
@@ -193,18 +180,42 @@ def check_frame(frame: object) -> None:
 
 def rows_selected(frame: pd.DataFrame, fit_on: str | Sequence[bool]) -> NDArray[np.bool_]:
     """Return the mask of the rows that `fit_on` selects."""
-    values: Any
-    if isinstance(fit_on, str):
-        try:
-            values = frame.eval(fit_on, local_dict={}, global_dict={})
-        except Exception as error:  # the query is the user's: whatever it raises is about it
-            raise RequestError(f"--fit-on {fit_on!r} could not be evaluated on the frame: {error}. {_QUERY}") from error
-    else:
-        values = fit_on
-    mask: NDArray[Any] = np.asarray(values)
+    try:
+        mask = np.asarray(frame.eval(fit_on, local_dict={}, global_dict={}) if isinstance(fit_on, str) else fit_on)
+    except Exception as error:  # the query is the user's: whatever it raises is about it
+        raise RequestError(f"--fit-on {fit_on!r} could not be evaluated on the frame: {error}. {_QUERY}") from error
     if mask.shape != (len(frame),) or mask.dtype != bool:
         given = f"{mask.dtype} of shape {mask.shape} for {len(frame):,} rows"
         raise RequestError(f"--fit-on must give one True or False per row; it gave {given}. {_QUERY}")
     if not mask.any():
         raise RequestError("--fit-on selects no row at all. Check the query against the frame's values.")
     return mask
+
+
+def networks_of(blocks: Sequence[FeatureBlock]) -> dict[tuple[NetworkSpec, PixelSpec], list[FeatureBlock]]:
+    """Group blocks by network and pixels: those that share everything but cut, normalization and prefix run as one."""
+    groups: dict[tuple[NetworkSpec, PixelSpec], list[FeatureBlock]] = {}
+    for block in blocks:
+        pixels = PixelSpec(block.size or find(block.backbone).size, block.resize, block.interpolation)
+        groups.setdefault((network_spec(block), pixels), []).append(block)
+    return {
+        (replace(spec, cuts=tuple(sorted({block.cut for block in group}))), pixels): group
+        for (spec, pixels), group in groups.items()
+    }
+
+
+def network_spec(block: FeatureBlock, cuts: tuple[Cut, ...] = ()) -> NetworkSpec:
+    """Describe the network of `block`, cut at `cuts`; raise RequestError where it cannot be had so."""
+    backbone, alpha = find(block.backbone), block.alpha
+    scaling, is_file = block.scaling or backbone.scaling, backbone.package == "file"
+    if backbone.is_user_model:
+        given = {name: getattr(block, name) for name in ("size", "alpha", "weights", "scaling")}
+        size, alpha = user_models.check(backbone, **given), None
+        chosen = backbone.name if is_file else backbone.default_weights
+    else:
+        chosen = block.weights or backbone.default_weights
+        chosen = chosen if chosen in weights.NAMED else str(weights.weights_file(chosen))
+        size = block.size or backbone.size
+        keras_applications.check(backbone, size=size, alpha=alpha, weights=chosen)
+    name = user_models.NAME if is_file else backbone.name
+    return NetworkSpec(backbone=name, alpha=alpha, weights=chosen, scaling=scaling, size=size, cuts=cuts)

@@ -53,8 +53,8 @@ class Result(FeatureTable):
         return report.Report(
             headline=f"{width:,} columns of features of {rows:,} rows, read from {source}",
             blocks=[report.read_row(part) for part in self.fitted.parts],
-            failed=report.failed(len(self.failures), rows * len(self.fitted.columns)),
-            failures=report.first(self.failures),
+            total=rows * len(self.fitted.columns),
+            failures=self.failures,
             footer=f"made by {listing(self.recipe['engines']) or 'nothing'} · {self.fitted.precision}",
         )
 

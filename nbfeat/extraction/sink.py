@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from nbfeat.errors import ExtractionError, RequestError, format_bytes
 from nbfeat.extraction import normalize
-from nbfeat.extraction.columns import FeatureColumns, attach, normalized, own_columns
+from nbfeat.extraction.columns import FeatureColumns, attach, made_columns, normalized
 from nbfeat.extraction.network_state import Batch
 from nbfeat.extraction.recipe import Recipe, pack, unpack
 from nbfeat.extraction.request import Request
@@ -91,7 +91,7 @@ class MemorySink:
             part.rows = rows
         places = [part.place_in(frame, replace=self._request.replace) for part in self._parts]
         for part, there in zip(self._parts, places, strict=True):
-            part.replaced = bool(there.replaced)
+            part.replaced = bool(there)
         self._frame = attach(frame, [part.frame(frame.index) for part in self._parts], places)
         for lane in self._run.lanes:
             lane.features.clear()  # what no part holds may go
@@ -364,7 +364,8 @@ def _check_learned(learned: Sequence[FeatureColumns], address: str, rows: int) -
 
 def _made_before(frame: pd.DataFrame, prefixes: Sequence[str], *, replace: bool) -> set[int]:
     """Return the positions of columns that the blocks of these `prefixes` make anew."""
-    positions = {position for prefix in prefixes for position in own_columns(frame, prefix)}
+    made = made_columns(frame)
+    positions = {position for prefix in prefixes for position in made.get(prefix, ())}
     if replace:
         names = re.compile(rf"(?:{'|'.join(map(re.escape, prefixes))})(?:_\d{{4,}})?|{dataset.FAILURE}")
         positions |= {at for at, label in enumerate(frame.columns) if names.fullmatch(str(label))}

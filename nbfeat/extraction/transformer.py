@@ -187,7 +187,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
 
     def _run(self, frame: pd.DataFrame, *blocks: Blocks, **options: Any) -> Extraction:
         """Run over the images in all columns of `frame`; rows that fail may stay NaN, also all of a `transform`."""
-        one_of(ON_FAILURE, "on_failure")(self.on_failure)
+        one_of(ON_FAILURE, "on_failure", self.on_failure)
         options |= {name: getattr(self, name) for name in ("device", "batch_size", "allow_remote", "cache")}
         extraction = Extraction(frame, *blocks, images=list(frame.columns), **options)
         try:

@@ -19,7 +19,7 @@ from nbfeat import WeightsError
 from nbfeat.backbones import weights
 from nbfeat.backbones.backbone import Backbone
 from nbfeat.backbones.catalog import CATALOG
-from nbfeat.extraction.networks import network_spec
+from nbfeat.extraction.request import network_spec
 from nbfeat.inference.compiled_models import located
 from tests.backbones.test_alexnet_googlenet import googlenets
 from tests.backbones.torch_files import checkpoint

@@ -261,13 +261,13 @@ def layouts(folder: str, *names: str) -> dict[str, Any]:
     """Tell which networks are turned channels-first."""
     importlib.import_module("nbfeat.isolation").quiet_child()
     network = importlib.import_module("nbfeat.inference.model")
-    networks = importlib.import_module("nbfeat.extraction.networks")
+    request = importlib.import_module("nbfeat.extraction.request")
     found = {}
     for word in names:
         name, _, layer = word.partition(":")
         cut = f"--layer {layer}" if layer else ""
         blocks = nbfeat.FeatureBlock.parse(f"{folder}/{name}.keras --scaling none --size 32 {cut}")
-        spec, *_ = networks.networks_of(blocks)[0]
+        spec, _ = next(iter(request.networks_of(blocks)))
         built = network.build(spec, lambda _: None, channels_first=True)
         found[word] = any("transpose" in operation.name for operation in built.model.operations)
     return found

@@ -20,7 +20,7 @@ import pandas as pd
 
 import nbfeat
 from nbfeat import Extraction, FeatureBlock
-from nbfeat.extraction.networks import network_spec
+from nbfeat.extraction.request import network_spec
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import read_pixels
 from nbfeat.inference.compiled_models import prepare

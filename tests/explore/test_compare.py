@@ -424,7 +424,7 @@ def test_speed_is_measured_once_for_each_source_and_only_where_asked(photos: pd.
     assert speed["mobilenet"] == speed["standard"]
     part = result.parts[0]
     assert part.lane is not None
-    assert np.isnan(images_per_second(part.lane, part.key, [str(tmp_path / "gone.png")], tmp_path))
+    assert np.isnan(images_per_second(part.lane, part.block.cut.key, [str(tmp_path / "gone.png")], tmp_path))
 
 
 @pytest.mark.slow
@@ -435,16 +435,16 @@ def test_one_output_of_a_real_network_alone_gives_the_same(
     result = nbfeat.extract(photos[:2], "Pocket --layer block1_out,block2_out", images="path")
     part = result.parts[0]
     assert part.lane is not None
-    alone, whole = part.lane.opening.start("float32", part.key), part.lane.opening.start("float32")
+    alone, whole = part.lane.opening.start("float32", part.block.cut.key), part.lane.opening.start("float32")
     vectors = []
     for engine in (alone, whole):
         buffer = engine.buffer()
         buffer[:] = np.random.default_rng(0).integers(0, 255, buffer.shape)
         engine.submit(buffer, len(buffer))
         vectors.append(engine.collect())
-    assert set(vectors[0]) == set(alone.outputs) == {part.key}
+    assert set(vectors[0]) == set(alone.outputs) == {part.block.cut.key}
     assert len(vectors[1]) == 2
-    np.testing.assert_array_equal(vectors[0][part.key], vectors[1][part.key])
+    np.testing.assert_array_equal(vectors[0][part.block.cut.key], vectors[1][part.block.cut.key])
     assert result.speed_of(part) > 0
 
 

@@ -43,7 +43,7 @@ def decoded() -> Counter[tuple[str, ...]]:
 
 def cores_and_engine(transformer: ImageFeatures, paths: list[str]) -> tuple[int, str]:
     """Return how many cores a process takes for its own, and what it says that its network runs on."""
-    return cpu_count.available_cores(), transformer.fit(paths).recipe_.told["engines"][0]
+    return cpu_count.available_cores(), transformer.fit(paths).recipe_.provenance["engines"][0]
 
 
 def _log() -> Path:

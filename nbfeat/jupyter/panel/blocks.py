@@ -10,10 +10,9 @@ import ipywidgets as widgets
 from nbfeat.backbones.catalog import CATALOG, find
 from nbfeat.errors import NbfeatError, format_bytes
 from nbfeat.extraction import columns
-from nbfeat.extraction.networks import expected_width
 from nbfeat.extraction.options import BLOCK_OPTIONS, FeatureBlock, column_names, column_prefix, quoted, spelled
 from nbfeat.html import escape
-from nbfeat.inference.layers import layer_names
+from nbfeat.inference.layers import expected_width, layer_names
 from nbfeat.jupyter.panel.widgets import (
     DEFAULT,
     Kit,
@@ -64,7 +63,9 @@ class Card:
         defaults = {name: value for name, value in self._settings().items() if name in self.options}
         try:
             block = FeatureBlock.parse(self.text, defaults)[0]
-            column, expected = find(block.backbone).column, expected_width(block)
+            backbone = find(block.backbone)
+            column, expected = backbone.column, (block.components, True) if block.components else None
+            expected = expected or expected_width(backbone, block.cut, alpha=block.alpha, size=block.size)
         except NbfeatError:  # which is told elsewhere
             self.expected.value = ""
             return 0
