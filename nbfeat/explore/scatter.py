@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nbfeat.errors import RequestError
+from nbfeat.errors import RequestError, listing
 from nbfeat.explore.gallery import COLORS, axes, colors, plain
 from nbfeat.explore.neighbors import free_name
 from nbfeat.explore.scoring import MOST_CLASSES, column_of, drawn
-from nbfeat.explore.vectors import Data, vectors_of
+from nbfeat.explore.vectors import Data, Space, vectors_of
 from nbfeat.extraction.options import one_of
 from nbfeat.html import Html, escape, paragraph
 from nbfeat.images.decode import short
@@ -101,18 +101,18 @@ def scatter(
     count = len(vectors.positions)
     rows = drawn(count, whole("limit")(limit), None if classes is None else classes.cat.codes.to_numpy())
     positions = vectors.positions[rows]
-    places, names = _places(vectors.space("euclidean").points(positions).astype(np.float32), method)
+    places, names = _places(Space([*vectors.blocks.values()], "euclidean").points(positions).astype(np.float32), method)
     frame = pd.DataFrame({"x": places[:, 0], "y": places[:, 1]}, vectors.images.frame.index.take(positions))
     if values is not None:
         frame.insert(2, free_name(values.name, frame), values.iloc[rows].array)
-    chosen = f"{len(rows):,} of {count:,} rows drawn" if len(rows) < count else ""
+    chosen = [f"{len(rows):,} of {count:,} rows drawn"] if len(rows) < count else []
     return Scatter(
         frame=frame,
         classes=None if classes is None else classes.iloc[rows].cat.remove_unused_categories(),
         color=None if values is None else values.name,
         names=names,
-        title=f"{TITLES[method]} of {vectors.title}",
-        note=" · ".join(filter(None, [chosen, vectors.left_out])),
+        title=f"{TITLES[method]} of {listing(vectors.blocks)}",
+        note=" · ".join([*chosen, *vectors.left_out]),
     )
 
 

@@ -215,30 +215,24 @@ def _check(cv: int, target: Target, groups: NDArray[Any] | None) -> None:
     if cv < 2:
         raise RequestError(f"cv takes a number of folds from 2, not {cv}.")
     total = len(target.answers)
-    if target.is_classes:
-        _check_classes(cv, target, grouped=groups is not None)
-    elif total < 2 * cv:
+    kinds, counts = np.unique(target.answers, return_counts=True)
+    if target.is_classes and len(kinds) == 1:
+        raise RequestError(
+            f"All {total:,} rows have the {target.name} {kinds[0].item()!r}: there is nothing to tell apart. "
+            "Name a target of two classes or more."
+        )
+    if target.is_classes and groups is None and counts.min() < cv:
+        rare = [f"{kind.item()!r} ({count:,})" for kind, count in zip(kinds, counts, strict=True) if count < cv]
+        more = f" and {len(rare) - RARE_SHOWN:,} more" if len(rare) > RARE_SHOWN else ""
+        way = f"Take cv={counts.min()}, or make" if counts.min() > 1 else "Make"
+        raise RequestError(
+            f"Classes of {target.name} with fewer rows than the {cv} folds: {listing(rare[:RARE_SHOWN])}{more}. "
+            f"{way} them None to leave them out."
+        )
+    if not target.is_classes and total < 2 * cv:
         raise RequestError(f"{total:,} rows are too few for {cv} folds of at least two. Take cv={total // 2}.")
     if groups is not None and (count := len(np.unique(groups))) < cv:
         raise RequestError(f"There are {count:,} groups, fewer than {cv} folds. Take cv={count} or less.")
-
-
-def _check_classes(cv: int, target: Target, *, grouped: bool) -> None:
-    kinds, counts = np.unique(target.answers, return_counts=True)
-    if len(kinds) == 1:
-        raise RequestError(
-            f"All {len(target.answers):,} rows have the {target.name} {kinds[0].item()!r}: there is nothing to tell "
-            "apart. Name a target of two classes or more."
-        )
-    if grouped or counts.min() >= cv:
-        return
-    rare = [f"{kind.item()!r} ({count:,})" for kind, count in zip(kinds, counts, strict=True) if count < cv]
-    more = f" and {len(rare) - RARE_SHOWN:,} more" if len(rare) > RARE_SHOWN else ""
-    way = f"Take cv={counts.min()}, or make" if counts.min() > 1 else "Make"
-    raise RequestError(
-        f"Classes of {target.name} with fewer rows than the {cv} folds: {listing(rare[:RARE_SHOWN])}{more}. "
-        f"{way} them None to leave them out."
-    )
 
 
 def _wants_classes(model: object) -> bool | None:
