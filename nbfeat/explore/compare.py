@@ -177,7 +177,6 @@ class Comparison:
         )  # fmt: skip
 
     def __repr__(self) -> str:
-        """Return the table and the notes as text."""
         heading, head, rows = self._read(" ± ")
         return gallery.text(heading, text_table(rows, head), *self.notes)
 

@@ -126,7 +126,6 @@ class Thumbnails:
         return plot(self.tiles, self.root, repr(self))
 
     def __repr__(self) -> str:
-        """Return one line of text."""
         return f"Thumbnails of {len(self.tiles):,} of {self.total:,} images"
 
     def _repr_html_(self) -> str:

@@ -138,7 +138,10 @@ def duplicates(
 
     vectors = vectors_of(result, features, images, root)
     space, rows, frame = Space([*vectors.blocks.values()], metric), vectors.positions, vectors.images.frame
-    limit = SHARE * space.usual(rows) if threshold is None else _checked(threshold)
+    is_number = isinstance(threshold, (int, float, np.number)) and not isinstance(threshold, bool)
+    if threshold is not None and not (is_number and 0 <= threshold < np.inf):
+        raise RequestError(f"threshold takes a distance of at least 0, such as 0.05, not {threshold!r}.")
+    limit = SHARE * space.usual(rows) if threshold is None else float(threshold)
     firsts = space.groups(rows, limit)
     _, which, sizes = np.unique(firsts, return_inverse=True, return_counts=True)
     order = np.argsort(firsts, kind="stable")
@@ -175,12 +178,10 @@ class Similar:
         return gallery.plot(self.tiles, self.images.root, self.heading)
 
     def __repr__(self) -> str:
-        """Return the nearest rows as text."""
         return gallery.text(self.heading, self._rows(text_table), self.note)
 
     def _repr_html_(self) -> str:
-        has_images = self.images.column is not None
-        body = gallery.html(self.tiles, self.images.root) if has_images else self._rows(table)
+        body = self._rows(table) if self.images.column is None else gallery.html(self.tiles, self.images.root)
         return gallery.page(self.heading, body, self.note)
 
     def _rows(self, draw: Callable[..., str]) -> str:
@@ -215,7 +216,6 @@ class Duplicates:
         return gallery.plot(tiles, self.images.root, sentences(self._heading(), self._more()))
 
     def __repr__(self) -> str:
-        """Return the groups as text."""
         return gallery.text(self._heading(), self._rows(text_table), *self._notes())
 
     def _repr_html_(self) -> str:
@@ -324,7 +324,15 @@ def _extracted(vectors: Vectors, to: object) -> list[Rows]:
         with isolation.pillow_defaults():
             read_thumbnail(to, SMALL, vectors.images.root)
     except ImageError as error:
-        raise RequestError(_neither(vectors.images.frame.index, to, error)) from None
+        index = vectors.images.frame.index
+        hint = near(to, [str(label) for label in index[:1000]]) if isinstance(to, str) else ""
+        first = listing([repr(label) for label in index[:LABELS_SHOWN].tolist()])
+        number = str(to) if isinstance(to, (int, float)) else name_of(to)
+        asked = short(repr(redact_url(to)) if isinstance(to, str) else number, 80)
+        raise RequestError(
+            f"{asked} is no label of the index (which begins with {first}), and no image that can be read: {error}. "
+            + (hint or "frame.index[n] is the label of the row at position n.")
+        ) from None
     if vectors.made is None:
         raise RequestError(
             f"{file_name(to)} is not in the frame, and a frame does not know how its features were made. "
@@ -337,22 +345,3 @@ def _extracted(vectors: Vectors, to: object) -> list[Rows]:
     frame = pd.DataFrame({part.column: pd.Series([to], dtype=object) for part in parts})
     result = vectors.made.like(frame, root=vectors.images.root)
     return [result[prefix].to_numpy() for prefix in vectors.blocks]
-
-
-def _neither(index: pd.Index, to: object, reason: ImageError) -> str:
-    """Say that `to` is no row and no image."""
-    hint = near(to, [str(label) for label in index[:1000]]) if isinstance(to, str) else ""
-    first = listing([repr(label) for label in index[:LABELS_SHOWN].tolist()])
-    asked = repr(redact_url(to)) if isinstance(to, str) else str(to) if isinstance(to, (int, float)) else name_of(to)
-    return sentences(
-        f"{short(asked, 80)} is no label of the index (which begins with {first}), and no image that can be read: "
-        f"{reason}.",
-        hint or "frame.index[n] is the label of the row at position n.",
-    )
-
-
-def _checked(threshold: float) -> float:
-    is_number = isinstance(threshold, (int, float, np.number)) and not isinstance(threshold, bool)
-    if is_number and np.isfinite(threshold) and threshold >= 0:
-        return float(threshold)
-    raise RequestError(f"threshold takes a distance of at least 0, such as 0.05, not {threshold!r}.")

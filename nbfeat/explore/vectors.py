@@ -84,7 +84,6 @@ class Space:
     metric: Metric
 
     def __post_init__(self) -> None:
-        """Check the metric."""
         one_of(METRICS, "metric")(self.metric)
 
     def nearest(self, query: Sequence[Rows], rows: Positions, count: int) -> tuple[Positions, Floats]:
