@@ -208,11 +208,8 @@ class Duplicates:
         if not self.sizes.size or self.images.column is None:
             why = "no column looks like images; name it with images=" if self.sizes.size else "no two rows are so near"
             raise RequestError(f"There is nothing to draw: {why}.")
-        tiles = [
-            replace(tile, lines=(f"group {number}: {tile.lines[0]}", *tile.lines[1:]))
-            for number, group in enumerate(self._groups(), 1)
-            for tile in group
-        ]
+        numbered = [(number, tile) for number, group in enumerate(self._groups(), 1) for tile in group]
+        tiles = [replace(tile, lines=(f"group {at}: {tile.lines[0]}", *tile.lines[1:])) for at, tile in numbered]
         return gallery.plot(tiles, self.images.root, sentences(self._heading(), self._more()))
 
     def __repr__(self) -> str:
@@ -229,14 +226,13 @@ class Duplicates:
         groups = f"{len(self.sizes):,} {'group' if len(self.sizes) == 1 else 'groups'}"
         return f"{groups} of nearly equal images: {len(self.frame):,} of {self.compared:,} rows"
 
-    def _shown(self) -> NDArray[np.intp]:
-        """Return how many rows are shown of the first groups, as many as a notebook holds."""
-        shown = np.minimum(self.sizes, MOST_OF_GROUP)
-        return shown[np.cumsum(shown) <= MOST_TILES]
-
     def _groups(self) -> list[list[Tile]]:
+        """Return the first rows of the first groups, as many as a notebook holds."""
+        shown = np.minimum(self.sizes, MOST_OF_GROUP)
         groups = []
-        for start, count in zip(np.cumsum(self.sizes) - self.sizes, self._shown(), strict=False):
+        for start, count in zip(
+            np.cumsum(self.sizes) - self.sizes, shown[np.cumsum(shown) <= MOST_TILES], strict=False
+        ):
             distances = self.frame.iloc[start + 1 : start + count, 1]
             texts = zip(self.positions[start : start + count], ["first", *map(distance_text, distances)], strict=True)
             groups.append([tile(self.images, at, self.captions, text) for at, text in texts])
@@ -248,8 +244,8 @@ class Duplicates:
         return draw(rows, ("group", "distance", *(self.captions or ("index",)), "image")) if rows else ""
 
     def _more(self) -> str:
-        shown = self._shown()
-        rows, groups = self.sizes[: len(shown)].sum() - shown.sum(), len(self.sizes) - len(shown)
+        shown = [len(group) for group in self._groups()]
+        rows, groups = self.sizes[: len(shown)].sum() - sum(shown), len(self.sizes) - len(shown)
         more = [f"{rows:,} more {'row' if rows == 1 else 'rows'} of these groups"] if rows else []
         more += [f"{groups:,} more {'group' if groups == 1 else 'groups'}"] if groups else []
         return f"… and {listing(more)}: see .frame" if more else ""

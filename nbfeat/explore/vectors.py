@@ -189,9 +189,8 @@ def images_of(data: Data, images: Hashable | None = None, root: str | Path | Non
     images is taken, if there is one.
     """
     start = data.root if root is None and isinstance(data, Extraction) else Path(root or "").expanduser().absolute()
-    if not isinstance(data, Made):
-        check_frame(data)
     given = data.frame if isinstance(data, Made) else data
+    check_frame(given)
     features = {position for positions in made_columns(given).values() for position in positions}
     frame = given.iloc[:, [position for position in range(given.shape[1]) if position not in features]]
     if not isinstance(data, Made):
