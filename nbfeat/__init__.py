@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from nbfeat.errors import RequestError as RequestError
     from nbfeat.errors import WeightsError as WeightsError
     from nbfeat.explore.compare import compare as compare
-    from nbfeat.explore.duplicates import duplicates as duplicates
     from nbfeat.explore.gallery import thumbnails as thumbnails
+    from nbfeat.explore.neighbors import duplicates as duplicates
     from nbfeat.explore.neighbors import similar as similar
     from nbfeat.explore.scatter import scatter as scatter
     from nbfeat.extraction.extraction import Extraction as Extraction
@@ -42,8 +42,7 @@ _MODULES = {
     "nbfeat.cache.storage": "storage",
     "nbfeat.errors": "NbfeatError RequestError WeightsError NetworkError ExtractionError ImageError",
     "nbfeat.explore.compare": "compare",
-    "nbfeat.explore.duplicates": "duplicates",
-    "nbfeat.explore.neighbors": "similar",
+    "nbfeat.explore.neighbors": "similar duplicates",
     "nbfeat.explore.scatter": "scatter",
     "nbfeat.explore.gallery": "thumbnails",
     "nbfeat.extraction.extraction": "extract Extraction",

@@ -7,18 +7,19 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.errors import RequestError, format_bytes, listing
+from nbfeat.explore import gallery
 from nbfeat.explore.gallery import axes, colors, plain
 from nbfeat.explore.scoring import column_of, folds_of, read_task, scorer_of, scores_of, selected, written
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.options import FeatureBlock
-from nbfeat.extraction.report import briefly, indented, title_of
-from nbfeat.html import Html, paragraph, table, text_table
+from nbfeat.extraction.report import briefly, title_of
+from nbfeat.html import table, text_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,8 +101,7 @@ def compare(
             part.prefix: scores_of(part.block, part.prefix, matrices[part.prefix], chosen, folds, estimator, scorer)
             for part in result.parts
         }
-    ordered = _best_first(scores)
-    overview = _table(result, ordered, _rates(result) if speed else {})
+    overview, ordered = _tables(result, scores, speed=speed)
     notes = [verdict(ordered, name), *left_out, chosen.note, recomputed, *_about(result, warned, speed=speed)]
     setting = f"{written(estimator)}, {how_split}, {chosen}"
     best = overview["block"].iloc[0]
@@ -148,20 +148,23 @@ class Comparison:
         ink = mpl.rcParams["text.color"]
         mean = {"linestyle": "none", "color": ink, "marker": "D", "markersize": 5}
         sns.pointplot(**where, **mean, errorbar="sd", err_kws={"linewidth": 1.5})
-        self._explain(ax, ink)
+        self._label(ax, ink)
         return ax
 
-    def _explain(self, ax: Axes, ink: str) -> None:
-        """Name axes and colors."""
+    def _label(self, ax: Axes, ink: str) -> None:
         from matplotlib.lines import Line2D
         from matplotlib.transforms import offset_copy
 
-        ax.set_yticks(range(len(self.table)), [plain(name) for name in self._names()])
+        rates = self.table.get("images_per_second", [np.nan] * len(self.table))
+        names = [
+            f"{prefix}\n{width:,} wide" + ("" if np.isnan(rate) else f", {_rounded(rate):,} images/s")
+            for prefix, width, rate in zip(self.table.index, self.table["width"], rates, strict=True)
+        ]
+        ax.set_yticks(range(len(self.table)), [plain(name) for name in names])
         ax.set(xlabel=plain(f"{self.score} of each fold"), ylabel="")
-        title = [f"{self.score}: {self.target} from the features of each block", self.setting]
-        ax.set_title(
-            plain("\n".join(textwrap.fill(line, TITLE_WIDTH) for line in title)), loc="left", fontsize="medium"
-        )
+        lines = f"{self.score}: {self.target} from the features of each block", self.setting
+        title = "\n".join(textwrap.fill(line, TITLE_WIDTH) for line in lines)
+        ax.set_title(plain(title), loc="left", fontsize="medium")
         ax.grid(visible=True, axis="x", alpha=0.3)
         ax.set_axisbelow(True)
         handles, labels = ax.get_legend_handles_labels()
@@ -173,34 +176,24 @@ class Comparison:
             bbox_transform=below, ncols=LEGEND_COLUMNS, frameon=False, borderaxespad=0,
         )  # fmt: skip
 
-    def _names(self) -> list[str]:
-        """Return what the axis says of each block."""
-        rates = self.table.get("images_per_second", [np.nan] * len(self.table))
-        return [
-            f"{prefix}\n{width:,} wide" + ("" if np.isnan(rate) else f", {_rounded(rate):,} images/s")
-            for prefix, width, rate in zip(self.table.index, self.table["width"], rates, strict=True)
-        ]
-
     def __repr__(self) -> str:
-        """Return the table and the notes as text."""
-        heading, head, rows = self._read()
-        return "\n".join([heading, indented(text_table(rows, head)), *self.notes])
+        heading, head, rows = self._read(" ± ")
+        return gallery.text(heading, text_table(rows, head), *self.notes)
 
     def _repr_html_(self) -> str:
-        heading, head, rows = self._read(" ± ".replace(" ", "\N{NO-BREAK SPACE}"))
-        return Html("".join([paragraph(heading, strong=True), table(rows, head), *map(paragraph, self.notes)]))
+        heading, head, rows = self._read("\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+        return gallery.page(heading, table(rows, head), *self.notes)
 
-    def _read(self, sign: str = " ± ") -> tuple[str, list[str], list[list[object]]]:
+    def _read(self, sign: str) -> tuple[str, list[str], list[list[object]]]:
         """Return the heading, and the head and the rows of the table, as people read them."""
-        has_speed = "images_per_second" in self.table
-        head = ["features", f"{self.score}{sign}sd", "width", *(["images/s"] if has_speed else []), "memory", "block"]
+        speed = ["images/s"] if "images_per_second" in self.table else []
+        head = ["features", f"{self.score}{sign}sd", "width", *speed, "memory", "block"]
         rows: list[list[object]] = []
         for prefix, row in self.table.iterrows():
-            spread = "" if np.isnan(row["spread"]) else f"{sign}{row['spread']:.3f}"
-            rate = [_rounded(row["images_per_second"])] if has_speed else []
-            (block,) = FeatureBlock.parse(row["block"])
-            score = f"{row['score']:.3f}{spread}"
-            rows.append([prefix, score, row["width"], *rate, format_bytes(row["bytes"]), briefly(block)])
+            score = f"{row['score']:.3f}" + ("" if np.isnan(row["spread"]) else f"{sign}{row['spread']:.3f}")
+            rate = [_rounded(row["images_per_second"])] if speed else []
+            block = briefly(FeatureBlock.parse(row["block"])[0])
+            rows.append([prefix, score, row["width"], *rate, format_bytes(row["bytes"]), block])
         return f"{self.target}: {self.score} of {self.setting}", head, rows
 
 
@@ -208,9 +201,9 @@ def verdict(scores: pd.DataFrame, name: str) -> str:
     """Say whether the first block is clearly the best: by more than its lead varies from fold to fold."""
     if len(scores) == 1:
         return ""
-    leads = scores.iloc[0] - scores.iloc[1:]
     if scores.shape[1] == 1:
         return "One fold does not tell how much scores vary: take more before choosing."
+    leads = scores.iloc[0] - scores.iloc[1:]
     means, spreads = leads.mean(axis=1), leads.std(axis=1, ddof=1)
     best, second = scores.index[:2]
     lead = f"{means.iloc[0]:.3f} ± {spreads.iloc[0]:.3f} of {name} from fold to fold"
@@ -229,15 +222,6 @@ def _rounded(rate: float) -> float | str:
     return round(float(f"{rate:.2g}")) if rate >= 10 else float(f"{rate:.2g}")
 
 
-def _best_first(scores: Mapping[str, Sequence[float]]) -> pd.DataFrame:
-    """Return blocks × folds, the best mean first."""
-    import pandas as pd
-
-    ordered = sorted(scores, key=lambda prefix: float(np.mean(scores[prefix])), reverse=True)
-    folds = [f"fold {number + 1}" for number in range(len(scores[ordered[0]]))]
-    return pd.DataFrame([scores[prefix] for prefix in ordered], index=ordered, columns=folds)
-
-
 def _matrices(result: Extraction) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.bool_], str]:
     """Return features before what their normalization learned, the rows that have all of them, and what to say."""
     learned = [part for part in result.parts if part.block.is_learned]
@@ -249,39 +233,34 @@ def _matrices(result: Extraction) -> tuple[dict[str, NDArray[np.float32]], NDArr
     for part in learned:
         same = raw[replace(part.block, normalize="none", components=None), part.column]
         if part.lane and same.lane and part.lane.weights.sha256 != same.lane.weights.sha256:
-            name = part.block.backbone
-            raise RequestError(
-                f"The weights of {name} are others than when {part.prefix} was extracted: extract it again."
-            )
+            name, prefix = part.block.backbone, part.prefix
+            raise RequestError(f"The weights of {name} are others than when {prefix} was extracted: extract it again.")
         found[part.prefix] = before[same.prefix].to_numpy()
     again = f"{before.computed:,} images, which the cache did not have."
     note = f"Features before normalization were computed again for {again}" if before.computed else ""
     return found, result.ok.to_numpy() & before.ok.to_numpy(), note
 
 
-def _rates(result: Extraction) -> dict[str, float]:
-    """Measure each source of features once: parts of one source differ in normalization alone."""
-    measured: dict[Any, float] = {}
-    for part in result.parts:
-        if part.source not in measured:
-            measured[part.source] = result.speed_of(part)
-    return {part.prefix: measured[part.source] for part in result.parts}
-
-
-def _table(result: Extraction, scores: pd.DataFrame, rates: Mapping[str, float]) -> pd.DataFrame:
+def _tables(result: Extraction, scores: Mapping[str, list[float]], *, speed: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return what is known of each block, and the scores of blocks × folds; the best mean first."""
     import pandas as pd
 
-    parts = {part.prefix: part for part in result.parts}
-    widths = [len(parts[prefix].names) for prefix in scores.index]
+    parts = sorted(result.parts, key=lambda part: float(np.mean(scores[part.prefix])), reverse=True)
+    prefixes, widths = [part.prefix for part in parts], [len(part.names) for part in parts]
+    names = [f"fold {number}" for number, _ in enumerate(scores[prefixes[0]], 1)]
+    folds = pd.DataFrame([scores[prefix] for prefix in prefixes], index=prefixes, columns=names)
+    # Each source of features is measured once: parts of one source differ in normalization alone.
+    sources = {part.source: part for part in parts}
+    rates = {source: result.speed_of(part) for source, part in sources.items() if speed}
     columns = {
-        "block": [str(parts[prefix].block) for prefix in scores.index],
-        "score": scores.mean(axis=1),
-        "spread": scores.std(axis=1, ddof=1),
+        "block": [str(part.block) for part in parts],
+        "score": folds.mean(axis=1),
+        "spread": folds.std(axis=1, ddof=1),
         "width": widths,
-        **({"images_per_second": [rates[prefix] for prefix in scores.index]} if rates else {}),
+        **({"images_per_second": [rates[part.source] for part in parts]} if speed else {}),
         "bytes": [4 * width * len(result.frame) for width in widths],
     }
-    return pd.DataFrame(columns, index=scores.index)
+    return pd.DataFrame(columns, index=prefixes), folds
 
 
 def _about(result: Extraction, warned: Sequence[warnings.WarningMessage], *, speed: bool) -> Iterator[str]:

@@ -19,6 +19,7 @@ from nbfeat import isolation
 from nbfeat.errors import ImageError, RequestError
 from nbfeat.explore.scoring import column_of
 from nbfeat.explore.vectors import Data, Images, images_of
+from nbfeat.extraction.report import indented
 from nbfeat.html import Html, escape, paragraph
 from nbfeat.images.decode import short
 from nbfeat.images.sources import image_column, is_missing, name_of, read_thumbnail, spread
@@ -125,7 +126,6 @@ class Thumbnails:
         return plot(self.tiles, self.root, repr(self))
 
     def __repr__(self) -> str:
-        """Return one line of text."""
         return f"Thumbnails of {len(self.tiles):,} of {self.total:,} images"
 
     def _repr_html_(self) -> str:
@@ -189,13 +189,24 @@ def plot(tiles: Sequence[Tile], root: Path, title: str) -> NDArray[Any]:
 
     columns = min(COLUMNS, len(tiles))
     rows = math.ceil(len(tiles) / columns)
-    lines = max(len(_wrapped(tile)) for tile in tiles)
-    size = (INCHES * columns, (INCHES + 0.17 * lines) * rows + 0.4)
+    captions = [[part for line in tile.lines for part in textwrap.wrap(line, LETTERS) or [""]] for tile in tiles]
+    size = (INCHES * columns, (INCHES + 0.17 * max(map(len, captions))) * rows + 0.4)
     figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     figure.suptitle(plain("\n".join(textwrap.wrap(title, 20 * columns))), fontsize="medium")
+    images = _read(tiles, root, PRINTED, lambda image: image)
     drawn: NDArray[Any] = grid.ravel()[: len(tiles)]
-    for ax, tile, image in zip(drawn, tiles, _read(tiles, root, PRINTED, lambda image: image), strict=True):
-        _draw(ax, tile, image)
+    for ax, tile, image, lines in zip(drawn, tiles, images, captions, strict=True):
+        ax.set(xticks=[], yticks=[])
+        ax.grid(visible=False)
+        ax.set_xlabel(plain("\n".join(lines)), fontsize="small", fontweight="bold" if tile.marked else None)
+        for side in ax.spines.values():
+            side.set(visible=isinstance(image, str) or tile.marked, linewidth=2 if tile.marked else 1)
+        if isinstance(image, str):
+            reason = plain("\n".join(textwrap.wrap(image, LETTERS)))
+            ax.text(0.5, 0.5, reason, ha="center", va="center", fontsize="x-small", transform=ax.transAxes)
+            ax.set_box_aspect(1)
+        else:
+            ax.imshow(image, interpolation="antialiased")
     for ax in grid.ravel()[len(tiles) :]:
         ax.remove()
     return drawn
@@ -243,25 +254,6 @@ def _tile(tile: Tile, picture: tuple[str, tuple[int, int]] | str) -> str:
     return f'<div style="{_TILE} {border}" title="{escape(tile.name)}">{above}{lines}</div>'
 
 
-def _draw(ax: Axes, tile: Tile, image: Image.Image | str) -> None:
-    ax.set(xticks=[], yticks=[])
-    ax.grid(visible=False)
-    ax.set_xlabel(plain("\n".join(_wrapped(tile))), fontsize="small", fontweight="bold" if tile.marked else None)
-    for side in ax.spines.values():
-        side.set_visible(isinstance(image, str) or tile.marked)
-        side.set_linewidth(2 if tile.marked else 1)
-    if isinstance(image, str):
-        text = plain("\n".join(textwrap.wrap(image, LETTERS)))
-        ax.text(0.5, 0.5, text, ha="center", va="center", fontsize="x-small", transform=ax.transAxes)
-        ax.set_box_aspect(1)
-    else:
-        ax.imshow(image, interpolation="antialiased")
-
-
-def _wrapped(tile: Tile) -> list[str]:
-    return [part for line in tile.lines for part in textwrap.wrap(line, LETTERS) or [""]]
-
-
 def axes(ax: Axes | None, width: float, height: float) -> Axes:
     """Return `ax`, or axes of a new figure of pyplot's, `width` × `height` inches, that nothing is cut from."""
     if ax is not None:
@@ -282,3 +274,13 @@ def colors(names: Iterable[object]) -> dict[object, tuple[float, float, float]] 
 def plain(text: object) -> str:
     """Return `text` so that matplotlib shows it as it is: between two dollars it would read a formula."""
     return str(text).replace("$", r"\$")
+
+
+def text(heading: str, table: str, *notes: str) -> str:
+    """Return what a terminal shows of a result."""
+    return "\n".join(filter(None, [heading, indented(table), *notes]))
+
+
+def page(heading: str, body: str, *notes: str) -> Html:
+    """Return what a notebook shows of a result."""
+    return Html("".join([paragraph(heading, strong=True), body, *map(paragraph, filter(None, notes))]))

@@ -8,17 +8,17 @@ import importlib.util
 import io
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nbfeat.errors import RequestError
+from nbfeat.errors import RequestError, listing
 from nbfeat.explore.gallery import COLORS, axes, colors, plain
 from nbfeat.explore.neighbors import free_name
 from nbfeat.explore.scoring import MOST_CLASSES, column_of, drawn
-from nbfeat.explore.vectors import Data, vectors_of
+from nbfeat.explore.vectors import Data, Space, vectors_of
 from nbfeat.extraction.options import one_of
 from nbfeat.html import Html, escape, paragraph
 from nbfeat.images.decode import short
@@ -30,14 +30,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Method = Literal["pca", "tsne", "umap"]
-METHODS: tuple[Method, ...] = get_args(Method)
 TITLES = {"pca": "Principal components", "tsne": "t-SNE", "umap": "UMAP"}
-LEAST_ROWS = {"pca": 2, "tsne": 4, "umap": 4}
 COMPONENTS = 50  # before t-SNE and UMAP, as their authors do: faster, and less noise
 PERPLEXITY, NEIGHBORS = 30, 15  # the methods' own defaults, where there are rows enough
 FEW_ROWS = 1_000  # too few for several threads
 SEED = 0
-
 LIMIT = 5_000  # points: t-SNE takes a minute or more then, and more would only hide each other
 MISSING, OTHERS = "missing", "other: "
 GREY = (0.6, 0.6, 0.6)
@@ -87,7 +84,7 @@ def scatter(
     """
     import pandas as pd
 
-    one_of(METHODS, "method", method)
+    one_of([*TITLES], "method", method)
     if method == "umap" and importlib.util.find_spec("umap") is None:
         raise RequestError(
             "method='umap' needs a package that is not installed: pip install umap-learn. Or take method='tsne'."
@@ -101,19 +98,14 @@ def scatter(
     count = len(vectors.positions)
     rows = drawn(count, whole("limit")(limit), None if classes is None else classes.cat.codes.to_numpy())
     positions = vectors.positions[rows]
-    places, names = _places(vectors.space("euclidean").points(positions).astype(np.float32), method)
+    places, names = _places(Space([*vectors.blocks.values()], "euclidean").points(positions).astype(np.float32), method)
     frame = pd.DataFrame({"x": places[:, 0], "y": places[:, 1]}, vectors.images.frame.index.take(positions))
     if values is not None:
         frame.insert(2, free_name(values.name, frame), values.iloc[rows].array)
-    chosen = f"{len(rows):,} of {count:,} rows drawn" if len(rows) < count else ""
-    return Scatter(
-        frame=frame,
-        classes=None if classes is None else classes.iloc[rows].cat.remove_unused_categories(),
-        color=None if values is None else values.name,
-        names=names,
-        title=f"{TITLES[method]} of {vectors.title}",
-        note=" · ".join(filter(None, [chosen, vectors.left_out])),
-    )
+    chosen = [f"{len(rows):,} of {count:,} rows drawn"] if len(rows) < count else []
+    classes = None if classes is None else classes.iloc[rows].cat.remove_unused_categories()
+    title, note = f"{TITLES[method]} of {listing(vectors.blocks)}", " · ".join([*chosen, *vectors.left_out])
+    return Scatter(frame, classes, None if values is None else values.name, names, title, note)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -132,9 +124,8 @@ class Scatter:
         return self._draw(axes(ax, WIDTH, HEIGHT))
 
     def __repr__(self) -> str:
-        """Return what the picture shows in one line."""
         by = "" if self.color is None else f" by {self.color}"
-        return " · ".join(filter(None, [f"{self.title}{by}: {len(self.frame):,} points", self.note]))
+        return f"{self.title}{by}: {len(self.frame):,} points" + (f" · {self.note}" if self.note else "")
 
     def _repr_html_(self) -> str:
         address = f"data:image/png;base64,{base64.b64encode(self.png()).decode('ascii')}"
@@ -206,36 +197,32 @@ class Scatter:
 def _places(points: NDArray[Any], method: Method) -> tuple[NDArray[Any], tuple[str, str]]:
     """Return x and y of each point, and what the axes are called; empty where they mean nothing."""
     from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
-    count, least = len(points), LEAST_ROWS[method]
+    count, least = len(points), 2 if method == "pca" else 4
     if count < least:
         raise RequestError(f"{method} takes at least {least} rows with features, and there are {count}.")
     if not (points != points[0]).any():
         raise RequestError(f"There is nothing to lay out: all {count:,} rows have the same features.")
     pca = PCA(min(2 if method == "pca" else COMPONENTS, *points.shape), random_state=SEED)
     reduced = pca.fit_transform(points)
-    if method != "pca":
-        return _embedded(reduced, method), ("", "")
-    names = [f"PC {number + 1} ({share:.0%} of variance)" for number, share in enumerate(pca.explained_variance_ratio_)]
-    if len(names) == 1:  # one feature
-        return np.column_stack([reduced, np.zeros(count)]), (names[0], "")
-    return reduced, (names[0], names[1])
-
-
-def _embedded(points: NDArray[Any], method: Method) -> NDArray[Any]:
-    from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits
-
+    if method == "pca":
+        shares = enumerate(pca.explained_variance_ratio_, 1)
+        names = [f"PC {number} ({share:.0%} of variance)" for number, share in shares]
+        if len(names) == 1:  # one feature
+            return np.column_stack([reduced, np.zeros(count)]), (names[0], "")
+        return reduced, (names[0], names[1])
     if method == "umap":
         umap: Any = importlib.import_module("umap")
         # One job, since a seed takes that; UMAP would warn of it.
-        layout = umap.UMAP(n_neighbors=min(NEIGHBORS, len(points) - 1), random_state=SEED, n_jobs=1)
+        layout = umap.UMAP(n_neighbors=min(NEIGHBORS, count - 1), random_state=SEED, n_jobs=1)
     else:
-        perplexity, start = min(PERPLEXITY, (len(points) - 1) / 3), "pca" if points.shape[1] > 1 else "random"
-        layout = TSNE(2, perplexity=perplexity, init=start, random_state=SEED)
+        start = "pca" if reduced.shape[1] > 1 else "random"
+        layout = TSNE(2, perplexity=min(PERPLEXITY, (count - 1) / 3), init=start, random_state=SEED)
     # More threads than cores wait for each other, fifty times as long as they work; OpenMP does not know of quotas.
-    with threadpool_limits(available_cores() if len(points) > FEW_ROWS else 1, "openmp"):
-        return np.asarray(layout.fit_transform(points))
+    with threadpool_limits(available_cores() if count > FEW_ROWS else 1, "openmp"):
+        return np.asarray(layout.fit_transform(reduced)), ("", "")
 
 
 def _classes(values: pd.Series[Any]) -> pd.Series[Any] | None:

@@ -34,7 +34,6 @@ class Target:
     note: str = ""
 
     def __str__(self) -> str:
-        """Say how many rows and classes there are."""
         classes = f" of {len(np.unique(self.answers)):,} classes" if self.is_classes else ""
         return f"{len(self.rows):,} rows{classes}"
 
@@ -89,14 +88,11 @@ def read_target(frame: pd.DataFrame, given: object, *, as_classes: bool | None) 
     if as_classes is None:
         return Target(name, values, rows, not is_quantity, note)
     if not as_classes and are_words:
-        raise RequestError(
-            f"{name!r} holds classes, which a regressor cannot learn: take a classifier, or another target."
-        )
+        why = "classes, which a regressor cannot learn: take a classifier, or another target."
+        raise RequestError(f"{name!r} holds {why}")
     if as_classes and is_quantity and (values % 1).any():
-        raise RequestError(
-            f"{name!r} holds fractions, which a classifier cannot learn: take a regressor, or make classes of them "
-            "with pandas.cut."
-        )
+        why = "fractions, which a classifier cannot learn: take a regressor, or make classes of them with pandas.cut."
+        raise RequestError(f"{name!r} holds {why}")
     return Target(name, values, rows, as_classes)
 
 
@@ -172,11 +168,7 @@ def selected(
 
 
 def folds_of(cv: Any, target: Target, groups: pd.Series | None, frame_rows: int) -> tuple[Folds, str]:
-    """Split the rows of `target` into folds: so many, seeded, classes in proportion; or by a splitter.
-
-    `groups` are those of all `frame_rows` rows of the frame; they are kept whole. Return the folds, as positions in the
-    target, and what to say of them.
-    """
+    """Split the rows of `target` into folds, as positions in it: so many, seeded, or by a splitter; and name these."""
     from sklearn import model_selection as ms
 
     held = None if groups is None else groups.iloc[target.rows].to_numpy()
@@ -202,12 +194,10 @@ def folds_of(cv: Any, target: Target, groups: pd.Series | None, frame_rows: int)
         kind = type(splitter).__name__
         raise RequestError(f"{kind} could not split the {len(target.answers):,} rows: {error}") from error
     if target.is_classes and any(len(np.unique(target.answers[train])) == 1 for train, _ in folds):
-        raise RequestError(
-            f"A fold has one class alone of {target.name} to learn from: take fewer folds, or other groups."
-        )
-    if is_count:
-        return folds, f"{cv} folds" + (", groups kept whole" if held is not None else "")
-    return folds, f"{type(cv).__name__}, {len(folds)} fold{'s' if len(folds) > 1 else ''}"
+        alone = f"A fold has one class alone of {target.name} to learn from"
+        raise RequestError(f"{alone}: take fewer folds, or other groups.")
+    name = f"{cv} folds" if is_count else f"{type(cv).__name__}, {len(folds)} fold{'s' if len(folds) > 1 else ''}"
+    return folds, f"{name}, groups kept whole" if is_count and held is not None else name
 
 
 def _check(cv: int, target: Target, groups: NDArray[Any] | None) -> None:
@@ -215,30 +205,24 @@ def _check(cv: int, target: Target, groups: NDArray[Any] | None) -> None:
     if cv < 2:
         raise RequestError(f"cv takes a number of folds from 2, not {cv}.")
     total = len(target.answers)
-    if target.is_classes:
-        _check_classes(cv, target, grouped=groups is not None)
-    elif total < 2 * cv:
+    kinds, counts = np.unique(target.answers, return_counts=True)
+    if target.is_classes and len(kinds) == 1:
+        raise RequestError(
+            f"All {total:,} rows have the {target.name} {kinds[0].item()!r}: there is nothing to tell apart. "
+            "Name a target of two classes or more."
+        )
+    if target.is_classes and groups is None and counts.min() < cv:
+        rare = [f"{kind.item()!r} ({count:,})" for kind, count in zip(kinds, counts, strict=True) if count < cv]
+        more = f" and {len(rare) - RARE_SHOWN:,} more" if len(rare) > RARE_SHOWN else ""
+        way = f"Take cv={counts.min()}, or make" if counts.min() > 1 else "Make"
+        raise RequestError(
+            f"Classes of {target.name} with fewer rows than the {cv} folds: {listing(rare[:RARE_SHOWN])}{more}. "
+            f"{way} them None to leave them out."
+        )
+    if not target.is_classes and total < 2 * cv:
         raise RequestError(f"{total:,} rows are too few for {cv} folds of at least two. Take cv={total // 2}.")
     if groups is not None and (count := len(np.unique(groups))) < cv:
         raise RequestError(f"There are {count:,} groups, fewer than {cv} folds. Take cv={count} or less.")
-
-
-def _check_classes(cv: int, target: Target, *, grouped: bool) -> None:
-    kinds, counts = np.unique(target.answers, return_counts=True)
-    if len(kinds) == 1:
-        raise RequestError(
-            f"All {len(target.answers):,} rows have the {target.name} {kinds[0].item()!r}: there is nothing to tell "
-            "apart. Name a target of two classes or more."
-        )
-    if grouped or counts.min() >= cv:
-        return
-    rare = [f"{kind.item()!r} ({count:,})" for kind, count in zip(kinds, counts, strict=True) if count < cv]
-    more = f" and {len(rare) - RARE_SHOWN:,} more" if len(rare) > RARE_SHOWN else ""
-    way = f"Take cv={counts.min()}, or make" if counts.min() > 1 else "Make"
-    raise RequestError(
-        f"Classes of {target.name} with fewer rows than the {cv} folds: {listing(rare[:RARE_SHOWN])}{more}. "
-        f"{way} them None to leave them out."
-    )
 
 
 def _wants_classes(model: object) -> bool | None:
@@ -266,18 +250,16 @@ def _estimator(model: object, *, is_classes: bool) -> Any:
 
     if not isinstance(model, str):
         return model
-    classifiers = {
-        "svm": svm.SVC(C=10),
-        "logistic": linear_model.LogisticRegression(max_iter=1000),
-        "forest": ensemble.RandomForestClassifier(random_state=0),
-    }
-    regressors = {
-        # Its tolerance is in units of the target, so that a target in thousands would not be learned.
-        "svm": TransformedTargetRegressor(svm.SVR(C=10), transformer=StandardScaler()),
-        "logistic": linear_model.RidgeCV(alphas=(1, 10, 100, 1000, 10000)),
-        "forest": ensemble.RandomForestRegressor(random_state=0),
-    }
-    chosen = (classifiers if is_classes else regressors)[model]
+    regressor, classifier = {
+        # SVR's tolerance is in units of the target, so that a target in thousands would not be learned.
+        "svm": (TransformedTargetRegressor(svm.SVR(C=10), transformer=StandardScaler()), svm.SVC(C=10)),
+        "logistic": (
+            linear_model.RidgeCV(alphas=(1, 10, 100, 1000, 10000)),
+            linear_model.LogisticRegression(max_iter=1000),
+        ),
+        "forest": (ensemble.RandomForestRegressor(random_state=0), ensemble.RandomForestClassifier(random_state=0)),
+    }[model]
+    chosen = classifier if is_classes else regressor
     return chosen if model == "forest" else make_pipeline(StandardScaler(), chosen)
 
 
@@ -292,9 +274,8 @@ def scorer_of(estimator: Any, scoring: Any) -> tuple[str, Any]:
     try:
         scorer = check_scoring(estimator, scoring=scoring)
     except TypeError as error:
-        raise RequestError(
-            f"{type(estimator).__name__} has no score of its own: name one with scoring=, e.g. 'accuracy'."
-        ) from error
+        kind = type(estimator).__name__
+        raise RequestError(f"{kind} has no score of its own: name one with scoring=, e.g. 'accuracy'.") from error
     if scoring is not None:
         return scoring if isinstance(scoring, str) else getattr(scoring, "__name__", "score"), scorer
     if any(name.split("__")[-1] == "scoring" and value for name, value in estimator.get_params().items()):
@@ -326,7 +307,6 @@ def scores_of(
         except (ValueError, TypeError) as error:
             raise RequestError(f"scikit-learn cannot score {prefix}: {error}") from error
     if np.isnan(scores).any():
-        raise RequestError(
-            f"The score of {prefix} is not defined in a fold: take fewer folds, so that each has more rows."
-        )
+        way = "take fewer folds, so that each has more rows."
+        raise RequestError(f"The score of {prefix} is not defined in a fold: {way}")
     return scores

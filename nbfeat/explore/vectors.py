@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -63,19 +63,10 @@ class Vectors:
         return np.flatnonzero(self.ok)
 
     @property
-    def left_out(self) -> str:
-        """Say how many rows have no features; empty where all have."""
+    def left_out(self) -> list[str]:
+        """Say how many rows have no features, where some have none."""
         count = len(self.ok) - int(self.ok.sum())
-        return f"{count:,} {'row' if count == 1 else 'rows'} without features left out" if count else ""
-
-    @property
-    def title(self) -> str:
-        """Name the blocks."""
-        return listing(self.blocks)
-
-    def space(self, metric: Metric) -> Space:
-        """Return the rows as points under a metric."""
-        return Space([*self.blocks.values()], metric)
+        return [f"{count:,} {'row' if count == 1 else 'rows'} without features left out"] if count else []
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,7 +84,6 @@ class Space:
     metric: Metric
 
     def __post_init__(self) -> None:
-        """Check the metric."""
         one_of(METRICS, "metric", self.metric)
 
     def nearest(self, query: Sequence[Rows], rows: Positions, count: int) -> tuple[Positions, Floats]:
@@ -101,23 +91,19 @@ class Space:
 
         Equal distances stand in the order of `rows`.
         """
-        point, distances = self._points(query), np.empty(len(rows))
-        for part in _parts(len(rows), CHUNK):
-            distances[part] = self._between(self.points(rows[part]), point)
+        point = self._points(query)
+        distances = _in_parts(len(rows), lambda part: self._between(self.points(rows[part]), point))
         order = np.argsort(distances, kind="stable")[:count]
         return rows[order], distances[order]
 
     def between(self, rows: Positions, others: Positions) -> Floats:
         """Return how far each of `rows` is from the one in the same place of `others`."""
-        distances = np.empty(len(rows))
-        for part in _parts(len(rows), CHUNK):
-            distances[part] = self._between(self.points(rows[part]), self.points(others[part]))
-        return distances
+        return _in_parts(len(rows), lambda part: self._between(self.points(rows[part]), self.points(others[part])))
 
     def usual(self, rows: Positions) -> float:
         """Return the median distance between rows, of up to SAMPLED spread over all."""
         points = self.points(rows[spread(len(rows), SAMPLED)])
-        found = [self._between(points[number + 1 :], points[number]) for number in range(len(points) - 1)]
+        found = [self._between(points[place + 1 :], points[place]) for place in range(len(points) - 1)]
         return float(np.median(np.concatenate(found))) if found else 0.0
 
     def groups(self, rows: Positions, limit: float) -> Positions:
@@ -141,12 +127,11 @@ class Space:
         return self._points([block[rows] for block in self.blocks])
 
     @property
-    def is_scaled(self) -> bool:
-        """Whether each block has unit length."""
+    def _is_scaled(self) -> bool:
         return self.metric == "cosine" or len(self.blocks) > 1
 
     def _points(self, blocks: Sequence[Rows]) -> Floats:
-        if not self.is_scaled:
+        if not self._is_scaled:
             return blocks[0].astype(np.float64)
         units: list[Floats] = []
         for rows in blocks:
@@ -168,7 +153,7 @@ class Space:
         Floats of unit length are multiplied in float32, which is twice as fast.
         """
         most = 2 * limit if self.metric == "cosine" else limit**2
-        kind: Any = np.float32 if self.is_scaled else np.float64
+        kind: Any = np.float32 if self._is_scaled else np.float64
         rounding = np.finfo(kind).eps * (32 + sum(block.shape[1] for block in self.blocks) / 4)
         for here in range(0, len(rows), TILE):
             points = self.points(rows[here : here + TILE]).astype(kind)
@@ -187,8 +172,9 @@ class Space:
                 yield first[near], second[near]
 
 
-def _parts(count: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, count, size))
+def _in_parts(count: int, measure: Callable[[slice], Floats]) -> Floats:
+    parts = (slice(start, start + CHUNK) for start in range(0, count, CHUNK))
+    return np.concatenate([np.empty(0), *map(measure, parts)])
 
 
 def parts_of(made: Made) -> Sequence[FeatureColumns | PartRecipe]:
@@ -202,19 +188,19 @@ def images_of(data: Data, images: Hashable | None = None, root: str | Path | Non
     A result knows its image column, and an Extraction where its paths start; of a frame the column that looks like
     images is taken, if there is one.
     """
-    start = Path(root or "").expanduser().absolute()
-    if isinstance(data, Made):
-        frame, column, failures = _without_features(data.frame), parts_of(data)[0].column, data.failures
-        column = column if images is None else image_column(frame, images)
-        failed = failures[failures["column"] == column]
-        reasons = dict(zip(failed["position"].tolist(), failed["reason"].tolist(), strict=True))
-        return Images(frame, column, data.root if root is None and isinstance(data, Extraction) else start, reasons)
-    check_frame(data)
-    frame = _without_features(data)
-    found: Hashable | None = None
-    with suppress(RequestError) if images is None else nullcontext():
-        found = image_column(frame, images)
-    return Images(frame, found, start, {})
+    start = data.root if root is None and isinstance(data, Extraction) else Path(root or "").expanduser().absolute()
+    given = data.frame if isinstance(data, Made) else data
+    check_frame(given)
+    features = {position for positions in made_columns(given).values() for position in positions}
+    frame = given.iloc[:, [position for position in range(given.shape[1]) if position not in features]]
+    if not isinstance(data, Made):
+        found: Hashable | None = None
+        with suppress(RequestError) if images is None else nullcontext():
+            found = image_column(frame, images)
+        return Images(frame, found, start, {})
+    column = parts_of(data)[0].column if images is None else image_column(frame, images)
+    failed = data.failures[data.failures["column"] == column]
+    return Images(frame, column, start, dict(zip(failed["position"].tolist(), failed["reason"].tolist(), strict=True)))
 
 
 def vectors_of(
@@ -241,13 +227,8 @@ def vectors_of(
         blocks = {prefix: data.iloc[:, positions].to_numpy() for prefix, positions in wanted.items()}
     ok = np.ones(len(next(iter(blocks.values()))), bool)
     for rows in blocks.values():
-        for part in _parts(len(rows), TILE):
-            ok[part] &= np.isfinite(rows[part]).all(axis=1)
+        for start in range(0, len(rows), TILE):
+            ok[start : start + TILE] &= np.isfinite(rows[start : start + TILE]).all(axis=1)
     if not ok.any():
         raise RequestError(f"None of the {len(ok):,} rows has features in {listing(blocks)}.")
     return Vectors(images_of(data, images, root), blocks, ok, data if isinstance(data, Made) else None)
-
-
-def _without_features(frame: pd.DataFrame) -> pd.DataFrame:
-    features = {position for positions in made_columns(frame).values() for position in positions}
-    return frame.iloc[:, [position for position in range(frame.shape[1]) if position not in features]]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import _check_feature_names_in, check_is_fitted, validate_data
 
-from nbfeat.errors import ExtractionError, RequestError, sentences
+from nbfeat.errors import ExtractionError, RequestError
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.options import Normalize, one_of
 from nbfeat.extraction.request import Blocks, check_frame
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Rows = npt.NDArray[np.float32]
-ON_FAILURE = ("nan", "raise")
 _BLOCK_DEFAULTS = {"layer": None, "pooling": "avg", "normalize": "none", "components": None, "weights": None}
 
 
@@ -144,10 +143,8 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
         named = table if table is X else np.empty(table.shape, object)  # which has no names to compare
         validate_data(self, named, reset=False, skip_check_array=True)
         frame = table.take(list(self._places.values()), axis=1).set_axis(list(self._places), axis=1)
-        if len(frame):
-            extraction = self._run(frame, like=self.recipe_)
-            if extraction.state == "done":
-                return _rows(extraction)
+        if len(frame) and (extraction := self._run(frame, like=self.recipe_)).state == "done":
+            return _rows(extraction)
         return np.full((len(frame), len(self.get_feature_names_out())), np.nan, np.float32)
 
     def get_feature_names_out(self, input_features: Sequence[str] | None = None) -> npt.NDArray[np.object_]:
@@ -158,8 +155,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.input_tags.string = True
-        tags.input_tags.allow_nan = True  # a missing path is a failure like others
+        tags.input_tags.string = tags.input_tags.allow_nan = True  # a missing path is a failure like others
         tags.transformer_tags.preserves_dtype = []
         return tags
 
@@ -174,10 +170,8 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
             raise RequestError("X has no rows: there is no image to learn from.")
         validate_data(self, table if table is X else np.empty(table.shape, object), skip_check_array=True)
         asked = self.images if isinstance(self.images, list | tuple) else [self.images]
-        if table.shape[1] == len(asked) == 1 and (asked[0] is None or table is not X):  # there is no name to ask for
-            columns: list[Hashable] = list(table.columns)
-        else:
-            columns = [image_column(table, column) for column in asked]
+        is_nameless = table.shape[1] == len(asked) == 1 and (asked[0] is None or table is not X)
+        columns = [*table.columns] if is_nameless else [image_column(table, column) for column in asked]
         given = {name: getattr(self, name) for name, value in _BLOCK_DEFAULTS.items() if getattr(self, name) != value}
         extraction = self._run(table[columns], self.blocks, precision=self.precision, **given)
         self._places = {column: [*table.columns].index(column) for column in columns}
@@ -187,7 +181,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
 
     def _run(self, frame: pd.DataFrame, *blocks: Blocks, **options: Any) -> Extraction:
         """Run over the images in all columns of `frame`; rows that fail may stay NaN, also all of a `transform`."""
-        one_of(ON_FAILURE, "on_failure", self.on_failure)
+        one_of(("nan", "raise"), "on_failure", self.on_failure)
         options |= {name: getattr(self, name) for name in ("device", "batch_size", "allow_remote", "cache")}
         extraction = Extraction(frame, *blocks, images=list(frame.columns), **options)
         try:
@@ -197,16 +191,12 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
                 raise
         failures, total = extraction.failures, extraction.total
         if not failures.empty and (self.on_failure == "raise" or (len(failures) == total and "like" not in options)):
-            first = failures[["image", "reason"]].head(FIRST_REASONS).itertuples(index=False, name=None)
-            lost = failures["reason"].str.startswith("no such file").any()
-            raise ExtractionError(
-                sentences(
-                    f"{len(failures):,} of the {total:,} images gave no features.",
-                    f"{'; '.join(f'{image}: {reason}' for image, reason in first)}.",
-                    f"Relative paths start at {Path.cwd()}." if lost else "",
-                    "Leave them out, or set on_failure='nan' for rows of NaN." if len(failures) < total else "",
-                )
-            )
+            first = failures[["image", "reason"]].head(FIRST_REASONS).to_numpy().tolist()
+            is_lost = failures["reason"].str.startswith("no such file").any()
+            where = f" Relative paths start at {Path.cwd()}." if is_lost else ""
+            way = " Leave them out, or set on_failure='nan' for rows of NaN." if len(failures) < total else ""
+            reasons = "; ".join(f"{image}: {reason}" for image, reason in first)
+            raise ExtractionError(f"{len(failures):,} of the {total:,} images gave no features. {reasons}.{where}{way}")
         return extraction
 
 
