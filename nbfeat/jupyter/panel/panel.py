@@ -1,13 +1,14 @@
 """Panel: the choices of %%extract as widgets, the same work, and the code of what was clicked.
 
-How each state of the work looks is in one table, `look.LOOKS`. The parts are modules of their own: `source`, `blocks`
-and `result`. The work is a Job in a thread, whose result is bound between cells.
+The parts are modules of their own: `source`, `blocks` and `result`. The work is a Job in a thread.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from IPython.core.getipython import get_ipython
@@ -19,16 +20,13 @@ from nbfeat.extraction.options import RUN_OPTIONS
 from nbfeat.extraction.request import check_frame
 from nbfeat.html import escape
 from nbfeat.jupyter import grammar
-from nbfeat.jupyter.binding import FrameSnapshot, between_cells, is_in_a_cell
-from nbfeat.jupyter.job import Job, State
-from nbfeat.jupyter.panel import look
+from nbfeat.jupyter.job import FrameSnapshot, Job, State, between_cells, is_running_a_cell
 from nbfeat.jupyter.panel.blocks import Blocks
-from nbfeat.jupyter.panel.result import Result
+from nbfeat.jupyter.panel.result import ELSEWHERE, LOOKS, Result, code_of, progress_of, static_report
 from nbfeat.jupyter.panel.source import Source, frame_to_open
 from nbfeat.jupyter.panel.widgets import STYLE, Kit, OptionWidgets
 
 SECONDS_BETWEEN = 0.3  # updates of the progress: each is one message, and all others come with a change of state
-LONGEST_REPR = 110
 # Options of the run that are chosen here; others are chosen elsewhere in the panel, or need free text, which is what
 # the grammar is for.
 CHOSEN_HERE = {"batch_size", "device", "precision", "allow_remote", "no_cache", "replace"}
@@ -77,16 +75,14 @@ class Panel:
         self._drawn_at, self._drawn_state = 0.0, State.IDLE
         self._static: Any = None  # the handle of the static report
         self._known_settings = self._settings()
-        kit = self._kit = Kit()
-        self.source = Source(kit, self._names, self._settings, self._changed)
-        self.blocks = Blocks(kit, self._settings, self._changed)
-        table = [option for option in RUN_OPTIONS if option.name in CHOSEN_HERE]
-        self.options = OptionWidgets(kit, table, self._settings, lambda _: self._changed())
+        kit = self._kit = Kit(self._settings, self._changed)
+        self.source = Source(kit, self._names)
+        self.blocks = Blocks(kit)
+        self.options = OptionWidgets(kit, [option for option in RUN_OPTIONS if option.name in CHOSEN_HERE])
         self.results = Result(kit)
         self.extract_button = kit.button("Extract", "go", "Extract the features, beside the notebook", self._pressed)
-        self.cancel_button = kit.button(
-            "Cancel", "quiet", "Stop after the batch in hand; what is done is kept", self.cancel
-        )
+        stops = "Stop after the batch in hand; what is done is kept"
+        self.cancel_button = kit.button("Cancel", "quiet", stops, self.cancel)
         self._progress, self._problem, self._code = map(kit.html, ("progress", "problem", "code"))
         self._spoken = kit.html("spoken")  # for screen readers, which are told of states and not of every step
         self._style = kit.html("style")
@@ -101,7 +97,6 @@ class Panel:
         kit = self._kit
         switches = [widget for widget in self.options.values() if isinstance(widget.value, bool)]
         fields = [widget for widget in self.options.values() if widget not in switches]
-        buttons = kit.box("buttons", self.extract_button, self.cancel_button)
         return kit.box(
             "panel",
             self._style,
@@ -109,7 +104,7 @@ class Panel:
             self.source.box,
             self.blocks.box,
             kit.part("Run", kit.box("fields", *fields), kit.box("line", *switches)),
-            kit.box("line", buttons, self._progress, self._spoken),
+            kit.box("line", kit.box("buttons", self.extract_button, self.cancel_button), self._progress, self._spoken),
             self._problem,
             self._code,
             self.results.box,
@@ -146,7 +141,9 @@ class Panel:
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait until nothing is running, and tell whether that came about; the cell that waits binds the frame."""
-        return self.job is None or self.job.wait(seconds, bind=is_in_a_cell(self._shell))
+        # Where the running cell is what calls this, and not a click or a thread beside it.
+        in_a_cell = is_running_a_cell(self._shell) and threading.current_thread() is threading.main_thread()
+        return self.job is None or self.job.wait(seconds, bind=in_a_cell)
 
     def to_cell(self) -> None:
         """Put the code into a new cell below the one that calls this."""
@@ -155,7 +152,7 @@ class Panel:
     def close(self) -> None:
         """Take the panel off the screen, and stop what it does."""
         self.cancel()
-        if self._after_a_cell in self._shell.events.callbacks["post_run_cell"]:
+        with suppress(ValueError):  # closed before
             self._shell.events.unregister("post_run_cell", self._after_a_cell)
         self._kit.close()
 
@@ -165,7 +162,6 @@ class Panel:
             self.cancel_button.focus()  # the button that was clicked can be pressed no more
 
     def _begin(self, request: grammar.Request) -> None:
-        """Make a job of what is asked for."""
         names = self._shell.user_ns
         frame = grammar.check_name(request.frame, names)
         check_frame(frame)
@@ -220,7 +216,7 @@ class Panel:
         except NbfeatError as error:
             self.problem = str(error)
         self.code = "\n".join(map(grammar.literal, lines.split("\n")))
-        self._code.value = look.code_of(self.code, loaded=self._magics is not None)
+        self._code.value = code_of(self.code, loaded=self._magics is not None)
         chosen, columns = self.source.chosen, len(self.source.images.value or ())
         self.blocks.expect(0 if chosen is None else len(chosen), columns)
         self._draw()
@@ -231,13 +227,13 @@ class Panel:
             settings, self._known_settings = self._known_settings, self._settings()
             if self.source.has_news() or settings != self._known_settings:
                 self.source.refresh()
-                self.blocks.refresh()
-                self.options.refresh()
+                for one in (*self.blocks.cards, self.options):
+                    one.refresh()
                 self._changed()
 
     # The notebook
 
-    def _names(self) -> MutableMapping[str, Any]:
+    def _names(self) -> Mapping[str, Any]:
         return dict(self._shell.user_ns)  # a cell may be changing it just now
 
     @property
@@ -253,23 +249,22 @@ class Panel:
         """Show how it stands: while it runs one widget changes, the others with the state."""
         with self._kit.turn():
             state = self.state
-            appearance = look.LOOKS[state]
-            self._progress.value = look.progress_of(self.job, self._ran[1].name if self._ran else "")
-            self.extract_button.disabled = not appearance.can_extract or bool(self.problem)
-            self.cancel_button.disabled = not appearance.can_cancel
-            if not appearance.has_result:
+            self._progress.value = progress_of(self.job, self._ran[1].name if self._ran else "")
+            self.extract_button.disabled = state.is_busy or bool(self.problem)
+            self.cancel_button.disabled = state is not State.RUNNING
+            if state is not State.DONE:
                 self.results.hide()  # it is another run's
             self._problem.value = f"⚠ {escape(self.problem)}" if self.problem else ""
             if state is not self._drawn_state or not self._spoken.value:
-                self._spoken.value = f'<span role="status">{appearance.word}</span>'
+                self._spoken.value = f'<span role="status">{LOOKS[state][1]}</span>'
             self._drawn_at, self._drawn_state = time.monotonic(), state
 
     def _report(self) -> dict[str, str]:
-        return look.static_report(self.job, self.code, self.box.model_id)
+        return static_report(self.job, self.code, self.box.model_id)
 
     def _ipython_display_(self) -> None:
         """Show the panel, and beside it, unseen while it lives, the static report that is saved with the notebook."""
-        display({**self.box._repr_mimebundle_(), "text/plain": look.ELSEWHERE}, raw=True)  # type: ignore[no-untyped-call]
+        display({**self.box._repr_mimebundle_(), "text/plain": ELSEWHERE}, raw=True)  # type: ignore[no-untyped-call]
         if self._static is None:
             self._static = display(self._report(), raw=True, display_id=True)  # type: ignore[no-untyped-call]
         else:
@@ -277,6 +272,5 @@ class Panel:
 
     def __repr__(self) -> str:
         """Return how it stands in one short line."""
-        name = self.source.frame.value or "no dataframe"
-        text = f"Panel({name}, {self.state.value})"
-        return text if len(text) <= LONGEST_REPR else text[: LONGEST_REPR - 1] + "…"
+        text = f"Panel({self.source.frame.value or 'no dataframe'}, {self.state.value})"
+        return text if len(text) <= 110 else f"{text[:109]}…"

@@ -20,18 +20,10 @@ from nbfeat.errors import ImageError, NbfeatError, RequestError
 from nbfeat.extraction.request import check_frame
 from nbfeat.html import Html, escape
 from nbfeat.images.resize import PixelSpec
-from nbfeat.images.sources import (
-    is_missing,
-    likely_columns,
-    name_of,
-    path_of,
-    possible_columns,
-    read_pixels,
-    spread,
-)  # fmt: skip
+from nbfeat.images.sources import is_missing, likely_columns, name_of, path_of, possible_columns, read_pixels, spread
 from nbfeat.jupyter import grammar
 from nbfeat.jupyter.job import in_background
-from nbfeat.jupyter.panel.widgets import DEFAULT, LABELS, Choice, Kit, Settings, offer
+from nbfeat.jupyter.panel.widgets import DEFAULT, LABELS, Choice, Kit, offer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,12 +39,10 @@ LOOKED_AT = 1000  # rows, to find such columns
 
 
 class Source:
-    """Which frame of `names` and which of its columns; `changed` is called after each choice."""
+    """Which frame of `names` and which of its columns."""
 
-    def __init__(
-        self, kit: Kit, names: Callable[[], Mapping[str, Any]], settings: Settings, changed: Callable[[], None]
-    ) -> None:
-        self._kit, self._names, self._settings, self._changed = kit, names, settings, changed
+    def __init__(self, kit: Kit, names: Callable[[], Mapping[str, Any]]) -> None:
+        self._kit, self._names = kit, names
         self.frame = kit.make(Dropdown, description="Dataframe", tooltip="A dataframe of this notebook")
         self.images = kit.make(
             Dropdown, description=LABELS["images"], tooltip="The column that holds paths, bytes or arrays of images"
@@ -86,8 +76,7 @@ class Source:
         with self._kit.filling():
             frames = grammar.frames_in(self._names())
             self._known = {name: (weakref.ref(frame), frame.shape) for name, frame in frames.items()}
-            labels = {name: f"{name} · {len(frame):,} × {frame.shape[1]:,}" for name, frame in frames.items()}
-            offer(self.frame, [(label, name) for name, label in labels.items()])
+            offer(self.frame, [(f"{name} · {len(one):,} × {one.shape[1]:,}", name) for name, one in frames.items()])
             if chosen is not None:
                 self.frame.value = chosen
             frame = frames.get(self.frame.value or "")
@@ -108,12 +97,12 @@ class Source:
             self.refresh()
         elif widget is self.images:
             self._look(self.chosen)
-        self._changed()
+        self._kit.changed()
 
     def _look(self, frame: pd.DataFrame | None) -> None:
         """Show what is in the column, unless that is what is shown already."""
         columns = list(self.images.value or ())
-        root = Path(self._settings().get("root", "")).expanduser().absolute()
+        root = Path(self._kit.settings().get("root", "")).expanduser().absolute()
         seen = (0 if frame is None else len(frame), *map(str, columns), root)
         if frame is not None and self._frame() is frame and seen == self._seen:
             return
@@ -137,10 +126,9 @@ class Source:
         time.sleep(PAUSE)
         if number != self._looking:
             return
-        strip = "".join(thumbnail(values[place], root) for place in spread(len(values), THUMBNAILS))
+        strip, lost = "".join(thumbnail(values[place], root) for place in spread(len(values), THUMBNAILS)), 0
         if number == self._looking:
             self.strip.value = strip
-        lost = 0
         for value in values:
             if number != self._looking:
                 return
