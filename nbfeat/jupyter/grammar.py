@@ -1,4 +1,4 @@
-"""The grammar of the magics: the words of a cell → a Request, and back; help, README and Tab from the table of options.
+"""The grammar of the magics: the words of a cell → a Request, and back; help and Tab from the table of options.
 
 ::
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -35,7 +35,6 @@ from nbfeat.extraction.options import (
     Option,
     WordParser,
     quoted,
-    spelled,
     split_words,
     without_comment,
 )
@@ -74,11 +73,6 @@ class Request:
         return {**given, "cache": False} if self.run.get("no_cache") else given
 
 
-def written(frame: str, run: Mapping[str, Any], blocks: Iterable[str]) -> str:
-    """Write the cell of a frame's name, options of the run, and a line for each block."""
-    return "\n".join([" ".join(["%%extract", frame, *spelled(RUN_OPTIONS, run)]), *blocks])
-
-
 def read(line: str, body: str | None, defaults: Mapping[str, Any]) -> Request | None:
     """Read the words after ``%extract``, and the body of ``%%extract``; None where help was asked for.
 
@@ -104,9 +98,8 @@ def read(line: str, body: str | None, defaults: Mapping[str, Any]) -> Request | 
     if not run.get("into", frame).isidentifier():
         raise RequestError(f"--into takes a name, not {run['into']!r}.")
     if "parquet" in run and "into" in run:
-        raise RequestError(
-            f"--parquet binds nothing, so that there is nothing for --into {run['into']}: leave it away."
-        )
+        into = f"--into {run['into']}"
+        raise RequestError(f"--parquet binds nothing, so that there is nothing for {into}: leave it away.")
     lines = [text for text in _unsilenced(body or "").splitlines() if split_words(text)]  # neither blank nor comment
     if "like" in given:
         if extra := [*rest, *(f"--{name}" for name in block)] or (["the lines of the body"] if lines else []):
@@ -170,10 +163,8 @@ def expand(text: str, names: Mapping[str, Any]) -> str:
     try:
         return str(DollarFormatter().vformat(text, (), names))
     except Exception as error:  # an expression of the user's: whatever it raises is about it
-        reason = f"{type(error).__name__}: {error}"
-        raise RequestError(
-            f"{text.strip()!r} could not be expanded ({reason}). Write $$ or {{{{ }}}} for plain signs."
-        ) from error
+        what = f"{text.strip()!r} could not be expanded ({type(error).__name__}: {error})."
+        raise RequestError(f"{what} Write $$ or {{{{ }}}} for plain signs.") from error
 
 
 def literal(text: str) -> str:
@@ -209,23 +200,10 @@ def usage() -> str:
         for option in options:
             choices = f" ({', '.join(option.choices)})" if option.choices else ""
             default = f" [{option.default}]" if option.default else ""
-            lines.append(f"  {_spelling(option):<26} {option.help}{choices}{default}")
+            spelling = ", ".join(option.flags) + ("" if option.switch else f" {option.metavar}")
+            lines.append(f"  {spelling:<26} {option.help}{choices}{default}")
         lines.append("")
     return "\n".join(lines)
-
-
-def markdown() -> str:
-    """Return the table of options for the README; a test compares them."""
-    rows = ["| option | of | meaning | default |", "|---|---|---|---|"]
-    for option in OPTIONS:
-        scope = "block" if option in BLOCK_OPTIONS else "run"
-        choices = ": " + " ".join(f"`{choice}`" for choice in option.choices) if option.choices else ""
-        rows.append(f"| `{_spelling(option)}` | {scope} | {option.help}{choices} | {option.default} |")
-    return "\n".join(rows)
-
-
-def _spelling(option: Option) -> str:
-    return ", ".join(option.flags) + ("" if option.switch else f" {option.metavar}")
 
 
 def frames_in(names: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,14 +233,11 @@ def result_called(name: str, known: Mapping[str, Any]) -> Recipe:
         return recipe_of(name)
     results = results_among(known)
     hint = near(name, results) or (f"Results here: {listing(results)}." if results else "")
-    what = (
-        f"{name} is a {type(known[name]).__name__}, not a result." if name in known
-        else f"There is no {name!r} in this notebook."
-    )  # fmt: skip
-    way = (
-        "--like takes the name that `result = %extract …` gave, or a .parquet file or a folder that a result was "
-        "written to."
-    )
+    what = f"There is no {name!r} in this notebook."
+    if name in known:
+        what = f"{name} is a {type(known[name]).__name__}, not a result."
+    gave = "the name that `result = %extract …` gave"
+    way = f"--like takes {gave}, or a .parquet file or a folder that a result was written to."
     raise RequestError(sentences(what, hint, way))
 
 

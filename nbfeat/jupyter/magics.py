@@ -33,22 +33,25 @@ TRAITS = (
 )  # fmt: skip
 
 
-def reported(magic: Callable[..., Any]) -> Callable[..., Any]:
-    """Make bad usage of a magic a UsageError, and failing work one line unless the whole story is wanted."""
+def reported(kind: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Make a method a magic of that kind: bad usage is a UsageError, failing work one line unless more is wanted."""
 
-    @wraps(magic)
-    def run(self: ExtractMagics, *words: str) -> Any:
-        try:
-            return magic(self, *words)
-        except RequestError as error:
-            raise UsageError(str(error)) from None
-        except (NbfeatError, KeyboardInterrupt) as error:
-            if self.short_errors:
-                text = f"{type(error).__name__}: {error}"
-                error._render_traceback_ = lambda: [text]  # type: ignore[union-attr]  # IPython's protocol
-            raise
+    def decorate(magic: Callable[..., Any]) -> Any:
+        @wraps(magic)
+        def run(self: ExtractMagics, *words: str) -> Any:
+            try:
+                return magic(self, *words)
+            except RequestError as error:
+                raise UsageError(str(error)) from None
+            except (NbfeatError, KeyboardInterrupt) as error:
+                if self.short_errors:
+                    text = f"{type(error).__name__}: {error}"
+                    error._render_traceback_ = lambda: [text]  # type: ignore[union-attr]  # IPython's protocol
+                raise
 
-    return run
+        return no_var_expand(kind(run))
+
+    return decorate
 
 
 @magics_class
@@ -77,9 +80,7 @@ class ExtractMagics(Magics):
             raise TraitError(str(error)) from None
         return str(value)
 
-    @no_var_expand
-    @both
-    @reported
+    @reported(both)
     def extract(self, line: str, cell: str | None = None) -> Extraction | None:
         """Attach features of images as columns; the grammar makes the text that ``%extract?`` shows."""
         names = dict(self.shell.user_ns)
@@ -98,12 +99,11 @@ class ExtractMagics(Magics):
             with closing(extraction.steps()) as steps:
                 progress.follow(request.frame, steps, quiet=request.run.get("quiet", self.quiet))
         except KeyboardInterrupt:
-            kept, total = f"{extraction.kept:,}", f"{extraction.total:,}"
-            done = f"{extraction.done - len(extraction.failures):,}"
-            raise KeyboardInterrupt(
-                f"{kept} of {total} kept; run the cell again to go on. Nothing was bound." if extraction.keeps
-                else f"stopped at {done} of {total}; nothing was kept or bound. Run the cell again."
-            ) from None  # fmt: skip
+            done, total = extraction.done - len(extraction.failures), extraction.total
+            text = f"stopped at {done:,} of {total:,}; nothing was kept or bound. Run the cell again."
+            if extraction.keeps:
+                text = f"{extraction.kept:,} of {total:,} kept; run the cell again to go on. Nothing was bound."
+            raise KeyboardInterrupt(text) from None
         if extraction.written:
             extraction.notes.append(f"Nothing was bound: {request.frame} is as it was.")
         else:
@@ -111,9 +111,7 @@ class ExtractMagics(Magics):
         # IPython's own way to silence reads the words as Python, and fails over what is none, such as a lone bracket.
         return None if grammar.is_silenced(line if cell is None else cell) else extraction
 
-    @no_var_expand
-    @line_magic
-    @reported
+    @reported(line_magic)
     def extract_panel(self, line: str) -> Any:
         """Choose by clicking: ``%extract_panel [FRAME]``. ``%extract_panel --code`` puts its code into a new cell."""
         from nbfeat.jupyter.panel.panel import Panel
@@ -130,18 +128,14 @@ class ExtractMagics(Magics):
         self._panel = Panel(*words)
         return None if grammar.is_silenced(line) else self._panel
 
-    @no_var_expand
-    @line_magic
-    @reported
+    @reported(line_magic)
     def backbones(self, line: str) -> Any:
         """List the backbones that match a pattern: ``%backbones Res*``."""
         from nbfeat.backbones.catalog import backbones
 
         return backbones(line.strip().removesuffix(";").strip() or "*")
 
-    @no_var_expand
-    @line_magic
-    @reported
+    @reported(line_magic)
     def extract_cache(self, line: str) -> Any:
         """Show what nbfeat keeps here, or clear it: ``clear [features|networks|weights|precisions|all]``."""
         from nbfeat.cache.storage import KINDS, storage

@@ -22,6 +22,7 @@ from nbfeat.extraction.options import (
     POOLINGS,
     RUN_OPTIONS,
     quoted,
+    spelled,
     split_words,
 )
 from nbfeat.images.resize import INTERPOLATIONS, RESIZES
@@ -104,7 +105,8 @@ def test_a_request_reads_back_from_its_text() -> None:
     head, body = cell.removeprefix("%%extract ").split("\n", 1)
     request = grammar.read(head, body, {})
     assert request is not None
-    assert grammar.written(request.frame, request.run, map(str, request.blocks)) == cell
+    line = " ".join(["%%extract", request.frame, *spelled(RUN_OPTIONS, request.run)])
+    assert "\n".join([line, *map(str, request.blocks)]) == cell
     assert request.for_extraction == {"images": ["path", "the back"], "root": "a b"}
     assert [block.backbone for block in request.blocks] == ["ResNet50", "VGG16"]
 

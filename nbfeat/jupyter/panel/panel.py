@@ -16,7 +16,7 @@ from IPython.display import display
 
 from nbfeat.errors import NbfeatError, RequestError
 from nbfeat.extraction.extraction import Extraction
-from nbfeat.extraction.options import RUN_OPTIONS
+from nbfeat.extraction.options import RUN_OPTIONS, spelled
 from nbfeat.extraction.request import check_frame
 from nbfeat.html import escape
 from nbfeat.jupyter import grammar
@@ -62,9 +62,8 @@ class Panel:
     def __init__(self, frame: Any = None) -> None:
         shell = get_ipython()
         if shell is None:
-            raise RequestError(
-                "The panel works in a notebook. Elsewhere, use nbfeat.extract(frame, 'ResNet50', images='path')."
-            )
+            way = "nbfeat.extract(frame, 'ResNet50', images='path')"
+            raise RequestError(f"The panel works in a notebook. Elsewhere, use {way}.")
         self._shell = shell
         chosen = frame_to_open(frame, self._names())
         self.job: Job | None = None
@@ -97,20 +96,12 @@ class Panel:
         kit = self._kit
         switches = [widget for widget in self.options.values() if isinstance(widget.value, bool)]
         fields = [widget for widget in self.options.values() if widget not in switches]
-        return kit.box(
-            "panel",
-            self._style,
-            kit.html("head", "<h3>Image features</h3><span>as new columns of a dataframe</span>"),
-            self.source.box,
-            self.blocks.box,
-            kit.part("Run", kit.box("fields", *fields), kit.box("line", *switches)),
-            kit.box("line", kit.box("buttons", self.extract_button, self.cancel_button), self._progress, self._spoken),
-            self._problem,
-            self._code,
-            self.results.box,
-        )
-
-    # Working
+        head = kit.html("head", "<h3>Image features</h3><span>as new columns of a dataframe</span>")
+        run = kit.part("Run", kit.box("fields", *fields), kit.box("line", *switches))
+        buttons = kit.box("buttons", self.extract_button, self.cancel_button)
+        line = kit.box("line", buttons, self._progress, self._spoken)
+        parts = (self.source.box, self.blocks.box, run, line, self._problem, self._code, self.results.box)
+        return kit.box("panel", self._style, head, *parts)
 
     @property
     def state(self) -> State:
@@ -187,11 +178,13 @@ class Panel:
     def _moved(self) -> None:
         """Show a step or a change of state; called by the thread that works."""
         with self._kit.turn():
-            is_new, job = self.state is not self._drawn_state, self.job
-            is_rare = job is not None and (job.is_binding or (job.step is not None and bool(job.step.note)))
-            if is_new or is_rare or time.monotonic() - self._drawn_at >= SECONDS_BETWEEN:
+            job = self.job
+            assert job is not None
+            is_new = job.state is not self._drawn_state
+            is_rare = is_new or job.is_binding or (job.step is not None and bool(job.step.note))
+            if is_rare or time.monotonic() - self._drawn_at >= SECONDS_BETWEEN:
                 self._draw()
-            if job is None or not is_new or self.state.is_busy:
+            if not is_new or job.state.is_busy:
                 return
             if job.state is State.DONE:
                 self.result = job.extraction
@@ -200,22 +193,20 @@ class Panel:
             if self._static is not None:
                 self._static.update(self._report(), raw=True)
 
-    # Choosing
-
     def _changed(self) -> None:
         """Write the code of what is chosen, and say what it will give, or why it cannot be."""
-        run = {**self.source.given, **self.options.given}
-        lines = grammar.written(self.source.frame.value or "", run, [card.text for card in self.blocks.cards])
+        options = spelled(RUN_OPTIONS, {**self.source.given, **self.options.given})
+        line = " ".join([self.source.frame.value or "", *options])
+        blocks = [card.text for card in self.blocks.cards]
         self.problem, self._request = "", None
         try:
-            head, _, body = lines.partition("\n")
-            self._request = grammar.read(head.removeprefix("%%extract "), body, self._settings())
+            self._request = grammar.read(line, "\n".join(blocks), self._settings())
             assert self._request is not None
             frame = grammar.check_name(self._request.frame, self._names())
             Extraction(frame, self._request.blocks, **self._request.for_extraction)  # which has done nothing yet
         except NbfeatError as error:
             self.problem = str(error)
-        self.code = "\n".join(map(grammar.literal, lines.split("\n")))
+        self.code = "\n".join(map(grammar.literal, [f"%%extract {line}", *blocks]))
         self._code.value = code_of(self.code, loaded=self._magics is not None)
         chosen, columns = self.source.chosen, len(self.source.images.value or ())
         self.blocks.expect(0 if chosen is None else len(chosen), columns)
@@ -227,11 +218,10 @@ class Panel:
             settings, self._known_settings = self._known_settings, self._settings()
             if self.source.has_news() or settings != self._known_settings:
                 self.source.refresh()
-                for one in (*self.blocks.cards, self.options):
-                    one.refresh()
+                self.options.refresh()
+                for card in self.blocks.cards:
+                    card.refresh()
                 self._changed()
-
-    # The notebook
 
     def _names(self) -> Mapping[str, Any]:
         return dict(self._shell.user_ns)  # a cell may be changing it just now
@@ -242,8 +232,6 @@ class Panel:
 
     def _settings(self) -> dict[str, Any]:
         return self._magics.defaults() if self._magics else {}
-
-    # Showing
 
     def _draw(self) -> None:
         """Show how it stands: while it runs one widget changes, the others with the state."""

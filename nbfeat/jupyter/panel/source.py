@@ -56,7 +56,6 @@ class Source:
         self.box = kit.part("Images", fields, self.strip, self.missing)
         self._frame: Callable[[], pd.DataFrame | None] = lambda: None  # whose images are shown, held weakly
         self._seen: tuple[object, ...] = ()  # what else those images depend on
-        self._known: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {}
         self._looking = 0  # a number for each look at the images; an older one is not shown any more
         kit.on_choice(self._chose, self.frame, self.images, self.rows)
 
@@ -75,8 +74,7 @@ class Source:
         """Look at the notebook again: which frames there are, and what is in the one that is chosen."""
         with self._kit.filling():
             frames = grammar.frames_in(self._names())
-            self._known = {name: (weakref.ref(frame), frame.shape) for name, frame in frames.items()}
-            offer(self.frame, [(f"{name} · {len(one):,} × {one.shape[1]:,}", name) for name, one in frames.items()])
+            offer(self.frame, frame_choices(frames))
             if chosen is not None:
                 self.frame.value = chosen
             frame = frames.get(self.frame.value or "")
@@ -86,11 +84,9 @@ class Source:
         self._look(frame)
 
     def has_news(self) -> bool:
-        """Tell whether a frame was made, bound, resized or deleted since the last refresh."""
-        frames, known = grammar.frames_in(self._names()), self._known
-        return list(known) != list(frames) or any(
-            known[name][0]() is not frame or known[name][1] != frame.shape for name, frame in frames.items()
-        )
+        """Tell whether a frame was made, resized or deleted since the last refresh, or the one that is chosen bound."""
+        offered = list(self.frame.options)
+        return frame_choices(grammar.frames_in(self._names())) != offered or self.chosen is not self._frame()
 
     def _chose(self, widget: Any) -> None:
         if widget is self.frame:
@@ -148,6 +144,11 @@ def frame_to_open(asked: Any, names: Mapping[str, Any]) -> str | None:
     if not named:
         raise RequestError("The panel binds features to the name of a dataframe. Give it one first: photos = …")
     return asked if isinstance(asked, str) and asked in named else named[0]
+
+
+def frame_choices(frames: Mapping[str, pd.DataFrame]) -> list[Choice]:
+    """Return the frames that can be chosen, each with its size."""
+    return [(f"{name} · {len(frame):,} × {frame.shape[1]:,}", name) for name, frame in frames.items()]
 
 
 def image_choices(frame: pd.DataFrame) -> list[Choice]:
