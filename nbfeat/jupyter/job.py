@@ -60,12 +60,7 @@ class Job:
     """
 
     def __init__(
-        self,
-        extraction: Extraction,
-        *,
-        bind: Callable[[Extraction], None],
-        schedule: Callable[[Work], None],
-        notify: Work,
+        self, extraction: Extraction, bind: Callable[[Extraction], None], schedule: Callable[[Work], None], notify: Work
     ) -> None:
         self.extraction = extraction
         self.state = State.IDLE

@@ -78,8 +78,7 @@ def counts(step: Step) -> list[str]:
 
 def clock(seconds: float) -> str:
     """Write a duration as people read it: 8 s, 2:05 min, 1:10 h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
     return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"

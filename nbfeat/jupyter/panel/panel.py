@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from IPython.core.getipython import get_ipython
@@ -159,14 +160,9 @@ class Panel:
         snapshot = FrameSnapshot(request.frame, frame.copy(deep=False))
         options = {"cache": getattr(self._magics, "cache", True), **request.for_extraction}
         extraction = Extraction(snapshot.frame, request.blocks, **options)
-        replace = bool(request.run.get("replace"))
+        bind = partial(snapshot.bind, names=names, replace=bool(request.run.get("replace")))
         self._ran = self.code, snapshot
-        self.job = Job(
-            extraction,
-            bind=lambda done: snapshot.bind(done, names, replace=replace),
-            schedule=lambda work: between_cells(self._shell, work),
-            notify=self._moved,
-        )
+        self.job = Job(extraction, bind, partial(between_cells, self._shell), self._moved)
 
     def _can_go_on(self) -> bool:
         """Tell whether what was cancelled is what is asked for now, of the same images."""

@@ -55,8 +55,7 @@ class Source:
         fields = kit.box("fields", self.frame, self.images, self.rows)
         self.box = kit.part("Images", fields, self.strip, self.missing)
         self._frame: Callable[[], pd.DataFrame | None] = lambda: None  # whose images are shown, held weakly
-        self._seen: tuple[object, ...] = ()  # what else those images depend on
-        self._looking = 0  # a number for each look at the images; an older one is not shown any more
+        self._seen: tuple[object, ...] = ()  # what else those images depend on, a new object for each look at them
         kit.on_choice(self._chose, self.frame, self.images, self.rows)
 
     @property
@@ -103,7 +102,6 @@ class Source:
         if frame is not None and self._frame() is frame and seen == self._seen:
             return
         self._frame, self._seen = (lambda: None) if frame is None else weakref.ref(frame), seen
-        self._looking += 1
         try:
             if frame is None:
                 raise RequestError("There is no dataframe in this notebook yet. Make one with a column of image paths.")
@@ -115,21 +113,21 @@ class Source:
         missing = sum(map(is_missing, values))
         self.missing.value = _counted(len(values), missing, None)
         # Files may be on a slow disk: the panel does not wait for them.
-        in_background("look", self._read, values, missing, root, self._looking)
+        in_background("look", self._read, values, missing, root, seen)
 
-    def _read(self, values: Sequence[object], missing: int, root: Path, number: int) -> None:
-        """Draw some of the images, then count the files that are not there."""
+    def _read(self, values: Sequence[object], missing: int, root: Path, seen: object) -> None:
+        """Draw some of the images, then count the files that are not there; nothing once another look has begun."""
         time.sleep(PAUSE)
-        if number != self._looking:
+        if seen is not self._seen:
             return
         strip, lost = "".join(thumbnail(values[place], root) for place in spread(len(values), THUMBNAILS)), 0
-        if number == self._looking:
+        if seen is self._seen:
             self.strip.value = strip
         for value in values:
-            if number != self._looking:
+            if seen is not self._seen:
                 return
             lost += not is_missing(value) and is_lost(value, root)
-        if number == self._looking:
+        if seen is self._seen:
             self.missing.value = _counted(len(values), missing, lost)
 
 

@@ -108,11 +108,11 @@ class Kit:
     def filling(self) -> Iterator[None]:
         """Change widgets, which nobody chose."""
         with self.turn():
-            before, self._is_filling = self._is_filling, True
+            self._is_filling = True
             try:
                 yield
             finally:
-                self._is_filling = before
+                self._is_filling = False
 
     def close(self) -> None:
         """Take all widgets out of memory, those that are shown only at times, too, and what they share."""
@@ -139,8 +139,7 @@ class OptionWidgets(dict[str, Any]):
     @property
     def given(self) -> dict[str, Any]:
         """The options that were chosen, defaults left out."""
-        values = {name: widget.value for name, widget in self.items()}
-        return {name: value for name, value in values.items() if value not in (DEFAULT, None) and value is not False}
+        return {name: one.value for name, one in self.items() if one.value not in (DEFAULT, None, False)}
 
     def refresh(self, **choices: Iterable[Any]) -> None:
         """Offer the defaults of now, and other `choices` of the options that have none of their own."""
@@ -159,12 +158,10 @@ class OptionWidgets(dict[str, Any]):
 
 def offer(dropdown: widgets.Dropdown, options: Sequence[Choice]) -> None:
     """Change what a Dropdown offers, and keep what is chosen where it is still offered."""
-    if list(dropdown.options) == list(options):
-        return
-    kept = dropdown.value
-    dropdown.options = options
-    values = [value for _, value in options]
-    dropdown.value = kept if kept in values else values[0] if values else None
+    if list(dropdown.options) != list(options):
+        kept, values = dropdown.value, [value for _, value in options]
+        dropdown.options = options
+        dropdown.value = kept if kept in values else next(iter(values), None)
 
 
 def tree(widget: Any) -> Iterator[Any]:
