@@ -1,13 +1,4 @@
-"""The grammar of the magics: the words of a cell → a Request, and back; help and Tab from the table of options.
-
-::
-
-    %extract   FRAME BACKBONE [options]
-    %extract   FRAME --like RESULT
-    %%extract  FRAME [BACKBONE] [options]     and one feature block per line of the body
-    %extract_panel [FRAME | --code]
-    %extract_cache [clear [features|networks|weights|precisions|all]]
-"""
+"""The grammar of the magics: the words of a cell → a Request, and back; help and Tab from the table of options."""
 
 from __future__ import annotations
 
@@ -39,6 +30,7 @@ from nbfeat.extraction.options import (
     without_comment,
 )
 from nbfeat.extraction.recipe import Recipe, is_result, recipe_of
+from nbfeat.extraction.request import check_frame
 from nbfeat.inference.layers import layer_names
 from nbfeat.parquet.dataset import is_dataset
 
@@ -213,14 +205,15 @@ def frames_in(names: Mapping[str, Any]) -> dict[str, Any]:
     return {name: frame for name, frame in frames.items() if name.isidentifier() and not name.startswith("_")}
 
 
-def check_name(name: str, known: Mapping[str, Any]) -> Any:
-    """Return the value that `name` has in a notebook, or say that it has none."""
+def frame_called(name: str, known: Mapping[str, Any]) -> Any:
+    """Return the dataframe that has this `name` in a notebook, or say that it has none."""
     if name not in known:
         frames = frames_in(known)
         hint = near(name, frames) or (f"Dataframes here: {', '.join(sorted(frames))}." if frames else "")
         raise RequestError(
             sentences(f"There is no {name!r} in this notebook.", hint, "Name a dataframe with a column of images.")
         )
+    check_frame(known[name])
     return known[name]
 
 

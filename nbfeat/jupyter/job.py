@@ -1,7 +1,4 @@
-"""Work beside the notebook: an Extraction in a thread, whose result is bound between cells to what its name stands for.
-
-The kernel stays free meanwhile. A job can be started, cancelled and gone on with; one enum says how it stands.
-"""
+"""Work beside the cells: an Extraction in a thread, and its result bound between them to what its name stands for."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""%extract, %%extract, %backbones and %extract_cache, and their settings in ``%config ExtractMagics``.
-
-The magics are thin: they read words, loop over `Extraction.steps()`, and bind the new frame when every row is done or
-named in `failures`.
-"""
+"""%extract, %%extract, %extract_panel, %backbones and %extract_cache, and the settings ``%config ExtractMagics``."""
 
 from __future__ import annotations
 
@@ -19,10 +15,11 @@ from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
 from IPython.core.magic import line_cell_magic as both
 from traitlets import Bool, TraitError, Unicode, validate
 
+from nbfeat.backbones.catalog import backbones
+from nbfeat.cache.storage import KINDS, storage
 from nbfeat.errors import NbfeatError, RequestError
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.options import OPTIONS
-from nbfeat.extraction.request import check_frame
 from nbfeat.jupyter import grammar, progress
 
 _MATCHER = "nbfeat"
@@ -89,8 +86,7 @@ class ExtractMagics(Magics):
         if request is None:
             print(grammar.usage())  # noqa: T201 - what -h does
             return None
-        frame = grammar.check_name(request.frame, names)
-        check_frame(frame)
+        frame = grammar.frame_called(request.frame, names)
         options = {**({} if "parquet" in request.run else {"cache": self.cache}), **request.for_extraction}
         if "like" in options:
             options["like"] = grammar.result_called(options["like"], names)
@@ -131,15 +127,11 @@ class ExtractMagics(Magics):
     @reported(line_magic)
     def backbones(self, line: str) -> Any:
         """List the backbones that match a pattern: ``%backbones Res*``."""
-        from nbfeat.backbones.catalog import backbones
-
         return backbones(line.strip().removesuffix(";").strip() or "*")
 
     @reported(line_magic)
     def extract_cache(self, line: str) -> Any:
         """Show what nbfeat keeps here, or clear it: ``clear [features|networks|weights|precisions|all]``."""
-        from nbfeat.cache.storage import KINDS, storage
-
         words = grammar.words_of(line)
         if len(words) > 2 or words[:1] not in ([], ["clear"]):
             raise RequestError(f"%extract_cache takes nothing, or clear [{'|'.join(KINDS)}], not {line.strip()!r}.")

@@ -1,7 +1,4 @@
-"""Panel: the choices of %%extract as widgets, the same work, and the code of what was clicked.
-
-The parts are modules of their own: `source`, `blocks` and `result`. The work is a Job in a thread.
-"""
+"""Panel: the choices of %%extract as widgets, the same work as a Job, and the code of what was clicked."""
 
 from __future__ import annotations
 
@@ -18,7 +15,6 @@ from IPython.display import display
 from nbfeat.errors import NbfeatError, RequestError
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.options import RUN_OPTIONS, spelled
-from nbfeat.extraction.request import check_frame
 from nbfeat.html import escape
 from nbfeat.jupyter import grammar
 from nbfeat.jupyter.job import FrameSnapshot, Job, State, between_cells, is_running_a_cell
@@ -61,11 +57,10 @@ class Panel:
     """
 
     def __init__(self, frame: Any = None) -> None:
-        shell = get_ipython()
-        if shell is None:
+        self._shell: Any = get_ipython()
+        if self._shell is None:
             way = "nbfeat.extract(frame, 'ResNet50', images='path')"
             raise RequestError(f"The panel works in a notebook. Elsewhere, use {way}.")
-        self._shell = shell
         chosen = frame_to_open(frame, self._names())
         self.job: Job | None = None
         self.result: Extraction | None = None
@@ -155,9 +150,7 @@ class Panel:
 
     def _begin(self, request: grammar.Request) -> None:
         names = self._shell.user_ns
-        frame = grammar.check_name(request.frame, names)
-        check_frame(frame)
-        snapshot = FrameSnapshot(request.frame, frame.copy(deep=False))
+        snapshot = FrameSnapshot(request.frame, grammar.frame_called(request.frame, names).copy(deep=False))
         options = {"cache": getattr(self._magics, "cache", True), **request.for_extraction}
         extraction = Extraction(snapshot.frame, request.blocks, **options)
         bind = partial(snapshot.bind, names=names, replace=bool(request.run.get("replace")))
@@ -198,7 +191,7 @@ class Panel:
         try:
             self._request = grammar.read(line, "\n".join(blocks), self._settings())
             assert self._request is not None
-            frame = grammar.check_name(self._request.frame, self._names())
+            frame = grammar.frame_called(self._request.frame, self._names())
             Extraction(frame, self._request.blocks, **self._request.for_extraction)  # which has done nothing yet
         except NbfeatError as error:
             self.problem = str(error)
@@ -255,6 +248,5 @@ class Panel:
             self._static.display(self._report(), raw=True)
 
     def __repr__(self) -> str:
-        """Return how it stands in one short line."""
         text = f"Panel({self.source.frame.value or 'no dataframe'}, {self.state.value})"
         return text if len(text) <= 110 else f"{text[:109]}…"

@@ -14,7 +14,7 @@ from nbfeat.jupyter.panel.widgets import Kit, offer
 from nbfeat.jupyter.progress import counts, progress
 
 ELSEWHERE = "A panel is here while the notebook runs. What is saved of it:"  # and then the static report
-# Of each state: a sign and a word beside its color, and a text that `_facts` fills.
+# Of each state: a sign and a word beside its color, and a text that `progress_of` fills.
 LOOKS = {
     State.IDLE: ("○", "Ready", ""),
     State.RUNNING: ("▶", "Running", "{progress}"),
@@ -31,25 +31,21 @@ MOST_COLUMNS = 60  # offered to color by
 def progress_of(job: Job | None, name: str) -> Html:
     """Draw how `job`, whose frame is called `name`, stands: a bar, the sign and word of its state, more words."""
     sign, word, text = LOOKS[job.state if job else State.IDLE]
-    step, has_bar = job.step if job else None, job and job.state not in {State.IDLE, State.FAILED}
-    text = text.format_map(_facts(job, name)) if job else text
-    share = step.done / step.total if step and step.total else 0.0
-    line = f'<div><b class="nbfeat-{word.lower()}">{sign} {word}</b> {escape(text)}</div>'
-    return Html((bar(share) if has_bar else "") + line)
-
-
-def _facts(job: Job, name: str) -> dict[str, object]:
-    extraction, step, error = job.extraction, job.step, job.error
-    now = progress(step) if step and step.done else job.coming or "starting"
-    return {
-        "name": name,
-        "width": f"{len(extraction.columns):,}" if extraction.state == "done" else "",
-        "counts": " · ".join(counts(step)) if step else "no images",
-        "progress": "all computed · waiting for the running cell to end" if job.is_binding else now,
-        "kept": ", what is done is kept" if extraction.keeps else "",
-        # Of an error that is none of nbfeat's own, its kind too.
-        "error": error if error is None or isinstance(error, NbfeatError) else f"{type(error).__name__}: {error}",
-    }
+    step, drawn = job.step if job else None, ""
+    if job:
+        error = job.error  # of one that is none of nbfeat's own, its kind too
+        now = progress(step) if step and step.done else job.coming or "starting"
+        text = text.format(
+            name=name,
+            width=f"{len(job.extraction.columns):,}" if job.extraction.state == "done" else "",
+            counts=" · ".join(counts(step)) if step else "no images",
+            progress="all computed · waiting for the running cell to end" if job.is_binding else now,
+            kept=", what is done is kept" if job.extraction.keeps else "",
+            error=error if error is None or isinstance(error, NbfeatError) else f"{type(error).__name__}: {error}",
+        )
+        if job.state not in {State.IDLE, State.FAILED}:
+            drawn = bar(step.done / step.total if step and step.total else 0.0)
+    return Html(f'{drawn}<div><b class="nbfeat-{word.lower()}">{sign} {word}</b> {escape(text)}</div>')
 
 
 def code_of(code: str, *, loaded: bool) -> Html:

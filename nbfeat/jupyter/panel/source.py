@@ -44,13 +44,10 @@ class Source:
     def __init__(self, kit: Kit, names: Callable[[], Mapping[str, Any]]) -> None:
         self._kit, self._names = kit, names
         self.frame = kit.make(Dropdown, description="Dataframe", tooltip="A dataframe of this notebook")
-        self.images = kit.make(
-            Dropdown, description=LABELS["images"], tooltip="The column that holds paths, bytes or arrays of images"
-        )
-        self.rows = kit.make(
-            Dropdown, description=LABELS["fit_on"], options=[ALL_ROWS],
-            tooltip="Rows that standard, minmax, whiten and components learn from: name those you train on",
-        )  # fmt: skip
+        holds = "The column that holds paths, bytes or arrays of images"
+        self.images = kit.make(Dropdown, description=LABELS["images"], tooltip=holds)
+        learns = "Rows that standard, minmax, whiten and components learn from: name those you train on"
+        self.rows = kit.make(Dropdown, description=LABELS["fit_on"], options=[ALL_ROWS], tooltip=learns)
         self.strip, self.missing = kit.html("strip"), kit.html("missing")
         fields = kit.box("fields", self.frame, self.images, self.rows)
         self.box = kit.part("Images", fields, self.strip, self.missing)
@@ -136,7 +133,7 @@ def frame_to_open(asked: Any, names: Mapping[str, Any]) -> str | None:
     frames = grammar.frames_in(names)
     if asked is None:
         return next((name for name, frame in frames.items() if likely_columns(frame)), next(iter(frames), None))
-    known = grammar.check_name(asked, names) if isinstance(asked, str) else asked
+    known = grammar.frame_called(asked, names) if isinstance(asked, str) else asked
     check_frame(known)
     named = [name for name, frame in frames.items() if frame is known]
     if not named:
@@ -188,14 +185,12 @@ def thumbnail(value: object, root: Path) -> Html:
     try:
         pixels = read_pixels(value, [PixelSpec(SIDE, "crop")], root)[0]
     except ImageError as error:
-        return Html(
-            f'<span class="nbfeat-lost" role="img" title="{name}: {escape(error)}" aria-label="{name}">✕</span>'
-        )
+        title = f"{name}: {escape(error)}"
+        return Html(f'<span class="nbfeat-lost" role="img" title="{title}" aria-label="{name}">✕</span>')
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "WEBP", quality=75)
-    return Html(
-        f'<img src="data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}" alt="{name}" title="{name}">'
-    )
+    address = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return Html(f'<img src="{address}" alt="{name}" title="{name}">')
 
 
 def is_lost(value: object, root: Path) -> bool:
