@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 # Digits are strokes, not things, so an earlier layer beside the end.
 BLOCKS = ("Pocket", "Pocket --layer block3_out")
 SIZE = 64  # pixels, as the files have: more would only be blur
-IMAGES = 600
-SEED = 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,10 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
     from nbfeat.extraction.extraction import Extraction
 
     parser = argparse.ArgumentParser(prog="python -m nbfeat", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--images", type=int, default=IMAGES, help="how many digits to use, from 50 to 1,797")
+    parser.add_argument("--images", type=int, default=600, help="how many digits to use, from 50 to 1,797")
     count = max(50, min(1797, parser.parse_args(arguments).images))
     with tempfile.TemporaryDirectory(prefix="nbfeat-demo-") as folder:
-        digits = write_digits(Path(folder), count)
+        digits = _write_digits(Path(folder), count)
         print(f"{len(digits):,} handwritten digits written as image files; the dataframe has columns path and label.\n")
         try:
             result = Extraction(digits, *BLOCKS, images="path", size=SIZE)
@@ -45,14 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n{result}\n")
         print("A support-vector machine (StandardScaler, SVC(C=10)), five-fold cross-validation:")
         for part in result.parts:
-            print(f"  {part.prefix:<40} accuracy {accuracy(result[part.prefix], digits['label']):.3f}")
-        print(f"  {'both together':<40} accuracy {accuracy(result.features, digits['label']):.3f}")
+            print(f"  {part.prefix:<40} accuracy {_accuracy(result[part.prefix], digits['label']):.3f}")
+        print(f"  {'both together':<40} accuracy {_accuracy(result.features, digits['label']):.3f}")
     print("\nNext: open a notebook, %load_ext nbfeat, and %extract YOUR_FRAME ResNet50 --images YOUR_COLUMN")
     return 0
 
 
-def write_digits(folder: Path, count: int) -> pd.DataFrame:
-    """Write `count` of scikit-learn's digits as PNG files and return the frame of their paths and labels."""
+def _write_digits(folder: Path, count: int) -> pd.DataFrame:
     import pandas as pd
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -67,14 +64,13 @@ def write_digits(folder: Path, count: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def accuracy(columns: pd.DataFrame, labels: pd.Series[int]) -> float:
-    """Return the mean accuracy over five stratified folds."""
+def _accuracy(columns: pd.DataFrame, labels: pd.Series[int]) -> float:
     from sklearn.model_selection import StratifiedKFold, cross_val_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import SVC
 
-    folds = StratifiedKFold(5, shuffle=True, random_state=SEED)
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
     return float(cross_val_score(make_pipeline(StandardScaler(), SVC(C=10)), columns, labels, cv=folds).mean())
 
 

@@ -22,13 +22,10 @@ def escape(text: object) -> Html:
 
 def table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> Html:
     """Draw rows of cells; every cell is escaped, numbers are set to the right with thousands separators."""
-    lines = [f'<table style="{_TABLE}">']
-    if head:
-        cells = "".join(f'<th style="{_HEAD}">{escape(cell)}</th>' for cell in head)
-        lines.append(f"<thead><tr>{cells}</tr></thead>")
-    lines.append("<tbody>")
-    lines += ["<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows]
-    return Html("".join([*lines, "</tbody></table>"]))
+    titles = "".join(f'<th style="{_HEAD}">{escape(cell)}</th>' for cell in head)
+    top = f"<thead><tr>{titles}</tr></thead>" if head else ""
+    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
+    return Html(f'<table style="{_TABLE}">{top}<tbody>{body}</tbody></table>')
 
 
 def _cell(value: object) -> str:

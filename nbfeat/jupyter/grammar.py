@@ -1,27 +1,22 @@
-"""The grammar of the magics: the words of a cell → a Request, and back; help and README from the table of options.
-
-::
-
-    %extract   FRAME BACKBONE [options]
-    %extract   FRAME --like RESULT
-    %%extract  FRAME [BACKBONE] [options]     and one feature block per line of the body
-    %extract_panel [FRAME | --code]
-    %extract_cache [clear [features|networks|weights|precisions|all]]
-"""
+"""The grammar of the magics: the words of a cell → a Request, and back; help and Tab from the table of options."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from IPython.utils.text import DollarFormatter
 
+from nbfeat.backbones.catalog import CATALOG, find
 from nbfeat.backbones.user_models import SUFFIXES
 from nbfeat.cache.storage import KINDS
-from nbfeat.errors import RequestError, listing, near, sentences
+from nbfeat.errors import NbfeatError, RequestError, listing, near, sentences
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.options import (
     BLOCK_OPTIONS,
@@ -30,11 +25,13 @@ from nbfeat.extraction.options import (
     FeatureBlock,
     Option,
     WordParser,
-    spelled,
+    quoted,
     split_words,
     without_comment,
 )
 from nbfeat.extraction.recipe import Recipe, is_result, recipe_of
+from nbfeat.extraction.request import check_frame
+from nbfeat.inference.layers import layer_names
 from nbfeat.parquet.dataset import is_dataset
 
 PARQUET = ".parquet"
@@ -44,6 +41,13 @@ _BESIDE_LIKE = ("root", "batch_size", "device", "on")  # settings that say nothi
 _MAGIC_ONLY = {"into", "no_cache", "quiet", "help"}  # options that an Extraction has not
 # What DollarFormatter takes for a name: not between single quotes.
 _DOLLAR = re.compile(r"(.*?)\$(\$?[\w.]+)(?=([^']*'[^']*')*[^']*$)")
+# Alone on a line, or on the right of an assignment.
+_MAGIC = re.compile(r"^(?:\s*[\w.]+\s*=)?\s*(%{1,2})(extract_cache|extract_panel|extract|backbones)\b")
+_VALUES = {  # that Tab offers of options that take more
+    "weights": ("imagenet", "bundled", "random"),
+    "device": ("auto", "cpu", "gpu"),
+    "batch_size": ("auto",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +65,13 @@ class Request:
         return {**given, "cache": False} if self.run.get("no_cache") else given
 
 
-def written(frame: str, run: Mapping[str, Any], blocks: Iterable[str]) -> str:
-    """Write the cell of a frame's name, options of the run, and a line for each block."""
-    return "\n".join([" ".join(["%%extract", frame, *spelled(RUN_OPTIONS, run)]), *blocks])
-
-
 def read(line: str, body: str | None, defaults: Mapping[str, Any]) -> Request | None:
     """Read the words after ``%extract``, and the body of ``%%extract``; None where help was asked for.
 
     `defaults` are the settings of ``%config ExtractMagics``. Words on the first line come before them, words of a
     block's own line before both.
     """
-    given, words = WordParser(OPTIONS).read(_words(line))
+    given, words = WordParser(OPTIONS).read(words_of(line))
     if given.get("help"):
         return None
     if not words:
@@ -91,9 +90,8 @@ def read(line: str, body: str | None, defaults: Mapping[str, Any]) -> Request | 
     if not run.get("into", frame).isidentifier():
         raise RequestError(f"--into takes a name, not {run['into']!r}.")
     if "parquet" in run and "into" in run:
-        raise RequestError(
-            f"--parquet binds nothing, so that there is nothing for --into {run['into']}: leave it away."
-        )
+        into = f"--into {run['into']}"
+        raise RequestError(f"--parquet binds nothing, so that there is nothing for {into}: leave it away.")
     lines = [text for text in _unsilenced(body or "").splitlines() if split_words(text)]  # neither blank nor comment
     if "like" in given:
         if extra := [*rest, *(f"--{name}" for name in block)] or (["the lines of the body"] if lines else []):
@@ -129,7 +127,8 @@ def _read_line(text: str, defaults: Mapping[str, Any]) -> tuple[FeatureBlock, ..
     return FeatureBlock.from_options(rest, {**defaults, **given})
 
 
-def _words(line: str) -> list[str]:
+def words_of(line: str) -> list[str]:
+    """Split a line, without a semicolon at its end."""
     return split_words(_unsilenced(line))
 
 
@@ -156,44 +155,16 @@ def expand(text: str, names: Mapping[str, Any]) -> str:
     try:
         return str(DollarFormatter().vformat(text, (), names))
     except Exception as error:  # an expression of the user's: whatever it raises is about it
-        reason = f"{type(error).__name__}: {error}"
-        raise RequestError(
-            f"{text.strip()!r} could not be expanded ({reason}). Write $$ or {{{{ }}}} for plain signs."
-        ) from error
+        what = f"{text.strip()!r} could not be expanded ({type(error).__name__}: {error})."
+        raise RequestError(f"{what} Write $$ or {{{{ }}}} for plain signs.") from error
 
 
 def literal(text: str) -> str:
-    """Write `text` so that `expand` gives it back, whatever signs it holds.
-
-    >>> literal("costs $price"), literal("plain")
-    ('costs $$price', 'plain')
-    """
+    """Write `text` so that `expand` gives it back, whatever signs it holds."""
     if "$" not in text and "{" not in text:
         return text
     pieces = re.split(r"(?<=[{}])", text)  # as string.Formatter takes text apart at braces, and finds $name in each
     return "".join(re.sub(r"([{}])", r"\1\1", _DOLLAR.sub(r"\1$$\2", piece)) for piece in pieces)
-
-
-def cache_words(line: str) -> str | None:
-    """Read the words after ``%extract_cache``: what to clear, or None."""
-    match _words(line):
-        case []:
-            return None
-        case ["clear"]:
-            return "features"
-        case ["clear", what]:
-            return what
-    raise RequestError(f"%extract_cache takes nothing, or clear [{'|'.join(KINDS)}], not {line.strip()!r}.")
-
-
-def panel_words(line: str) -> str | None:
-    """Read the words after ``%extract_panel``: the name of a frame, CODE, or None."""
-    match _words(line):
-        case []:
-            return None
-        case [word] if word == CODE or word.isidentifier():
-            return word
-    raise RequestError(f"%extract_panel takes the name of a dataframe, or {CODE}, not {line.strip()!r}.")
 
 
 def default_of(name: str, value: Any) -> Any:
@@ -221,23 +192,10 @@ def usage() -> str:
         for option in options:
             choices = f" ({', '.join(option.choices)})" if option.choices else ""
             default = f" [{option.default}]" if option.default else ""
-            lines.append(f"  {_spelling(option):<26} {option.help}{choices}{default}")
+            spelling = ", ".join(option.flags) + ("" if option.switch else f" {option.metavar}")
+            lines.append(f"  {spelling:<26} {option.help}{choices}{default}")
         lines.append("")
     return "\n".join(lines)
-
-
-def markdown() -> str:
-    """Return the table of options for the README; a test compares them."""
-    rows = ["| option | of | meaning | default |", "|---|---|---|---|"]
-    for option in OPTIONS:
-        scope = "block" if option in BLOCK_OPTIONS else "run"
-        choices = ": " + " ".join(f"`{choice}`" for choice in option.choices) if option.choices else ""
-        rows.append(f"| `{_spelling(option)}` | {scope} | {option.help}{choices} | {option.default} |")
-    return "\n".join(rows)
-
-
-def _spelling(option: Option) -> str:
-    return ", ".join(option.flags) + ("" if option.switch else f" {option.metavar}")
 
 
 def frames_in(names: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,14 +205,15 @@ def frames_in(names: Mapping[str, Any]) -> dict[str, Any]:
     return {name: frame for name, frame in frames.items() if name.isidentifier() and not name.startswith("_")}
 
 
-def check_name(name: str, known: Mapping[str, Any]) -> Any:
-    """Return the value that `name` has in a notebook, or say that it has none."""
+def frame_called(name: str, known: Mapping[str, Any]) -> Any:
+    """Return the dataframe that has this `name` in a notebook, or say that it has none."""
     if name not in known:
         frames = frames_in(known)
         hint = near(name, frames) or (f"Dataframes here: {', '.join(sorted(frames))}." if frames else "")
         raise RequestError(
             sentences(f"There is no {name!r} in this notebook.", hint, "Name a dataframe with a column of images.")
         )
+    check_frame(known[name])
     return known[name]
 
 
@@ -267,17 +226,60 @@ def result_called(name: str, known: Mapping[str, Any]) -> Recipe:
         return recipe_of(name)
     results = results_among(known)
     hint = near(name, results) or (f"Results here: {listing(results)}." if results else "")
-    what = (
-        f"{name} is a {type(known[name]).__name__}, not a result." if name in known
-        else f"There is no {name!r} in this notebook."
-    )  # fmt: skip
-    way = (
-        "--like takes the name that `result = %extract …` gave, or a .parquet file or a folder that a result was "
-        "written to."
-    )
+    what = f"There is no {name!r} in this notebook."
+    if name in known:
+        what = f"{name} is a {type(known[name]).__name__}, not a result."
+    gave = "the name that `result = %extract …` gave"
+    way = f"--like takes {gave}, or a .parquet file or a folder that a result was written to."
     raise RequestError(sentences(what, hint, way))
 
 
 def results_among(known: Mapping[str, Any]) -> list[str]:
     """Return the names of results in a notebook."""
     return sorted(name for name, value in known.items() if is_result(value) and not name.startswith("_"))
+
+
+def candidates(cell: str, line: int, before: str, names: Mapping[str, Any]) -> list[str]:
+    """Return what Tab offers at the cursor; nothing where the cell is not ours. It never imports Keras.
+
+    `before` is the text of the cursor's line up to the cursor, without the word that is being written.
+    """
+    head = cell.partition("\n")[0]
+    in_body = line > 0 and head.lstrip().startswith("%%extract ")
+    match = _MAGIC.match(head if in_body else before)
+    if match is None:
+        return []
+    offered = {
+        "backbones": list(CATALOG),
+        "extract_cache": list(KINDS) if "clear" in before else ["clear"],
+        "extract_panel": [*frames_in(names), CODE],
+    }
+    if match[2] in offered:
+        return offered[match[2]]
+    first = (head if in_body else before)[match.end() :].split()
+    words, known = (before.split(), BLOCK_OPTIONS) if in_body else (first, OPTIONS)
+    option = next((one for one in known if words and words[-1] in one.flags and not one.switch), None)
+    if option is not None:
+        return _values_of(option, words if in_body else words[1:], first, names)
+    take_value = {flag for one in known if not one.switch for flag in one.flags}
+    # How many words are neither options nor their values.
+    plain = sum(not word.startswith("-") and last not in take_value for last, word in pairwise(["", *words]))
+    flags = [one.flag for one in known]
+    if not in_body and not plain:
+        return list(frames_in(names))
+    return flags if plain > (not in_body) else [*CATALOG, *flags]
+
+
+def _values_of(option: Option, words: list[str], first: list[str], names: Mapping[str, Any]) -> list[str]:
+    if option.choices:
+        return list(option.choices)
+    frame = frames_in(names).get(first[0]) if first else None
+    if option.name == "images" and frame is not None:
+        return [quoted(str(column)) for column in frame.select_dtypes(exclude="number").columns]
+    if option.name == "layer":
+        for word in (*words, *first):
+            with suppress(NbfeatError):  # all layers of the backbone, if they were looked at before
+                return layer_names(find(word))
+    if option.name == "like":
+        return [*results_among(names), *(quoted(file.name) for file in sorted(Path().glob(f"*{PARQUET}")))]
+    return list(_VALUES.get(option.name, ()))

@@ -1,29 +1,28 @@
-"""%extract, %%extract, %backbones and %extract_cache, and their settings in ``%config ExtractMagics``.
-
-The magics are thin: they read words, loop over `Extraction.steps()`, and bind the new frame when every row is done or
-named in `failures`.
-"""
+"""%extract, %%extract, %extract_panel, %backbones and %extract_cache, and the settings ``%config ExtractMagics``."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import closing
 from functools import wraps
 from typing import Any
 
+from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
 from IPython.core.magic import line_cell_magic as both
 from traitlets import Bool, TraitError, Unicode, validate
 
+from nbfeat.backbones.catalog import backbones
+from nbfeat.cache.storage import KINDS, storage
 from nbfeat.errors import NbfeatError, RequestError
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.options import OPTIONS
-from nbfeat.extraction.request import check_frame
-from nbfeat.jupyter import completion, grammar
-from nbfeat.jupyter.progress import ProgressDisplay
+from nbfeat.jupyter import grammar, progress
 
+_MATCHER = "nbfeat"
 # Options whose defaults make sense for every cell of a notebook; the others belong to one block or one run.
 TRAITS = (
     "pooling", "normalize", "weights", "scaling", "resize", "interpolation",
@@ -31,22 +30,25 @@ TRAITS = (
 )  # fmt: skip
 
 
-def reported(magic: Callable[..., Any]) -> Callable[..., Any]:
-    """Make bad usage of a magic a UsageError, and failing work one line unless the whole story is wanted."""
+def reported(kind: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Make a method a magic of that kind: bad usage is a UsageError, failing work one line unless more is wanted."""
 
-    @wraps(magic)
-    def run(self: ExtractMagics, *words: str) -> Any:
-        try:
-            return magic(self, *words)
-        except RequestError as error:
-            raise UsageError(str(error)) from None
-        except (NbfeatError, KeyboardInterrupt) as error:
-            if self.short_errors:
-                text = f"{type(error).__name__}: {error}"
-                error._render_traceback_ = lambda: [text]  # type: ignore[union-attr]  # IPython's protocol
-            raise
+    def decorate(magic: Callable[..., Any]) -> Any:
+        @wraps(magic)
+        def run(self: ExtractMagics, *words: str) -> Any:
+            try:
+                return magic(self, *words)
+            except RequestError as error:
+                raise UsageError(str(error)) from None
+            except (NbfeatError, KeyboardInterrupt) as error:
+                if self.short_errors:
+                    text = f"{type(error).__name__}: {error}"
+                    error._render_traceback_ = lambda: [text]  # type: ignore[union-attr]  # IPython's protocol
+                raise
 
-    return run
+        return no_var_expand(kind(run))
+
+    return decorate
 
 
 @magics_class
@@ -75,9 +77,7 @@ class ExtractMagics(Magics):
             raise TraitError(str(error)) from None
         return str(value)
 
-    @no_var_expand
-    @both
-    @reported
+    @reported(both)
     def extract(self, line: str, cell: str | None = None) -> Extraction | None:
         """Attach features of images as columns; the grammar makes the text that ``%extract?`` shows."""
         names = dict(self.shell.user_ns)
@@ -86,17 +86,20 @@ class ExtractMagics(Magics):
         if request is None:
             print(grammar.usage())  # noqa: T201 - what -h does
             return None
-        frame = grammar.check_name(request.frame, names)
-        check_frame(frame)
+        frame = grammar.frame_called(request.frame, names)
         options = {**({} if "parquet" in request.run else {"cache": self.cache}), **request.for_extraction}
         if "like" in options:
             options["like"] = grammar.result_called(options["like"], names)
         extraction = Extraction(frame, *request.blocks, **options)
         try:
             with closing(extraction.steps()) as steps:
-                ProgressDisplay(request.frame, quiet=request.run.get("quiet", self.quiet)).follow(steps)
+                progress.follow(request.frame, steps, quiet=request.run.get("quiet", self.quiet))
         except KeyboardInterrupt:
-            raise stopped(extraction) from None
+            done, total = extraction.done - len(extraction.failures), extraction.total
+            text = f"stopped at {done:,} of {total:,}; nothing was kept or bound. Run the cell again."
+            if extraction.keeps:
+                text = f"{extraction.kept:,} of {total:,} kept; run the cell again to go on. Nothing was bound."
+            raise KeyboardInterrupt(text) from None
         if extraction.written:
             extraction.notes.append(f"Nothing was bound: {request.frame} is as it was.")
         else:
@@ -104,40 +107,36 @@ class ExtractMagics(Magics):
         # IPython's own way to silence reads the words as Python, and fails over what is none, such as a lone bracket.
         return None if grammar.is_silenced(line if cell is None else cell) else extraction
 
-    @no_var_expand
-    @line_magic
-    @reported
+    @reported(line_magic)
     def extract_panel(self, line: str) -> Any:
         """Choose by clicking: ``%extract_panel [FRAME]``. ``%extract_panel --code`` puts its code into a new cell."""
         from nbfeat.jupyter.panel.panel import Panel
 
-        asked = grammar.panel_words(grammar.expand(line, dict(self.shell.user_ns)))
-        if asked != grammar.CODE:
-            self._panel = Panel(asked)
-            return None if grammar.is_silenced(line) else self._panel
-        if self._panel is None:
+        expanded = grammar.expand(line, dict(self.shell.user_ns))
+        words = grammar.words_of(expanded)
+        if words == [grammar.CODE] and self._panel is None:
             raise RequestError("There is no panel yet whose code could be taken. `%extract_panel photos` opens one.")
-        self._panel.to_cell()
-        return None
+        if words == [grammar.CODE]:
+            self._panel.to_cell()
+            return None
+        if len(words) > 1 or not all(map(str.isidentifier, words)):
+            raise RequestError(f"%extract_panel takes the name of a dataframe, or --code, not {expanded.strip()!r}.")
+        self._panel = Panel(*words)
+        return None if grammar.is_silenced(line) else self._panel
 
-    @no_var_expand
-    @line_magic
-    @reported
+    @reported(line_magic)
     def backbones(self, line: str) -> Any:
         """List the backbones that match a pattern: ``%backbones Res*``."""
-        from nbfeat.backbones.catalog import backbones
-
         return backbones(line.strip().removesuffix(";").strip() or "*")
 
-    @no_var_expand
-    @line_magic
-    @reported
+    @reported(line_magic)
     def extract_cache(self, line: str) -> Any:
         """Show what nbfeat keeps here, or clear it: ``clear [features|networks|weights|precisions|all]``."""
-        from nbfeat.cache.storage import storage
-
-        if cleared := grammar.cache_words(line):
-            storage.clear(cleared)
+        words = grammar.words_of(line)
+        if len(words) > 2 or words[:1] not in ([], ["clear"]):
+            raise RequestError(f"%extract_cache takes nothing, or clear [{'|'.join(KINDS)}], not {line.strip()!r}.")
+        if words:
+            storage.clear(*words[1:])
         return storage
 
     def defaults(self) -> dict[str, Any]:
@@ -149,26 +148,29 @@ class ExtractMagics(Magics):
 ExtractMagics.extract.__doc__ = grammar.usage()
 
 
-def stopped(extraction: Extraction) -> KeyboardInterrupt:
-    """Return the interrupt that stops the notebook, saying what is there and how to go on."""
-    done, total = extraction.done - len(extraction.failures), extraction.total
-    if extraction.keeps:
-        return KeyboardInterrupt(
-            f"{extraction.kept:,} of {total:,} kept; run the cell again to go on. Nothing was bound."
-        )
-    return KeyboardInterrupt(f"stopped at {done:,} of {total:,}; nothing was kept or bound. Run the cell again.")
-
-
 def load(shell: InteractiveShell) -> None:
     """Register the magics, and what Tab offers."""
     unload(shell)
     shell.register_magics(ExtractMagics(shell=shell))  # which adds itself to the configurables
-    completion.load(shell)
+
+    @context_matcher(identifier=_MATCHER, priority=100)  # type: ignore[untyped-decorator]
+    def match(context: CompletionContext) -> SimpleMatcherResult:
+        text = context.text_until_cursor
+        word = re.split(r"[\s,]", text)[-1]  # layers may be listed with commas
+        before = text.removesuffix(re.split(r"\s", text)[-1])
+        found = grammar.candidates(context.full_text, context.cursor_line, before, shell.user_ns)
+        fitting = [SimpleCompletion(text=one, type="nbfeat") for one in found if one.startswith(word)]
+        return {"completions": fitting, "matched_fragment": word, "suppress": bool(found)}
+
+    if completer := getattr(shell, "Completer", None):
+        completer.custom_matchers.append(match)
 
 
 def unload(shell: InteractiveShell) -> None:
     """Take back the magics, the settings and the matcher."""
-    completion.unload(shell)
+    if completer := getattr(shell, "Completer", None):
+        kept = [one for one in completer.custom_matchers if getattr(one, "matcher_identifier", "") != _MATCHER]
+        completer.custom_matchers[:] = kept
     shell.configurables[:] = [one for one in shell.configurables if not _is_mine(one)]
     for table in (shell.magics_manager.registry, *shell.magics_manager.magics.values()):
         for name in [name for name, value in table.items() if _is_mine(getattr(value, "__self__", value))]:
@@ -177,5 +179,4 @@ def unload(shell: InteractiveShell) -> None:
 
 def _is_mine(one: object) -> bool:
     # By name: after a reload of the module the class of an old instance is not this one any more.
-    kind = type(one)
-    return kind.__name__ == "ExtractMagics" and kind.__module__ == __name__
+    return (type(one).__name__, type(one).__module__) == ("ExtractMagics", __name__)

@@ -18,53 +18,43 @@ WAITED_FOR = {"reading": "files to be read", "decoding": "images to be decoded",
 _LINE = "opacity:.7;font-size:90%;line-height:1.5;font-variant-numeric:tabular-nums"
 
 
-class ProgressDisplay:
-    """Show Steps under a cell. In a terminal, which cannot redraw, only what is coming and the end are printed."""
+def follow(title: str, steps: Iterable[Step], *, quiet: bool = False) -> None:
+    """Draw steps as they come, five a second; whatever ends them, leave a final text and not some percentage."""
+    step, end, coming = None, "failed", f"{title}: "
+    handle, started, drawn_at = None, time.monotonic(), 0.0
+    try:
+        for step in steps:
+            coming = f"{title}: {step.note}" if step.note else coming
+            if not quiet and (step.note or time.monotonic() - drawn_at >= SECONDS_BETWEEN):
+                drawn_at = time.monotonic()
+                # Before the first image, nothing is to be seen but what is being prepared.
+                lines, share = ([coming, progress(step)], step.done / step.total) if step.done else ([coming], None)
+                handle = _draw(handle, lines, share, is_news=bool(step.note))
+        end = "done"
+    except KeyboardInterrupt:
+        end = "stopped"
+        raise
+    finally:
+        if step is not None and not quiet:
+            last = " · ".join([end, *counts(step), f"{time.monotonic() - started:,.1f} s"])
+            _draw(handle, [coming, last], None, is_news=True)
 
-    def __init__(self, title: str, *, quiet: bool = False) -> None:
-        self.title, self.quiet = title, quiet
-        self._handle: Any = None
-        self._started, self._drawn_at = time.monotonic(), 0.0
-        self._coming = ""
 
-    def follow(self, steps: Iterable[Step]) -> None:
-        """Draw steps as they come, five a second; whatever ends them, leave a final text and not some percentage."""
-        step, end = None, "failed"
-        try:
-            for step in steps:
-                self._coming = step.note or self._coming
-                if step.note or time.monotonic() - self._drawn_at >= SECONDS_BETWEEN:
-                    self._drawn_at = time.monotonic()
-                    self._draw(step)
-            end = "done"
-        except KeyboardInterrupt:
-            end = "stopped"
-            raise
-        finally:
-            if step is not None:
-                self._draw(step, end)
-
-    def _draw(self, step: Step, end: str = "") -> None:
-        if self.quiet:
-            return
-        lines = [f"{self.title}: {self._coming}"]
-        if end:
-            lines.append(" · ".join([end, *counts(step), f"{time.monotonic() - self._started:,.1f} s"]))
-        elif step.done:  # before, nothing is to be seen but what is being prepared
-            lines.append(progress(step))
-        # In a terminal a display would be printed again at each update. By name: its module need not be imported.
-        if type(get_ipython()).__name__ == "TerminalInteractiveShell":
-            if end or step.note:
-                print(lines[-1])  # noqa: T201 - it has no other place
-            return
-        parts = [f'<div style="{_LINE}">{escape(line)}</div>' for line in lines]
-        if step.done and not end:
-            parts.insert(1, bar(step.done / step.total))
-        bundle = {"text/plain": "\n".join(lines), "text/html": Html("".join(parts))}
-        if self._handle is None:
-            self._handle = display(bundle, raw=True, display_id=True)  # type: ignore[no-untyped-call]
-        else:
-            self._handle.update(bundle, raw=True)
+def _draw(handle: Any, lines: list[str], share: float | None, *, is_news: bool) -> Any:
+    """Show lines, and a bar where there is a share; in a terminal, which cannot redraw, only the last line of news."""
+    # By name: its module need not be imported.
+    if type(get_ipython()).__name__ == "TerminalInteractiveShell":
+        if is_news:
+            print(lines[-1])  # noqa: T201 - it has no other place
+        return None
+    parts = [f'<div style="{_LINE}">{escape(line)}</div>' for line in lines]
+    if share is not None:
+        parts.insert(1, bar(share))
+    bundle = {"text/plain": "\n".join(lines), "text/html": Html("".join(parts))}
+    if handle is None:
+        return display(bundle, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+    handle.update(bundle, raw=True)
+    return handle
 
 
 def progress(step: Step) -> str:
@@ -88,8 +78,7 @@ def counts(step: Step) -> list[str]:
 
 def clock(seconds: float) -> str:
     """Write a duration as people read it: 8 s, 2:05 min, 1:10 h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
     return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"

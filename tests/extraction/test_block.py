@@ -16,6 +16,7 @@ import nbfeat
 from nbfeat import Extraction, FeatureBlock, RequestError
 from nbfeat.backbones.backbone import SCALINGS
 from nbfeat.extraction.options import BLOCK_OPTIONS, NORMALIZES, OPTIONS, POOLINGS, RUN_OPTIONS, quoted, split_words
+from nbfeat.extraction.options import BLOCK_OPTIONS, NORMALIZES, OPTIONS, POOLINGS, RUN_OPTIONS, quoted, spelled, split_words
 from nbfeat.images.resize import INTERPOLATIONS, RESIZES
 from nbfeat.inference.engines.base import PRECISIONS
 from nbfeat.jupyter import grammar
@@ -96,7 +97,8 @@ def test_a_request_reads_back_from_its_text() -> None:
     head, body = cell.removeprefix("%%extract ").split("\n", 1)
     request = grammar.read(head, body, {})
     assert request is not None
-    assert grammar.written(request.frame, request.run, map(str, request.blocks)) == cell
+    line = " ".join(["%%extract", request.frame, *spelled(RUN_OPTIONS, request.run)])
+    assert "\n".join([line, *map(str, request.blocks)]) == cell
     assert request.for_extraction == {"images": ["path", "the back"], "root": "a b"}
     assert [block.backbone for block in request.blocks] == ["ResNet50", "VGG16"]
 

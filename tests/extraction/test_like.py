@@ -20,6 +20,7 @@ from PIL import Image
 from nbfeat import Extraction, ExtractionError, RequestError, extract
 from nbfeat.backbones.weights import Loaded
 from nbfeat.extraction.normalize import Normalizer
+from nbfeat.extraction.options import RUN_OPTIONS, spelled
 from nbfeat.inference import prepared
 from nbfeat.inference.spec import NUMERICS, Output
 from nbfeat.jupyter import grammar
@@ -359,9 +360,9 @@ def test_settings_of_the_notebook_do_not_change_what_is_repeated(
 def test_the_cell_that_repeats_reads_back_from_its_text() -> None:
     request = grammar.read("photos --like 'last week.parquet' --into more --root '~/my photos'", None, {})
     assert request is not None
-    head, _, body = grammar.written(request.frame, request.run, map(str, request.blocks)).partition("\n")
-    assert head == "%%extract photos --root '~/my photos' --like 'last week.parquet' --into more"
-    assert grammar.read(head.removeprefix("%%extract "), body, {}) == request
+    line = " ".join([request.frame, *spelled(RUN_OPTIONS, request.run)])
+    assert line == "photos --root '~/my photos' --like 'last week.parquet' --into more"
+    assert grammar.read(line, "", {}) == request
 
 
 def test_tab_offers_results_and_their_files(shell_here: InteractiveShell, train: pd.DataFrame) -> None:

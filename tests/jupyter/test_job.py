@@ -11,8 +11,7 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 from nbfeat import Extraction, ExtractionError
-from nbfeat.jupyter.binding import FrameSnapshot, between_cells, is_running_a_cell
-from nbfeat.jupyter.job import Job, State
+from nbfeat.jupyter.job import FrameSnapshot, Job, State, between_cells, is_running_a_cell
 from tests.fake import FakeEngine, Gate
 
 BLOCK = "MobileNet --size 32"

@@ -211,7 +211,7 @@ def test_progress_is_one_display_and_its_last_text_is_the_end(
 
     monkeypatch.setattr(progress, "display", display)
     steps = Extraction(photos, "MobileNet --size 32", images="path", batch_size=1).steps()
-    progress.ProgressDisplay("photos").follow(steps)
+    progress.follow("photos", steps)
     assert len(bundles) <= 4
     assert bundles[-1]["text/plain"].splitlines()[-1].startswith("done · 20 of 20 images")
     assert all("<div" in bundle["text/html"] for bundle in bundles)

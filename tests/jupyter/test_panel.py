@@ -22,7 +22,7 @@ from nbfeat.jupyter import grammar
 from nbfeat.jupyter.grammar import expand, literal
 from nbfeat.jupyter.job import State
 from nbfeat.jupyter.panel import panel, source
-from nbfeat.jupyter.panel.look import LOOKS
+from nbfeat.jupyter.panel.result import LOOKS
 from nbfeat.jupyter.panel.widgets import DEFAULT, tree
 from tests.faces import run_cell
 from tests.fake import FakeEngine, Gate
@@ -79,20 +79,20 @@ def show_page(one: Panel, page: str) -> str:
 
 
 def check_look(one: Panel, state: State) -> None:
-    look = LOOKS[state]
+    sign, word, _ = LOOKS[state]
     assert one.state is state
-    assert one.extract_button.disabled is not look.can_extract
-    assert one.cancel_button.disabled is not look.can_cancel
-    assert f"{look.sign} {look.word}" in one._progress.value
-    assert look.word in one._spoken.value
-    assert ("height:6px" in one._progress.value) is look.has_bar
-    assert bool(one.results.box.children) is look.has_result
+    assert one.extract_button.disabled is (state in {State.RUNNING, State.CANCELLING})
+    assert one.cancel_button.disabled is (state is not State.RUNNING)
+    assert f"{sign} {word}" in one._progress.value
+    assert word in one._spoken.value
+    assert ("height:6px" in one._progress.value) is (state not in {State.IDLE, State.FAILED})
+    assert bool(one.results.box.children) is (state is State.DONE)
     assert state.value in repr(one)
 
 
 def test_every_state_and_transition_as_it_is_clicked(opened: Open, notebook: InteractiveShell, gate: Gate) -> None:
     assert set(LOOKS) == set(State)
-    assert len({look.sign for look in LOOKS.values()}) == len({look.word for look in LOOKS.values()}) == len(State)
+    assert len({sign for sign, _, _ in LOOKS.values()}) == len({word for _, word, _ in LOOKS.values()}) == len(State)
     before = notebook.user_ns["photos"]
     one = opened()
     check_look(one, State.IDLE)

@@ -13,29 +13,22 @@ from nbfeat.extraction import columns
 from nbfeat.extraction.options import BLOCK_OPTIONS, FeatureBlock, column_names, column_prefix, quoted, spelled
 from nbfeat.html import escape
 from nbfeat.inference.layers import expected_width, layer_names
-from nbfeat.jupyter.panel.widgets import (
-    DEFAULT,
-    Kit,
-    OptionWidgets,
-    Settings,
-    offer,
-    tree,
-)
+from nbfeat.jupyter.panel.widgets import DEFAULT, Kit, OptionWidgets, Settings, offer, tree
+from nbfeat.inference.layers import layer_names
+from nbfeat.jupyter.panel.widgets import DEFAULT, Kit, OptionWidgets, offer, tree
 
 FIRST = "MobileNetV2"  # light, and usual
 ALWAYS_SHOWN = ("layer", "pooling", "normalize", "components", "prefix")  # the others are folded away
 
 
 class Card:
-    """One block: its backbone and its options. `changed` is called after each choice."""
+    """One block: its backbone and its options."""
 
-    def __init__(
-        self, kit: Kit, settings: Settings, changed: Callable[[], None], removed: Callable[[Card], None]
-    ) -> None:
-        self._kit, self._settings, self._changed = kit, settings, changed
+    def __init__(self, kit: Kit, removed: Callable[[Card], None]) -> None:
+        self._kit = kit
         self.backbone = kit.make(
             widgets.Combobox,
-            value=str(settings().get("backbone", FIRST)),
+            value=str(kit.settings().get("backbone", FIRST)),
             options=list(CATALOG),
             ensure_option=True,
             continuous_update=False,
@@ -43,7 +36,7 @@ class Card:
             placeholder=f"one of {len(CATALOG)} networks",
             tooltip="Clear it to see all, or type a part of a name",
         )
-        self.options = OptionWidgets(kit, BLOCK_OPTIONS, settings, lambda _: changed())
+        self.options = OptionWidgets(kit, BLOCK_OPTIONS)
         self.remove = kit.button("Remove", "quiet", "Remove this block", lambda: removed(self))
         self.expected = kit.html("expected")
         more = kit.box("fields", *(widget for name, widget in self.options.items() if name not in ALWAYS_SHOWN))
@@ -51,7 +44,8 @@ class Card:
         fold = kit.make(widgets.Accordion, "fold", children=(more,), titles=("More options",), selected_index=None)
         self.box = kit.box("block", fields, kit.box("line", self.expected, self.remove), fold)
         self.refresh()
-        kit.on_choice(self._chose_backbone, self.backbone)
+        kit.on_choice(lambda _: self.refresh(), self.backbone)
+        kit.on_choice(lambda _: kit.changed(), self.backbone)
 
     @property
     def text(self) -> str:
@@ -60,7 +54,7 @@ class Card:
 
     def expect(self, rows: int) -> int:
         """Show which columns the block will make of `rows` images and what memory they take; return how many."""
-        defaults = {name: value for name, value in self._settings().items() if name in self.options}
+        defaults = {name: value for name, value in self._kit.settings().items() if name in self.options}
         try:
             block = FeatureBlock.parse(self.text, defaults)[0]
             backbone = find(block.backbone)
@@ -86,10 +80,6 @@ class Card:
         )
         return width
 
-    def _chose_backbone(self, _: object) -> None:
-        self.refresh()
-        self._changed()
-
     def refresh(self) -> None:
         """Offer the layers, multipliers and weights that the backbone has, and the defaults of now."""
         backbone = CATALOG.get(self.backbone.value)
@@ -109,9 +99,8 @@ class Card:
 class Blocks:
     """All blocks of a panel, at least one."""
 
-    def __init__(self, kit: Kit, settings: Settings, changed: Callable[[], None]) -> None:
-        self._kit, self._settings, self._changed = kit, settings, changed
-        self.cards = [Card(kit, settings, changed, self.remove)]
+    def __init__(self, kit: Kit) -> None:
+        self._kit, self.cards = kit, [Card(kit, self.remove)]
         self.more = kit.button("Add a block", "quiet", "Another network, layer or pooling, in the same pass", self.add)
         self.total = kit.html("expected")
         self._cards = kit.box("blocks")
@@ -120,14 +109,14 @@ class Blocks:
 
     def add(self) -> Card:
         """Add a block: of the last one's backbone, cut at the next customary layer before the end."""
-        card = Card(self._kit, self._settings, self._changed, self.remove)
+        card = Card(self._kit, self.remove)
         name = card.backbone.value = self.cards[-1].backbone.value
         taken = {one.options["layer"].value for one in self.cards if one.backbone.value == name}
         layers = [layer.name for layer in CATALOG[name].layers[:-1]] if name in CATALOG else []
         card.options["layer"].value = next((layer for layer in reversed(layers) if layer not in taken), DEFAULT)
         self.cards.append(card)
         self._draw()
-        self._changed()
+        self._kit.changed()
         return card
 
     def remove(self, card: Card) -> None:
@@ -135,14 +124,9 @@ class Blocks:
         if len(self.cards) > 1 and card in self.cards:
             self.cards.remove(card)
             self._draw()
-            self._changed()
+            self._kit.changed()
             for widget in list(tree(card.box)):
                 widget.close()
-
-    def refresh(self) -> None:
-        """Take other defaults."""
-        for card in self.cards:
-            card.refresh()
 
     def expect(self, rows: int, columns: int) -> None:
         """Show what each block will give of `rows` rows and `columns` image columns, and all of them."""

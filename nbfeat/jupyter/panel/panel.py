@@ -1,13 +1,12 @@
-"""Panel: the choices of %%extract as widgets, the same work, and the code of what was clicked.
-
-How each state of the work looks is in one table, `look.LOOKS`. The parts are modules of their own: `source`, `blocks`
-and `result`. The work is a Job in a thread, whose result is bound between cells.
-"""
+"""Panel: the choices of %%extract as widgets, the same work as a Job, and the code of what was clicked."""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from IPython.core.getipython import get_ipython
@@ -15,20 +14,16 @@ from IPython.display import display
 
 from nbfeat.errors import NbfeatError, RequestError
 from nbfeat.extraction.extraction import Extraction
-from nbfeat.extraction.options import RUN_OPTIONS
-from nbfeat.extraction.request import check_frame
+from nbfeat.extraction.options import RUN_OPTIONS, spelled
 from nbfeat.html import escape
 from nbfeat.jupyter import grammar
-from nbfeat.jupyter.binding import FrameSnapshot, between_cells, is_in_a_cell
-from nbfeat.jupyter.job import Job, State
-from nbfeat.jupyter.panel import look
+from nbfeat.jupyter.job import FrameSnapshot, Job, State, between_cells, is_running_a_cell
 from nbfeat.jupyter.panel.blocks import Blocks
-from nbfeat.jupyter.panel.result import Result
+from nbfeat.jupyter.panel.result import ELSEWHERE, LOOKS, Result, code_of, progress_of, static_report
 from nbfeat.jupyter.panel.source import Source, frame_to_open
 from nbfeat.jupyter.panel.widgets import STYLE, Kit, OptionWidgets
 
 SECONDS_BETWEEN = 0.3  # updates of the progress: each is one message, and all others come with a change of state
-LONGEST_REPR = 110
 # Options of the run that are chosen here; others are chosen elsewhere in the panel, or need free text, which is what
 # the grammar is for.
 CHOSEN_HERE = {"batch_size", "device", "precision", "allow_remote", "no_cache", "replace"}
@@ -62,12 +57,10 @@ class Panel:
     """
 
     def __init__(self, frame: Any = None) -> None:
-        shell = get_ipython()
-        if shell is None:
-            raise RequestError(
-                "The panel works in a notebook. Elsewhere, use nbfeat.extract(frame, 'ResNet50', images='path')."
-            )
-        self._shell = shell
+        self._shell: Any = get_ipython()
+        if self._shell is None:
+            way = "nbfeat.extract(frame, 'ResNet50', images='path')"
+            raise RequestError(f"The panel works in a notebook. Elsewhere, use {way}.")
         chosen = frame_to_open(frame, self._names())
         self.job: Job | None = None
         self.result: Extraction | None = None
@@ -77,16 +70,14 @@ class Panel:
         self._drawn_at, self._drawn_state = 0.0, State.IDLE
         self._static: Any = None  # the handle of the static report
         self._known_settings = self._settings()
-        kit = self._kit = Kit()
-        self.source = Source(kit, self._names, self._settings, self._changed)
-        self.blocks = Blocks(kit, self._settings, self._changed)
-        table = [option for option in RUN_OPTIONS if option.name in CHOSEN_HERE]
-        self.options = OptionWidgets(kit, table, self._settings, lambda _: self._changed())
+        kit = self._kit = Kit(self._settings, self._changed)
+        self.source = Source(kit, self._names)
+        self.blocks = Blocks(kit)
+        self.options = OptionWidgets(kit, [option for option in RUN_OPTIONS if option.name in CHOSEN_HERE])
         self.results = Result(kit)
         self.extract_button = kit.button("Extract", "go", "Extract the features, beside the notebook", self._pressed)
-        self.cancel_button = kit.button(
-            "Cancel", "quiet", "Stop after the batch in hand; what is done is kept", self.cancel
-        )
+        stops = "Stop after the batch in hand; what is done is kept"
+        self.cancel_button = kit.button("Cancel", "quiet", stops, self.cancel)
         self._progress, self._problem, self._code = map(kit.html, ("progress", "problem", "code"))
         self._spoken = kit.html("spoken")  # for screen readers, which are told of states and not of every step
         self._style = kit.html("style")
@@ -101,21 +92,12 @@ class Panel:
         kit = self._kit
         switches = [widget for widget in self.options.values() if isinstance(widget.value, bool)]
         fields = [widget for widget in self.options.values() if widget not in switches]
+        head = kit.html("head", "<h3>Image features</h3><span>as new columns of a dataframe</span>")
+        run = kit.part("Run", kit.box("fields", *fields), kit.box("line", *switches))
         buttons = kit.box("buttons", self.extract_button, self.cancel_button)
-        return kit.box(
-            "panel",
-            self._style,
-            kit.html("head", "<h3>Image features</h3><span>as new columns of a dataframe</span>"),
-            self.source.box,
-            self.blocks.box,
-            kit.part("Run", kit.box("fields", *fields), kit.box("line", *switches)),
-            kit.box("line", buttons, self._progress, self._spoken),
-            self._problem,
-            self._code,
-            self.results.box,
-        )
-
-    # Working
+        line = kit.box("line", buttons, self._progress, self._spoken)
+        parts = (self.source.box, self.blocks.box, run, line, self._problem, self._code, self.results.box)
+        return kit.box("panel", self._style, head, *parts)
 
     @property
     def state(self) -> State:
@@ -146,7 +128,9 @@ class Panel:
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait until nothing is running, and tell whether that came about; the cell that waits binds the frame."""
-        return self.job is None or self.job.wait(seconds, bind=is_in_a_cell(self._shell))
+        # Where the running cell is what calls this, and not a click or a thread beside it.
+        in_a_cell = is_running_a_cell(self._shell) and threading.current_thread() is threading.main_thread()
+        return self.job is None or self.job.wait(seconds, bind=in_a_cell)
 
     def to_cell(self) -> None:
         """Put the code into a new cell below the one that calls this."""
@@ -155,7 +139,7 @@ class Panel:
     def close(self) -> None:
         """Take the panel off the screen, and stop what it does."""
         self.cancel()
-        if self._after_a_cell in self._shell.events.callbacks["post_run_cell"]:
+        with suppress(ValueError):  # closed before
             self._shell.events.unregister("post_run_cell", self._after_a_cell)
         self._kit.close()
 
@@ -165,21 +149,13 @@ class Panel:
             self.cancel_button.focus()  # the button that was clicked can be pressed no more
 
     def _begin(self, request: grammar.Request) -> None:
-        """Make a job of what is asked for."""
         names = self._shell.user_ns
-        frame = grammar.check_name(request.frame, names)
-        check_frame(frame)
-        snapshot = FrameSnapshot(request.frame, frame.copy(deep=False))
+        snapshot = FrameSnapshot(request.frame, grammar.frame_called(request.frame, names).copy(deep=False))
         options = {"cache": getattr(self._magics, "cache", True), **request.for_extraction}
         extraction = Extraction(snapshot.frame, request.blocks, **options)
-        replace = bool(request.run.get("replace"))
+        bind = partial(snapshot.bind, names=names, replace=bool(request.run.get("replace")))
         self._ran = self.code, snapshot
-        self.job = Job(
-            extraction,
-            bind=lambda done: snapshot.bind(done, names, replace=replace),
-            schedule=lambda work: between_cells(self._shell, work),
-            notify=self._moved,
-        )
+        self.job = Job(extraction, bind, partial(between_cells, self._shell), self._moved)
 
     def _can_go_on(self) -> bool:
         """Tell whether what was cancelled is what is asked for now, of the same images."""
@@ -191,11 +167,13 @@ class Panel:
     def _moved(self) -> None:
         """Show a step or a change of state; called by the thread that works."""
         with self._kit.turn():
-            is_new, job = self.state is not self._drawn_state, self.job
-            is_rare = job is not None and (job.is_binding or (job.step is not None and bool(job.step.note)))
-            if is_new or is_rare or time.monotonic() - self._drawn_at >= SECONDS_BETWEEN:
+            job = self.job
+            assert job is not None
+            is_new = job.state is not self._drawn_state
+            is_rare = is_new or job.is_binding or (job.step is not None and bool(job.step.note))
+            if is_rare or time.monotonic() - self._drawn_at >= SECONDS_BETWEEN:
                 self._draw()
-            if job is None or not is_new or self.state.is_busy:
+            if not is_new or job.state.is_busy:
                 return
             if job.state is State.DONE:
                 self.result = job.extraction
@@ -204,23 +182,21 @@ class Panel:
             if self._static is not None:
                 self._static.update(self._report(), raw=True)
 
-    # Choosing
-
     def _changed(self) -> None:
         """Write the code of what is chosen, and say what it will give, or why it cannot be."""
-        run = {**self.source.given, **self.options.given}
-        lines = grammar.written(self.source.frame.value or "", run, [card.text for card in self.blocks.cards])
+        options = spelled(RUN_OPTIONS, {**self.source.given, **self.options.given})
+        line = " ".join([self.source.frame.value or "", *options])
+        blocks = [card.text for card in self.blocks.cards]
         self.problem, self._request = "", None
         try:
-            head, _, body = lines.partition("\n")
-            self._request = grammar.read(head.removeprefix("%%extract "), body, self._settings())
+            self._request = grammar.read(line, "\n".join(blocks), self._settings())
             assert self._request is not None
-            frame = grammar.check_name(self._request.frame, self._names())
+            frame = grammar.frame_called(self._request.frame, self._names())
             Extraction(frame, self._request.blocks, **self._request.for_extraction)  # which has done nothing yet
         except NbfeatError as error:
             self.problem = str(error)
-        self.code = "\n".join(map(grammar.literal, lines.split("\n")))
-        self._code.value = look.code_of(self.code, loaded=self._magics is not None)
+        self.code = "\n".join(map(grammar.literal, [f"%%extract {line}", *blocks]))
+        self._code.value = code_of(self.code, loaded=self._magics is not None)
         chosen, columns = self.source.chosen, len(self.source.images.value or ())
         self.blocks.expect(0 if chosen is None else len(chosen), columns)
         self._draw()
@@ -231,13 +207,12 @@ class Panel:
             settings, self._known_settings = self._known_settings, self._settings()
             if self.source.has_news() or settings != self._known_settings:
                 self.source.refresh()
-                self.blocks.refresh()
                 self.options.refresh()
+                for card in self.blocks.cards:
+                    card.refresh()
                 self._changed()
 
-    # The notebook
-
-    def _names(self) -> MutableMapping[str, Any]:
+    def _names(self) -> Mapping[str, Any]:
         return dict(self._shell.user_ns)  # a cell may be changing it just now
 
     @property
@@ -247,36 +222,31 @@ class Panel:
     def _settings(self) -> dict[str, Any]:
         return self._magics.defaults() if self._magics else {}
 
-    # Showing
-
     def _draw(self) -> None:
         """Show how it stands: while it runs one widget changes, the others with the state."""
         with self._kit.turn():
             state = self.state
-            appearance = look.LOOKS[state]
-            self._progress.value = look.progress_of(self.job, self._ran[1].name if self._ran else "")
-            self.extract_button.disabled = not appearance.can_extract or bool(self.problem)
-            self.cancel_button.disabled = not appearance.can_cancel
-            if not appearance.has_result:
+            self._progress.value = progress_of(self.job, self._ran[1].name if self._ran else "")
+            self.extract_button.disabled = state.is_busy or bool(self.problem)
+            self.cancel_button.disabled = state is not State.RUNNING
+            if state is not State.DONE:
                 self.results.hide()  # it is another run's
             self._problem.value = f"⚠ {escape(self.problem)}" if self.problem else ""
             if state is not self._drawn_state or not self._spoken.value:
-                self._spoken.value = f'<span role="status">{appearance.word}</span>'
+                self._spoken.value = f'<span role="status">{LOOKS[state][1]}</span>'
             self._drawn_at, self._drawn_state = time.monotonic(), state
 
     def _report(self) -> dict[str, str]:
-        return look.static_report(self.job, self.code, self.box.model_id)
+        return static_report(self.job, self.code, self.box.model_id)
 
     def _ipython_display_(self) -> None:
         """Show the panel, and beside it, unseen while it lives, the static report that is saved with the notebook."""
-        display({**self.box._repr_mimebundle_(), "text/plain": look.ELSEWHERE}, raw=True)  # type: ignore[no-untyped-call]
+        display({**self.box._repr_mimebundle_(), "text/plain": ELSEWHERE}, raw=True)  # type: ignore[no-untyped-call]
         if self._static is None:
             self._static = display(self._report(), raw=True, display_id=True)  # type: ignore[no-untyped-call]
         else:
             self._static.display(self._report(), raw=True)
 
     def __repr__(self) -> str:
-        """Return how it stands in one short line."""
-        name = self.source.frame.value or "no dataframe"
-        text = f"Panel({name}, {self.state.value})"
-        return text if len(text) <= LONGEST_REPR else text[: LONGEST_REPR - 1] + "…"
+        text = f"Panel({self.source.frame.value or 'no dataframe'}, {self.state.value})"
+        return text if len(text) <= 110 else f"{text[:109]}…"

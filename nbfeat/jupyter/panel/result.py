@@ -1,25 +1,75 @@
-"""The panel's result: the report, the images that failed, a scatter and a comparison, each one click away."""
+"""What the panel shows of its work: how it stands, its code, its report, failures, a scatter and a comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import ipywidgets as widgets
 
 from nbfeat.errors import NbfeatError
 from nbfeat.extraction.extraction import Extraction
-from nbfeat.html import Html, paragraph
-from nbfeat.jupyter.job import in_background
-from nbfeat.jupyter.panel.widgets import Choice, Kit, offer
+from nbfeat.html import Html, bar, escape, paragraph
+from nbfeat.jupyter.job import Job, State, in_background
+from nbfeat.jupyter.panel.widgets import Kit, offer
+from nbfeat.jupyter.progress import counts, progress
 
+ELSEWHERE = "A panel is here while the notebook runs. What is saved of it:"  # and then the static report
+# Of each state: a sign and a word beside its color, and a text that `progress_of` fills.
+LOOKS = {
+    State.IDLE: ("○", "Ready", ""),
+    State.RUNNING: ("▶", "Running", "{progress}"),
+    State.CANCELLING: ("…", "Cancelling", "{counts} · stopping after the batch in hand"),
+    State.CANCELLED: ("■", "Cancelled", "{counts} · nothing was bound · Extract goes on{kept}"),
+    State.FAILED: ("✕", "Failed", "{error}"),
+    State.DONE: ("✓", "Done", "{name} has {width} new columns · {counts}"),
+}
 REPORT, FAILURES, SCATTER, COMPARISON = "Report", "Failures", "Scatter", "Comparison"
 FAILURES_SHOWN = 24
 MOST_COLUMNS = 60  # offered to color by
 
 
+def progress_of(job: Job | None, name: str) -> Html:
+    """Draw how `job`, whose frame is called `name`, stands: a bar, the sign and word of its state, more words."""
+    sign, word, text = LOOKS[job.state if job else State.IDLE]
+    step, drawn = job.step if job else None, ""
+    if job:
+        error = job.error  # of one that is none of nbfeat's own, its kind too
+        now = progress(step) if step and step.done else job.coming or "starting"
+        text = text.format(
+            name=name,
+            width=f"{len(job.extraction.columns):,}" if job.extraction.state == "done" else "",
+            counts=" · ".join(counts(step)) if step else "no images",
+            progress="all computed · waiting for the running cell to end" if job.is_binding else now,
+            kept=", what is done is kept" if job.extraction.keeps else "",
+            error=error if error is None or isinstance(error, NbfeatError) else f"{type(error).__name__}: {error}",
+        )
+        if job.state not in {State.IDLE, State.FAILED}:
+            drawn = bar(step.done / step.total if step and step.total else 0.0)
+    return Html(f'{drawn}<div><b class="nbfeat-{word.lower()}">{sign} {word}</b> {escape(text)}</div>')
+
+
+def code_of(code: str, *, loaded: bool) -> Html:
+    """Draw the cell that does the same: a click selects all of it."""
+    first = "" if loaded else " after <code>%load_ext nbfeat</code>"
+    return Html(
+        f'<h4>Same as{first}</h4><pre title="A click selects all of it">{escape(code)}</pre>'
+        "<div>Click it and press Ctrl+C to copy; <code>%extract_panel --code</code> puts it into a new cell.</div>"
+    )
+
+
+def static_report(job: Job | None, code: str, number: str) -> dict[str, str]:
+    """Return what stands for the panel of that `number` where there is no kernel: the report, and the code."""
+    extraction = job.extraction if job and job.state is not State.IDLE else None
+    report = extraction._repr_html_() if extraction else escape("A panel of nbfeat in which nothing has run yet.")
+    cell = f'{paragraph("Same as")}<pre style="opacity:.8;font-size:90%">{escape(code)}</pre>'
+    return {
+        "text/html": f'<div class="nbfeat-still-{number}">{report}{cell}</div>',
+        "text/plain": f"{extraction!r}\nSame as\n{code}" if extraction else code,
+    }
+
+
 class Result:
-    """What came of a run; nothing before the first."""
+    """What came of a run, page by page; nothing before the first."""
 
     def __init__(self, kit: Kit) -> None:
         self.pages = kit.make(widgets.ToggleButtons, "pages", options=[REPORT])
@@ -39,10 +89,13 @@ class Result:
         self._of, self._made = extraction, {}
         failed = len(extraction.failures)
         failures = [(f"{FAILURES} ({failed:,})", FAILURES)] if failed else []
+        # Columns to color by, ``label`` first where there is one; features and images are none.
+        others = {*extraction.columns, *(part.column for part in extraction.parts)}
+        columns = [column for column in extraction.frame.columns if column not in others][:MOST_COLUMNS]
         with self._kit.filling():
             self.pages.options = [(REPORT, REPORT), *failures, (SCATTER, SCATTER), (COMPARISON, COMPARISON)]
             self.pages.value = REPORT
-            offer(self.column, columns_of(extraction))
+            offer(self.column, [(str(one), one) for one in sorted(columns, key=lambda column: column != "label")])
         self._turn()
 
     def hide(self) -> None:
@@ -67,54 +120,33 @@ class Result:
             in_background("page", self._make, key, self._of)
 
     def _make(self, key: tuple[str, object], of: Extraction) -> None:
-        page, column = key
         try:
-            made = MAKERS[page](of, column)
-            is_good = True
+            page = _drawn(of, *key)
+            made = {key: page}
         except Exception as error:  # whatever it is, it is shown: nobody sees what a thread raises
             kind = "" if isinstance(error, NbfeatError) else f"{type(error).__name__}: "
-            made, is_good = paragraph(f"⚠ {kind}{error}"), False
+            page, made = paragraph(f"⚠ {kind}{error}"), {}
         if self._of is of:
-            self._made |= {key: made} if is_good else {}
+            self._made |= made
             if self._asked == key:
-                self.page.value = made
+                self.page.value = page
 
 
-def columns_of(extraction: Extraction) -> list[Choice]:
-    """Return the columns to color by, ``label`` first where there is one; features and images are none."""
-    others = {*extraction.columns, *(part.column for part in extraction.parts)}
-    found = [column for column in extraction.frame.columns if column not in others][:MOST_COLUMNS]
-    return [(str(column), column) for column in sorted(found, key=lambda column: column != "label")]
-
-
-def failures(extraction: Extraction, _: object) -> Html:
-    """Draw the images that failed, each with its reason."""
+def _drawn(extraction: Extraction, page: str, column: object) -> Html:
     from nbfeat.explore import gallery
-    from nbfeat.explore.gallery import Tile
-
-    found = extraction.failures
-    rows = found[["position", "image", "reason"]].head(FAILURES_SHOWN).itertuples(index=False)
-    tiles = [Tile(None, (f"row {position:,}", Path(image).name), image, reason) for position, image, reason in rows]
-    more = f"… and {len(found) - len(tiles):,} more: see result.failures" if len(found) > len(tiles) else ""
-    return Html(gallery.html(tiles, Path()) + (paragraph(more) if more else ""))
-
-
-def scatter(extraction: Extraction, column: object) -> Html:
-    """Draw the features in two dimensions."""
+    from nbfeat.explore.compare import compare
     from nbfeat.explore.scatter import scatter
 
-    return Html(scatter(extraction, color=column)._repr_html_())
-
-
-def comparison(extraction: Extraction, column: object) -> Html:
-    """Score every block by how well it predicts a column."""
-    from nbfeat.explore.compare import compare
-
-    if column is None:
+    if page == SCATTER:
+        return Html(scatter(extraction, color=column)._repr_html_())
+    if page == COMPARISON and column is None:
         return paragraph("The frame has no column to predict. Add one, such as a label, and extract again.")
-    return Html(compare(extraction, column)._repr_html_())
-
-
-MAKERS: dict[str, Callable[[Extraction, object], Html]] = {
-    FAILURES: failures, SCATTER: scatter, COMPARISON: comparison,
-}  # fmt: skip
+    if page == COMPARISON:
+        return Html(compare(extraction, column)._repr_html_())
+    found = extraction.failures
+    rows = found[["position", "image", "reason"]].head(FAILURES_SHOWN).itertuples(index=False)
+    tiles = [
+        gallery.Tile(None, (f"row {position:,}", Path(image).name), image, reason) for position, image, reason in rows
+    ]
+    more = f"… and {len(found) - len(tiles):,} more: see result.failures" if len(found) > len(tiles) else ""
+    return Html(gallery.html(tiles, Path()) + (paragraph(more) if more else ""))

@@ -20,18 +20,10 @@ from nbfeat.errors import ImageError, NbfeatError, RequestError
 from nbfeat.extraction.request import check_frame
 from nbfeat.html import Html, escape
 from nbfeat.images.resize import PixelSpec
-from nbfeat.images.sources import (
-    is_missing,
-    likely_columns,
-    name_of,
-    path_of,
-    possible_columns,
-    read_pixels,
-    spread,
-)  # fmt: skip
+from nbfeat.images.sources import is_missing, likely_columns, name_of, path_of, possible_columns, read_pixels, spread
 from nbfeat.jupyter import grammar
 from nbfeat.jupyter.job import in_background
-from nbfeat.jupyter.panel.widgets import DEFAULT, LABELS, Choice, Kit, Settings, offer
+from nbfeat.jupyter.panel.widgets import DEFAULT, LABELS, Choice, Kit, offer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,27 +39,20 @@ LOOKED_AT = 1000  # rows, to find such columns
 
 
 class Source:
-    """Which frame of `names` and which of its columns; `changed` is called after each choice."""
+    """Which frame of `names` and which of its columns."""
 
-    def __init__(
-        self, kit: Kit, names: Callable[[], Mapping[str, Any]], settings: Settings, changed: Callable[[], None]
-    ) -> None:
-        self._kit, self._names, self._settings, self._changed = kit, names, settings, changed
+    def __init__(self, kit: Kit, names: Callable[[], Mapping[str, Any]]) -> None:
+        self._kit, self._names = kit, names
         self.frame = kit.make(Dropdown, description="Dataframe", tooltip="A dataframe of this notebook")
-        self.images = kit.make(
-            Dropdown, description=LABELS["images"], tooltip="The column that holds paths, bytes or arrays of images"
-        )
-        self.rows = kit.make(
-            Dropdown, description=LABELS["fit_on"], options=[ALL_ROWS],
-            tooltip="Rows that standard, minmax, whiten and components learn from: name those you train on",
-        )  # fmt: skip
+        holds = "The column that holds paths, bytes or arrays of images"
+        self.images = kit.make(Dropdown, description=LABELS["images"], tooltip=holds)
+        learns = "Rows that standard, minmax, whiten and components learn from: name those you train on"
+        self.rows = kit.make(Dropdown, description=LABELS["fit_on"], options=[ALL_ROWS], tooltip=learns)
         self.strip, self.missing = kit.html("strip"), kit.html("missing")
         fields = kit.box("fields", self.frame, self.images, self.rows)
         self.box = kit.part("Images", fields, self.strip, self.missing)
         self._frame: Callable[[], pd.DataFrame | None] = lambda: None  # whose images are shown, held weakly
-        self._seen: tuple[object, ...] = ()  # what else those images depend on
-        self._known: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {}
-        self._looking = 0  # a number for each look at the images; an older one is not shown any more
+        self._seen: tuple[object, ...] = ()  # what else those images depend on, a new object for each look at them
         kit.on_choice(self._chose, self.frame, self.images, self.rows)
 
     @property
@@ -85,9 +70,7 @@ class Source:
         """Look at the notebook again: which frames there are, and what is in the one that is chosen."""
         with self._kit.filling():
             frames = grammar.frames_in(self._names())
-            self._known = {name: (weakref.ref(frame), frame.shape) for name, frame in frames.items()}
-            labels = {name: f"{name} · {len(frame):,} × {frame.shape[1]:,}" for name, frame in frames.items()}
-            offer(self.frame, [(label, name) for name, label in labels.items()])
+            offer(self.frame, frame_choices(frames))
             if chosen is not None:
                 self.frame.value = chosen
             frame = frames.get(self.frame.value or "")
@@ -97,28 +80,25 @@ class Source:
         self._look(frame)
 
     def has_news(self) -> bool:
-        """Tell whether a frame was made, bound, resized or deleted since the last refresh."""
-        frames, known = grammar.frames_in(self._names()), self._known
-        return list(known) != list(frames) or any(
-            known[name][0]() is not frame or known[name][1] != frame.shape for name, frame in frames.items()
-        )
+        """Tell whether a frame was made, resized or deleted since the last refresh, or the one that is chosen bound."""
+        offered = list(self.frame.options)
+        return frame_choices(grammar.frames_in(self._names())) != offered or self.chosen is not self._frame()
 
     def _chose(self, widget: Any) -> None:
         if widget is self.frame:
             self.refresh()
         elif widget is self.images:
             self._look(self.chosen)
-        self._changed()
+        self._kit.changed()
 
     def _look(self, frame: pd.DataFrame | None) -> None:
         """Show what is in the column, unless that is what is shown already."""
         columns = list(self.images.value or ())
-        root = Path(self._settings().get("root", "")).expanduser().absolute()
+        root = Path(self._kit.settings().get("root", "")).expanduser().absolute()
         seen = (0 if frame is None else len(frame), *map(str, columns), root)
         if frame is not None and self._frame() is frame and seen == self._seen:
             return
         self._frame, self._seen = (lambda: None) if frame is None else weakref.ref(frame), seen
-        self._looking += 1
         try:
             if frame is None:
                 raise RequestError("There is no dataframe in this notebook yet. Make one with a column of image paths.")
@@ -130,22 +110,21 @@ class Source:
         missing = sum(map(is_missing, values))
         self.missing.value = _counted(len(values), missing, None)
         # Files may be on a slow disk: the panel does not wait for them.
-        in_background("look", self._read, values, missing, root, self._looking)
+        in_background("look", self._read, values, missing, root, seen)
 
-    def _read(self, values: Sequence[object], missing: int, root: Path, number: int) -> None:
-        """Draw some of the images, then count the files that are not there."""
+    def _read(self, values: Sequence[object], missing: int, root: Path, seen: object) -> None:
+        """Draw some of the images, then count the files that are not there; nothing once another look has begun."""
         time.sleep(PAUSE)
-        if number != self._looking:
+        if seen is not self._seen:
             return
-        strip = "".join(thumbnail(values[place], root) for place in spread(len(values), THUMBNAILS))
-        if number == self._looking:
+        strip, lost = "".join(thumbnail(values[place], root) for place in spread(len(values), THUMBNAILS)), 0
+        if seen is self._seen:
             self.strip.value = strip
-        lost = 0
         for value in values:
-            if number != self._looking:
+            if seen is not self._seen:
                 return
             lost += not is_missing(value) and is_lost(value, root)
-        if number == self._looking:
+        if seen is self._seen:
             self.missing.value = _counted(len(values), missing, lost)
 
 
@@ -154,12 +133,17 @@ def frame_to_open(asked: Any, names: Mapping[str, Any]) -> str | None:
     frames = grammar.frames_in(names)
     if asked is None:
         return next((name for name, frame in frames.items() if likely_columns(frame)), next(iter(frames), None))
-    known = grammar.check_name(asked, names) if isinstance(asked, str) else asked
+    known = grammar.frame_called(asked, names) if isinstance(asked, str) else asked
     check_frame(known)
     named = [name for name, frame in frames.items() if frame is known]
     if not named:
         raise RequestError("The panel binds features to the name of a dataframe. Give it one first: photos = …")
     return asked if isinstance(asked, str) and asked in named else named[0]
+
+
+def frame_choices(frames: Mapping[str, pd.DataFrame]) -> list[Choice]:
+    """Return the frames that can be chosen, each with its size."""
+    return [(f"{name} · {len(frame):,} × {frame.shape[1]:,}", name) for name, frame in frames.items()]
 
 
 def image_choices(frame: pd.DataFrame) -> list[Choice]:
@@ -201,14 +185,12 @@ def thumbnail(value: object, root: Path) -> Html:
     try:
         pixels = read_pixels(value, [PixelSpec(SIDE, "crop")], root)[0]
     except ImageError as error:
-        return Html(
-            f'<span class="nbfeat-lost" role="img" title="{name}: {escape(error)}" aria-label="{name}">✕</span>'
-        )
+        title = f"{name}: {escape(error)}"
+        return Html(f'<span class="nbfeat-lost" role="img" title="{title}" aria-label="{name}">✕</span>')
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "WEBP", quality=75)
-    return Html(
-        f'<img src="data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}" alt="{name}" title="{name}">'
-    )
+    address = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return Html(f'<img src="{address}" alt="{name}" title="{name}">')
 
 
 def is_lost(value: object, root: Path) -> bool:

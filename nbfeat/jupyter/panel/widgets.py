@@ -13,7 +13,6 @@ import ipywidgets as widgets
 
 from nbfeat.extraction.options import Option
 
-Settings = Callable[[], Mapping[str, Any]]  # of `%config ExtractMagics`, as they are now
 Choice = tuple[str, Any]  # what is shown, and what is meant by it
 STYLE = files("nbfeat.jupyter.panel").joinpath("panel.css").read_text(encoding="utf-8")
 
@@ -36,10 +35,12 @@ LABELS = {
 class Kit:
     """Makes the widgets of one panel, labelled, and of classes that the style knows.
 
-    They share one layout and a style for each kind: that is a third of the models and messages.
+    They share one layout and a style for each kind: that is a third of the models and messages. `settings` returns the
+    user's own defaults as they are now; `changed` is called after each choice.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Callable[[], Mapping[str, Any]], changed: Callable[[], None]) -> None:
+        self.settings, self.changed = settings, changed
         self._lock = threading.RLock()
         self._is_filling = False
         self._layout = widgets.Layout()
@@ -48,8 +49,7 @@ class Kit:
 
     def make(self, kind: type, name: str = "", **traits: Any) -> Any:
         """Return a widget whose class in the style is `name`."""
-        if kind in self._styles:
-            traits["style"] = self._styles[kind]
+        traits |= {"style": self._styles[kind]} if kind in self._styles else {}
         made = kind(layout=self._layout, _dom_classes=(f"nbfeat-{name}",) if name else (), **traits)
         if made.has_trait("style"):
             self._styles[kind] = made.style
@@ -108,11 +108,11 @@ class Kit:
     def filling(self) -> Iterator[None]:
         """Change widgets, which nobody chose."""
         with self.turn():
-            before, self._is_filling = self._is_filling, True
+            self._is_filling = True
             try:
                 yield
             finally:
-                self._is_filling = before
+                self._is_filling = False
 
     def close(self) -> None:
         """Take all widgets out of memory, those that are shown only at times, too, and what they share."""
@@ -121,14 +121,11 @@ class Kit:
 
 
 class OptionWidgets(dict[str, Any]):
-    """A widget for each option of a table, by its name; `chosen` is called with one of which a value was chosen.
+    """A widget for each option of a table, by its name."""
 
-    `settings` returns the user's own defaults.
-    """
-
-    def __init__(self, kit: Kit, table: Iterable[Option], settings: Settings, chosen: Callable[[Any], object]) -> None:
+    def __init__(self, kit: Kit, table: Iterable[Option]) -> None:
         super().__init__()
-        self._table, self._settings = {option.name: option for option in table}, settings
+        self._table, self._settings = {option.name: option for option in table}, kit.settings
         for name, option in self._table.items():
             label = {"description": LABELS.get(name, name.capitalize()), "tooltip": option.help}
             if option.switch:
@@ -137,13 +134,12 @@ class OptionWidgets(dict[str, Any]):
                 self[name] = kit.make(widgets.Text, continuous_update=False, **label)
             else:
                 self[name] = kit.make(widgets.Dropdown, options=self._choices(name), **label)
-        kit.on_choice(chosen, *self.values())
+        kit.on_choice(lambda _: kit.changed(), *self.values())
 
     @property
     def given(self) -> dict[str, Any]:
         """The options that were chosen, defaults left out."""
-        values = {name: widget.value for name, widget in self.items()}
-        return {name: value for name, value in values.items() if value not in (DEFAULT, None) and value is not False}
+        return {name: one.value for name, one in self.items() if one.value not in (DEFAULT, None, False)}
 
     def refresh(self, **choices: Iterable[Any]) -> None:
         """Offer the defaults of now, and other `choices` of the options that have none of their own."""
@@ -162,12 +158,10 @@ class OptionWidgets(dict[str, Any]):
 
 def offer(dropdown: widgets.Dropdown, options: Sequence[Choice]) -> None:
     """Change what a Dropdown offers, and keep what is chosen where it is still offered."""
-    if list(dropdown.options) == list(options):
-        return
-    kept = dropdown.value
-    dropdown.options = options
-    values = [value for _, value in options]
-    dropdown.value = kept if kept in values else values[0] if values else None
+    if list(dropdown.options) != list(options):
+        kept, values = dropdown.value, [value for _, value in options]
+        dropdown.options = options
+        dropdown.value = kept if kept in values else next(iter(values), None)
 
 
 def tree(widget: Any) -> Iterator[Any]:
