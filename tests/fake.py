@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from nbfeat.backbones.weights import Loaded
-from nbfeat.inference.engines.base import Pixels, Precision, Vectors, Work
+from nbfeat.inference.engines import Pixels, Precision, Vectors, Work
 from nbfeat.inference.spec import Cut, NetworkSpec, Output
 
 GRID = 4

@@ -14,12 +14,12 @@ from nbfeat.backbones.weights import Loaded
 from nbfeat.cache.database import Cache, CacheEntries
 from nbfeat.cache.keys import CacheKey
 from nbfeat.images import resize
-from nbfeat.inference.engines.base import Vectors
+from nbfeat.inference.engines import Vectors
 from nbfeat.inference.prepared import PreparedNetwork
 from nbfeat.inference.spec import NUMERICS, Cut, NetworkSpec, Output
 
 if TYPE_CHECKING:
-    from nbfeat.inference.engines.base import Engine, Precision
+    from nbfeat.inference.engines import Engine, Precision
 
 
 @dataclass(slots=True, eq=False)

@@ -31,7 +31,7 @@ from nbfeat.images.decode import OUT_OF_MEMORY, Source, pixels_of
 from nbfeat.images.remote import Access, Fetcher
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import load_image
-from nbfeat.inference.engines.base import Engine, Pixels, Vectors
+from nbfeat.inference.engines import Engine, Pixels, Vectors
 from nbfeat.inference.engines.cpu_count import available_cores
 
 BATCHES_AHEAD = 3  # decoded and waiting; more only costs memory

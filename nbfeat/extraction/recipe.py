@@ -25,7 +25,7 @@ from nbfeat.extraction.network_state import NetworkState
 from nbfeat.extraction.networks import cut_of
 from nbfeat.extraction.normalize import Normalizer
 from nbfeat.extraction.options import FeatureBlock, column_names
-from nbfeat.inference.engines.base import PRECISIONS, Precision
+from nbfeat.inference.engines import PRECISIONS, Precision
 from nbfeat.parquet import dataset, result_file
 from nbfeat.parquet.location import Location
 from nbfeat.parquet.result_file import AGAIN, RECIPE, Failure

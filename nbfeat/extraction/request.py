@@ -20,8 +20,8 @@ from nbfeat.extraction.recipe import Like, Recipe, to_repeat
 from nbfeat.images.decode import short
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import image_column
+from nbfeat.inference.engines import Asked
 from nbfeat.inference.engines import devices as hardware
-from nbfeat.inference.engines.base import Asked
 from nbfeat.inference.spec import NetworkSpec, whole
 
 if TYPE_CHECKING:

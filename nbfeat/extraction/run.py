@@ -25,8 +25,8 @@ from nbfeat.images.remote import Access
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import name_of, state_of
 from nbfeat.inference import prepared
+from nbfeat.inference.engines import Asked, Precision
 from nbfeat.inference.engines import devices as hardware
-from nbfeat.inference.engines.base import Asked, Precision
 from nbfeat.inference.precision import choose_precision
 from nbfeat.inference.spec import NetworkSpec
 
@@ -104,11 +104,11 @@ class Run:
             if self._repeated:
                 lane.set_precision(self._repeated[number])
             else:
-                choice = yield from choose_precision(
+                precision, engine, message = yield from choose_precision(
                     opening, pixels, self.precision, self.images, self.root, remote=self.remote
                 )
-                lane.set_precision(choice.precision, choice.engine)
-                self.note(choice.message)
+                lane.set_precision(precision, engine)
+                self.note(message)
         self.lanes = lanes
         self.timings.preparing += time.perf_counter() - start
 

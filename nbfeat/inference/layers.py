@@ -14,10 +14,9 @@ from nbfeat.backbones.backbone import Backbone
 from nbfeat.backbones.catalog import find
 from nbfeat.backbones.user_models import NAME
 from nbfeat.errors import NbfeatError, NetworkError
-from nbfeat.inference.channels_first import MAP_RANK
 from nbfeat.inference.compiled_models import run_child, versions
-from nbfeat.inference.engines.keras_session import in_a_fresh_session
-from nbfeat.inference.model import layers_of, load_base
+from nbfeat.inference.engines.keras import in_a_fresh_session
+from nbfeat.inference.model import MAP_RANK, layers_of, load_base
 from nbfeat.inference.spec import Cut, NetworkSpec, alpha_of, whole
 from nbfeat.paths import HomeError, keep, write_whole
 
@@ -55,24 +54,23 @@ def layers(backbone: str, *, alpha: float | None = None, size: int | None = None
     import pandas as pd
 
     found = find(backbone)
-    spec = spec_of(found, alpha, size)
+    spec = _spec_of(found, alpha, size)
     customary = set() if found.package == "file" else {layer.name for layer in found.layers}
     if found.package == "registered":
         rows = in_a_fresh_session(lambda: layers_of(load_base(spec, lambda _: None)[0]), "cpu")
     else:
-        rows = known_layers(spec) or _look(spec)
+        rows = _known_layers(spec) or _look(spec)
     # A vector is not pooled, and one that is missing must not turn the widths of the others into fractions.
     table = pd.DataFrame([_row(row, customary) for row in rows])
     return table.set_index("layer").astype({"avg, max, gem": "Int64"})
 
 
-def known_layers(spec: NetworkSpec) -> list[dict[str, Any]] | None:
+def _known_layers(spec: NetworkSpec) -> list[dict[str, Any]] | None:
     """Return what was found before, without building anything; None where it was not."""
     try:
-        rows: list[dict[str, Any]] = json.loads(_place(spec).read_text(encoding="utf-8"))
+        return json.loads(_place(spec).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     except (OSError, ValueError):
         return None
-    return rows
 
 
 def layer_names(backbone: Backbone) -> list[str]:
@@ -104,17 +102,14 @@ def expected_width(backbone: Backbone, cut: Cut, *, alpha: float | None, size: i
 
 
 def _seen(backbone: Backbone, alpha: float | None = None, size: int | None = None) -> dict[str, dict[str, Any]]:
-    """Return the layers of a backbone by name, where they were looked at before."""
     if backbone.is_user_model:  # a file tells all of them, and reading it whole would take long
         return {}
-    try:
-        rows = known_layers(spec_of(backbone, alpha, size))
-    except (HomeError, NbfeatError):
-        rows = None
-    return {row["layer"]: row for row in rows or []}
+    with suppress(HomeError, NbfeatError):
+        return {row["layer"]: row for row in _known_layers(_spec_of(backbone, alpha, size)) or ()}
+    return {}
 
 
-def spec_of(backbone: Backbone, alpha: float | None = None, size: int | None = None) -> NetworkSpec:
+def _spec_of(backbone: Backbone, alpha: float | None = None, size: int | None = None) -> NetworkSpec:
     """Describe the network whose layers are asked for; its weights do not matter."""
     side = whole("size")(size) if size is not None else backbone.size
     width = alpha_of(alpha) if alpha is not None else None
@@ -141,7 +136,9 @@ def _look(spec: NetworkSpec) -> list[dict[str, Any]]:
         write_whole(_place(spec), text)
     rows: list[dict[str, Any]] = json.loads(text)
     if not rows:
-        raise NetworkError(f"Keras built {spec.title} without layers. Please report this with your Keras version.")
+        raise NetworkError(
+            f"Keras built {spec.network.title} without layers. Please report this with your Keras version."
+        )
     return rows
 
 
@@ -153,13 +150,8 @@ def _widths(row: dict[str, Any]) -> tuple[int | None, int]:
 
 def _row(row: dict[str, Any], customary: set[str]) -> dict[str, Any]:
     pooled, flat = _widths(row)
+    shape = " × ".join(f"{size:,}" for size in row["shape"] if size is not None)
     return {
-        "layer": row["layer"],
-        "kind": row["kind"],
-        "shape": " × ".join(f"{size:,}" for size in row["shape"] if size is not None),
-        "avg, max, gem": pooled,
-        "flatten": flat,
-        "bytes": 4 * (pooled or flat),
-        "negative": row["negative"],
-        "customary": row["layer"] in customary,
-    }
+        "layer": row["layer"], "kind": row["kind"], "shape": shape, "avg, max, gem": pooled, "flatten": flat,
+        "bytes": 4 * (pooled or flat), "negative": row["negative"], "customary": row["layer"] in customary,
+    }  # fmt: skip

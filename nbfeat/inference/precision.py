@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nbfeat.errors import ImageError, NetworkError
 from nbfeat.images.remote import Access, Fetcher
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import Fetch, read_pixels, spread
-from nbfeat.inference.engines.base import Asked, Engine, Pixels, Precision, Vectors
+from nbfeat.inference.engines import Asked, Engine, Pixels, Precision, Vectors
 from nbfeat.inference.engines.cpu_count import available_cores
 from nbfeat.inference.engines.devices import timed
 from nbfeat.inference.prepared import PreparedNetwork, vectors_of
@@ -79,29 +78,15 @@ class PrecisionCheck:
             return f"{self.precision}, which agrees with float32 {agrees} {images}, {self.speedup:.1f} times as fast"
         if self.agreement < AGREES:
             return f"float32: {self.precision} agrees with it only {agrees} {images}, and {AGREES} is asked for"
-        times = f"only {self.speedup:.2f} times as fast"
-        return f"float32: {self.precision} would agree {agrees} {images}, but is {times}"
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What a network is to compute in, the engine where one was started for that, and a sentence for the report."""
-
-    precision: Precision
-    engine: Engine | None
-    message: str
+        slow = f"but is only {self.speedup:.2f} times as fast"
+        return f"float32: {self.precision} would agree {agrees} {images}, {slow}"
 
 
 def choose_precision(
-    network: PreparedNetwork,
-    pixels: PixelSpec,
-    asked: Asked,
-    images: Sequence[object],
-    root: Path,
-    *,
-    remote: Access | None = None,
-) -> Generator[str, None, Choice]:
-    """Choose what `network` computes in, yielding what is being done.
+    network: PreparedNetwork, pixels: PixelSpec, asked: Asked, images: Sequence[object], root: Path,
+    *, remote: Access | None = None,
+) -> Generator[str, None, tuple[Precision, Engine | None, str]]:  # fmt: skip
+    """Choose what `network` computes in, with the engine where one was started for that and a sentence for the report.
 
     ``auto`` compares where there are at least 128 images, unless it was done before. A precision that is asked for is
     obeyed, and compared all the same. The images that are compared on are fetched where they are `remote`.
@@ -123,10 +108,10 @@ def choose_precision(
                 with suppress(HomeError, OSError):  # then it will be compared again
                     write_whole(keep(FOLDER) / file, json.dumps(asdict(check)))
         if said := check.message(asked=not is_open):
-            message = f"{network.spec.title} computes in {said}."
+            message = f"{network.spec.network.title} computes in {said}."
         if check.is_better or not is_open:
-            return Choice(precision, other, message)
-    return Choice("float32" if asked == "auto" else asked, exact, message)
+            return precision, other, message
+    return "float32" if asked == "auto" else asked, exact, message
 
 
 def _compared(
@@ -171,15 +156,15 @@ def agreement_of(exact: Vectors, other: Vectors) -> float:
 
     Two vectors of zeros agree; one beside anything else does not.
     """
-    return min(_least_cosine(exact[key].astype(float), other[key].astype(float)) for key in exact)
-
-
-def _least_cosine(one: NDArray[np.float64], two: NDArray[np.float64]) -> float:
-    if not (np.isfinite(one).all() and np.isfinite(two).all()):
-        return -1.0
-    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
-    alike = (one * two).sum(axis=1) / np.where(lengths, lengths, 1.0)
-    return float(np.where(lengths, alike, (one == two).all(axis=1)).min())
+    least = 1.0
+    for key in exact:
+        one, two = exact[key].astype(float), other[key].astype(float)
+        if not (np.isfinite(one).all() and np.isfinite(two).all()):
+            return -1.0
+        lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
+        alike = (one * two).sum(axis=1) / np.where(lengths, lengths, 1.0)
+        least = min(least, float(np.where(lengths, alike, (one == two).all(axis=1)).min()))
+    return least
 
 
 def _pixels(spec: PixelSpec, images: Sequence[object], root: Path, remote: Access | None) -> Pixels:
@@ -208,23 +193,18 @@ def readable_sample(
 
 def _known(file: str, precision: Precision) -> PrecisionCheck | None:
     """Return what was found before; None where nothing was, or what is kept of it is damaged."""
-    try:
+    with suppress(OSError, ValueError, TypeError):
         found = PrecisionCheck(**json.loads((home() / FOLDER / file).read_text(encoding="utf-8")))
         numbers = type(found.images) is int and type(found.agreement) is type(found.speedup) is float
-    except (OSError, ValueError, TypeError):
-        return None
-    return found if numbers and found.precision == precision else None
+        return found if numbers and found.precision == precision else None
+    return None
 
 
 def _key(network: PreparedNetwork, pixels: PixelSpec, precision: Precision) -> str:
     """Name a network with its outputs, the pixels it takes, the engine and the CPU."""
-    decided = {
-        **network.numbers,
-        "spec": {**asdict(network.spec), "weights": network.weights.sha256},
-        "pixels": asdict(pixels),
-        "precision": precision,
-        "numerics": NUMERICS,
-    }
+    spec = {**asdict(network.spec), "weights": network.weights.sha256}
+    rest = {"pixels": asdict(pixels), "precision": precision, "numerics": NUMERICS}
+    decided = {**network.numbers, "spec": spec, **rest}
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:40]
 
 

@@ -24,7 +24,7 @@ from nbfeat.extraction.networks import network_spec
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import read_pixels
 from nbfeat.inference.compiled_models import prepare
-from nbfeat.inference.engines.base import Precision
+from nbfeat.inference.engines import Precision
 from nbfeat.inference.engines.cpu_count import available_cores
 from nbfeat.inference.engines.openvino import OpenVINOEngine
 from nbfeat.inference.spec import Cut
@@ -100,7 +100,7 @@ def network_seconds(engine: OpenVINOEngine, batches: int) -> float:
         engine.submit(engine.buffer(), engine.batch_size)
         if engine.is_full:
             engine.collect()
-    while engine.in_flight:
+    while engine._busy:
         engine.collect()
     return (time.process_time() - start) / (batches * engine.batch_size)
 

@@ -25,7 +25,7 @@ from nbfeat.extraction.options import (
     split_words,
 )
 from nbfeat.images.resize import INTERPOLATIONS, RESIZES
-from nbfeat.inference.engines.base import PRECISIONS
+from nbfeat.inference.engines import PRECISIONS
 from nbfeat.jupyter import grammar
 from tests.messages import assert_says_what_to_do
 

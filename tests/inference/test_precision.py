@@ -17,8 +17,7 @@ import nbfeat
 from nbfeat import NetworkError, RequestError
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.inference import precision
-from nbfeat.inference.engines import devices
-from nbfeat.inference.engines.base import Precision, Vectors
+from nbfeat.inference.engines import Precision, Vectors, devices
 from tests.conftest import ROOT
 from tests.fake import FakeEngine, FakeNetwork
 

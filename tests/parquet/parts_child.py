@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import nbfeat
 from nbfeat.extraction import sink
 from nbfeat.inference import prepared
-from nbfeat.inference.engines.base import Pixels, Vectors
+from nbfeat.inference.engines import Pixels, Vectors
 from nbfeat.inference.spec import Cut, NetworkSpec, Output
 from tests import fake, memory
 
