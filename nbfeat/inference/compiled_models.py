@@ -59,7 +59,6 @@ def prepare(spec: NetworkSpec) -> Generator[str, None, Stored]:
     stored = _read(final)
     if stored is None:
         shutil.rmtree(final, ignore_errors=True)
-        _remove_abandoned(parent)
         ready, _held = yield from located(spec)
         yield f"building {ready.network.title} (once; then it is kept)"
         with folder_written_whole(final) as made:
@@ -80,34 +79,23 @@ def located(spec: NetworkSpec) -> Generator[str, None, tuple[NetworkSpec, object
     if spec.weights != "imagenet" or not find(spec.backbone).published:
         return spec, None
     folder, owner, _ = _kept_folder("weights")
-    _remove_abandoned(folder)
     path = yield from weights.fetch(find(spec.backbone), folder)
     return replace(spec, weights=str(path)), owner
 
 
 def _kept_folder(name: str) -> tuple[Path, object, str]:
-    """Return a folder that stays; where it cannot be had, one that goes with its owner, and why."""
+    """Return a folder that stays, free of what killed processes left; else one that goes with its owner, and why."""
     try:
-        return keep(name), None, ""
+        folder = keep(name)
     except HomeError as error:
-        owner = _TemporaryFolder()
-        return owner.path, owner, str(error)
-
-
-def _remove_abandoned(parent: Path) -> None:
-    """Remove what processes that were killed while building or downloading left behind in `parent`."""
-    for half in parent.glob(".*"):
+        folder, owner = Path(tempfile.mkdtemp(prefix="nbfeat-")), set[object]()  # one that can be referred to weakly
+        weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+        return folder, owner, str(error)
+    for half in folder.glob(".*"):
         with suppress(OSError):  # somebody else was first
             if time.time() - half.stat().st_mtime > _ABANDONED_AFTER:
                 shutil.rmtree(half) if half.is_dir() else half.unlink()
-
-
-class _TemporaryFolder:
-    """A folder that is removed when nobody holds this object any more."""
-
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="nbfeat-"))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+    return folder, None, ""
 
 
 def _read(folder: Path) -> Stored | None:
@@ -142,10 +130,9 @@ def run_child(spec: NetworkSpec, out: Path) -> Iterator[str]:
                 yield words["tell"]
             if child.wait():
                 noise.seek(0)
-                last = (noise.read().strip().splitlines() or ["it said nothing"])[-1]
-                raise errors.NetworkError(
-                    f"The process that builds {spec.network.title} ended with {child.returncode}: {last}"
-                )
+                ended = f"The process that builds {spec.network.title} ended with {child.returncode}"
+                said = noise.read().strip().splitlines() or ["it said nothing"]
+                raise errors.NetworkError(f"{ended}: {said[-1]}")
         finally:
             child.kill()
     request.unlink()

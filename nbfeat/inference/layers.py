@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from nbfeat.backbones import keras_applications, user_models
 from nbfeat.backbones.backbone import Backbone
 from nbfeat.backbones.catalog import find
-from nbfeat.backbones.user_models import NAME
 from nbfeat.errors import NbfeatError, NetworkError
 from nbfeat.inference.compiled_models import run_child, versions
 from nbfeat.inference.engines.keras import in_a_fresh_session
@@ -60,17 +59,22 @@ def layers(backbone: str, *, alpha: float | None = None, size: int | None = None
         rows = in_a_fresh_session(lambda: layers_of(load_base(spec, lambda _: None)[0]), "cpu")
     else:
         rows = _known_layers(spec) or _look(spec)
+    table = []
+    for row in rows:
+        pooled, flat = _widths(row)
+        row["shape"] = " × ".join(f"{size:,}" for size in row["shape"] if size is not None)
+        widths = {"avg, max, gem": pooled, "flatten": flat, "bytes": 4 * (pooled or flat)}
+        ends = {"negative": row.pop("negative"), "customary": row["layer"] in customary}
+        table.append({**row, **widths, **ends})
     # A vector is not pooled, and one that is missing must not turn the widths of the others into fractions.
-    table = pd.DataFrame([_row(row, customary) for row in rows])
-    return table.set_index("layer").astype({"avg, max, gem": "Int64"})
+    return pd.DataFrame(table).set_index("layer").astype({"avg, max, gem": "Int64"})
 
 
-def _known_layers(spec: NetworkSpec) -> list[dict[str, Any]] | None:
-    """Return what was found before, without building anything; None where it was not."""
-    try:
+def _known_layers(spec: NetworkSpec) -> list[dict[str, Any]]:
+    """Return what was found before, without building anything; nothing where it was not."""
+    with suppress(OSError, ValueError):
         return json.loads(_place(spec).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    except (OSError, ValueError):
-        return None
+    return []
 
 
 def layer_names(backbone: Backbone) -> list[str]:
@@ -92,10 +96,10 @@ def expected_width(backbone: Backbone, cut: Cut, *, alpha: float | None, size: i
         return flat if pooled is None or cut.pooling == "flatten" else pooled, True
     stride, channels = 32, backbone.width_at(alpha)
     if cut.layer:
-        layer = next((layer for layer in backbone.layers if layer.name == cut.layer), None)
-        if layer is None:
+        customary = {layer.name: layer for layer in backbone.layers}
+        if cut.layer not in customary:
             return None
-        stride, channels = layer.stride, round(layer.channels * (alpha or 1))
+        stride, channels = customary[cut.layer].stride, round(customary[cut.layer].channels * (alpha or 1))
     if cut.pooling != "flatten" or not stride:
         return channels, not (cut.layer and alpha)
     return channels * math.ceil((size or backbone.size) / stride) ** 2, False
@@ -104,8 +108,8 @@ def expected_width(backbone: Backbone, cut: Cut, *, alpha: float | None, size: i
 def _seen(backbone: Backbone, alpha: float | None = None, size: int | None = None) -> dict[str, dict[str, Any]]:
     if backbone.is_user_model:  # a file tells all of them, and reading it whole would take long
         return {}
-    with suppress(HomeError, NbfeatError):
-        return {row["layer"]: row for row in _known_layers(_spec_of(backbone, alpha, size)) or ()}
+    with suppress(NbfeatError):
+        return {row["layer"]: row for row in _known_layers(_spec_of(backbone, alpha, size))}
     return {}
 
 
@@ -118,7 +122,7 @@ def _spec_of(backbone: Backbone, alpha: float | None = None, size: int | None = 
         name, weights, scaling = backbone.name, "random", backbone.scaling
     else:
         side = user_models.check(backbone, size=size and side, alpha=width, weights=None, scaling="none")
-        name, weights = (NAME, backbone.name) if backbone.package == "file" else (backbone.name, "own")
+        name, weights = (user_models.NAME, backbone.name) if backbone.package == "file" else (backbone.name, "own")
         width, scaling = None, "none"
     return NetworkSpec(backbone=name, alpha=width, weights=weights, scaling=scaling, size=side, cuts=())
 
@@ -134,24 +138,13 @@ def _look(spec: NetworkSpec) -> list[dict[str, Any]]:
         text = Path(folder, "layers.json").read_text(encoding="utf-8")
     with suppress(HomeError):  # then it is looked at again next time
         write_whole(_place(spec), text)
-    rows: list[dict[str, Any]] = json.loads(text)
-    if not rows:
-        raise NetworkError(
-            f"Keras built {spec.network.title} without layers. Please report this with your Keras version."
-        )
-    return rows
+    if rows := json.loads(text):
+        return rows  # type: ignore[no-any-return]
+    title = spec.network.title
+    raise NetworkError(f"Keras built {title} without layers. Please report this with your Keras version.")
 
 
 def _widths(row: dict[str, Any]) -> tuple[int | None, int]:
     """Return how many features a layer gives pooled, None where it is a vector, and flattened."""
     shape = [size for size in row["shape"] if size is not None]
     return shape[-1] if len(shape) == MAP_RANK - 1 else None, math.prod(shape)
-
-
-def _row(row: dict[str, Any], customary: set[str]) -> dict[str, Any]:
-    pooled, flat = _widths(row)
-    shape = " × ".join(f"{size:,}" for size in row["shape"] if size is not None)
-    return {
-        "layer": row["layer"], "kind": row["kind"], "shape": shape, "avg, max, gem": pooled, "flatten": flat,
-        "bytes": 4 * (pooled or flat), "negative": row["negative"], "customary": row["layer"] in customary,
-    }  # fmt: skip

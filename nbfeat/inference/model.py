@@ -235,7 +235,13 @@ def gives_the_same(one: Any, other: Any) -> bool:
     The difference is measured against what an output varies by between images: one that hardly does, such as a
     saturated softmax, proves nothing.
     """
-    pixels = _pixels(other.input_shape[1])
+    size, generator = other.input_shape[1], np.random.default_rng(8)
+    # Images with and without structure, no two of one brightness, and no two sides of one alike.
+    noise = generator.integers(0, 256, (_IMAGES, size, size, 3))
+    coarse = generator.integers(0, 256, (_IMAGES, 4, 4, 3))
+    at, number = np.arange(size) * 4 // size, np.arange(_IMAGES)[:, None, None, None]
+    brightness = np.linspace(0.4, 1, _IMAGES)[:, None, None, None]
+    pixels = np.asarray(np.where(number % 2, noise, coarse[:, at][:, :, at]) * brightness, np.uint8)
     left, right = (model.predict_on_batch(pixels) for model in (one, other))
     for key, values in right.items():
         ours, theirs = np.asarray(left[key], float), np.asarray(values, float)
@@ -245,16 +251,6 @@ def gives_the_same(one: Any, other: Any) -> bool:
         if not np.linalg.norm(ours - theirs) <= _LARGEST_DIFFERENCE * varies or not varies:
             return False
     return True
-
-
-def _pixels(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Draw images with and without structure, no two of one brightness, and no two sides of one alike."""
-    generator = np.random.default_rng(8)
-    noise = generator.integers(0, 256, (_IMAGES, size, size, 3))
-    coarse = generator.integers(0, 256, (_IMAGES, 4, 4, 3))
-    at = np.arange(size) * 4 // size
-    mixed = np.where(np.arange(_IMAGES)[:, None, None, None] % 2, noise, coarse[:, at][:, :, at])
-    return np.asarray(mixed * np.linspace(0.4, 1, _IMAGES)[:, None, None, None], np.uint8)
 
 
 # Fewer bits

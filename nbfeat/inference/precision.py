@@ -71,7 +71,8 @@ class PrecisionCheck:
         if self.agreement < 0:
             numbers = f"{self.precision} gives numbers without end for some of your images"
             return f"{self.precision}, as asked for, though {numbers}" if asked else f"float32: {numbers}"
-        agrees, images = f"to {_digits(self.agreement)}", f"on {self.images:,} of your images"
+        digits = 4 if self.agreement < 0.99995 or self.agreement > 0.99999 else 5  # as many as tell it from 1
+        agrees, images = f"to {self.agreement:.{digits}f}", f"on {self.images:,} of your images"
         if asked:
             return f"{self.precision}, as asked for, which agrees with float32 {agrees} {images}"
         if self.is_better:
@@ -83,9 +84,8 @@ class PrecisionCheck:
 
 
 def choose_precision(
-    network: PreparedNetwork, pixels: PixelSpec, asked: Asked, images: Sequence[object], root: Path,
-    *, remote: Access | None = None,
-) -> Generator[str, None, tuple[Precision, Engine | None, str]]:  # fmt: skip
+    network: PreparedNetwork, spec: PixelSpec, asked: Asked, images: Sequence[object], root: Path, remote: Access | None
+) -> Generator[str, None, tuple[Precision, Engine | None, str]]:
     """Choose what `network` computes in, with the engine where one was started for that and a sentence for the report.
 
     ``auto`` compares where there are at least 128 images, unless it was done before. A precision that is asked for is
@@ -93,10 +93,10 @@ def choose_precision(
     """
     is_open, message = asked == "auto", ""
     exact: Engine | None = None
-    sample = functools.cache(lambda: _pixels(pixels, images, root, remote))  # once for all that are compared
+    sample = functools.cache(lambda: _sample(spec, images, root, remote))  # once for all that are compared
     candidates: tuple[Precision, ...] = network.faster if asked == "auto" else () if asked == "float32" else (asked,)
     for precision in candidates:
-        file = f"{_key(network, pixels, precision)}.json"
+        file = _file(network, spec, precision)
         check, other = _known(file, precision), None
         if check is None or not check.suffices(len(images), is_open=is_open):
             if len(images) < (FROM_IMAGES if is_open else 1):
@@ -167,7 +167,7 @@ def agreement_of(exact: Vectors, other: Vectors) -> float:
     return least
 
 
-def _pixels(spec: PixelSpec, images: Sequence[object], root: Path, remote: Access | None) -> Pixels:
+def _sample(spec: PixelSpec, images: Sequence[object], root: Path, remote: Access | None) -> Pixels:
     found = readable_sample(images, lambda image, fetch: read_pixels(image, [spec], root, fetch)[0], root, remote)
     # In another order the first ones, which may suffice, are spread, too.
     order = np.random.default_rng(0).permutation(len(found))
@@ -200,15 +200,9 @@ def _known(file: str, precision: Precision) -> PrecisionCheck | None:
     return None
 
 
-def _key(network: PreparedNetwork, pixels: PixelSpec, precision: Precision) -> str:
-    """Name a network with its outputs, the pixels it takes, the engine and the CPU."""
+def _file(network: PreparedNetwork, pixels: PixelSpec, precision: Precision) -> str:
+    """Name what is kept by the network with its outputs, the pixels it takes, the engine and the CPU."""
     spec = {**asdict(network.spec), "weights": network.weights.sha256}
     rest = {"pixels": asdict(pixels), "precision": precision, "numerics": NUMERICS}
-    decided = {**network.numbers, "spec": spec, **rest}
-    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:40]
-
-
-def _digits(agreement: float) -> str:
-    """Write a cosine with as many digits as tell it from 1: 0.94, 0.9987, 0.99996."""
-    rounded = f"{agreement:.4f}"
-    return rounded if rounded != "1.0000" else "1.0000" if agreement > 0.99999 else f"{agreement:.5f}"
+    decided = json.dumps({**network.numbers, "spec": spec, **rest}, sort_keys=True)
+    return f"{hashlib.sha256(decided.encode()).hexdigest()[:40]}.json"

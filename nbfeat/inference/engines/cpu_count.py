@@ -60,7 +60,6 @@ def _upwards(root: Path, path: str) -> list[Path]:
 def _share_of_worker() -> list[int]:
     # Joblib tells its workers cores ÷ workers by the variables that thread pools read ("Avoiding over-subscription of
     # CPU resources" in its documentation); elsewhere those speak of other libraries.
-    if type(multiprocessing.current_process()).__name__ != "LokyProcess":
-        return []
     share = os.environ.get("OMP_NUM_THREADS", "")
-    return [int(share)] if share.isdigit() and int(share) else []
+    is_joblib = type(multiprocessing.current_process()).__name__ == "LokyProcess"
+    return [int(share)] if is_joblib and share.isdigit() and int(share) else []

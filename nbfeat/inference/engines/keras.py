@@ -11,7 +11,6 @@ blocks: around tracing, dispatching and fetching, and never around what the user
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import itertools
@@ -20,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,10 +117,8 @@ class KerasEngine:
             self._free.append(flight.buffer)
             self.work.add(flight.started, time.perf_counter())
         if self._precision == "float16" and not all(np.isfinite(rows).all() for rows in vectors.values()):
-            raise NetworkError(
-                "In float16 the network's numbers grow too large for some images. "
-                "Use --precision bfloat16, or --precision float32."
-            )
+            too_large = "In float16 the network's numbers grow too large for some images."
+            raise NetworkError(f"{too_large} Use --precision bfloat16, or --precision float32.")
         return vectors
 
     def _fitting(self, flight: _Flight, then: Callable[[], Any]) -> Any:
@@ -140,7 +137,7 @@ class KerasEngine:
         """Wait for what is in flight, drop it, and take back every buffer; the engine can be used again."""
         while self._busy:
             flight = self._busy.popleft()
-            with contextlib.suppress(Exception), full_float32():  # what is dropped may have failed
+            with suppress(Exception), full_float32():  # what is dropped may have failed
                 flight.fetch(self.outputs)
         self._free = list(self._buffers)
 
@@ -207,12 +204,9 @@ def _on_tensorflow(model: Any, device: str, call: Call, is_first: bool) -> Repli
     tensorflow: Any = importlib.import_module("tensorflow")
     kind, _, number = device.partition(":")
     place = f"/device:{kind.upper()}:{number or 0}"
-
-    def copied(value: Any) -> Any:
-        return value if is_first else tensorflow.Variable(value, trainable=False)
-
     with tensorflow.device(place):
-        trained, others = _values(model, copied)
+        copied = functools.partial(tensorflow.Variable, trainable=False)
+        trained, others = _values(model, (lambda value: value) if is_first else copied)
         traced = tensorflow.function(lambda pixels: call(trained, others, pixels), autograph=False)
         # Traced now: at the first batch it would count operations in the user's session, and warn of retracing.
         concrete = traced.get_concrete_function(tensorflow.TensorSpec((None, *model.input_shape[1:]), "uint8"))
@@ -253,11 +247,7 @@ def _on_torch(model: Any, device: str, call: Call, is_first: bool) -> Replica:
     torch: Any = importlib.import_module("torch")
     keras: Any = importlib.import_module("keras")
     place = device.replace("gpu", "cuda")
-
-    def copied(value: Any) -> Any:
-        return value.detach() if is_first else value.detach().to(place, copy=True)
-
-    trained, others = _values(model, copied)
+    trained, others = _values(model, lambda value: value.detach() if is_first else value.detach().to(place, copy=True))
 
     def run(pixels: Pixels) -> Any:
         # Nothing is compiled, so the settings of the moment count.
@@ -293,7 +283,7 @@ def grow_memory() -> None:
     if importlib.import_module("keras").backend.backend() != "tensorflow":
         return
     config: Any = importlib.import_module("tensorflow").config
-    with contextlib.suppress(RuntimeError, ValueError):
+    with suppress(RuntimeError, ValueError):
         for gpu in config.get_visible_devices("GPU"):
             config.experimental.set_memory_growth(gpu, enable=True)
 
@@ -301,100 +291,74 @@ def grow_memory() -> None:
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Compute in all bits of float32 on the backend that Keras has here; every switch is put back after the block."""
-    switched: dict[str, Any] = {"tensorflow": _full_tensorflow, "jax": _full_jax, "torch": _full_torch}
+    switches = {"tensorflow": _full_tensorflow, "jax": _full_jax, "torch": _full_torch}
     backend = importlib.import_module("keras").backend.backend()
-    with isolation.without_fast_math(), switched.get(backend, contextlib.nullcontext)():
+    with isolation.without_fast_math(), ExitStack() as stack:
+        if backend in switches:
+            switches[backend](importlib.import_module(backend), stack)
         yield
 
 
-@contextmanager
-def _full_tensorflow() -> Iterator[None]:
+def _full_tensorflow(tensorflow: Any, stack: ExitStack) -> None:
     """Switch off TF32, and the optimizer that turns graphs into mixed precision."""
-    config: Any = importlib.import_module("tensorflow").config
-    tf32, optimizer = config.experimental.enable_tensor_float_32_execution, config.optimizer
+    experimental, optimizer = tensorflow.config.experimental, tensorflow.config.optimizer
     options = optimizer.get_experimental_options().items()
     mixed = [name for name, is_on in options if name.startswith("auto_mixed_precision") and is_on is True]
-    with contextlib.ExitStack() as stack:
-        stack.callback(tf32, config.experimental.tensor_float_32_execution_enabled())
-        tf32(False)
-        if mixed:
-            stack.callback(optimizer.set_experimental_options, dict.fromkeys(mixed, True))
-            optimizer.set_experimental_options(dict.fromkeys(mixed, False))
-        yield
+    set_tf32, was_tf32 = experimental.enable_tensor_float_32_execution, experimental.tensor_float_32_execution_enabled()
+    stack.callback(set_tf32, was_tf32)
+    set_tf32(False)
+    if mixed:
+        stack.callback(optimizer.set_experimental_options, dict.fromkeys(mixed, True))
+        optimizer.set_experimental_options(dict.fromkeys(mixed, False))
 
 
-@contextmanager
-def _full_jax() -> Iterator[None]:
+def _full_jax(jax: Any, stack: ExitStack) -> None:
     """Ask for full precision, and JAX's own rules for types; what is compiled in the block keeps them."""
-    jax: Any = importlib.import_module("jax")
-    wide = (jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")).enable_x64
-    with (
-        jax.default_matmul_precision("highest"),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-        wide(False),
-    ):
-        yield
+    enable_x64 = (jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")).enable_x64
+    stack.enter_context(jax.default_matmul_precision("highest"))
+    stack.enter_context(jax.numpy_dtype_promotion("standard"))
+    stack.enter_context(jax.numpy_rank_promotion("allow"))
+    stack.enter_context(enable_x64(False))
 
 
-@contextmanager
-def _full_torch() -> Iterator[None]:
+def _full_torch(torch: Any, stack: ExitStack) -> None:
     """Switch off TF32 and bfloat16 products, automatic casts, and the search for algorithms by their speed."""
-    torch: Any = importlib.import_module("torch")
-    cudnn, dtype, searches = torch.backends.cudnn, torch.get_default_dtype(), torch.backends.cudnn.benchmark
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_torch_products(torch))
-        for kind in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.callback(torch.set_default_dtype, dtype)
-        torch.set_default_dtype(torch.float32)
-        stack.callback(setattr, cudnn, "benchmark", searches)
-        cudnn.benchmark = False
-        yield
+    _full_torch_products(torch, stack)
+    for kind in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+    torch.set_default_dtype(torch.float32)
+    stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    torch.backends.cudnn.benchmark = False
 
 
-@contextmanager
-def _torch_products(torch: Any) -> Iterator[None]:
+def _full_torch_products(torch: Any, stack: ExitStack) -> None:
     """Compute products and convolutions in all bits, by the older switches and by those of PyTorch 2.9.
 
     The older ones are both set and put back first: they change the newer ones too, and PyTorch refuses to run where the
     two disagree. Where the user has made them disagree, the older ones cannot be read, and are left alone.
     """
-    cudnn, switches = torch.backends.cudnn, _switches(torch)
+    backends, cudnn = torch.backends, torch.backends.cudnn
+    switches: list[Any] = []  # the more general before what it holds for
+    if hasattr(backends, "fp32_precision"):
+        switches += [backends, backends.cuda.matmul, cudnn, cudnn.conv, cudnn.rnn]
+        switches += [backends.mkldnn, backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
     own: list[str] = []
-    product = convolution = None
-    try:
-        for switch in switches:  # from the most general down: one that was not set shows what is set above it
-            own.append(switch.fp32_precision)
-            switch.fp32_precision = "none"
-        _set(switches, own)
-        with contextlib.suppress(RuntimeError):
-            product = torch.get_float32_matmul_precision()
-            convolution = cudnn.allow_tf32
-        if convolution is not None:
-            torch.set_float32_matmul_precision("highest")
-            cudnn.allow_tf32 = False
-        _set(switches, ["ieee"] * len(switches))
-        yield
-    finally:
-        if convolution is not None:
-            torch.set_float32_matmul_precision(product)
-            cudnn.allow_tf32 = convolution
-        _set(switches, own)
+    stack.callback(_set, switches, own)
+    for switch in switches:  # from the most general down: one that was not set shows what is set above it
+        own.append(switch.fp32_precision)
+        switch.fp32_precision = "none"
+    _set(switches, own)
+    with suppress(RuntimeError):
+        product, convolution = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+        stack.callback(setattr, cudnn, "allow_tf32", convolution)
+        stack.callback(torch.set_float32_matmul_precision, product)
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32 = False
+    _set(switches, ["ieee"] * len(switches))
 
 
 def _set(switches: list[Any], values: list[str]) -> None:
     """Set switches from the most special up: in PyTorch 2.13 mkldnn's own sets the most general one."""
     for switch, value in reversed(list(zip(switches, values, strict=False))):  # an interrupt leaves some unread
         switch.fp32_precision = value
-
-
-def _switches(torch: Any) -> list[Any]:
-    """Return what has a `fp32_precision` in this PyTorch, the more general before what it holds for."""
-    backends = torch.backends
-    if not hasattr(backends, "fp32_precision"):
-        return []
-    found = [backends, backends.cuda.matmul]
-    for whole, names in ((backends.cudnn, ("conv", "rnn")), (backends.mkldnn, ("matmul", "conv", "rnn"))):
-        found += [whole, *(getattr(whole, name) for name in names)]
-    return found
