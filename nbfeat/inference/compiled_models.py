@@ -236,10 +236,7 @@ def _export(spec: NetworkSpec, out: Path, tell: weights.Tell) -> None:
 
 
 def _write(built: Built, path: Path) -> None:
-    """Trace the model with Keras' OpenVINO backend and save the graph with float32 weights.
-
-    Keras' own `export` fixes the batch at 1 on this backend and leaves the outputs without names.
-    """
+    """Trace the model and save the graph; Keras' `export` fixes the batch at 1 and leaves the outputs without names."""
     openvino: Any = isolation.import_openvino()
     operations: Any = importlib.import_module("openvino.opset13")
     ops: Any = importlib.import_module("keras").ops

@@ -83,10 +83,7 @@ def layer_names(backbone: Backbone) -> list[str]:
 
 
 def expected_width(backbone: Backbone, cut: Cut, *, alpha: float | None, size: int | None) -> tuple[int, bool] | None:
-    """Return how many features of an image `cut` will give, without building anything, and whether that is exact.
-
-    None where it is not known: in networks of the user's own, and at layers that nobody looked at yet.
-    """
+    """Return how many features of an image `cut` will give, and whether that is exact; None where it is not known."""
     if backbone.is_user_model:
         return None
     rows = _seen(backbone, alpha, size)

@@ -42,10 +42,9 @@ class Built:
 
 
 def build(spec: NetworkSpec, tell: weights.Tell, *, channels_first: bool = False, base: Base | None = None) -> Built:
-    """Build the network of `spec` in this process, on the backend that Keras has here.
+    """Build the network of `spec` in this process, on the backend that Keras has here, from `base` where that is given.
 
-    With `channels_first` the trunk works in the layout that OpenVINO is two to five times faster in, where the network
-    can be turned; pixels come in, and vectors go out, the same way. A `base` that is there already is used as it is.
+    With `channels_first` the trunk works in the layout that OpenVINO is two to five times faster in, where it can be.
     """
     base = base or load_base(spec, tell)
     if not spec.network.is_user_model:
@@ -230,11 +229,7 @@ def turn_channels_first(base: Any) -> Any | None:
 
 
 def gives_the_same(one: Any, other: Any) -> bool:
-    """Tell whether two models give the same for seeded random pixels, in every output.
-
-    The difference is measured against what an output varies by between images: one that hardly does, such as a
-    saturated softmax, proves nothing.
-    """
+    """Tell whether two models give the same for seeded random pixels, in every output."""
     size, generator = other.input_shape[1], np.random.default_rng(8)
     # Images with and without structure, no two of one brightness, and no two sides of one alike.
     noise = generator.integers(0, 256, (_IMAGES, size, size, 3))
@@ -247,6 +242,7 @@ def gives_the_same(one: Any, other: Any) -> bool:
         ours, theirs = np.asarray(left[key], float), np.asarray(values, float)
         if ours.shape != theirs.shape or not np.isfinite(ours).all():
             return False
+        # An output that hardly varies between images, such as a saturated softmax, proves nothing.
         varies = np.linalg.norm(theirs - theirs.mean(axis=0))
         if not np.linalg.norm(ours - theirs) <= _LARGEST_DIFFERENCE * varies or not varies:
             return False
@@ -257,11 +253,7 @@ def gives_the_same(one: Any, other: Any) -> bool:
 
 
 def mixed_precision(spec: NetworkSpec, base: Base, precision: str) -> Base:
-    """Return `base` computing in `precision`, each layer by a policy of its own; float32 leaves it as it is.
-
-    Variables stay in float32, and so do layers that prepare pixels or end the network with a norm. Of a network that a
-    function of the user's builds it is first tried whether a clone in float32 gives the same.
-    """
+    """Return `base` computing in `precision`, each layer by a policy of its own; variables stay in float32."""
     if precision == "float32":
         return base
     network, loaded = base
@@ -272,7 +264,7 @@ def mixed_precision(spec: NetworkSpec, base: Base, precision: str) -> Base:
         left = [layer for layer in keras_weights.leaves(turned) if layer not in kept]
         exact = sorted(layer.name for layer in left if layer.compute_dtype != precision)
         reason = f"of its layers, {exact[0]} stays in float32" if exact else ""
-        if not reason and spec.network.package == "registered":
+        if not reason and spec.network.package == "registered":  # whose layers may be copied wrongly
             models = (in_policy(network, "float32"), network)
             twin, straight = (build(spec, lambda _: None, base=(one, loaded)).model for one in models)
             reason = "" if gives_the_same(twin, straight) else "a copy of it gives other numbers"

@@ -56,11 +56,9 @@ class PrecisionCheck:
         return bool(self.images) and self.agreement >= AGREES and self.speedup >= IS_FASTER
 
     def suffices(self, images: int, *, is_open: bool) -> bool:
-        """Tell whether what was found need not be found again, for a run over so many `images`.
-
-        Half of those that were tried may have been unreadable. A precision that few images refuse is refused.
-        """
-        if is_open:
+        """Tell whether what was found need not be found again, for a run over so many `images`."""
+        # Half of those that were tried may have been unreadable.
+        if is_open:  # what few images refuse is refused
             return self.agreement < AGREES or 2 * self.images >= MOST_IMAGES
         return 2 * self.images >= min(images, MOST_IMAGES)
 
@@ -88,8 +86,7 @@ def choose_precision(
 ) -> Generator[str, None, tuple[Precision, Engine | None, str]]:
     """Choose what `network` computes in, with the engine where one was started for that and a sentence for the report.
 
-    ``auto`` compares where there are at least 128 images, unless it was done before. A precision that is asked for is
-    obeyed, and compared all the same. The images that are compared on are fetched where they are `remote`.
+    ``auto`` compares where there are enough images, once. What is asked for is obeyed, and compared all the same.
     """
     is_open, message = asked == "auto", ""
     exact: Engine | None = None
@@ -152,10 +149,7 @@ def _speedup(exact: Engine, other: Engine, pixels: Pixels) -> float:
 
 
 def agreement_of(exact: Vectors, other: Vectors) -> float:
-    """Return the least cosine of any image and output; -1 where there is something that is no number.
-
-    Two vectors of zeros agree; one beside anything else does not.
-    """
+    """Return the least cosine of any image and output, 1 for two vectors of zeros; -1 where something is no number."""
     least = 1.0
     for key in exact:
         one, two = exact[key].astype(float), other[key].astype(float)

@@ -25,10 +25,7 @@ _DIGITS = 3  # the same network gives others from run to run only beyond these
 
 
 class PreparedNetwork:
-    """Make a network ready; iterate for sentences to show meanwhile, then read what it gives, and `start` it to use it.
-
-    Where all features are in the cache already, nothing is started.
-    """
+    """Make a network ready: iterate for sentences to show meanwhile, then read what it gives; `start` it to use it."""
 
     name: str
     batch_size: int
@@ -116,10 +113,7 @@ class PreparedNetwork:
         return {**self.numbers, "precision": precision, **beside}
 
     def start(self, precision: Precision, only: str | None = None) -> Engine:
-        """Return the engine, ready to run; one that gives `only` one output runs no more than it takes.
-
-        Raises NetworkError where the hardware does not compute in `precision`.
-        """
+        """Return the engine, ready to run, or for `only` one output; NetworkError where `precision` cannot be had."""
         return self._start(precision, only)
 
 

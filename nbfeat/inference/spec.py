@@ -42,11 +42,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkSpec:
-    """Everything that decides a network's numbers.
-
-    A network in a file of the user's own is told by `weights`, the path of the file, which the key replaces by its
-    content.
-    """
+    """Everything that decides a network's numbers; of a user's file `weights` is the path, and in the key its hash."""
 
     backbone: str
     alpha: float | None

@@ -31,10 +31,7 @@ def take(share: int) -> None:
 
 
 def quotas(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
-    """Yield the cores that the control groups of this process allow: its own and all around it, of either version.
-
-    In a container `root` is usually its own group, whatever path `groups` says.
-    """
+    """Yield the cores that the control groups of this process allow: its own and all around it, of either version."""
     try:
         lines = [line.split(":", 2) for line in groups.read_text(encoding="utf-8").splitlines()]
     except OSError:

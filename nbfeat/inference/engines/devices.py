@@ -44,12 +44,9 @@ def check_precision(asked: str) -> Asked:
 
 
 def choose_devices(asked: str) -> tuple[str, ...]:
-    """Turn ``auto``, ``cpu``, ``gpu`` or ``gpu:1`` into ``cpu``, one ``gpu:N``, or for ``auto`` every GPU there is.
-
-    ``auto`` asks Keras' backend, which takes seconds to import, only where there is a sign of a GPU.
-    """
+    """Turn ``auto``, ``cpu``, ``gpu`` or ``gpu:1`` into ``cpu``, one ``gpu:N``, or for ``auto`` every GPU there is."""
     kind, _, number = asked.partition(":")
-    if kind == "cpu" or (kind == "auto" and not sign_of_gpu()):
+    if kind == "cpu" or (kind == "auto" and not sign_of_gpu()):  # else Keras' backend is imported, for seconds
         return ("cpu",)
     found = count_gpus()
     if kind == "auto":
@@ -147,10 +144,7 @@ class Room:
             self._tell(f"{short}, so {self.size:,} ran at once.")
 
     def grow(self, device: str, seconds: Callable[[int], float], largest: int) -> None:
-        """Double the size from `FIRST` on until that is not faster, or memory does not do.
-
-        `seconds` runs so many images on `device` and tells how long it took.
-        """
+        """Double the size until that is not faster, by the `seconds` that so many take, or memory does not do."""
         self.size, best = min(FIRST, largest), 0.0
         while True:
             rate = self.fit(device, lambda size: size / seconds(size))
