@@ -57,7 +57,7 @@ def executor_for(on: str | None, images: Sequence[object], networks: Sequence[tu
     one_of(PLACES, "--on", on)
     if importlib.util.find_spec("ray") is None:
         raise RequestError("--on ray needs Ray Data, which is not installed: pip install 'nbfeat[ray]'.")
-    if title := next((spec.title for spec, _ in networks if spec.is_registered), None):
+    if title := next((spec.network.title for spec, _ in networks if spec.network.package == "registered"), None):
         raise RequestError(
             f"{title} is built by a function in this process, which workers do not have: save it as a .keras file that "
             "all machines can read, and name that, or leave --on away."
@@ -329,8 +329,8 @@ class Worker:
         for name in sorted(name for name in {*here, *there} if here.get(name) != there.get(name)):
             if name not in SLIGHT:
                 raise NetworkError(
-                    f"{lane.spec.title} would give other features on a worker, whose {name} is {here.get(name)!r}, "
-                    f"not {there.get(name)!r}. Give all machines the same nbfeat and files."
+                    f"{lane.spec.network.title} would give other features on a worker, whose {name} is "
+                    f"{here.get(name)!r}, not {there.get(name)!r}. Give all machines the same nbfeat and files."
                 )
             self._differs[{"cpu": "CPU", "backend": "Keras backend", "keras": "Keras"}.get(name, name)] = None
 

@@ -92,11 +92,11 @@ class Run:
             if self._repeated:
                 lane.set_precision(self._repeated[number])
             else:
-                choice = yield from choose_precision(
+                precision, engine, message = yield from choose_precision(
                     opening, pixels, self.precision, self.images, self.root, remote=self.remote
                 )
-                lane.set_precision(choice.precision, choice.engine)
-                self.note(choice.message)
+                lane.set_precision(precision, engine)
+                self.note(message)
         self.lanes = lanes
         self.timings.preparing += time.perf_counter() - start
 

@@ -31,13 +31,13 @@ from typing import Any
 from nbfeat import errors, isolation
 from nbfeat.backbones import keras_applications, user_models, weights
 from nbfeat.backbones.catalog import find
-from nbfeat.inference.engines.keras_session import in_a_fresh_session
-from nbfeat.inference.model import Base, Built, build, layers_of, load_base
+from nbfeat.inference.engines.keras import in_a_fresh_session
+from nbfeat.inference.model import Base, Built, build, first_line, layers_of, load_base
 from nbfeat.inference.spec import NetworkSpec, Output
 from nbfeat.paths import HomeError, folder_written_whole, keep
 
-FILES = ("network.xml", "network.bin")
-ABANDONED_AFTER = 3600  # seconds; a network is built in less
+_FILES = ("network.xml", "network.bin")
+_ABANDONED_AFTER = 3600  # seconds; a network is built in less
 FILE_ADVICE = f"{user_models.REGISTER} Keras then runs it."  # which does not help where it is registered
 
 
@@ -56,23 +56,21 @@ def prepare(spec: NetworkSpec) -> Generator[str, None, Stored]:
     """Find or build the network of `spec`; yield sentences to show meanwhile."""
     parent, owner, problem = _kept_folder("networks")
     final = parent / spec.key(**versions())
-    note = f"{problem} The network is built for this run only." if problem else ""
-    stored = read(final)
+    stored = _read(final)
     if stored is None:
         shutil.rmtree(final, ignore_errors=True)
-        remove_abandoned(parent)
         ready, _held = yield from located(spec)
-        yield f"building {ready.title} (once; then it is kept)"
+        yield f"building {ready.network.title} (once; then it is kept)"
         with folder_written_whole(final) as made:
             yield from run_child(ready, made)
-        if not (stored := read(final)):
-            raise errors.NetworkError(
-                f"The network just written to {final} cannot be read back. Is the disk full or changing?"
-            )
+        if not (stored := _read(final)):
+            unread = f"The network just written to {final} cannot be read back."
+            raise errors.NetworkError(f"{unread} Is the disk full or changing?")
     # A file of the user's own may be another one by now than when it was named.
     if spec.backbone == user_models.NAME and stored.weights.sha256 != weights.digest(Path(spec.weights)):
         shutil.rmtree(final, ignore_errors=True)
-        raise errors.WeightsError(f"{spec.title} changed while it was read. Run it again when it is saved.")
+        raise errors.WeightsError(f"{spec.network.title} changed while it was read. Run it again when it is saved.")
+    note = f"{problem} The network is built for this run only." if problem else ""
     return replace(stored, note=note, owner=owner)
 
 
@@ -80,48 +78,33 @@ def located(spec: NetworkSpec) -> Generator[str, None, tuple[NetworkSpec, object
     """Yield sentences while weights come that Keras does not fetch; return `spec` with their path, and their owner."""
     if spec.weights != "imagenet" or not find(spec.backbone).published:
         return spec, None
-    from nbfeat.backbones import weights
-
     folder, owner, _ = _kept_folder("weights")
-    remove_abandoned(folder)
     path = yield from weights.fetch(find(spec.backbone), folder)
     return replace(spec, weights=str(path)), owner
 
 
 def _kept_folder(name: str) -> tuple[Path, object, str]:
-    """Return a folder that stays; where it cannot be had, one that goes with its owner, and why."""
+    """Return a folder that stays, free of what killed processes left; else one that goes with its owner, and why."""
     try:
-        return keep(name), None, ""
+        folder = keep(name)
     except HomeError as error:
-        owner = TemporaryFolder()
-        return owner.path, owner, str(error)
-
-
-def remove_abandoned(parent: Path) -> None:
-    """Remove what processes that were killed while building or downloading left behind in `parent`."""
-    for half in parent.glob(".*"):
+        folder, owner = Path(tempfile.mkdtemp(prefix="nbfeat-")), set[object]()  # one that can be referred to weakly
+        weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+        return folder, owner, str(error)
+    for half in folder.glob(".*"):
         with suppress(OSError):  # somebody else was first
-            if time.time() - half.stat().st_mtime > ABANDONED_AFTER:
+            if time.time() - half.stat().st_mtime > _ABANDONED_AFTER:
                 shutil.rmtree(half) if half.is_dir() else half.unlink()
+    return folder, None, ""
 
 
-class TemporaryFolder:
-    """A folder that is removed when nobody holds this object any more."""
-
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="nbfeat-"))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-
-
-def read(folder: Path) -> Stored | None:
+def _read(folder: Path) -> Stored | None:
     """Read and check a network; None where there is none, or it is not what its manifest says."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if any(weights.digest(folder / name) != manifest["files"][name] for name in FILES):
+        if any(weights.digest(folder / name) != manifest["files"][name] for name in _FILES):
             return None
-        outputs = {
-            key: Output(**{**parts, "shape": tuple(parts["shape"])}) for key, parts in manifest["outputs"].items()
-        }
+        outputs = {key: Output(**{**one, "shape": tuple(one["shape"])}) for key, one in manifest["outputs"].items()}
         return Stored(folder, outputs, weights.Loaded(**manifest["weights"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -147,8 +130,9 @@ def run_child(spec: NetworkSpec, out: Path) -> Iterator[str]:
                 yield words["tell"]
             if child.wait():
                 noise.seek(0)
-                last = (noise.read().strip().splitlines() or ["it said nothing"])[-1]
-                raise errors.NetworkError(f"The process that builds {spec.title} ended with {child.returncode}: {last}")
+                ended = f"The process that builds {spec.network.title} ended with {child.returncode}"
+                said = noise.read().strip().splitlines() or ["it said nothing"]
+                raise errors.NetworkError(f"{ended}: {said[-1]}")
         finally:
             child.kill()
     request.unlink()
@@ -162,38 +146,25 @@ def versions() -> dict[str, str]:
 # What a function of the user's builds
 
 
-@dataclass(frozen=True, slots=True)
-class UserModel:
-    """A network that was built in this kernel: as it is, and the file that it is in where it needs no other code."""
-
-    base: Base
-    file: NetworkSpec | None
-    why_not: str = ""
-    owner: object = None  # keeps the folder of the file alive
-
-
-def build_user_model(spec: NetworkSpec, device: str) -> UserModel:
-    """Build the registered network of `spec`, and save it where Keras alone can load it again."""
-    owner = TemporaryFolder()
-    path = owner.path / f"{spec.backbone}.keras"
+def build_user_model(spec: NetworkSpec, device: str, path: Path) -> tuple[Base, str]:
+    """Build the registered network of `spec`, save it at `path`, and say why Keras alone cannot load it from there."""
 
     def work() -> tuple[Base, str]:
         base = load_base(spec, lambda _: None)
         try:
             base[0].save(path)
         except Exception as error:  # whatever the user's layers make of being saved
-            return base, f"{spec.backbone} cannot be saved ({_first_line(error)})"
+            return base, f"{spec.backbone} cannot be saved ({first_line(error)})"
         return base, ""
 
     base, why_not = in_a_fresh_session(work, device)
-    if why_not:
-        return UserModel(base, None, why_not)
-    try:
-        user_models.backbone_at(str(path))
-    except errors.NbfeatError as error:
-        return UserModel(base, None, why_not_as_file(error, spec.backbone))
-    _write_without_dates(path)
-    return UserModel(base, replace(spec, backbone=user_models.NAME, weights=str(path)), owner=owner)
+    if not why_not:
+        try:
+            user_models.backbone_at(str(path))
+        except errors.NbfeatError as error:
+            return base, why_not_as_file(error, spec.backbone)
+        _write_without_dates(path)
+    return base, why_not
 
 
 def why_not_as_file(error: errors.NbfeatError, name: str) -> str:
@@ -223,7 +194,7 @@ def _write_without_dates(path: Path) -> None:
 # The child
 
 
-def main(spec_path: str, out: str) -> int:
+def _main(spec_path: str, out: str) -> int:
     """Build and write; every failure becomes a line of JSON with a sentence in it."""
     # Standard output is a channel to the parent: keep it, and send what libraries print there to standard error.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
@@ -235,44 +206,37 @@ def main(spec_path: str, out: str) -> int:
     try:
         isolation.quiet_child()
         spec = NetworkSpec.from_json(Path(spec_path).read_text(encoding="utf-8"))
-        (export if spec.cuts else describe)(spec, Path(out), lambda text: say(tell=text))
+        (_export if spec.cuts else _describe)(spec, Path(out), lambda text: say(tell=text))
     except errors.NbfeatError as error:
         say(error=type(error).__name__, message=str(error))
-        return 1
     except Exception as error:  # the parent turns it into a NetworkError
         say(error="NetworkError", message=f"{type(error).__name__}: {error}")
-        return 1
-    return 0
+    else:
+        return 0
+    return 1
 
 
-def export(spec: NetworkSpec, out: Path, tell: weights.Tell) -> None:
-    """Build the network of `spec` and write it to the folder `out`."""
+def _export(spec: NetworkSpec, out: Path, tell: weights.Tell) -> None:
     built = build(spec, tell, channels_first=True)
     try:
-        write(built, out / "network.xml")
+        _write(built, out / "network.xml")
     except Exception as error:
         if not spec.network.is_user_model:
             raise
-        raise errors.NetworkError(f"OpenVINO cannot run {spec.title}: {_first_line(error)}. {FILE_ADVICE}") from error
+        reason = f"OpenVINO cannot run {spec.network.title}: {first_line(error)}"
+        raise errors.NetworkError(f"{reason}. {FILE_ADVICE}") from error
     manifest = {
         "spec": asdict(spec),
         "made_with": versions(),
         "weights": asdict(built.weights),
         "outputs": {key: asdict(output) for key, output in built.outputs.items()},
-        "files": {name: weights.digest(out / name) for name in FILES},
+        "files": {name: weights.digest(out / name) for name in _FILES},
     }
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def write(built: Built, path: Path) -> None:
-    """Trace the model with Keras' OpenVINO backend and save the graph with float32 weights.
-
-    Keras' own `export` fixes the batch at 1 on this backend and leaves the outputs without names.
-    """
+def _write(built: Built, path: Path) -> None:
+    """Trace the model and save the graph; Keras' `export` fixes the batch at 1 and leaves the outputs without names."""
     openvino: Any = isolation.import_openvino()
     operations: Any = importlib.import_module("openvino.opset13")
     ops: Any = importlib.import_module("keras").ops
@@ -284,16 +248,12 @@ def write(built: Built, path: Path) -> None:
         value.output.set_names({key})
         results.append(operations.result(value.output, name=key))
     graph = openvino.Model(results, [pixels])
-    try:
-        fold: Any = importlib.import_module("openvino._offline_transformations").apply_moc_transformations
-    except (ImportError, AttributeError):
-        pass  # compiling then takes 0.4 s longer; the numbers are the same
-    else:
-        fold(graph, True)
+    with suppress(ImportError, AttributeError):  # compiling then takes 0.4 s longer; the numbers are the same
+        importlib.import_module("openvino._offline_transformations").apply_moc_transformations(graph, True)
     openvino.save_model(graph, path, compress_to_fp16=False)
 
 
-def describe(spec: NetworkSpec, out: Path, tell: weights.Tell) -> None:
+def _describe(spec: NetworkSpec, out: Path, tell: weights.Tell) -> None:
     """Write what can be cut of the backbone of `spec`, with weights as Keras draws them: they do not matter here."""
     backbone = spec.network
     tell(f"building {backbone.title} to see its layers")
@@ -305,4 +265,4 @@ def describe(spec: NetworkSpec, out: Path, tell: weights.Tell) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(_main(*sys.argv[1:]))

@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 from nbfeat.backbones import keras_applications, user_models
 from nbfeat.backbones.backbone import Backbone
 from nbfeat.backbones.catalog import find
-from nbfeat.backbones.user_models import NAME
 from nbfeat.errors import NbfeatError, NetworkError
-from nbfeat.inference.channels_first import MAP_RANK
 from nbfeat.inference.compiled_models import run_child, versions
-from nbfeat.inference.engines.keras_session import in_a_fresh_session
-from nbfeat.inference.model import layers_of, load_base
+from nbfeat.inference.engines.keras import in_a_fresh_session
+from nbfeat.inference.model import MAP_RANK, layers_of, load_base
 from nbfeat.inference.spec import Cut, NetworkSpec, alpha_of, whole
 from nbfeat.paths import HomeError, keep, write_whole
 
@@ -55,24 +53,28 @@ def layers(backbone: str, *, alpha: float | None = None, size: int | None = None
     import pandas as pd
 
     found = find(backbone)
-    spec = spec_of(found, alpha, size)
+    spec = _spec_of(found, alpha, size)
     customary = set() if found.package == "file" else {layer.name for layer in found.layers}
     if found.package == "registered":
         rows = in_a_fresh_session(lambda: layers_of(load_base(spec, lambda _: None)[0]), "cpu")
     else:
-        rows = known_layers(spec) or _look(spec)
+        rows = _known_layers(spec) or _look(spec)
+    table = []
+    for row in rows:
+        pooled, flat = _widths(row)
+        row["shape"] = " × ".join(f"{size:,}" for size in row["shape"] if size is not None)
+        widths = {"avg, max, gem": pooled, "flatten": flat, "bytes": 4 * (pooled or flat)}
+        ends = {"negative": row.pop("negative"), "customary": row["layer"] in customary}
+        table.append({**row, **widths, **ends})
     # A vector is not pooled, and one that is missing must not turn the widths of the others into fractions.
-    table = pd.DataFrame([_row(row, customary) for row in rows])
-    return table.set_index("layer").astype({"avg, max, gem": "Int64"})
+    return pd.DataFrame(table).set_index("layer").astype({"avg, max, gem": "Int64"})
 
 
-def known_layers(spec: NetworkSpec) -> list[dict[str, Any]] | None:
-    """Return what was found before, without building anything; None where it was not."""
-    try:
-        rows: list[dict[str, Any]] = json.loads(_place(spec).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return rows
+def _known_layers(spec: NetworkSpec) -> list[dict[str, Any]]:
+    """Return what was found before, without building anything; nothing where it was not."""
+    with suppress(OSError, ValueError):
+        return json.loads(_place(spec).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    return []
 
 
 def layer_names(backbone: Backbone) -> list[str]:
@@ -81,10 +83,7 @@ def layer_names(backbone: Backbone) -> list[str]:
 
 
 def expected_width(backbone: Backbone, cut: Cut, *, alpha: float | None, size: int | None) -> tuple[int, bool] | None:
-    """Return how many features of an image `cut` will give, without building anything, and whether that is exact.
-
-    None where it is not known: in networks of the user's own, and at layers that nobody looked at yet.
-    """
+    """Return how many features of an image `cut` will give, and whether that is exact; None where it is not known."""
     if backbone.is_user_model:
         return None
     rows = _seen(backbone, alpha, size)
@@ -94,27 +93,24 @@ def expected_width(backbone: Backbone, cut: Cut, *, alpha: float | None, size: i
         return flat if pooled is None or cut.pooling == "flatten" else pooled, True
     stride, channels = 32, backbone.width_at(alpha)
     if cut.layer:
-        layer = next((layer for layer in backbone.layers if layer.name == cut.layer), None)
-        if layer is None:
+        customary = {layer.name: layer for layer in backbone.layers}
+        if cut.layer not in customary:
             return None
-        stride, channels = layer.stride, round(layer.channels * (alpha or 1))
+        stride, channels = customary[cut.layer].stride, round(customary[cut.layer].channels * (alpha or 1))
     if cut.pooling != "flatten" or not stride:
         return channels, not (cut.layer and alpha)
     return channels * math.ceil((size or backbone.size) / stride) ** 2, False
 
 
 def _seen(backbone: Backbone, alpha: float | None = None, size: int | None = None) -> dict[str, dict[str, Any]]:
-    """Return the layers of a backbone by name, where they were looked at before."""
     if backbone.is_user_model:  # a file tells all of them, and reading it whole would take long
         return {}
-    try:
-        rows = known_layers(spec_of(backbone, alpha, size))
-    except (HomeError, NbfeatError):
-        rows = None
-    return {row["layer"]: row for row in rows or []}
+    with suppress(NbfeatError):
+        return {row["layer"]: row for row in _known_layers(_spec_of(backbone, alpha, size))}
+    return {}
 
 
-def spec_of(backbone: Backbone, alpha: float | None = None, size: int | None = None) -> NetworkSpec:
+def _spec_of(backbone: Backbone, alpha: float | None = None, size: int | None = None) -> NetworkSpec:
     """Describe the network whose layers are asked for; its weights do not matter."""
     side = whole("size")(size) if size is not None else backbone.size
     width = alpha_of(alpha) if alpha is not None else None
@@ -123,7 +119,7 @@ def spec_of(backbone: Backbone, alpha: float | None = None, size: int | None = N
         name, weights, scaling = backbone.name, "random", backbone.scaling
     else:
         side = user_models.check(backbone, size=size and side, alpha=width, weights=None, scaling="none")
-        name, weights = (NAME, backbone.name) if backbone.package == "file" else (backbone.name, "own")
+        name, weights = (user_models.NAME, backbone.name) if backbone.package == "file" else (backbone.name, "own")
         width, scaling = None, "none"
     return NetworkSpec(backbone=name, alpha=width, weights=weights, scaling=scaling, size=side, cuts=())
 
@@ -139,27 +135,13 @@ def _look(spec: NetworkSpec) -> list[dict[str, Any]]:
         text = Path(folder, "layers.json").read_text(encoding="utf-8")
     with suppress(HomeError):  # then it is looked at again next time
         write_whole(_place(spec), text)
-    rows: list[dict[str, Any]] = json.loads(text)
-    if not rows:
-        raise NetworkError(f"Keras built {spec.title} without layers. Please report this with your Keras version.")
-    return rows
+    if rows := json.loads(text):
+        return rows  # type: ignore[no-any-return]
+    title = spec.network.title
+    raise NetworkError(f"Keras built {title} without layers. Please report this with your Keras version.")
 
 
 def _widths(row: dict[str, Any]) -> tuple[int | None, int]:
     """Return how many features a layer gives pooled, None where it is a vector, and flattened."""
     shape = [size for size in row["shape"] if size is not None]
     return shape[-1] if len(shape) == MAP_RANK - 1 else None, math.prod(shape)
-
-
-def _row(row: dict[str, Any], customary: set[str]) -> dict[str, Any]:
-    pooled, flat = _widths(row)
-    return {
-        "layer": row["layer"],
-        "kind": row["kind"],
-        "shape": " × ".join(f"{size:,}" for size in row["shape"] if size is not None),
-        "avg, max, gem": pooled,
-        "flatten": flat,
-        "bytes": 4 * (pooled or flat),
-        "negative": row["negative"],
-        "customary": row["layer"] in customary,
-    }

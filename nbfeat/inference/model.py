@@ -12,18 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbfeat.backbones import keras_applications, user_models, weights
+import numpy as np
+
+from nbfeat.backbones import keras_applications, keras_weights, user_models, weights
 from nbfeat.backbones.backbone import Backbone, Scaling
-from nbfeat.errors import RequestError, near, sentences
-from nbfeat.inference.channels_first import MAP_RANK, gives_the_same, turn_channels_first
+from nbfeat.errors import NetworkError, RequestError, near, sentences
 from nbfeat.inference.spec import Cut, NetworkSpec, Output, Pooling
 
+MAP_RANK = 4
 GEM_POWER = 3.0  # Radenović et al. 2018, "Fine-tuning CNN image retrieval with no human annotation"
 _ALWAYS_POSITIVE = {"relu", "relu6", "sigmoid", "softmax", "softplus", "hard_sigmoid"}
-_KEEPS_SIGN: tuple[str, ...] = (
+_KEEPS_SIGN = (
     "MaxPooling2D", "AveragePooling2D", "AdaptiveAveragePooling2D", "GlobalAveragePooling2D", "GlobalMaxPooling2D",
     "UpSampling2D", "ZeroPadding2D", "Cropping2D", "Dropout", "Flatten", "Reshape", "Concatenate", "Add", "Multiply",
 )  # fmt: skip
+_LARGEST_DIFFERENCE = 0.005  # of what outputs vary by between images; float32 gives 1e-3 in the deepest networks
+_IMAGES = 4  # to compare two models by
 
 Base = tuple[Any, weights.Loaded]  # a Keras model without classifier, and its weights
 
@@ -38,21 +42,17 @@ class Built:
 
 
 def build(spec: NetworkSpec, tell: weights.Tell, *, channels_first: bool = False, base: Base | None = None) -> Built:
-    """Build the network of `spec` in this process, on the backend that Keras has here.
+    """Build the network of `spec` in this process, on the backend that Keras has here, from `base` where that is given.
 
-    With `channels_first` the trunk works in the layout that OpenVINO is two to five times faster in, where the network
-    can be turned; pixels come in, and vectors go out, the same way. A `base` that is there already is used as it is.
+    With `channels_first` the trunk works in the layout that OpenVINO is two to five times faster in, where it can be.
     """
     base = base or load_base(spec, tell)
-    if not channels_first:
-        return _assembled(spec, base)
     if not spec.network.is_user_model:
-        return _assembled(spec, base, turn_channels_first(base[0]))
+        return _assembled(spec, base, turn_channels_first(base[0]) if channels_first else None)
     straight = _assembled(spec, base)
     # Of what layers like these do in the other layout nothing is known: some work along the last axis, whatever it is.
     with contextlib.suppress(Exception):
-        turned = turn_channels_first(base[0])
-        if turned is not None:
+        if channels_first and (turned := turn_channels_first(base[0])) is not None:
             built = _assembled(spec, base, turned)
             if built.outputs == straight.outputs and gives_the_same(built.model, straight.model):
                 return built
@@ -72,22 +72,21 @@ def _assembled(spec: NetworkSpec, base: Base, turned: Any = None) -> Built:
         if tensor.dtype != "float32":  # in mixed precision a network gives fewer bits than pooling is to have
             tensor = keras.ops.cast(tensor, "float32")
         # Keras' ConvNeXt normalizes *after* pooling when it is asked to pool.
-        if isinstance(last, keras.layers.LayerNormalization) and pooling in {"avg", "max"} and not (
-            backbone.is_user_model or cut.layer
-        ):  # fmt: skip
-            head = last(pool(last.input, pooling, channels_first=is_turned))
+        is_own_end = not (cut.layer or backbone.is_user_model)
+        if is_own_end and isinstance(last, keras.layers.LayerNormalization) and pooling in {"avg", "max"}:
+            head = last(_pool(last.input, pooling, is_turned))
         else:
-            head = pool(tensor, pooling, channels_first=is_turned)
-        heads[cut.key] = head
+            head = _pool(tensor, pooling, is_turned)
         shape = tuple(tensor.shape[1:])
         if is_turned and len(shape) == MAP_RANK - 1:
             shape = (*shape[1:], shape[0])
         # What plain operations at the end of a network of the user's own give may be anything.
         name = _made_by(_tensor_at(base[0], cut, backbone))
+        heads[cut.key] = head
         outputs[cut.key] = Output(int(head.shape[-1]), pooling, shape, negative.get(name, True))
     features = keras.Model(trunk.inputs, heads)
     pixels = keras.Input((spec.size, spec.size, 3), dtype="uint8", name="pixels")
-    x = scale(pixels, spec.scaling)
+    x = _scale(pixels, spec.scaling)
     x = keras.ops.transpose(x, (0, 3, 1, 2)) if is_turned else x
     return Built(keras.Model(pixels, features(x, training=False)), outputs, base[1])
 
@@ -108,7 +107,7 @@ def load_base(spec: NetworkSpec, tell: weights.Tell) -> Base:
     return network, loaded
 
 
-def scale(pixels: Any, scaling: Scaling) -> Any:
+def _scale(pixels: Any, scaling: Scaling) -> Any:
     """Scale pixels 0 … 255 as ``keras.applications.imagenet_utils.preprocess_input`` does in mode `scaling`."""
     ops: Any = importlib.import_module("keras").ops
     x = ops.cast(pixels, "float32")
@@ -123,7 +122,7 @@ def scale(pixels: Any, scaling: Scaling) -> Any:
     return x
 
 
-def pool(x: Any, pooling: Pooling | None, *, channels_first: bool) -> Any:
+def _pool(x: Any, pooling: Pooling | None, channels_first: bool) -> Any:
     """Make a vector of a feature map, in float32; `None` leaves a vector as it is."""
     ops: Any = importlib.import_module("keras").ops
     across = (2, 3) if channels_first else (1, 2)
@@ -141,17 +140,13 @@ def pool(x: Any, pooling: Pooling | None, *, channels_first: bool) -> Any:
 
 
 def _pooling(cut: Cut, tensor: Any, backbone: Backbone) -> Pooling | None:
-    rank, where = len(tensor.shape), cut.layer or f"The end of {backbone.title}"
-    if rank == MAP_RANK:
+    shape, where = tuple(tensor.shape[1:]), cut.layer or f"The end of {backbone.title}"
+    if len(shape) == MAP_RANK - 1:
         return cut.pooling or "avg"  # type: ignore[return-value]
-    if rank != 2:
-        raise RequestError(
-            f"{where} gives tensors of shape {tuple(tensor.shape[1:])}; cut at a feature map or a vector."
-        )
+    if len(shape) != 1:
+        raise RequestError(f"{where} gives tensors of shape {shape}; cut at a feature map or a vector.")
     if cut.pooling:
-        raise RequestError(
-            f"{where} already gives a vector of {tensor.shape[-1]:,}; leave --pooling {cut.pooling} away."
-        )
+        raise RequestError(f"{where} already gives a vector of {shape[0]:,}; leave --pooling {cut.pooling} away.")
     return None
 
 
@@ -178,14 +173,11 @@ def negative_layers(network: Any) -> dict[str, bool]:
     for layer in network.layers:
         activation = getattr(getattr(layer, "activation", None), "__name__", "")
         kind = type(layer).__name__
-        if kind == "ReLU" or activation in _ALWAYS_POSITIVE:
-            negative[layer.name] = False
-        elif kind in _KEEPS_SIGN or (kind == "Activation" and activation == "linear"):
+        negative[layer.name] = kind != "ReLU" and activation not in _ALWAYS_POSITIVE
+        if negative[layer.name] and (kind in _KEEPS_SIGN or (kind == "Activation" and activation == "linear")):
             sources = layer.input if isinstance(layer.input, list) else [layer.input]
             # Plain operations between layers are not among them: what they give may be anything.
             negative[layer.name] = any(negative.get(_made_by(source), True) for source in sources)
-        else:
-            negative[layer.name] = True
     return negative
 
 
@@ -195,14 +187,116 @@ def _made_by(tensor: Any) -> str:
 
 def layers_of(network: Any) -> list[dict[str, Any]]:
     """Return name, kind, shape and sign of every layer that can be cut at, as plain data."""
-    negative = negative_layers(network)
+    signs = negative_layers(network)
     return [
         {
             "layer": layer.name,
             "kind": type(layer).__name__,
             "shape": layer.output.shape[1:],
-            "negative": negative[layer.name],
+            "negative": signs[layer.name],
         }
         for layer in network.layers[1:]
         if hasattr(layer.output, "shape")  # some give several tensors
     ]
+
+
+# Channels before rows and columns
+
+
+def turn_channels_first(base: Any) -> Any | None:
+    """Clone `base` with channels first, in which OpenVINO is faster; None where that cannot be (ConvNeXt's parts)."""
+    keras: Any = importlib.import_module("keras")
+    if any(hasattr(layer, "layers") for layer in base.layers):
+        return None
+
+    def turn(layer: Any, config: dict[str, Any]) -> None:
+        if "data_format" in config:
+            config["data_format"] = "channels_first"
+        if isinstance(layer, keras.layers.BatchNormalization | keras.layers.Concatenate | keras.layers.Normalization):
+            config["axis"] = 1
+        if isinstance(layer, keras.layers.Reshape) and len(config["target_shape"]) == MAP_RANK - 1:
+            rows, columns, channels = config["target_shape"]
+            config["target_shape"] = (channels, rows, columns)
+        if isinstance(layer, keras.layers.Rescaling) and isinstance(config["scale"], list | tuple):
+            config["scale"] = [[[value]] for value in config["scale"]]
+
+    rows, columns, channels = base.input_shape[1:]
+    turned = keras_weights.cloned(base, turn, inputs=keras.Input((channels, rows, columns)))
+    if turned.output_shape[1] != base.output_shape[-1]:
+        shapes = f"{turned.output_shape} from {base.output_shape}"
+        raise NetworkError(f"{base.name} could not be turned channels-first: {shapes}.")
+    return turned
+
+
+def gives_the_same(one: Any, other: Any) -> bool:
+    """Tell whether two models give the same for seeded random pixels, in every output."""
+    size, generator = other.input_shape[1], np.random.default_rng(8)
+    # Images with and without structure, no two of one brightness, and no two sides of one alike.
+    noise = generator.integers(0, 256, (_IMAGES, size, size, 3))
+    coarse = generator.integers(0, 256, (_IMAGES, 4, 4, 3))
+    at, number = np.arange(size) * 4 // size, np.arange(_IMAGES)[:, None, None, None]
+    brightness = np.linspace(0.4, 1, _IMAGES)[:, None, None, None]
+    pixels = np.asarray(np.where(number % 2, noise, coarse[:, at][:, :, at]) * brightness, np.uint8)
+    left, right = (model.predict_on_batch(pixels) for model in (one, other))
+    for key, values in right.items():
+        ours, theirs = np.asarray(left[key], float), np.asarray(values, float)
+        if ours.shape != theirs.shape or not np.isfinite(ours).all():
+            return False
+        # An output that hardly varies between images, such as a saturated softmax, proves nothing.
+        varies = np.linalg.norm(theirs - theirs.mean(axis=0))
+        if not np.linalg.norm(ours - theirs) <= _LARGEST_DIFFERENCE * varies or not varies:
+            return False
+    return True
+
+
+# Fewer bits
+
+
+def mixed_precision(spec: NetworkSpec, base: Base, precision: str) -> Base:
+    """Return `base` computing in `precision`, each layer by a policy of its own; variables stay in float32."""
+    if precision == "float32":
+        return base
+    network, loaded = base
+    cause = None
+    try:
+        turned = in_policy(network, f"mixed_{precision}")
+        kept = _kept_exact(turned)
+        left = [layer for layer in keras_weights.leaves(turned) if layer not in kept]
+        exact = sorted(layer.name for layer in left if layer.compute_dtype != precision)
+        reason = f"of its layers, {exact[0]} stays in float32" if exact else ""
+        if not reason and spec.network.package == "registered":  # whose layers may be copied wrongly
+            models = (in_policy(network, "float32"), network)
+            twin, straight = (build(spec, lambda _: None, base=(one, loaded)).model for one in models)
+            reason = "" if gives_the_same(twin, straight) else "a copy of it gives other numbers"
+    except Exception as error:
+        cause, reason = error, first_line(error)
+    if reason:
+        raise NetworkError(
+            f"{spec.network.title} cannot be turned to {precision} ({reason}). Use --precision float32."
+        ) from cause
+    return turned, loaded
+
+
+def first_line(error: Exception) -> str:
+    """Return the first sentence of an error's message, or what kind of error it is."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def in_policy(network: Any, policy: str) -> Any:
+    """Clone `network`, with the same weights, and `policy` for every layer that computes features."""
+    keras: Any = importlib.import_module("keras")
+    kept = _kept_exact(network)
+
+    def edit(layer: Any, config: dict[str, Any]) -> None:
+        if isinstance(layer, keras.layers.Layer):
+            config["dtype"] = "float32" if layer in kept else policy
+
+    return keras_weights.cloned(network, edit)
+
+
+def _kept_exact(network: Any) -> list[Any]:
+    """Return the layers that stay in float32: those that scale pixels, and a norm at the end, which follows pooling."""
+    layers: Any = importlib.import_module("keras").layers
+    preparing = (layers.Rescaling, layers.Normalization)
+    kept = [layer for layer in keras_weights.leaves(network) if isinstance(layer, preparing)]
+    return kept + [layer for layer in network.layers[-1:] if isinstance(layer, layers.LayerNormalization)]

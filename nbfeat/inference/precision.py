@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nbfeat.errors import ImageError, NetworkError
 from nbfeat.images.remote import Access, Fetcher
@@ -57,11 +56,9 @@ class PrecisionCheck:
         return bool(self.images) and self.agreement >= AGREES and self.speedup >= IS_FASTER
 
     def suffices(self, images: int, *, is_open: bool) -> bool:
-        """Tell whether what was found need not be found again, for a run over so many `images`.
-
-        Half of those that were tried may have been unreadable. A precision that few images refuse is refused.
-        """
-        if is_open:
+        """Tell whether what was found need not be found again, for a run over so many `images`."""
+        # Half of those that were tried may have been unreadable.
+        if is_open:  # what few images refuse is refused
             return self.agreement < AGREES or 2 * self.images >= MOST_IMAGES
         return 2 * self.images >= min(images, MOST_IMAGES)
 
@@ -72,46 +69,31 @@ class PrecisionCheck:
         if self.agreement < 0:
             numbers = f"{self.precision} gives numbers without end for some of your images"
             return f"{self.precision}, as asked for, though {numbers}" if asked else f"float32: {numbers}"
-        agrees, images = f"to {_digits(self.agreement)}", f"on {self.images:,} of your images"
+        digits = 4 if self.agreement < 0.99995 or self.agreement > 0.99999 else 5  # as many as tell it from 1
+        agrees, images = f"to {self.agreement:.{digits}f}", f"on {self.images:,} of your images"
         if asked:
             return f"{self.precision}, as asked for, which agrees with float32 {agrees} {images}"
         if self.is_better:
             return f"{self.precision}, which agrees with float32 {agrees} {images}, {self.speedup:.1f} times as fast"
         if self.agreement < AGREES:
             return f"float32: {self.precision} agrees with it only {agrees} {images}, and {AGREES} is asked for"
-        times = f"only {self.speedup:.2f} times as fast"
-        return f"float32: {self.precision} would agree {agrees} {images}, but is {times}"
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What a network is to compute in, the engine where one was started for that, and a sentence for the report."""
-
-    precision: Precision
-    engine: Engine | None
-    message: str
+        slow = f"but is only {self.speedup:.2f} times as fast"
+        return f"float32: {self.precision} would agree {agrees} {images}, {slow}"
 
 
 def choose_precision(
-    network: PreparedNetwork,
-    pixels: PixelSpec,
-    asked: Asked,
-    images: Sequence[object],
-    root: Path,
-    *,
-    remote: Access | None = None,
-) -> Generator[str, None, Choice]:
-    """Choose what `network` computes in, yielding what is being done.
+    network: PreparedNetwork, spec: PixelSpec, asked: Asked, images: Sequence[object], root: Path, remote: Access | None
+) -> Generator[str, None, tuple[Precision, Engine | None, str]]:
+    """Choose what `network` computes in, with the engine where one was started for that and a sentence for the report.
 
-    ``auto`` compares where there are at least 128 images, unless it was done before. A precision that is asked for is
-    obeyed, and compared all the same. The images that are compared on are fetched where they are `remote`.
+    ``auto`` compares where there are enough images, once. What is asked for is obeyed, and compared all the same.
     """
     is_open, message = asked == "auto", ""
     exact: Engine | None = None
-    sample = functools.cache(lambda: _pixels(pixels, images, root, remote))  # once for all that are compared
+    sample = functools.cache(lambda: _sample(spec, images, root, remote))  # once for all that are compared
     candidates: tuple[Precision, ...] = network.faster if asked == "auto" else () if asked == "float32" else (asked,)
     for precision in candidates:
-        file = f"{_key(network, pixels, precision)}.json"
+        file = _file(network, spec, precision)
         check, other = _known(file, precision), None
         if check is None or not check.suffices(len(images), is_open=is_open):
             if len(images) < (FROM_IMAGES if is_open else 1):
@@ -123,10 +105,10 @@ def choose_precision(
                 with suppress(HomeError, OSError):  # then it will be compared again
                     write_whole(keep(FOLDER) / file, json.dumps(asdict(check)))
         if said := check.message(asked=not is_open):
-            message = f"{network.spec.title} computes in {said}."
+            message = f"{network.spec.network.title} computes in {said}."
         if check.is_better or not is_open:
-            return Choice(precision, other, message)
-    return Choice("float32" if asked == "auto" else asked, exact, message)
+            return precision, other, message
+    return "float32" if asked == "auto" else asked, exact, message
 
 
 def _compared(
@@ -167,22 +149,19 @@ def _speedup(exact: Engine, other: Engine, pixels: Pixels) -> float:
 
 
 def agreement_of(exact: Vectors, other: Vectors) -> float:
-    """Return the least cosine of any image and output; -1 where there is something that is no number.
-
-    Two vectors of zeros agree; one beside anything else does not.
-    """
-    return min(_least_cosine(exact[key].astype(float), other[key].astype(float)) for key in exact)
-
-
-def _least_cosine(one: NDArray[np.float64], two: NDArray[np.float64]) -> float:
-    if not (np.isfinite(one).all() and np.isfinite(two).all()):
-        return -1.0
-    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
-    alike = (one * two).sum(axis=1) / np.where(lengths, lengths, 1.0)
-    return float(np.where(lengths, alike, (one == two).all(axis=1)).min())
+    """Return the least cosine of any image and output, 1 for two vectors of zeros; -1 where something is no number."""
+    least = 1.0
+    for key in exact:
+        one, two = exact[key].astype(float), other[key].astype(float)
+        if not (np.isfinite(one).all() and np.isfinite(two).all()):
+            return -1.0
+        lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)
+        alike = (one * two).sum(axis=1) / np.where(lengths, lengths, 1.0)
+        least = min(least, float(np.where(lengths, alike, (one == two).all(axis=1)).min()))
+    return least
 
 
-def _pixels(spec: PixelSpec, images: Sequence[object], root: Path, remote: Access | None) -> Pixels:
+def _sample(spec: PixelSpec, images: Sequence[object], root: Path, remote: Access | None) -> Pixels:
     found = readable_sample(images, lambda image, fetch: read_pixels(image, [spec], root, fetch)[0], root, remote)
     # In another order the first ones, which may suffice, are spread, too.
     order = np.random.default_rng(0).permutation(len(found))
@@ -208,27 +187,16 @@ def readable_sample(
 
 def _known(file: str, precision: Precision) -> PrecisionCheck | None:
     """Return what was found before; None where nothing was, or what is kept of it is damaged."""
-    try:
+    with suppress(OSError, ValueError, TypeError):
         found = PrecisionCheck(**json.loads((home() / FOLDER / file).read_text(encoding="utf-8")))
         numbers = type(found.images) is int and type(found.agreement) is type(found.speedup) is float
-    except (OSError, ValueError, TypeError):
-        return None
-    return found if numbers and found.precision == precision else None
+        return found if numbers and found.precision == precision else None
+    return None
 
 
-def _key(network: PreparedNetwork, pixels: PixelSpec, precision: Precision) -> str:
-    """Name a network with its outputs, the pixels it takes, the engine and the CPU."""
-    decided = {
-        **network.numbers,
-        "spec": {**asdict(network.spec), "weights": network.weights.sha256},
-        "pixels": asdict(pixels),
-        "precision": precision,
-        "numerics": NUMERICS,
-    }
-    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:40]
-
-
-def _digits(agreement: float) -> str:
-    """Write a cosine with as many digits as tell it from 1: 0.94, 0.9987, 0.99996."""
-    rounded = f"{agreement:.4f}"
-    return rounded if rounded != "1.0000" else "1.0000" if agreement > 0.99999 else f"{agreement:.5f}"
+def _file(network: PreparedNetwork, pixels: PixelSpec, precision: Precision) -> str:
+    """Name what is kept by the network with its outputs, the pixels it takes, the engine and the CPU."""
+    spec = {**asdict(network.spec), "weights": network.weights.sha256}
+    rest = {"pixels": asdict(pixels), "precision": precision, "numerics": NUMERICS}
+    decided = json.dumps({**network.numbers, "spec": spec, **rest}, sort_keys=True)
+    return f"{hashlib.sha256(decided.encode()).hexdigest()[:40]}.json"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from nbfeat.backbones import user_models
 from nbfeat.backbones.weights import Loaded, digest
 from nbfeat.errors import NetworkError, WeightsError
 from nbfeat.inference import compiled_models
@@ -19,16 +22,11 @@ from nbfeat.inference.engines.keras import FASTER_ON_GPUS, KerasEngine
 from nbfeat.inference.model import Base
 from nbfeat.inference.spec import NetworkSpec, Output
 
-_SEED = 9
-_IMAGES = 16  # to tell networks apart by
 _DIGITS = 3  # the same network gives others from run to run only beyond these
 
 
 class PreparedNetwork:
-    """Make a network ready; iterate for sentences to show meanwhile, then read what it gives, and `start` it to use it.
-
-    Where all features are in the cache already, nothing is started.
-    """
+    """Make a network ready: iterate for sentences to show meanwhile, then read what it gives; `start` it to use it."""
 
     name: str
     batch_size: int
@@ -45,7 +43,7 @@ class PreparedNetwork:
 
     def __iter__(self) -> Iterator[str]:
         """Work, yielding what is being done."""
-        if self.spec.is_registered:
+        if self.spec.network.package == "registered":
             yield from self._for_user_model()
         elif self.device == "cpu" and hardware.openvino_works():
             yield from self._for_openvino(self.spec)
@@ -54,23 +52,25 @@ class PreparedNetwork:
 
     def _for_user_model(self) -> Iterator[str]:
         """Run what a function of the user's builds: by OpenVINO where that can be, else by Keras in this process."""
-        name = self.spec.title
+        name = self.spec.network.title
         yield f"building {name} in Keras"
-        made = compiled_models.build_user_model(self.spec, self.device)
-        why_not = made.why_not
-        if made.file and self.device == "cpu" and hardware.openvino_works():
-            try:
-                yield from self._for_openvino(made.file)
-            except (NetworkError, WeightsError) as error:
-                why_not = compiled_models.why_not_as_file(error, name)
-            else:
-                self.weights = replace(self.weights, name=name)
-                return
-        yield from self._for_keras(made.base)
-        if made.file is None:
-            self.numbers["gives"] = what_it_gives(self.start("float32"), self.spec.size)
+        with tempfile.TemporaryDirectory(prefix="nbfeat-", ignore_cleanup_errors=True) as folder:
+            path = Path(folder, f"{self.spec.backbone}.keras")
+            base, why_not = compiled_models.build_user_model(self.spec, self.device, path)
+            loaded = None if why_not else Loaded(name, digest(path))
+            if loaded and self.device == "cpu" and hardware.openvino_works():
+                try:
+                    yield from self._for_openvino(replace(self.spec, backbone=user_models.NAME, weights=str(path)))
+                except (NetworkError, WeightsError) as error:
+                    why_not = compiled_models.why_not_as_file(error, name)
+                else:
+                    self.weights = replace(self.weights, name=name)
+                    return
+        yield from self._for_keras(base)
+        if loaded is None:
+            self.numbers["gives"] = _what_it_gives(self.start("float32"), self.spec.size)
         else:
-            self.weights = Loaded(name, digest(Path(made.file.weights)))
+            self.weights = loaded
         if why_not and self.device == "cpu":
             self.note = f"{why_not}, so Keras runs it in this process, which is slower on a CPU."
 
@@ -89,15 +89,12 @@ class PreparedNetwork:
             self.note = "OpenVINO cannot be imported here, so Keras runs the network, which is slower on a CPU."
         spec, _held = yield from compiled_models.located(self.spec)
         if base is None:
-            yield f"building {spec.title} in Keras"
-
-        def tell(sentence: str) -> None:
-            self.note = sentence
+            yield f"building {spec.network.title} in Keras"
 
         def made(precision: Precision, only: str | None = None) -> KerasEngine:
             return KerasEngine(
                 replace(spec, cuts=tuple(cut for cut in spec.cuts if only in {None, cut.key})), devices=self.devices,
-                precision=precision, batch_size=self._asked_size, base=base, tell=tell,
+                precision=precision, batch_size=self._asked_size, base=base, tell=partial(setattr, self, "note"),
             )  # fmt: skip
 
         engine = made("float32")
@@ -106,11 +103,9 @@ class PreparedNetwork:
         self.numbers = {"engine": engine.kind, "backend": engine.backend, "cpu": hardware.cpu()}
         self.faster = FASTER_ON_GPUS if self.device != "cpu" else ()
         ready = [engine]  # once: it takes memory, which is another precision's if that is better
-
-        def start(precision: Precision, only: str | None) -> Engine:
-            return ready.pop() if ready and (precision, only) == ("float32", None) else made(precision, only)
-
-        self._start = start
+        self._start = lambda precision, only: (
+            ready.pop() if ready and (precision, only) == ("float32", None) else made(precision, only)
+        )
 
     def key_fields(self, precision: Precision) -> dict[str, object]:
         """Return all of the engine that decides the numbers that it gives in `precision`."""
@@ -119,31 +114,29 @@ class PreparedNetwork:
         return {**self.numbers, "precision": precision, **beside}
 
     def start(self, precision: Precision, only: str | None = None) -> Engine:
-        """Return the engine, ready to run; one that gives `only` one output runs no more than it takes.
-
-        Raises NetworkError where the hardware does not compute in `precision`.
-        """
+        """Return the engine, ready to run, or for `only` one output; NetworkError where `precision` cannot be had."""
         return self._start(precision, only)
 
 
 def vectors_of(engine: Engine, pixels: Pixels) -> Vectors:
     """Run all `pixels` (images, size, size, 3) through an engine of any size of batch."""
     found: list[Vectors] = []
-    for start in range(0, len(pixels), engine.batch_size):
+    starts = range(0, len(pixels), engine.batch_size)
+    for start in starts:
         some = pixels[start : start + engine.batch_size]
         buffer = engine.buffer()
         buffer[: len(some)] = some
         engine.submit(buffer, len(some))
         if engine.is_full:
             found.append(engine.collect())
-    while engine.in_flight:
+    while len(found) < len(starts):
         found.append(engine.collect())
     return {key: np.concatenate([vectors[key] for vectors in found]) for key in found[0]}
 
 
-def what_it_gives(engine: Engine, size: int) -> str:
+def _what_it_gives(engine: Engine, size: int) -> str:
     """Return a digest of what a network gives for seeded pixels: of code there is no hash, of what it does there is."""
-    pixels = np.random.default_rng(_SEED).integers(0, 256, (_IMAGES, size, size, 3), np.uint8)
+    pixels = np.random.default_rng(9).integers(0, 256, (16, size, size, 3), np.uint8)
     total = hashlib.sha256()
     for key, vectors in sorted(vectors_of(engine, pixels).items()):
         largest = np.abs(vectors).max(initial=0)

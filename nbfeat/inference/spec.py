@@ -42,11 +42,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkSpec:
-    """Everything that decides a network's numbers.
-
-    A network in a file of the user's own is told by `weights`, the path of the file, which the key replaces by its
-    content.
-    """
+    """Everything that decides a network's numbers; of a user's file `weights` is the path, and in the key its hash."""
 
     backbone: str
     alpha: float | None
@@ -59,16 +55,6 @@ class NetworkSpec:
     def network(self) -> Backbone:
         """The backbone that is built."""
         return find(self.weights if self.backbone == user_models.NAME else self.backbone)
-
-    @property
-    def is_registered(self) -> bool:
-        """Whether a function of the user's builds it, in this process."""
-        return self.network.package == "registered"
-
-    @property
-    def title(self) -> str:
-        """What it is called where people read it."""
-        return self.network.title
 
     def key(self, **versions: str) -> str:
         """Name this network, as `versions` of the libraries would build it, in 40 hexadecimal digits."""
@@ -91,13 +77,13 @@ def whole(what: str, most: int | None = None) -> Callable[[Any], int]:
     """Return a check that a value is a whole number of at least 1."""
 
     def check(value: Any) -> int:
-        wanted = "a whole number from 1" + (f" to {most:,}" if most else "")
         try:
             number = int(value)
         except (TypeError, ValueError):
             number = 0
         if number < 1 or number != float(value) or (most and number > most) or isinstance(value, bool):
-            raise RequestError(f"{what} takes {wanted}, not {value!r}.")
+            limit = f" to {most:,}" if most else ""
+            raise RequestError(f"{what} takes a whole number from 1{limit}, not {value!r}.")
         return number
 
     return check

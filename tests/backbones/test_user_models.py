@@ -24,7 +24,6 @@ from nbfeat.backbones.catalog import CATALOG, find, register_backbone
 from nbfeat.errors import NbfeatError, RequestError, WeightsError
 from nbfeat.extraction.options import FeatureBlock
 from nbfeat.extraction.request import network_spec
-from nbfeat.jupyter.completion import candidates
 from nbfeat.jupyter.grammar import candidates
 from tests.backbones import user_networks
 from tests.backbones.user_networks import SIZE, frame_of

@@ -100,7 +100,7 @@ def network_seconds(engine: OpenVINOEngine, batches: int) -> float:
         engine.submit(engine.buffer(), engine.batch_size)
         if engine.is_full:
             engine.collect()
-    while engine.in_flight:
+    while engine._busy:
         engine.collect()
     return (time.process_time() - start) / (batches * engine.batch_size)
 

@@ -15,8 +15,16 @@ from hypothesis import strategies as some
 import nbfeat
 from nbfeat import Extraction, FeatureBlock, RequestError
 from nbfeat.backbones.backbone import SCALINGS
-from nbfeat.extraction.options import BLOCK_OPTIONS, NORMALIZES, OPTIONS, POOLINGS, RUN_OPTIONS, quoted, split_words
-from nbfeat.extraction.options import BLOCK_OPTIONS, NORMALIZES, OPTIONS, POOLINGS, RUN_OPTIONS, quoted, spelled, split_words
+from nbfeat.extraction.options import (
+    BLOCK_OPTIONS,
+    NORMALIZES,
+    OPTIONS,
+    POOLINGS,
+    RUN_OPTIONS,
+    quoted,
+    spelled,
+    split_words,
+)
 from nbfeat.images.resize import INTERPOLATIONS, RESIZES
 from nbfeat.inference.engines.base import PRECISIONS
 from nbfeat.jupyter import grammar

@@ -26,9 +26,10 @@ import numpy as np
 import pandas as pd
 
 import nbfeat
-from nbfeat.inference.engines import devices, keras_session
+from nbfeat.inference.engines import devices
 from nbfeat.inference.engines import keras as keras_engine
 from nbfeat.inference.engines.keras import KerasEngine
+from nbfeat.inference.model import in_policy
 from nbfeat.inference.prepared import vectors_of
 from nbfeat.inference.spec import Cut, NetworkSpec
 from tests.keras_child import cosine
@@ -161,7 +162,7 @@ def replicas(*_: str) -> dict[str, Any]:
         "as one": equal(both, vectors_of(alone, images)),
         "turns": turns[:6],
         "window": window,
-        "in flight": engine.in_flight,
+        "in flight": len(engine._busy),
         "after closing": equal(both, vectors_of(engine, images)),
     }
 
@@ -326,11 +327,11 @@ def scaled_and_normed(*_: str) -> dict[str, Any]:
     x = k.Normalization(mean=[0.4] * 3, variance=[0.1] * 3)(k.Rescaling(1 / 255)(image))
     inner = keras.Sequential([keras.Input((SIZE, SIZE, 3)), k.Conv2D(4, 3), k.Dense(6)])  # as in ConvNeXt
     network = keras.Model(image, k.LayerNormalization()(k.LayerNormalization()(inner(x))))
-    turned = keras_engine.in_policy(network, "mixed_bfloat16")
+    turned = in_policy(network, "mixed_bfloat16")
     images = pixels(2).astype("float32")
     twin, less, exact = (
         keras.ops.convert_to_numpy(model(images, training=False)).astype("float32")
-        for model in (keras_engine.in_policy(network, "float32"), turned, network)
+        for model in (in_policy(network, "float32"), turned, network)
     )
     inside = next(layer.layers for layer in turned.layers if hasattr(layer, "layers"))
     return {
@@ -485,7 +486,7 @@ def pretended_gpus(*_: str) -> dict[str, Any]:
             fakes = [(module.cuda, name, value) for name, value in names.items()]
         for holder, name, value in fakes:
             stack.enter_context(mock.patch.object(holder, name, value))
-        keras_session.grow_memory()
+        keras_engine.grow_memory()
         return {"count": devices.count_gpus(), "kinds": devices.kinds(("gpu:0", "gpu:1")), "grown": grown}
 
 

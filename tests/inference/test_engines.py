@@ -70,9 +70,9 @@ def test_an_engine_closed_in_flight_has_all_its_buffers_again(stored: Stored) ->
         while not engine.is_full:
             engine.submit(engine.buffer(), 2)
         engine.buffer()
-        assert engine.in_flight
+        assert engine._busy
         engine.close()
-        assert engine.in_flight == 0
+        assert not engine._busy
         assert len(engine._free) == free
     buffer = engine.buffer()
     engine.submit(buffer, 1)

@@ -1,1 +1,1 @@
-"""Run a network on the hardware: one protocol, an engine for the CPU and one for whatever Keras can use."""
+"""The engines that run networks: their protocol in `base`, one for CPUs, one for whatever Keras can use."""

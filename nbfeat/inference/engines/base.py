@@ -1,4 +1,4 @@
-"""The protocol of engines and its types.
+"""Run a network on the hardware: the protocol of engines, one for the CPU and one for whatever Keras can use.
 
 An engine lends buffers, runs them in the background and gives results back oldest first::
 
@@ -49,10 +49,6 @@ class Engine(Protocol):
     @property
     def is_full(self) -> bool:
         """Whether `collect` must be called before `submit`."""
-
-    @property
-    def in_flight(self) -> int:
-        """How many batches were submitted and not yet collected."""
 
     def buffer(self) -> Pixels:
         """Lend a buffer of a whole batch."""

@@ -31,10 +31,7 @@ def take(share: int) -> None:
 
 
 def quotas(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
-    """Yield the cores that the control groups of this process allow: its own and all around it, of either version.
-
-    In a container `root` is usually its own group, whatever path `groups` says.
-    """
+    """Yield the cores that the control groups of this process allow: its own and all around it, of either version."""
     try:
         lines = [line.split(":", 2) for line in groups.read_text(encoding="utf-8").splitlines()]
     except OSError:
@@ -60,7 +57,6 @@ def _upwards(root: Path, path: str) -> list[Path]:
 def _share_of_worker() -> list[int]:
     # Joblib tells its workers cores ÷ workers by the variables that thread pools read ("Avoiding over-subscription of
     # CPU resources" in its documentation); elsewhere those speak of other libraries.
-    if type(multiprocessing.current_process()).__name__ != "LokyProcess":
-        return []
     share = os.environ.get("OMP_NUM_THREADS", "")
-    return [int(share)] if share.isdigit() and int(share) else []
+    is_joblib = type(multiprocessing.current_process()).__name__ == "LokyProcess"
+    return [int(share)] if is_joblib and share.isdigit() and int(share) else []

@@ -9,14 +9,15 @@ import platform
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 
 from nbfeat import isolation
 from nbfeat.errors import NetworkError, RequestError
-from nbfeat.inference.engines.base import PRECISIONS, Asked, Pixels
+from nbfeat.inference.engines.base import Asked, Pixels
 
 _DRIVERS = Path("/dev")
 FIRST = 32  # images in the first batch whose size is measured
@@ -36,19 +37,16 @@ def check_device(asked: str) -> str:
 
 def check_precision(asked: str) -> Asked:
     """Return `asked` if it is ``auto`` or a precision."""
-    words: Any = ("auto", *PRECISIONS)
+    words: tuple[Asked, ...] = get_args(Asked)
     if asked not in words:
         raise RequestError(f"--precision takes {', '.join(words)}, not {asked!r}.")
-    return words[words.index(asked)]  # type: ignore[no-any-return]
+    return words[words.index(asked)]
 
 
 def choose_devices(asked: str) -> tuple[str, ...]:
-    """Turn ``auto``, ``cpu``, ``gpu`` or ``gpu:1`` into ``cpu``, one ``gpu:N``, or for ``auto`` every GPU there is.
-
-    ``auto`` asks Keras' backend, which takes seconds to import, only where there is a sign of a GPU.
-    """
+    """Turn ``auto``, ``cpu``, ``gpu`` or ``gpu:1`` into ``cpu``, one ``gpu:N``, or for ``auto`` every GPU there is."""
     kind, _, number = asked.partition(":")
-    if kind == "cpu" or (kind == "auto" and not sign_of_gpu()):
+    if kind == "cpu" or (kind == "auto" and not sign_of_gpu()):  # else Keras' backend is imported, for seconds
         return ("cpu",)
     found = count_gpus()
     if kind == "auto":
@@ -72,10 +70,9 @@ def sign_of_gpu() -> bool:
 
 def count_gpus() -> int:
     """Ask the backend that Keras has in this process how many GPUs it can use."""
-    try:
+    with suppress(ImportError, RuntimeError):
         return len(_gpu_names())
-    except (ImportError, RuntimeError):
-        return 0
+    return 0
 
 
 def kinds(devices: tuple[str, ...]) -> str:
@@ -110,11 +107,10 @@ def cpu() -> str:
 
 def openvino_works() -> bool:
     """Tell whether OpenVINO can be imported."""
-    try:
+    with suppress(ImportError, OSError):
         isolation.import_openvino()
-    except (ImportError, OSError):
-        return False
-    return True
+        return True
+    return False
 
 
 class Room:
@@ -126,9 +122,8 @@ class Room:
     def fit(self, device: str, run: Callable[[int], Result]) -> Result:
         """Return what `run` does with as many images as run at once, fewer wherever memory does not do."""
         while True:
-            size = self.size
             try:
-                return run(size)
+                return run(size := self.size)
             except Exception as error:  # raised again unless it is about memory
                 self.shrink(size, device, error)
 
@@ -145,27 +140,22 @@ class Room:
             ) from error
         if size == self.size:  # else it was halved already, after this batch had been started
             self.size = size // 2
-            self._tell(
-                f"{device.upper()} had not enough memory for {size:,} images at once, so {self.size:,} ran at once."
-            )
+            short = f"{device.upper()} had not enough memory for {size:,} images at once"
+            self._tell(f"{short}, so {self.size:,} ran at once.")
 
     def grow(self, device: str, seconds: Callable[[int], float], largest: int) -> None:
-        """Double the size from `FIRST` on until that is not faster, or memory does not do.
-
-        `seconds` runs so many images on `device` and tells how long it took.
-        """
+        """Double the size until that is not faster, by the `seconds` that so many take, or memory does not do."""
         self.size, best = min(FIRST, largest), 0.0
         while True:
             rate = self.fit(device, lambda size: size / seconds(size))
-            if self.was_short and best:  # the size before was the largest that ran
+            if self.was_short:  # this is the largest size that runs
                 return
             if rate < best * GROWTH:
                 self.size //= 2
                 return
-            best = rate
-            if self.was_short or self.size * 2 > largest:
+            if self.size * 2 > largest:
                 return
-            self.size *= 2
+            best, self.size = rate, self.size * 2
 
 
 def is_out_of_memory(error: BaseException) -> bool:

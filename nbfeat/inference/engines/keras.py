@@ -3,30 +3,34 @@
 A model is built once. Each device has a replica: a copy of its variables, and a function that runs the model with
 these, so that replicas are equal to the bit. Batches go to them in turn; the next ones are dispatched before the oldest
 is fetched. Where memory does not do, a batch is run in smaller parts, and no image is lost.
+
+Keras runs in a session of its own, in full float32, which neither obeys nor changes the user's settings. The switches
+by which TensorFlow and PyTorch compute float32 in fewer bits belong to the whole process, so they are off for short
+blocks: around tracing, dispatching and fetching, and never around what the user runs in between.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import itertools
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from nbfeat import isolation
-from nbfeat.backbones import keras_weights
 from nbfeat.errors import NetworkError, listing
-from nbfeat.inference.channels_first import gives_the_same
 from nbfeat.inference.engines import devices as hardware
 from nbfeat.inference.engines.base import Pixels, Precision, Vectors, Work
-from nbfeat.inference.engines.keras_session import full_float32, in_a_fresh_session
-from nbfeat.inference.model import Base, Built, build, load_base
+from nbfeat.inference.engines.devices import Result
+from nbfeat.inference.model import Base, Built, build, load_base, mixed_precision
 from nbfeat.inference.spec import NetworkSpec
 
 BATCH = 32
@@ -74,7 +78,7 @@ class KerasEngine:
         lent = WINDOW * len(devices) + 1
         self._buffers: list[Pixels] = [np.zeros((self.batch_size, *shape), np.uint8) for _ in range(lent)]
         self._free = list(self._buffers)
-        self._busy: deque[Flight] = deque()
+        self._busy: deque[_Flight] = deque()
         self._turns = itertools.cycle(self._replicas)
 
     def _find_size(self, shape: tuple[int, ...]) -> None:
@@ -82,8 +86,10 @@ class KerasEngine:
         replica = self._replicas[0]
 
         def run(pixels: Pixels) -> None:
+            flight = _Flight(pixels, len(pixels), replica)
             with full_float32():
-                fetch(replica.run(pixels), list(self.outputs), len(pixels))
+                flight.start(len(pixels))
+                flight.fetch(self.outputs)
 
         self._room.grow(replica.device, hardware.stopwatch(run, shape), hardware.largest_batch(shape))
 
@@ -92,18 +98,13 @@ class KerasEngine:
         """Whether the window of batches in flight is full."""
         return len(self._busy) >= WINDOW * len(self._replicas)
 
-    @property
-    def in_flight(self) -> int:
-        """How many batches were submitted and not yet collected."""
-        return len(self._busy)
-
     def buffer(self) -> Pixels:
         """Lend a buffer of a whole batch."""
         return self._free.pop()
 
     def submit(self, buffer: Pixels, count: int) -> None:
         """Dispatch the batch to the device whose turn it is."""
-        flight = Flight(buffer, count, next(self._turns))
+        flight = _Flight(buffer, count, next(self._turns))
         self._fitting(flight, lambda: None)
         self._busy.append(flight)
 
@@ -111,18 +112,16 @@ class KerasEngine:
         """Fetch the oldest batch's vectors."""
         flight = self._busy.popleft()
         try:
-            vectors: Vectors = self._fitting(flight, lambda: flight.fetch(list(self.outputs)))
+            vectors: Vectors = self._fitting(flight, lambda: flight.fetch(self.outputs))
         finally:
             self._free.append(flight.buffer)
             self.work.add(flight.started, time.perf_counter())
         if self._precision == "float16" and not all(np.isfinite(rows).all() for rows in vectors.values()):
-            raise NetworkError(
-                "In float16 the network's numbers grow too large for some images. "
-                "Use --precision bfloat16, or --precision float32."
-            )
+            too_large = "In float16 the network's numbers grow too large for some images."
+            raise NetworkError(f"{too_large} Use --precision bfloat16, or --precision float32.")
         return vectors
 
-    def _fitting(self, flight: Flight, then: Callable[[], Any]) -> Any:
+    def _fitting(self, flight: _Flight, then: Callable[[], Any]) -> Any:
         """Start a batch unless that was done, and do `then`; whenever memory does not do, again in smaller parts."""
         while True:
             try:
@@ -138,13 +137,13 @@ class KerasEngine:
         """Wait for what is in flight, drop it, and take back every buffer; the engine can be used again."""
         while self._busy:
             flight = self._busy.popleft()
-            with contextlib.suppress(Exception), full_float32():  # what is dropped may have failed
-                flight.fetch(list(self.outputs))
+            with suppress(Exception), full_float32():  # what is dropped may have failed
+                flight.fetch(self.outputs)
         self._free = list(self._buffers)
 
 
 @dataclass(slots=True)
-class Flight:
+class _Flight:
     """A batch on its way, in parts."""
 
     buffer: Pixels
@@ -155,28 +154,17 @@ class Flight:
     parts: list[Any] = field(default_factory=list)
 
     def start(self, size: int) -> None:
-        """Dispatch the batch in parts of `size` images."""
         self.size = size
-        self.parts = [self.replica.run(part) for part in _parts(self.buffer, self.count, size)]
+        for start in range(0, self.count, size):
+            part = self.buffer[start : start + size]
+            missing = size - len(part)  # at the end of the buffer
+            part = np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else part
+            self.parts.append(self.replica.run(part))
 
-    def fetch(self, keys: list[str]) -> Vectors:
-        """Wait for every part, and put them together."""
-        left = range(self.count, 0, -self.size)
-        rows = [fetch(part, keys, min(rest, self.size)) for part, rest in zip(self.parts, left, strict=True)]
-        return {key: np.concatenate([part[key] for part in rows]) for key in keys}
-
-
-def _parts(buffer: Pixels, count: int, size: int) -> Iterator[Pixels]:
-    for start in range(0, count, size):
-        part = buffer[start : start + size]
-        missing = size - len(part)  # at the end of the buffer
-        yield np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else part
-
-
-def fetch(result: Any, keys: list[str], count: int) -> Vectors:
-    """Wait for a result and return the first `count` rows of each output."""
-    to_numpy = importlib.import_module("keras").ops.convert_to_numpy
-    return {key: np.array(to_numpy(result[key])[:count], np.float32) for key in keys}
+    def fetch(self, keys: Iterable[str]) -> Vectors:
+        to_numpy = importlib.import_module("keras").ops.convert_to_numpy
+        rows = {key: [np.asarray(to_numpy(part[key]), np.float32) for part in self.parts] for key in keys}
+        return {key: np.concatenate(parts)[: self.count] for key, parts in rows.items()}
 
 
 # Replicas, in the way of each backend
@@ -197,7 +185,7 @@ def replicate(model: Any, devices: tuple[str, ...]) -> list[Replica]:
     backend = importlib.import_module("keras").backend.backend()
     if backend == "openvino":
         return [Replica(device, [], model.predict_on_batch) for device in devices]
-    make = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}.get(backend)
+    make = {"tensorflow": _on_tensorflow, "jax": _on_jax, "torch": _on_torch}.get(backend)
     if make is None:
         raise NetworkError(f"Keras' backend {backend!r} is not one that nbfeat can run: use tensorflow, jax or torch.")
     return [make(model, device, _call(model), device == devices[0]) for device in devices]
@@ -212,16 +200,13 @@ def _values(model: Any, copy: Callable[[Any], Any]) -> tuple[list[Any], list[Any
     return [copy(variable.value) for variable in trained], [copy(variable.value) for variable in others]
 
 
-def _tensorflow(model: Any, device: str, call: Call, is_first: bool) -> Replica:
+def _on_tensorflow(model: Any, device: str, call: Call, is_first: bool) -> Replica:
     tensorflow: Any = importlib.import_module("tensorflow")
     kind, _, number = device.partition(":")
     place = f"/device:{kind.upper()}:{number or 0}"
-
-    def copied(value: Any) -> Any:
-        return value if is_first else tensorflow.Variable(value, trainable=False)
-
     with tensorflow.device(place):
-        trained, others = _values(model, copied)
+        copied = functools.partial(tensorflow.Variable, trainable=False)
+        trained, others = _values(model, (lambda value: value) if is_first else copied)
         traced = tensorflow.function(lambda pixels: call(trained, others, pixels), autograph=False)
         # Traced now: at the first batch it would count operations in the user's session, and warn of retracing.
         concrete = traced.get_concrete_function(tensorflow.TensorSpec((None, *model.input_shape[1:]), "uint8"))
@@ -233,7 +218,7 @@ def _tensorflow(model: Any, device: str, call: Call, is_first: bool) -> Replica:
     return Replica(device, [*trained, *others], run)
 
 
-def _jax(model: Any, device: str, call: Call, is_first: bool) -> Replica:
+def _on_jax(model: Any, device: str, call: Call, is_first: bool) -> Replica:
     jax: Any = importlib.import_module("jax")
     kind, _, number = device.partition(":")
     target = jax.devices(kind)[int(number or 0)]
@@ -258,15 +243,11 @@ def _jax(model: Any, device: str, call: Call, is_first: bool) -> Replica:
     return Replica(device, [*trained, *others], run, compiled)
 
 
-def _torch(model: Any, device: str, call: Call, is_first: bool) -> Replica:
+def _on_torch(model: Any, device: str, call: Call, is_first: bool) -> Replica:
     torch: Any = importlib.import_module("torch")
     keras: Any = importlib.import_module("keras")
     place = device.replace("gpu", "cuda")
-
-    def copied(value: Any) -> Any:
-        return value.detach() if is_first else value.detach().to(place, copy=True)
-
-    trained, others = _values(model, copied)
+    trained, others = _values(model, lambda value: value.detach() if is_first else value.detach().to(place, copy=True))
 
     def run(pixels: Pixels) -> Any:
         # Nothing is compiled, so the settings of the moment count.
@@ -276,54 +257,108 @@ def _torch(model: Any, device: str, call: Call, is_first: bool) -> Replica:
     return Replica(device, [*trained, *others], run)
 
 
-# Fewer bits
+# A session of its own, in full float32
 
 
-def mixed_precision(spec: NetworkSpec, base: Base, precision: Precision) -> Base:
-    """Return `base` computing in `precision`, each layer by a policy of its own; float32 leaves it as it is.
+def in_a_fresh_session(work: Callable[[], Result], device: str) -> Result:
+    """Do `work` in a thread of its own: Keras counts by thread, so neither side sees the other's names."""
+    result: Future[Result] = Future()
 
-    Variables stay in float32, and so do layers that prepare pixels or end the network with a norm. Of a network that a
-    function of the user's builds it is first tried whether a clone in float32 gives the same.
+    def do() -> None:
+        try:
+            if device.startswith("gpu"):
+                grow_memory()
+            with isolation.keras_defaults(), importlib.import_module("keras").device(device):
+                value = work()
+            result.set_result(value)
+        except BaseException as error:  # raised again below, in the calling thread
+            result.set_exception(error)
+
+    threading.Thread(target=do, name="nbfeat-build", daemon=True).start()
+    return result.result()
+
+
+def grow_memory() -> None:
+    """Let TensorFlow take the memory of GPUs as it needs it, unless it has started or the user has said how to."""
+    if importlib.import_module("keras").backend.backend() != "tensorflow":
+        return
+    config: Any = importlib.import_module("tensorflow").config
+    with suppress(RuntimeError, ValueError):
+        for gpu in config.get_visible_devices("GPU"):
+            config.experimental.set_memory_growth(gpu, enable=True)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute in all bits of float32 on the backend that Keras has here; every switch is put back after the block."""
+    switches = {"tensorflow": _full_tensorflow, "jax": _full_jax, "torch": _full_torch}
+    backend = importlib.import_module("keras").backend.backend()
+    with isolation.without_fast_math(), ExitStack() as stack:
+        if backend in switches:
+            switches[backend](importlib.import_module(backend), stack)
+        yield
+
+
+def _full_tensorflow(tensorflow: Any, stack: ExitStack) -> None:
+    """Switch off TF32, and the optimizer that turns graphs into mixed precision."""
+    experimental, optimizer = tensorflow.config.experimental, tensorflow.config.optimizer
+    options = optimizer.get_experimental_options().items()
+    mixed = [name for name, is_on in options if name.startswith("auto_mixed_precision") and is_on is True]
+    set_tf32, was_tf32 = experimental.enable_tensor_float_32_execution, experimental.tensor_float_32_execution_enabled()
+    stack.callback(set_tf32, was_tf32)
+    set_tf32(False)
+    if mixed:
+        stack.callback(optimizer.set_experimental_options, dict.fromkeys(mixed, True))
+        optimizer.set_experimental_options(dict.fromkeys(mixed, False))
+
+
+def _full_jax(jax: Any, stack: ExitStack) -> None:
+    """Ask for full precision, and JAX's own rules for types; what is compiled in the block keeps them."""
+    enable_x64 = (jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")).enable_x64
+    stack.enter_context(jax.default_matmul_precision("highest"))
+    stack.enter_context(jax.numpy_dtype_promotion("standard"))
+    stack.enter_context(jax.numpy_rank_promotion("allow"))
+    stack.enter_context(enable_x64(False))
+
+
+def _full_torch(torch: Any, stack: ExitStack) -> None:
+    """Switch off TF32 and bfloat16 products, automatic casts, and the search for algorithms by their speed."""
+    _full_torch_products(torch, stack)
+    for kind in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+    torch.set_default_dtype(torch.float32)
+    stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    torch.backends.cudnn.benchmark = False
+
+
+def _full_torch_products(torch: Any, stack: ExitStack) -> None:
+    """Compute products and convolutions in all bits, by the older switches and by those of PyTorch 2.9.
+
+    The older ones are both set and put back first: they change the newer ones too, and PyTorch refuses to run where the
+    two disagree. Where the user has made them disagree, the older ones cannot be read, and are left alone.
     """
-    if precision == "float32":
-        return base
-    network, loaded = base
-    cause = None
-    try:
-        turned = in_policy(network, f"mixed_{precision}")
-        kept = _kept_exact(turned)
-        left = [layer for layer in keras_weights.leaves(turned) if layer not in kept]
-        exact = sorted(layer.name for layer in left if layer.compute_dtype != precision)
-        reason = f"of its layers, {exact[0]} stays in float32" if exact else ""
-        if not reason and spec.is_registered:
-            models = (in_policy(network, "float32"), network)
-            twin, straight = (build(spec, lambda _: None, base=(one, loaded)).model for one in models)
-            reason = "" if gives_the_same(twin, straight) else "a copy of it gives other numbers"
-    except Exception as error:
-        cause = error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    if reason:
-        raise NetworkError(
-            f"{spec.title} cannot be turned to {precision} ({reason}). Use --precision float32."
-        ) from cause
-    return turned, loaded
+    backends, cudnn = torch.backends, torch.backends.cudnn
+    switches: list[Any] = []  # the more general before what it holds for
+    if hasattr(backends, "fp32_precision"):
+        switches += [backends, backends.cuda.matmul, cudnn, cudnn.conv, cudnn.rnn]
+        switches += [backends.mkldnn, backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    own: list[str] = []
+    stack.callback(_set, switches, own)
+    for switch in switches:  # from the most general down: one that was not set shows what is set above it
+        own.append(switch.fp32_precision)
+        switch.fp32_precision = "none"
+    _set(switches, own)
+    with suppress(RuntimeError):
+        product, convolution = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+        stack.callback(setattr, cudnn, "allow_tf32", convolution)
+        stack.callback(torch.set_float32_matmul_precision, product)
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32 = False
+    _set(switches, ["ieee"] * len(switches))
 
 
-def in_policy(network: Any, policy: str) -> Any:
-    """Clone `network`, with the same weights, and `policy` for every layer that computes features."""
-    keras: Any = importlib.import_module("keras")
-    kept = _kept_exact(network)
-
-    def edit(layer: Any, config: dict[str, Any]) -> None:
-        if isinstance(layer, keras.layers.Layer):
-            config["dtype"] = "float32" if layer in kept else policy
-
-    return keras_weights.cloned(network, edit)
-
-
-def _kept_exact(network: Any) -> list[Any]:
-    """Return the layers that stay in float32: those that scale pixels, and a norm at the end, which follows pooling."""
-    layers: Any = importlib.import_module("keras").layers
-    preparing = (layers.Rescaling, layers.Normalization)
-    kept = [layer for layer in keras_weights.leaves(network) if isinstance(layer, preparing)]
-    return kept + [layer for layer in network.layers[-1:] if isinstance(layer, layers.LayerNormalization)]
+def _set(switches: list[Any], values: list[str]) -> None:
+    """Set switches from the most special up: in PyTorch 2.13 mkldnn's own sets the most general one."""
+    for switch, value in reversed(list(zip(switches, values, strict=False))):  # an interrupt leaves some unread
+        switch.fp32_precision = value

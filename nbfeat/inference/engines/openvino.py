@@ -52,14 +52,12 @@ def _compiled(core: Any, graph: Any, precision: Precision) -> Any:
         with isolation.without_fast_math(), ThreadPoolExecutor(1, thread_name_prefix="nbfeat-compile") as one:
             compiled = one.submit(core.compile_model, graph, "CPU", settings).result()
     except RuntimeError as error:
-        raise NetworkError(
-            f"This CPU cannot run the network in {precision}: {str(error).strip().splitlines()[-1]}"
-        ) from error
+        last = str(error).strip().splitlines()[-1]
+        raise NetworkError(f"This CPU cannot run the network in {precision}: {last}") from error
     runs_in = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
     if runs_in != _TYPES[precision]:  # OpenVINO takes another one without a word
-        raise NetworkError(
-            f"This CPU has no {precision}: OpenVINO would compute in {runs_in}. Use --precision float32."
-        )
+        instead = f"OpenVINO would compute in {runs_in}. Use --precision float32."
+        raise NetworkError(f"This CPU has no {precision}: {instead}")
     return compiled
 
 
@@ -70,8 +68,7 @@ class OpenVINOEngine:
         self, stored: Stored, *, precision: Precision, batch_size: int | None, only: str | None = None
     ) -> None:
         openvino = isolation.import_openvino()
-        self.name, self.outputs, self.batch_size = name(), stored.outputs, batch_size or BATCH
-        self.work = Work()
+        self.name, self.outputs, self.batch_size, self.work = name(), stored.outputs, batch_size or BATCH, Work()
         self._tensor, self._stored = openvino.Tensor, stored
         core = openvino.Core()
         graph = core.read_model(stored.folder / "network.xml")
@@ -93,11 +90,6 @@ class OpenVINOEngine:
     def is_full(self) -> bool:
         """Whether every request is in flight."""
         return not self._idle
-
-    @property
-    def in_flight(self) -> int:
-        """How many batches were submitted and not yet collected."""
-        return len(self._busy)
 
     def buffer(self) -> Pixels:
         """Lend a buffer of a whole batch."""

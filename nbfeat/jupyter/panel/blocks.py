@@ -13,8 +13,6 @@ from nbfeat.extraction import columns
 from nbfeat.extraction.options import BLOCK_OPTIONS, FeatureBlock, column_names, column_prefix, quoted, spelled
 from nbfeat.html import escape
 from nbfeat.inference.layers import expected_width, layer_names
-from nbfeat.jupyter.panel.widgets import DEFAULT, Kit, OptionWidgets, Settings, offer, tree
-from nbfeat.inference.layers import layer_names
 from nbfeat.jupyter.panel.widgets import DEFAULT, Kit, OptionWidgets, offer, tree
 
 FIRST = "MobileNetV2"  # light, and usual
