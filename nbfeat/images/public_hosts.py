@@ -26,8 +26,7 @@ _SCHEME = re.compile(
 _USER = re.compile(r"(?<=://)(?:[^/?#]*@|(?!\[)[^/?#:@]*:(?!:|\d*(?:[/?#]|$)).*@)", re.DOTALL)
 _AFTER = re.compile(r"(?<=[?#]).+", re.DOTALL)
 
-_GLOBAL_UNICAST = ip_network("2000::/3")
-_NAT64 = ip_network("64:ff9b::/96")
+_GLOBAL_UNICAST, _NAT64 = ip_network("2000::/3"), ip_network("64:ff9b::/96")
 # What older Pythons take for public, and the one public address at which Azure answers its own machines.
 _NOT_PUBLIC = tuple(map(ip_network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "3fff::/20")))
 
@@ -87,9 +86,8 @@ def is_public(machine: IPv4Address | IPv6Address) -> bool:
             return is_public(within)
         if machine not in _GLOBAL_UNICAST:
             return False
-    if machine.is_multicast or machine.is_reserved or any(machine in network for network in _NOT_PUBLIC):
-        return False
-    return machine.is_global
+    is_odd = machine.is_multicast or machine.is_reserved or any(machine in network for network in _NOT_PUBLIC)
+    return machine.is_global and not is_odd
 
 
 def public_socket(info: tuple[Any, ...]) -> socket.socket:

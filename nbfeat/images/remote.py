@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 AGENT = "nbfeat (+https://github.com/nbfeat/nbfeat)"
 MEGABYTE = 1_000_000
-REDIRECTS = frozenset({301, 302, 303, 307, 308})
+REDIRECTS = {301, 302, 303, 307, 308}
 SECONDS_SIGNED = 900  # that a signature holds: more than a download may take
 GOOGLE = "https://storage.googleapis.com"
 MOST_OPEN = 8  # archives; the directory of a large one takes longer to read than an image of it
@@ -238,7 +238,6 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         return session
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
-        """Return the image that a server sends; raise ImageError where it answers anything else."""
         status, words = response.status, f"the server answers {response.status}{_PHRASES.get(response.status, '')}"
         if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             raise _TransientError(words, _asked_to_wait(response.headers.get("Retry-After", "")))
@@ -346,7 +345,6 @@ def _url(text: str, base: str = "") -> yarl.URL:
 
 
 def _redirected(url: yarl.URL, location: str) -> yarl.URL:
-    """Return where a redirect leads, if it may be followed."""
     scheme = scheme_of(location) or url.scheme
     if scheme not in WEB:
         raise ImageError(f"redirected to {scheme}:, which is not followed")
@@ -356,7 +354,7 @@ def _redirected(url: yarl.URL, location: str) -> yarl.URL:
 
 
 def _asked_to_wait(text: str) -> float | None:
-    """Return the seconds that a ``Retry-After`` asks for, which may be a date; None where it asks for nothing."""
+    """Return the seconds that a ``Retry-After`` asks for, which may be a date."""
     if text.strip().isdecimal():
         return float(text)
     try:
