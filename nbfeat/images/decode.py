@@ -69,7 +69,7 @@ _FOREIGN = {
 }
 _BITS_PER_SAMPLE, _ORIENTATION = 258, 0x0112
 _TURN = Image.Transpose
-_UPRIGHT = dict(enumerate((
+_UPRIGHT: dict[object, Image.Transpose] = dict(enumerate((
     _TURN.FLIP_LEFT_RIGHT, _TURN.ROTATE_180, _TURN.FLIP_TOP_BOTTOM, _TURN.TRANSPOSE, _TURN.ROTATE_270,
     _TURN.TRANSVERSE, _TURN.ROTATE_90,
 ), start=2))  # fmt: skip

@@ -71,9 +71,8 @@ class Location:
             try:
                 infos = self.system.get_file_info(selector)
             except OSError as error:
-                raise ExtractionError(
-                    f"{self.address} cannot be read: {error.strerror or error}. Name another folder."
-                ) from error
+                reason = error.strerror or error
+                raise ExtractionError(f"{self.address} cannot be read: {reason}. Name another folder.") from error
             for info in infos:
                 if info.type == fs.FileType.File and info.base_name not in _OF_SYSTEMS:
                     found[prefix + info.base_name] = int(info.size or 0)
