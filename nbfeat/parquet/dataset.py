@@ -262,17 +262,18 @@ def _read_manifest(location: Location) -> dict[str, Any]:
 
 
 def _check(location: Location, name: str, values: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
-    are_known = isinstance(values, dict) and {key: type(value) for key, value in values.items()} == kinds
-    if not are_known or values["chunk"] <= 0 or type(values["request"].get("rows")) is not int:
+    found: dict[str, Any] = values if isinstance(values, dict) else {}
+    are_known = {key: type(value) for key, value in found.items()} == kinds
+    if not are_known or found["chunk"] <= 0 or type(found["request"].get("rows")) is not int:
         raise _refusal(location, name)
-    if values["format"] != FORMAT:
+    if found["format"] != FORMAT:
         raise RequestError(
             f"{location.address} was begun by a newer nbfeat. Go on with that version, or write to another folder."
             if name == MANIFEST
-            else f"{location.name}{name} was written by a newer nbfeat (format {values['format']}, this one reads "
+            else f"{location.name}{name} was written by a newer nbfeat (format {found['format']}, this one reads "
             f"{FORMAT}). Install that version to read it."
         )
-    return values
+    return found
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
