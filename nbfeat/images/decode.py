@@ -79,10 +79,9 @@ _lent = tuple(threading.Lock() for _ in range(61))
 
 
 def pixels_of(source: Source, specs: Sequence[PixelSpec]) -> list[Pixels]:
-    """Return the pixels of a loaded image, an array (size, size, 3) of uint8 for each of `specs`.
+    """Return the pixels (size, size, 3) of a loaded image for each of `specs`; threads may call this at once.
 
-    It is decoded once for each reduction that they call for. Raises ImageError for anything wrong with it; that depends
-    on nothing but its content and the decoders, unless the reason is OUT_OF_MEMORY. Threads may call this at once.
+    An ImageError depends on nothing but its content and the decoders, unless the reason is OUT_OF_MEMORY.
     """
     with explained(source), _decoded(source, specs) as images:
         return [resize.fitted(image, spec) for image, spec in zip(images, specs, strict=True)]

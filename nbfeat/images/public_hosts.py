@@ -76,11 +76,8 @@ def are_private_allowed() -> bool:
 
 
 def is_public(machine: IPv4Address | IPv6Address) -> bool:
-    """Tell whether `machine` is one of the internet, and not of this network or none at all.
-
-    An IPv6 address that only wraps one of IPv4 (mapped, 6to4, NAT64) is what it wraps.
-    """
-    if isinstance(machine, IPv6Address):
+    """Tell whether `machine` is one of the internet, and not of this network or none at all."""
+    if isinstance(machine, IPv6Address):  # which is what it wraps, where it wraps one of IPv4: mapped, 6to4, NAT64
         within = IPv4Address(machine.packed[-4:]) if machine in _NAT64 else machine.ipv4_mapped or machine.sixtofour
         if within is not None:
             return is_public(within)
@@ -91,10 +88,9 @@ def is_public(machine: IPv4Address | IPv6Address) -> bool:
 
 
 def public_socket(info: tuple[Any, ...]) -> socket.socket:
-    """Return the socket to connect to the very address in `info`, as `socket.getaddrinfo` tells it.
+    """Return the socket to connect to the very address in `info`; raise PrivateMachineError where it is not public.
 
     It is made right before it is connected, whichever way the address was found, so that nothing can come between.
-    Raises PrivateMachineError where the machine is not public.
     """
     family, kind, protocol, _, address = info
     if family not in {socket.AF_INET, socket.AF_INET6} or not is_public(ip_address(address[0])):

@@ -21,7 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import AbstractContextManager, AsyncExitStack
+from contextlib import AbstractContextManager, AsyncExitStack, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
@@ -221,10 +221,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         raise ImageError(f"redirected more than {self.limits.redirects} times")
 
     def _new_session(self) -> aiohttp.ClientSession:
-        """Return what keeps connections, with no proxy, cookie or password of the environment.
-
-        Unless private machines are allowed, each address is checked as it is connected to.
-        """
+        """Return what keeps connections, with no proxy, cookie or password of the environment."""
         import aiohttp
 
         session = aiohttp.ClientSession(
@@ -258,8 +255,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
     async def _signed(self, address: str) -> tuple[str, Mapping[str, str]]:
         """Return the address and the headers to ask for an image in a bucket with.
 
-        The file systems of fsspec find credentials, as they do for pandas, and sign; they read nothing themselves, so
-        that all limits hold. Without credentials buckets are asked as anybody may ask them.
+        fsspec finds credentials and signs; it reads nothing itself, so that all limits hold.
         """
         scheme, (bucket, _, key) = scheme_of(address), address.partition("://")[2].partition("/")
         if not bucket or not key:
@@ -335,21 +331,18 @@ def _url(text: str, base: str = "") -> yarl.URL:
     """Read an address, leaving what is quoted as it is: a signature holds for what was signed."""
     import yarl
 
-    try:
+    with suppress(ValueError):
         url = yarl.URL(urljoin(base, text), encoded=bool(_WRITTEN_OUT.fullmatch(text)))
         if url.host:
             return url
-    except ValueError:
-        pass
     raise ImageError("no address that could be asked for")
 
 
 def _redirected(url: yarl.URL, location: str) -> yarl.URL:
     scheme = scheme_of(location) or url.scheme
-    if scheme not in WEB:
-        raise ImageError(f"redirected to {scheme}:, which is not followed")
-    if url.scheme == "https" and scheme == "http":
-        raise ImageError("redirected from https to http, which is not followed")
+    if scheme not in WEB or (url.scheme, scheme) == ("https", "http"):
+        what = f"to {scheme}:" if scheme not in WEB else "from https to http"
+        raise ImageError(f"redirected {what}, which is not followed")
     return _url(location, str(url))
 
 
@@ -357,10 +350,9 @@ def _asked_to_wait(text: str) -> float | None:
     """Return the seconds that a ``Retry-After`` asks for, which may be a date."""
     if text.strip().isdecimal():
         return float(text)
-    try:
+    with suppress(ValueError, TypeError, OverflowError):
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
+    return None
 
 
 def _explained(error: Exception, limits: Limits) -> ImageError:

@@ -48,20 +48,16 @@ def read_thumbnail(value: object, side: int, root: Path) -> Image.Image:
 
 
 def load_image(value: object, root: Path, fetch: Fetch | None = None) -> tuple[Source, bytes | None]:
-    """Return what the cell `value` stands for (bytes, an array, or an upright RGB image), and the state of its file.
-
-    Raises ImageError where there is nothing to decode; that may be otherwise at the next try.
-    """
+    """Return what `load` does, PIL images upright and RGB; an ImageError may be otherwise at the next try."""
     with decode.explained():
         source, state = load(value, root, fetch)
         return decode.upright(source) if isinstance(source, Image.Image) else source, state
 
 
 def load(value: object, root: Path, fetch: Fetch | None = None) -> tuple[Source, bytes | None]:
-    """Return what the cell `value` stands for, files read whole; raise ImageError with the reason why not.
+    """Return what the cell `value` stands for, and the state of its file where that is sure to change with the file.
 
-    With it comes the state of the file, where that is sure to change with the file (see `fingerprint`), else None.
-    Without `fetch` nothing is read that an address names.
+    Without `fetch` nothing is read that an address names. Raises ImageError with the reason why not.
     """
     if fetch is not None and (address := address_of(value)) is not None:
         return fetch(address), None
@@ -81,10 +77,7 @@ def load(value: object, root: Path, fetch: Fetch | None = None) -> tuple[Source,
 
 
 def path_of(value: object, root: Path) -> str | None:
-    """Return the absolute path that the cell `value` stands for, None where it stands for something else.
-
-    Raises ImageError for addresses, other than those of files.
-    """
+    """Return the absolute path that the cell `value` stands for, or None; raise ImageError for addresses."""
     value = held(value)
     if not isinstance(value, (str, os.PathLike)) or is_missing(value):
         return None
@@ -217,8 +210,8 @@ def image_column(frame: pd.DataFrame, asked: Hashable | None) -> Hashable:
                 raise RequestError(f"{known} Name the right one with --images COLUMN.")
             raise RequestError("The frame has no rows to tell the image column by. Name it with --images COLUMN.")
         asked = frame.columns[likely[0]]
-    same = [label for label in frame.columns if label == asked]
-    same = same or [label for label in frame.columns if str(label) == str(asked)]
+    labels = frame.columns
+    same = [label for label in labels if label == asked] or [label for label in labels if str(label) == str(asked)]
     if len(same) == 1:
         return same[0]
     if same:

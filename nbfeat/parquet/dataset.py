@@ -383,11 +383,7 @@ def read(
 def own_columns(
     frame: pd.DataFrame, *, images: Collection[Hashable], made: Collection[str], dropped: Collection[int]
 ) -> tuple[Any, str]:
-    """Return the frame as a table of what Parquet can hold, and a sentence on what was left out.
-
-    Of columns with `images`, it is those that are text; those at the `dropped` positions are not asked for. Raises
-    RequestError where one has the name of one that is `made`, or Parquet cannot hold the index.
-    """
+    """Return as a table what Parquet can hold of a frame without its `dropped` positions, and say what was left out."""
     import pyarrow as pa
 
     counts = Counter(frame.columns)

@@ -154,10 +154,9 @@ class Location:
 
 def _holder(file: Path) -> str:
     """Return what the lock's holder wrote into it; Windows keeps others from reading that."""
-    try:
+    with suppress(OSError):
         return file.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
+    return ""
 
 
 def _remote(address: str) -> tuple[Any, str]:
