@@ -150,7 +150,7 @@ class Dataset:
         for position, column, _, reason in failures:
             text = f"{column}: {reason}" if len(self.request["images"]) > 1 else reason
             reasons[position] = f"{reasons[position]}; {text}" if position in reasons else text
-        arrays[FAILURE] = pa.array(map(reasons.get, range(own.num_rows)), pa.string())
+        arrays[FAILURE] = pa.array(map(reasons.get, range(len(self.rows(number)))), pa.string())
         schema = pa.schema([(name, array.type) for name, array in arrays.items()], own.schema.metadata)
         table = pa.Table.from_arrays(list(arrays.values()), schema=schema)
         part = {**self._manifest, "number": number, "failures": failures}
