@@ -175,7 +175,7 @@ class Pipeline:
 
         Close it to stop and clean up. It can be run once.
         """
-        threads = self._decoders + (self._fetch.access.limits.at_once if self._fetch else 0)
+        threads = self._decoders + (self._fetch.limits.at_once if self._fetch else 0)
         ahead = threads + BATCHES_AHEAD * max(lane.batch_size for lane in self.lanes)
         executor = ThreadPoolExecutor(threads, thread_name_prefix="nbfeat-decode")
         queues = [BatchQueue(lane, self.timings) for lane in self.lanes]

@@ -10,7 +10,7 @@ import importlib
 import io
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -69,7 +69,7 @@ _FOREIGN = {
 }
 _BITS_PER_SAMPLE, _ORIENTATION = 258, 0x0112
 _TURN = Image.Transpose
-_UPRIGHT = dict(enumerate((
+_UPRIGHT: dict[object, Image.Transpose] = dict(enumerate((
     _TURN.FLIP_LEFT_RIGHT, _TURN.ROTATE_180, _TURN.FLIP_TOP_BOTTOM, _TURN.TRANSPOSE, _TURN.ROTATE_270,
     _TURN.TRANSVERSE, _TURN.ROTATE_90,
 ), start=2))  # fmt: skip
@@ -79,10 +79,9 @@ _lent = tuple(threading.Lock() for _ in range(61))
 
 
 def pixels_of(source: Source, specs: Sequence[PixelSpec]) -> list[Pixels]:
-    """Return the pixels of a loaded image, an array (size, size, 3) of uint8 for each of `specs`.
+    """Return the pixels (size, size, 3) of a loaded image for each of `specs`; threads may call this at once.
 
-    It is decoded once for each reduction that they call for. Raises ImageError for anything wrong with it; that depends
-    on nothing but its content and the decoders, unless the reason is OUT_OF_MEMORY. Threads may call this at once.
+    An ImageError depends on nothing but its content and the decoders, unless the reason is OUT_OF_MEMORY.
     """
     with explained(source), _decoded(source, specs) as images:
         return [resize.fitted(image, spec) for image, spec in zip(images, specs, strict=True)]
@@ -91,15 +90,16 @@ def pixels_of(source: Source, specs: Sequence[PixelSpec]) -> list[Pixels]:
 def thumbnail_of(source: Source, side: int) -> Image.Image:
     """Return a loaded image in its own proportions, at most `side` pixels wide and high; raise as `pixels_of` does."""
     with explained(source), _decoded(source, [PixelSpec(side)]) as (image,):
-        return resize.within(image, side)
+        if (longest := max(image.size)) <= side:
+            return image
+        width, height = (max(1, round(length * side / longest)) for length in image.size)
+        return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def upright(image: Image.Image) -> Image.Image:
     """Make an upright RGB image of one of the caller's, which may stand in several rows and is not changed."""
     with _turn(*image.size), _lent[id(image) % len(_lent)]:  # of two threads that load one image at once, both fail
-        image.load()
-        # Converting a palette with transparency writes into the palette.
-        return _turned(_rgb(image.copy() if image.mode in {"P", "PA"} else image), _orientation(image))
+        return _upright_rgb(image)
 
 
 @contextlib.contextmanager
@@ -116,7 +116,6 @@ def explained(source: object = b"") -> Iterator[None]:
 
 
 def _reason(error: Exception, data: bytes) -> str:
-    """Say in a short sentence what the `error` that a decoder raised over `data` means."""
     if isinstance(error, MemoryError):
         return OUT_OF_MEMORY
     text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "the data", str(error).partition("\n")[0])
@@ -175,7 +174,7 @@ def _decoded(source: Source, specs: Sequence[PixelSpec]) -> Iterator[list[Image.
     elif (size := _jpeg_size(source)) is None:
         image = Image.open(io.BytesIO(source), formats=NAMES)
         with _turn(*image.size):
-            yield [_read(image)] * len(specs)
+            yield [_upright_rgb(image)] * len(specs)
     else:
         with _turn(*size):
             factors = [resize.reduction(*size, spec) for spec in specs]
@@ -194,9 +193,10 @@ def _turn(width: int, height: int) -> contextlib.AbstractContextManager[object]:
     return _large if width * height > _ONE_AT_A_TIME else contextlib.nullcontext()
 
 
-def _read(image: Image.Image) -> Image.Image:
+def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    return _turned(_rgb(image), _orientation(image))
+    # Converting a palette with transparency writes into the palette, which may be the caller's.
+    return _turned(_rgb(image.copy() if image.mode in {"P", "PA"} else image), lambda: image)
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -217,23 +217,16 @@ def _read_jpeg(data: bytes, width: int, height: int, factor: int) -> Image.Image
     except ValueError:  # strict: what Pillow only warns of, such as stray bytes before a marker, is an error here
         pixels = None
     if pixels is None or pixels.shape[:2] != shape:
-        return _read(Image.open(io.BytesIO(data), formats=NAMES))
-    try:  # opening takes 16 µs, less than looking for the letters "Exif" through a file that lacks them
-        orientation = _orientation(JpegImagePlugin.JpegImageFile(io.BytesIO(data)))
-    except Exception:  # the pixels are read; a tag that cannot be is as good as none
-        orientation = None
-    return _turned(Image.fromarray(pixels), orientation)
+        return _upright_rgb(Image.open(io.BytesIO(data), formats=NAMES))
+    # Opening takes 16 µs, less than looking for the letters "Exif" through a file that lacks them.
+    return _turned(Image.fromarray(pixels), lambda: JpegImagePlugin.JpegImageFile(io.BytesIO(data)))
 
 
-def _orientation(image: Image.Image) -> object:
+def _turned(image: Image.Image, tagged: Callable[[], Image.Image]) -> Image.Image:
     try:
-        return image.getexif().get(_ORIENTATION)
-    except Exception:
-        return None
-
-
-def _turned(image: Image.Image, orientation: object) -> Image.Image:
-    turn = next((turn for number, turn in _UPRIGHT.items() if number == orientation), None)
+        turn = _UPRIGHT.get(tagged().getexif().get(_ORIENTATION))
+    except Exception:  # the pixels are read; a tag that cannot be is as good as none
+        turn = None
     return image if turn is None else image.transpose(turn)
 
 
@@ -246,8 +239,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
     if image.mode == "La":  # Pillow knows no other way out of it
         image = image.convert("LA")
-    if image.mode != "RGBA":
-        image = image.convert("RGBA")
+    image = image if image.mode == "RGBA" else image.convert("RGBA")
     white = Image.new("RGB", image.size, "white")
     white.paste(image, mask=image)
     return white

@@ -73,8 +73,5 @@ def _refuse(error: OSError) -> None:
 
 def _counted(parts: tuple[str, ...]) -> list[tuple[list[tuple[int, int, str]], str]]:
     """Return what sorts the parts of a path as people count; equal ones by their letters."""
-    pieces = [
-        [(0, int(piece), "") if piece.isdigit() else (1, 0, piece.casefold()) for piece in re.split(r"([0-9]+)", part)]
-        for part in parts
-    ]
-    return list(zip(pieces, parts, strict=True))
+    key = lambda piece: (0, int(piece), "") if piece.isdigit() else (1, 0, piece.casefold())
+    return [(list(map(key, re.split(r"([0-9]+)", part))), part) for part in parts]

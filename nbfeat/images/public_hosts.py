@@ -26,8 +26,7 @@ _SCHEME = re.compile(
 _USER = re.compile(r"(?<=://)(?:[^/?#]*@|(?!\[)[^/?#:@]*:(?!:|\d*(?:[/?#]|$)).*@)", re.DOTALL)
 _AFTER = re.compile(r"(?<=[?#]).+", re.DOTALL)
 
-_GLOBAL_UNICAST = ip_network("2000::/3")
-_NAT64 = ip_network("64:ff9b::/96")
+_GLOBAL_UNICAST, _NAT64 = ip_network("2000::/3"), ip_network("64:ff9b::/96")
 # What older Pythons take for public, and the one public address at which Azure answers its own machines.
 _NOT_PUBLIC = tuple(map(ip_network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "3fff::/20")))
 
@@ -77,26 +76,21 @@ def are_private_allowed() -> bool:
 
 
 def is_public(machine: IPv4Address | IPv6Address) -> bool:
-    """Tell whether `machine` is one of the internet, and not of this network or none at all.
-
-    An IPv6 address that only wraps one of IPv4 (mapped, 6to4, NAT64) is what it wraps.
-    """
-    if isinstance(machine, IPv6Address):
+    """Tell whether `machine` is one of the internet, and not of this network or none at all."""
+    if isinstance(machine, IPv6Address):  # which is what it wraps, where it wraps one of IPv4: mapped, 6to4, NAT64
         within = IPv4Address(machine.packed[-4:]) if machine in _NAT64 else machine.ipv4_mapped or machine.sixtofour
         if within is not None:
             return is_public(within)
         if machine not in _GLOBAL_UNICAST:
             return False
-    if machine.is_multicast or machine.is_reserved or any(machine in network for network in _NOT_PUBLIC):
-        return False
-    return machine.is_global
+    is_odd = machine.is_multicast or machine.is_reserved or any(machine in network for network in _NOT_PUBLIC)
+    return machine.is_global and not is_odd
 
 
 def public_socket(info: tuple[Any, ...]) -> socket.socket:
-    """Return the socket to connect to the very address in `info`, as `socket.getaddrinfo` tells it.
+    """Return the socket to connect to the very address in `info`; raise PrivateMachineError where it is not public.
 
     It is made right before it is connected, whichever way the address was found, so that nothing can come between.
-    Raises PrivateMachineError where the machine is not public.
     """
     family, kind, protocol, _, address = info
     if family not in {socket.AF_INET, socket.AF_INET6} or not is_public(ip_address(address[0])):

@@ -20,8 +20,8 @@ import time
 import zipfile
 import zlib
 from collections.abc import Mapping
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, AsyncExitStack
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import AbstractContextManager, AsyncExitStack, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 AGENT = "nbfeat (+https://github.com/nbfeat/nbfeat)"
 MEGABYTE = 1_000_000
-REDIRECTS = frozenset({301, 302, 303, 307, 308})
+REDIRECTS = {301, 302, 303, 307, 308}
 SECONDS_SIGNED = 900  # that a signature holds: more than a download may take
 GOOGLE = "https://storage.googleapis.com"
 MOST_OPEN = 8  # archives; the directory of a large one takes longer to read than an image of it
@@ -97,33 +97,35 @@ class Fetcher(AbstractContextManager["Fetcher"]):
     """Gets images by address until it is closed; threads may call it at once. Paths of archives start at `root`."""
 
     def __init__(self, root: Path, access: Access | None = None) -> None:
-        self.root, self.access = root, access or Access.here()
+        access = access or Access.here()
+        self.root, self.limits, self.private = root, access.limits, access.private
         self._archive_at = lru_cache(MOST_OPEN)(_archive)
-        self._web = _Web(self.access)
+        self._turn, self._is_closed = threading.Lock(), False
+        self._places, self._signing = asyncio.Semaphore(self.limits.at_once), asyncio.Lock()
+        self._opened = AsyncExitStack()  # the connections of all
+        self._session: aiohttp.ClientSession | None = None
+        self._buckets: dict[str, Any] = {}
         self._loop = asyncio.new_event_loop()
-        self._lookups = ThreadPoolExecutor(self.access.limits.at_once, thread_name_prefix="nbfeat-lookup")  # of hosts
+        self._lookups = ThreadPoolExecutor(self.limits.at_once, thread_name_prefix="nbfeat-lookup")  # of hosts
         self._loop.set_default_executor(self._lookups)
         self._thread = threading.Thread(target=self._loop.run_forever, name="nbfeat-fetch", daemon=True)
         self._thread.start()
-        self._turn, self._is_closed = threading.Lock(), False
 
     def __call__(self, address: str) -> bytes:
         """Return the bytes of the image at `address`; raise ImageError with the reason why not."""
         scheme = public_hosts.check(address)
         if missing := [module for module in _NEEDED[scheme].split() if find_spec(module) is None]:
             raise ImageError(f"{scheme}: addresses need {missing[0]}, which is not here: pip install 'nbfeat[remote]'")
-        try:
-            if scheme == ARCHIVE and not self._is_closed:
-                return self._member(address)
-            return self._asked(address).result()
-        except CancelledError:
-            raise ImageError(f"the run was stopped before it was fetched: {redact_url(address)}") from None
-
-    def _asked(self, address: str) -> Future[bytes]:
+        stopped = ImageError(f"the run was stopped before it was fetched: {redact_url(address)}")
         with self._turn:  # so that nothing is asked of a loop that has ended, which would never answer
             if self._is_closed:
-                raise CancelledError
-            return asyncio.run_coroutine_threadsafe(self._web.fetch(address), self._loop)
+                raise stopped
+            is_web = scheme != ARCHIVE
+            asked = asyncio.run_coroutine_threadsafe(self._fetch(address), self._loop) if is_web else None
+        try:
+            return asked.result() if asked else self._member(address)
+        except CancelledError:
+            raise stopped from None
 
     def _member(self, address: str) -> bytes:
         member, path = _member_and_archive(address, self.root)
@@ -132,7 +134,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
                 "zip addresses are read only of an archive on this machine: zip://image.jpg::folder/archive.zip"
             )
         try:
-            archive, most = self._archive_at(path), self.access.limits.size
+            archive, most = self._archive_at(path), self.limits.size
             if (info := archive.NameToInfo.get(member)) is None:
                 raise ImageError(f"no such member of the archive: {member} in {path}")
             objection = (
@@ -157,7 +159,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
             if self._is_closed:
                 return
             self._is_closed = True
-        cancelling = asyncio.run_coroutine_threadsafe(self._web.close(), self._loop)
+        cancelling = asyncio.run_coroutine_threadsafe(self._cancel(), self._loop)
         cancelling.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
         self._thread.join()
         # The system's look-up of a host cannot be interrupted: a thread of its own ends when that does.
@@ -168,55 +170,16 @@ class Fetcher(AbstractContextManager["Fetcher"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    # In the event loop
 
-def _archive(path: str) -> zipfile.ZipFile:
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ImageError(f"a folder, pipe or device, not an archive: {path}")
-    return zipfile.ZipFile(path)  # which closes itself when nobody holds it
-
-
-def absolute(address: str, root: Path) -> str:
-    """Return an address that names the same archive wherever paths start; all but those of archives as they are."""
-    member, path = _member_and_archive(address, root)
-    return f"{ARCHIVE}://{member}::{path}" if member else address
-
-
-def _member_and_archive(address: str, root: Path) -> tuple[str, str]:
-    """Return the member and the path of the archive that `address` names, empty where it names none on this machine."""
-    member, _, archive = address.partition("://")[2].partition("::")
-    if scheme_of(address) != ARCHIVE or not member or not archive or "::" in archive or scheme_of(archive):
-        return "", ""
-    return member, os.path.join(root, os.path.expanduser(archive))
-
-
-class _TransientError(ImageError):
-    """Another try may do better, `after` so many seconds."""
-
-    def __init__(self, reason: str, after: float | None = None) -> None:
-        super().__init__(reason)
-        self.after = after
-
-
-class _Web:
-    """What runs in the event loop: one task for each image that is asked for, and the connections of all."""
-
-    def __init__(self, access: Access) -> None:
-        self.private, self.limits = access.private, access.limits
-        self._places, self._turn = asyncio.Semaphore(self.limits.at_once), asyncio.Lock()
-        self._opened = AsyncExitStack()
-        self._session: aiohttp.ClientSession | None = None
-        self._buckets: dict[str, Any] = {}
-
-    async def close(self) -> None:
-        """Cancel all other tasks, and close what was opened."""
+    async def _cancel(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._opened.aclose()
 
-    async def fetch(self, address: str) -> bytes:
-        """Return the bytes of the image at `address`; raise ImageError with the reason why not."""
+    async def _fetch(self, address: str) -> bytes:
         async with self._places:
             try:
                 async with asyncio.timeout(self.limits.seconds):
@@ -258,10 +221,7 @@ class _Web:
         raise ImageError(f"redirected more than {self.limits.redirects} times")
 
     def _new_session(self) -> aiohttp.ClientSession:
-        """Return what keeps connections, with no proxy, cookie or password of the environment.
-
-        Unless private machines are allowed, each address is checked as it is connected to.
-        """
+        """Return what keeps connections, with no proxy, cookie or password of the environment."""
         import aiohttp
 
         session = aiohttp.ClientSession(
@@ -275,7 +235,6 @@ class _Web:
         return session
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
-        """Return the image that a server sends; raise ImageError where it answers anything else."""
         status, words = response.status, f"the server answers {response.status}{_PHRASES.get(response.status, '')}"
         if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             raise _TransientError(words, _asked_to_wait(response.headers.get("Retry-After", "")))
@@ -296,15 +255,14 @@ class _Web:
     async def _signed(self, address: str) -> tuple[str, Mapping[str, str]]:
         """Return the address and the headers to ask for an image in a bucket with.
 
-        The file systems of fsspec find credentials, as they do for pandas, and sign; they read nothing themselves, so
-        that all limits hold. Without credentials buckets are asked as anybody may ask them.
+        fsspec finds credentials and signs; it reads nothing itself, so that all limits hold.
         """
         scheme, (bucket, _, key) = scheme_of(address), address.partition("://")[2].partition("/")
         if not bucket or not key:
             raise ImageError("an address of a bucket, not of an image in it")
         headers: dict[str, str] = {}
         try:
-            async with self._turn:
+            async with self._signing:
                 if scheme not in self._buckets:
                     self._buckets[scheme] = await (self._s3() if scheme == "s3" else asyncio.to_thread(self._gs))
             system = self._buckets[scheme]
@@ -341,37 +299,60 @@ class _Web:
         return fsspec.filesystem("gs", asynchronous=True, skip_instance_cache=True, access="read_only", **options)
 
 
+def _archive(path: str) -> zipfile.ZipFile:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ImageError(f"a folder, pipe or device, not an archive: {path}")
+    return zipfile.ZipFile(path)  # which closes itself when nobody holds it
+
+
+def absolute(address: str, root: Path) -> str:
+    """Return an address that names the same archive wherever paths start; all but those of archives as they are."""
+    member, path = _member_and_archive(address, root)
+    return f"{ARCHIVE}://{member}::{path}" if member else address
+
+
+def _member_and_archive(address: str, root: Path) -> tuple[str, str]:
+    """Return the member and the path of the archive that `address` names, empty where it names none on this machine."""
+    member, _, archive = address.partition("://")[2].partition("::")
+    if scheme_of(address) != ARCHIVE or not member or not archive or "::" in archive or scheme_of(archive):
+        return "", ""
+    return member, os.path.join(root, os.path.expanduser(archive))
+
+
+class _TransientError(ImageError):
+    """Another try may do better, `after` so many seconds."""
+
+    def __init__(self, reason: str, after: float | None = None) -> None:
+        super().__init__(reason)
+        self.after = after
+
+
 def _url(text: str, base: str = "") -> yarl.URL:
     """Read an address, leaving what is quoted as it is: a signature holds for what was signed."""
     import yarl
 
-    try:
+    with suppress(ValueError):
         url = yarl.URL(urljoin(base, text), encoded=bool(_WRITTEN_OUT.fullmatch(text)))
         if url.host:
             return url
-    except ValueError:
-        pass
     raise ImageError("no address that could be asked for")
 
 
 def _redirected(url: yarl.URL, location: str) -> yarl.URL:
-    """Return where a redirect leads, if it may be followed."""
     scheme = scheme_of(location) or url.scheme
-    if scheme not in WEB:
-        raise ImageError(f"redirected to {scheme}:, which is not followed")
-    if url.scheme == "https" and scheme == "http":
-        raise ImageError("redirected from https to http, which is not followed")
+    if scheme not in WEB or (url.scheme, scheme) == ("https", "http"):
+        what = f"to {scheme}:" if scheme not in WEB else "from https to http"
+        raise ImageError(f"redirected {what}, which is not followed")
     return _url(location, str(url))
 
 
 def _asked_to_wait(text: str) -> float | None:
-    """Return the seconds that a ``Retry-After`` asks for, which may be a date; None where it asks for nothing."""
+    """Return the seconds that a ``Retry-After`` asks for, which may be a date."""
     if text.strip().isdecimal():
         return float(text)
-    try:
+    with suppress(ValueError, TypeError, OverflowError):
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
+    return None
 
 
 def _explained(error: Exception, limits: Limits) -> ImageError:
@@ -385,20 +366,15 @@ def _explained(error: Exception, limits: Limits) -> ImageError:
         cause = getattr(cause, "os_error", None) or cause.__cause__
     system = getattr(error, "os_error", error)  # what the library says itself shows addresses
     number = 0 if isinstance(system, ssl.SSLError) else getattr(system, "errno", None) or 0
-    is_unknown, words = number in _NO_SUCH_HOST, "the connection was lost"
-    if number in errno.errorcode:
-        words = f"the connection failed ({os.strerror(number).lower()})"
+    lost = f"the connection failed ({os.strerror(number).lower()})" if number in errno.errorcode else ""
     for kinds, reason, may_pass in (
         (TimeoutError, f"no answer within {limits.answering:g} s", True),
         (aiohttp.ClientConnectorCertificateError, "the server's certificate is not valid", False),
         (aiohttp.ClientSSLError, "no secure connection could be made", False),
-        (
-            aiohttp.ClientConnectorDNSError,
-            "no such host" if is_unknown else "the host could not be looked up",
-            not is_unknown,
-        ),
-        ((aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError), words, True),
-        ((aiohttp.InvalidURL, ValueError), "no address that could be asked for", False),
+        (aiohttp.ClientConnectorDNSError if number in _NO_SUCH_HOST else (), "no such host", False),
+        (aiohttp.ClientConnectorDNSError, "the host could not be looked up", True),
+        ((aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError), lost or "the connection was lost", True),
+        (ValueError, "no address that could be asked for", False),
     ):
         if isinstance(error, kinds):
             return (_TransientError if may_pass else ImageError)(reason)

@@ -61,24 +61,12 @@ def fitted(image: Image.Image, spec: PixelSpec) -> Pixels:
         width, height = (max(1, round(side * spec.size / longest)) for side in image.size)
         out = Image.new("RGB", target)
         out.paste(image.resize((width, height), kind), ((spec.size - width) // 2, (spec.size - height) // 2))
+    elif spec.resize == "crop":
+        # The square in the middle that, scaled, is what cropping to the target would leave: scaling an image of 1 by
+        # 30,000 whole before cutting would take gigabytes.
+        side = min(image.size) * spec.size / spec.short_side
+        left, top = ((length - side) / 2 for length in image.size)
+        out = image.resize(target, kind, (left, top, left + side, top + side))
     else:
-        # Only what is kept is computed: scaling an image of 1 by 30,000 whole before cutting would take gigabytes.
-        out = image.resize(target, kind, _centre(image.size, spec) if spec.resize == "crop" else None)
+        out = image.resize(target, kind)
     return np.asarray(out)
-
-
-def within(image: Image.Image, side: int) -> Image.Image:
-    """Return an RGB image in its own proportions, at most `side` pixels wide and high; a small one stays as it is."""
-    longest = max(image.size)
-    if longest <= side:
-        return image
-    width, height = (max(1, round(length * side / longest)) for length in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def _centre(size: tuple[int, int], spec: PixelSpec) -> tuple[float, float, float, float]:
-    """Return the square in the middle of the image that, scaled, is what cropping to the target would leave."""
-    width, height = size
-    side = min(size) * spec.size / spec.short_side
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side

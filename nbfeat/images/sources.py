@@ -48,20 +48,16 @@ def read_thumbnail(value: object, side: int, root: Path) -> Image.Image:
 
 
 def load_image(value: object, root: Path, fetch: Fetch | None = None) -> tuple[Source, bytes | None]:
-    """Return what the cell `value` stands for (bytes, an array, or an upright RGB image), and the state of its file.
-
-    Raises ImageError where there is nothing to decode; that may be otherwise at the next try.
-    """
+    """Return what `load` does, PIL images upright and RGB; an ImageError may be otherwise at the next try."""
     with decode.explained():
         source, state = load(value, root, fetch)
         return decode.upright(source) if isinstance(source, Image.Image) else source, state
 
 
 def load(value: object, root: Path, fetch: Fetch | None = None) -> tuple[Source, bytes | None]:
-    """Return what the cell `value` stands for, files read whole; raise ImageError with the reason why not.
+    """Return what the cell `value` stands for, and the state of its file where that is sure to change with the file.
 
-    With it comes the state of the file, where that is sure to change with the file (see `fingerprint`), else None.
-    Without `fetch` nothing is read that an address names.
+    Without `fetch` nothing is read that an address names. Raises ImageError with the reason why not.
     """
     if fetch is not None and (address := address_of(value)) is not None:
         return fetch(address), None
@@ -81,10 +77,7 @@ def load(value: object, root: Path, fetch: Fetch | None = None) -> tuple[Source,
 
 
 def path_of(value: object, root: Path) -> str | None:
-    """Return the absolute path that the cell `value` stands for, None where it stands for something else.
-
-    Raises ImageError for addresses, other than those of files.
-    """
+    """Return the absolute path that the cell `value` stands for, or None; raise ImageError for addresses."""
     value = held(value)
     if not isinstance(value, (str, os.PathLike)) or is_missing(value):
         return None
@@ -209,10 +202,16 @@ def image_column(frame: pd.DataFrame, asked: Hashable | None) -> Hashable:
     if asked is None:
         likely = likely_columns(frame)
         if len(likely) != 1:
-            raise RequestError(_undecided(frame, likely))
+            known = _described(frame, likely)
+            if likely:
+                raise RequestError(f"{len(likely)} columns look like images: {known}. Name one with --images COLUMN.")
+            if len(frame):
+                known = f"No column looks like images: {known or 'there is none'}."
+                raise RequestError(f"{known} Name the right one with --images COLUMN.")
+            raise RequestError("The frame has no rows to tell the image column by. Name it with --images COLUMN.")
         asked = frame.columns[likely[0]]
-    same = [label for label in frame.columns if label == asked]
-    same = same or [label for label in frame.columns if str(label) == str(asked)]
+    labels = frame.columns
+    same = [label for label in labels if label == asked] or [label for label in labels if str(label) == str(asked)]
     if len(same) == 1:
         return same[0]
     if same:
@@ -223,19 +222,9 @@ def image_column(frame: pd.DataFrame, asked: Hashable | None) -> Hashable:
     raise RequestError(sentences(f"The frame has no column {asked!s}.", near(str(asked), names), known))
 
 
-def _undecided(frame: pd.DataFrame, likely: list[int]) -> str:
-    known = _described(frame, likely)
-    if likely:
-        return f"{len(likely)} columns look like images: {known}. Name one with --images COLUMN."
-    if len(frame):
-        return f"No column looks like images: {known or 'there is none'}. Name the right one with --images COLUMN."
-    return "The frame has no rows to tell the image column by. Name it with --images COLUMN."
-
-
 def likely_columns(frame: pd.DataFrame) -> list[int]:
     """Return the positions of the columns that look like images."""
-    rows = spread(len(frame), 50)
-    found = []
+    rows, found = spread(len(frame), 50), []
     for place in possible_columns(frame):
         values = [value for value in frame.iloc[rows, place].tolist() if not is_missing(value)]
         if values and sum(map(_looks_like_image, values)) >= 0.9 * len(values):
@@ -268,15 +257,10 @@ def _looks_like_image(value: object) -> bool:
 
 def _described(frame: pd.DataFrame, places: Sequence[int], most: int = 10) -> str:
     """Name columns, all where there are no `places`, with the first value of each, as a sentence does."""
-    places = places or range(frame.shape[1])
-    parts = [f"{frame.columns[place]!s} ({_first_value(frame, place)})" for place in places[:most]]
+    places, parts = places or range(frame.shape[1]), []
+    for place in places[:most]:
+        first = next(iter(frame.iloc[:, place].dropna().iloc[:1].tolist()), None)
+        value = repr(redact_url(first)) if isinstance(first, str) else "missing" if first is None else name_of(first)
+        parts.append(f"{frame.columns[place]!s} ({short(value, 60)})")
     more = len(places) - len(parts)
     return listing([*parts, f"{more:,} more"] if more else parts)
-
-
-def _first_value(frame: pd.DataFrame, place: int) -> str:
-    values = frame.iloc[:, place]
-    present = values[values.notna()].iloc[:1].tolist()
-    if not present:
-        return "missing"
-    return short(repr(redact_url(present[0])) if isinstance(present[0], str) else name_of(present[0]), 60)

@@ -7,11 +7,11 @@ Features that wait for a normalization to be learned from all of them lie in a h
 from __future__ import annotations
 
 import json
-import math
 import re
 import secrets
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,24 +100,24 @@ class Dataset:
         begun = _read_manifest(self.location) if MANIFEST in sizes else None
         found = _look(self.location, names, is_begun=begun is not None)
         manifest = begun or next(part.manifest for part in found.values() if part)
-        if difference := _difference(manifest["request"], self.request):
+        try:
+            difference = next(_differences(manifest["request"], self.request), "")
+        except (LookupError, TypeError, ValueError, AttributeError):  # it comes from a file
+            difference = "it cannot be read"
+        if difference:
             self.refuse(difference)
             return
         self._made, self.chunk, self._useless = manifest["made"], manifest["chunk"], halves
         self._replaces = begun is not None and begun["replaces"]
         for name, part in found.items():
-            self._sort(name, part)
+            if part is None or (part.manifest != self._manifest and self._replaces):
+                self._useless.append(name)  # a damage or an earlier dataset left it
+            elif part.manifest != self._manifest or part.rows != len(self.rows(part.number)):
+                raise _refusal(self.location, name)
+            else:
+                (self.raw if part.is_raw else self.parts)[part.number] = part
         if self.is_finished and not begun and self._starts_over:
             self._forget([*halves, *names], replaces=True)
-
-    def _sort(self, name: str, part: Part | None) -> None:
-        """Tell whether a part belongs here, or a damage or an earlier dataset left it."""
-        if part is None or (part.manifest != self._manifest and self._replaces):
-            self._useless.append(name)
-        elif part.manifest != self._manifest or part.rows != len(self.rows(part.number)):
-            raise _changed(self.location, name)
-        else:
-            (self.raw if part.is_raw else self.parts)[part.number] = part
 
     def refuse(self, difference: str) -> None:
         """Refuse what is there, or make it anew where that is wanted."""
@@ -146,7 +146,11 @@ class Dataset:
         arrays = {name: own.column(name) for name in own.column_names}
         for prefix, matrix in matrices.items():
             arrays[prefix] = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
-        arrays[FAILURE] = pa.array(self._reasons(number, failures), pa.string())
+        reasons: dict[int, str] = {}
+        for position, column, _, reason in failures:
+            text = f"{column}: {reason}" if len(self.request["images"]) > 1 else reason
+            reasons[position] = f"{reasons[position]}; {text}" if position in reasons else text
+        arrays[FAILURE] = pa.array(map(reasons.get, range(len(self.rows(number)))), pa.string())
         schema = pa.schema([(name, array.type) for name, array in arrays.items()], own.schema.metadata)
         table = pa.Table.from_arrays(list(arrays.values()), schema=schema)
         part = {**self._manifest, "number": number, "failures": failures}
@@ -154,13 +158,6 @@ class Dataset:
         with self.location.writing(_name(number)) as sink:
             result_file.write_table(sink, table, entries, [[prefix] for prefix in matrices])
         self.parts[number] = Part(number, self._manifest, recipe, failures, table.num_rows)
-
-    def _reasons(self, number: int, failures: Sequence[Failure]) -> list[str | None]:
-        found: dict[int, list[str]] = {}
-        for position, column, _, reason in failures:
-            text = f"{column}: {reason}" if len(self.request["images"]) > 1 else reason
-            found.setdefault(position, []).append(text)
-        return ["; ".join(found[row]) if row in found else None for row in range(len(self.rows(number)))]
 
     def write_raw(self, number: int, matrices: Matrices, recipe: str, failures: Sequence[Failure]) -> None:
         """Set features aside that are to be normalized still."""
@@ -172,12 +169,9 @@ class Dataset:
 
     def read_raw(self, number: int, prefix: str) -> NDArray[np.float32]:
         """Read the features of one block that were set aside."""
-        name, prefixes = _raw_name(number), [prefix for _, _, prefix in self.request["blocks"]]
-        try:
-            with self.location.opened(name) as file, damage_as("columns"), np.load(file) as arrays:
-                rows: NDArray[np.float32] = arrays[f"arr_{1 + prefixes.index(prefix)}"]
-        except DamagedError as error:
-            raise _damaged(self.location, name, error) from error
+        prefixes = [prefix for _, _, prefix in self.request["blocks"]]
+        with _opened(self.location, _raw_name(number)) as file, np.load(file) as arrays:
+            rows: NDArray[np.float32] = arrays[f"arr_{1 + prefixes.index(prefix)}"]
         return rows
 
     def remove_raw(self, number: int) -> None:
@@ -195,9 +189,8 @@ class Dataset:
         """Remove all that is there."""
         for name in [*map(_name, self.parts), *map(_raw_name, self.raw)]:
             self.location.remove(name)
+        self.finish()
         self._forget([])
-        self.location.remove_folder(RAW)
-        self.location.remove(MANIFEST)
 
 
 def _name(number: int) -> str:
@@ -210,8 +203,7 @@ def _raw_name(number: int) -> str:
 
 
 def _count(manifest: Mapping[str, Any]) -> int:
-    rows, chunk = int(manifest["request"]["rows"]), int(manifest["chunk"])
-    return max(1, math.ceil(rows / chunk))
+    return max(1, -(-int(manifest["request"]["rows"]) // int(manifest["chunk"])))
 
 
 # What files say of themselves
@@ -222,8 +214,7 @@ def _look(location: Location, names: Sequence[str], *, is_begun: bool) -> dict[s
     found: dict[str, Part | None] = {}
     same: dict[str, Any] = {}  # one for all parts of a dataset, as what was learned may be large
     for name in names:
-        part = _look_at(location, name)
-        if part:
+        if part := _look_at(location, name):
             manifest = same.setdefault(json.dumps(part.manifest), part.manifest)
             part = replace(part, manifest=manifest, recipe=same.setdefault(part.recipe, part.recipe))
         found[name] = part
@@ -248,16 +239,16 @@ def _look_at(location: Location, name: str) -> Part | None:
         except DamagedError as error:
             if error.kind == "cut":
                 return None
-            raise (_foreign(location, [name]) if error.kind == "foreign" else _changed(location, name)) from error
+            raise (_foreign(location, [name]) if error.kind == "foreign" else _refusal(location, name)) from error
     _check(location, name, values, {**_MANIFEST, "number": int, "failures": list, "recipe": str, "rows": int})
     try:
         failures = [Failure.read(values) for values in values["failures"]]
     except (TypeError, ValueError) as error:
-        raise _changed(location, name) from error
+        raise _refusal(location, name) from error
     manifest, rows = {key: values[key] for key in _MANIFEST}, values["rows"]
     is_named = name == (_raw_name if is_raw else _name)(values["number"])
     if not is_named or any(not 0 <= failure.position < rows for failure in failures):
-        raise _changed(location, name)
+        raise _refusal(location, name)
     return Part(values["number"], manifest, values["recipe"], failures, rows, is_raw)
 
 
@@ -266,36 +257,32 @@ def _read_manifest(location: Location) -> dict[str, Any]:
         with location.opened(MANIFEST) as file:
             values = json.loads(file.read())
     except (ValueError, RecursionError) as error:
-        raise _changed(location, MANIFEST) from error
+        raise _refusal(location, MANIFEST) from error
     return _check(location, MANIFEST, values, {**_MANIFEST, "replaces": bool})
 
 
 def _check(location: Location, name: str, values: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
-    if not isinstance(values, dict) or {key: type(value) for key, value in values.items()} != kinds:
-        raise _changed(location, name)
-    if values["chunk"] <= 0 or type(values["request"].get("rows")) is not int:
-        raise _changed(location, name)
-    if values["format"] != FORMAT:
+    found: dict[str, Any] = values if isinstance(values, dict) else {}
+    are_known = {key: type(value) for key, value in found.items()} == kinds
+    if not are_known or found["chunk"] <= 0 or type(found["request"].get("rows")) is not int:
+        raise _refusal(location, name)
+    if found["format"] != FORMAT:
         raise RequestError(
             f"{location.address} was begun by a newer nbfeat. Go on with that version, or write to another folder."
             if name == MANIFEST
-            else f"{location.name}{name} was written by a newer nbfeat (format {values['format']}, this one reads "
+            else f"{location.name}{name} was written by a newer nbfeat (format {found['format']}, this one reads "
             f"{FORMAT}). Install that version to read it."
         )
-    return values
-
-
-def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Say what of two requests differs first; an empty string where nothing does."""
-    try:
-        return next(_differences(there, here), "")
-    except (LookupError, TypeError, ValueError, AttributeError):  # it comes from a file
-        return "it cannot be read"
+    return found
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
     if there["blocks"] != here["blocks"]:
-        yield f"they are of {_blocks(there['blocks'])}, and {_blocks(here['blocks'])} is asked for"
+        blocks = [
+            listing(_some([f"`{block[0]}`" + (f" of {block[1]}" if len(of) > 1 else "") for block in of]))
+            for of in (there["blocks"], here["blocks"])
+        ]
+        yield f"they are of {blocks[0]}, and {blocks[1]} is asked for"
     if there["rows"] != here["rows"]:
         yield f"they are of {there['rows']:,} rows, and the frame has {here['rows']:,}"
     for what, sentence in (("images", "other images"), ("columns", "other values")):
@@ -311,10 +298,6 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
         yield "their normalizations were learned from other rows (--fit-on)"
 
 
-def _blocks(blocks: Any) -> str:
-    return listing(_some([f"`{block[0]}`" + (f" of {block[1]}" if len(blocks) > 1 else "") for block in blocks]))
-
-
 def _some(names: Sequence[str]) -> list[str]:
     return [*names[:SHOWN], *([f"{len(names) - SHOWN:,} more"] if len(names) > SHOWN else [])]
 
@@ -326,17 +309,20 @@ def _foreign(location: Location, names: Sequence[str]) -> RequestError:
     )
 
 
-def _changed(location: Location, name: str) -> RequestError:
-    return RequestError(
-        f"{location.name}{name} was changed after nbfeat wrote it: remove that file, and run again what wrote it."
-    )
+def _refusal(location: Location, name: str, damage: DamagedError | None = None) -> RequestError:
+    what = f"is damaged ({damage})" if damage else "was changed after nbfeat wrote it"
+    more = "; only its rows are computed anew" if damage else ""
+    return RequestError(f"{location.name}{name} {what}: remove that file, and run again what wrote it{more}.")
 
 
-def _damaged(location: Location, name: str, reason: DamagedError) -> RequestError:
-    return RequestError(
-        f"{location.name}{name} is damaged ({reason}): remove that file, and run again what wrote it; only its rows "
-        "are computed anew."
-    )
+@contextmanager
+def _opened(location: Location, name: str) -> Iterator[Any]:
+    """Open a part to read its columns; raise RequestError where they are damaged."""
+    try:
+        with location.opened(name) as file, damage_as("columns"):
+            yield file
+    except DamagedError as error:
+        raise _refusal(location, name, error) from error
 
 
 # Reading
@@ -363,7 +349,7 @@ def finished(location: Location) -> list[Part]:
             f"{location.address} is not finished: {there}. Run again what writes it, which goes on from there."
         )
     if odd := [part for part in parts if part.manifest != parts[0].manifest]:
-        raise _changed(location, _name(odd[0].number))
+        raise _refusal(location, _name(odd[0].number))
     return parts
 
 
@@ -377,20 +363,16 @@ def read(
     matrices = {prefix: np.empty((rows, width), np.float32) for prefix, width in widths.items()}
     tables, start = [], 0
     for part in parts:
-        name, stop = _name(part.number), start + part.rows
-        try:
-            with location.opened(name) as file, damage_as("columns"):
-                table = result_file.read_table(file, [[prefix] for prefix in widths])
-                for prefix, matrix in matrices.items():
-                    numbers = table.column(prefix).combine_chunks().flatten().to_numpy()
-                    matrix[start:stop] = numbers.reshape(part.rows, widths[prefix])
-        except DamagedError as error:
-            raise _damaged(location, name, error) from error
+        with _opened(location, _name(part.number)) as file:
+            table = result_file.read_table(file, [[prefix] for prefix in widths])
+            for prefix, matrix in matrices.items():
+                numbers = table.column(prefix).combine_chunks().flatten().to_numpy()
+                matrix[start : start + part.rows] = numbers.reshape(part.rows, widths[prefix])
         described = (table.schema.pandas_metadata or {}).get("index_columns", [])
         index = [name for name in described if isinstance(name, str)]
         own = index if index_only else [name for name in table.column_names if name not in {*widths, FAILURE}]
         tables.append(table.select([*own, FAILURE]))  # a table without columns would have no rows
-        start = stop
+        start += part.rows
     frame: pd.DataFrame = pa.concat_tables(tables).to_pandas().drop(columns=FAILURE)
     return frame.iloc[:, :0] if index_only else frame, matrices
 
@@ -401,11 +383,7 @@ def read(
 def own_columns(
     frame: pd.DataFrame, *, images: Collection[Hashable], made: Collection[str], dropped: Collection[int]
 ) -> tuple[Any, str]:
-    """Return the frame as a table of what Parquet can hold, and a sentence on what was left out.
-
-    Of columns with `images`, it is those that are text; those at the `dropped` positions are not asked for. Raises
-    RequestError where one has the name of one that is `made`, or Parquet cannot hold the index.
-    """
+    """Return as a table what Parquet can hold of a frame without its `dropped` positions, and say what was left out."""
     import pyarrow as pa
 
     counts = Counter(frame.columns)
@@ -413,8 +391,7 @@ def own_columns(
     for position, label in enumerate(frame.columns):
         if position in dropped:
             continue
-        reason = _why_not(frame.iloc[:, position], label, is_image=label in images, twice=counts[label] > 1)
-        if reason:
+        if reason := _why_not(frame.iloc[:, position], label, is_image=label in images, twice=counts[label] > 1):
             lost.append(f"{label!r} ({reason})")
         else:
             kept.append(position)

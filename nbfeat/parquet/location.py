@@ -71,9 +71,8 @@ class Location:
             try:
                 infos = self.system.get_file_info(selector)
             except OSError as error:
-                raise ExtractionError(
-                    f"{self.address} cannot be read: {error.strerror or error}. Name another folder."
-                ) from error
+                reason = error.strerror or error
+                raise ExtractionError(f"{self.address} cannot be read: {reason}. Name another folder.") from error
             for info in infos:
                 if info.type == fs.FileType.File and info.base_name not in _OF_SYSTEMS:
                     found[prefix + info.base_name] = int(info.size or 0)
@@ -155,10 +154,9 @@ class Location:
 
 def _holder(file: Path) -> str:
     """Return what the lock's holder wrote into it; Windows keeps others from reading that."""
-    try:
+    with suppress(OSError):
         return file.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
+    return ""
 
 
 def _remote(address: str) -> tuple[Any, str]:

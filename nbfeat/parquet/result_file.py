@@ -220,7 +220,12 @@ def write(
         raise RequestError(
             f"The frame has lost {len(lost):,} of its {len(made):,} features since they were made: extract again."
         )
-    frame = _without(frame, without, made)
+    for label in (without := [without] if isinstance(without, str) else list(without)):
+        if label not in frame.columns or label in made:
+            others = [str(column) for column in frame.columns if column not in made]
+            why = "is a feature, and those are written whole" if label in made else "is not in the frame"
+            raise RequestError(sentences(f"Column {label!r} cannot be left out: it {why}.", near(str(label), others)))
+    frame = frame.drop(columns=without) if without else frame
     _check_names(frame)
     try:
         table = pa.Table.from_pandas(frame)
@@ -252,22 +257,10 @@ def _refused(file: Path) -> Iterator[None]:
     try:
         yield
     except DamagedError as error:
-        raise RequestError(
-            sentences(f"{file.name} {_REFUSALS[error.kind]}", AGAIN * (error.kind != "foreign"))
-        ) from error
+        way = "" if error.kind == "foreign" else AGAIN
+        raise RequestError(sentences(f"{file.name} {_REFUSALS[error.kind]}", way)) from error
     except OSError as error:
         raise RequestError(f"{file.name} cannot be read: {_first_line(error)}. {AGAIN}") from error
-
-
-def _without(frame: pd.DataFrame, without: Collection[Hashable], made: Collection[str]) -> pd.DataFrame:
-    if isinstance(without, str):
-        without = [without]
-    for label in without:
-        if label not in frame.columns or label in made:
-            others = [str(column) for column in frame.columns if column not in made]
-            why = "is a feature, and those are written whole" if label in made else "is not in the frame"
-            raise RequestError(sentences(f"Column {label!r} cannot be left out: it {why}.", near(str(label), others)))
-    return frame.drop(columns=list(without)) if without else frame
 
 
 def _check_names(frame: pd.DataFrame) -> None:

@@ -700,7 +700,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Mapping[str, str]]]
         asked.append((address, headers))
         return b"x"
 
-    monkeypatch.setattr(remote._Web, "_get", get)
+    monkeypatch.setattr(remote.Fetcher, "_get", get)
     return asked
 
 
