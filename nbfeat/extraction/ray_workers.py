@@ -127,7 +127,6 @@ class RayExecutor(ExitStack):
         """Join the cluster that is there; else start one, which listens to nobody else."""
         self._ray, call = self.enter_context(isolation.quiet_ray())
         self.callback(setattr, self, "_ray", None)
-        self._folder = ""
         if self._ray.is_initialized():
             return
         address = address_of_cluster()
@@ -136,10 +135,9 @@ class RayExecutor(ExitStack):
             # Private, as Ray opens its own to all. Its sockets lie there, whose paths the system allows 100 characters.
             short = "/tmp" if Path("/tmp").is_dir() else None  # noqa: S108 - mkdtemp makes a private folder there
             self._folder = tempfile.mkdtemp(prefix="nbfeat-", dir=short)
-            self.callback(call, shutil.rmtree, self._folder, ignore_errors=True)
             options |= {"num_cpus": cpu_count.available_cores(), "object_store_memory": STORE}
             options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "_temp_dir": f"{self._folder}/ray"}
-        self.callback(call, self._ray.shutdown, wait_for_processes=True)  # one that was joined stays as it is
+        self.callback(call, self._end)
         try:
             call(self._ray.init, **options)
         except Exception as error:  # Ray raises nothing else where a busy machine took more than half a minute
@@ -151,6 +149,11 @@ class RayExecutor(ExitStack):
             raise NetworkError(
                 f"No Ray cluster could be started here: {_line(error)}. Run it again, or leave --on away."
             ) from error
+
+    def _end(self) -> None:
+        self._ray.shutdown(wait_for_processes=True)  # one that was joined stays as it is
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder = ""
 
     def share(self, *, gpu: bool) -> Share:
         """Share what the cluster has: a worker for each GPU, else at least two on each node that has as many cores."""
