@@ -5,23 +5,22 @@ A run never fails because of its cache: what goes wrong is one sentence in `note
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import sqlite3
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nbfeat.cache.keys import CacheKey
 from nbfeat.errors import printable
 from nbfeat.paths import HomeError, file_system, is_remote, keep
 
@@ -51,43 +50,6 @@ _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
 _ERRORS = (sqlite3.Error, OSError, ValueError, TypeError)
 
 Vector = NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CacheKey:
-    """One output of one network. Every field but the last two is in the key: other values are other features."""
-
-    backbone: str
-    alpha: float | None
-    weights: str  # their SHA-256
-    layer: str  # that the network is cut at; "" for its end
-    pooling: str | None
-    scaling: str  # of pixels
-    size: int
-    resize: str
-    interpolation: str
-    least_reduced: int  # how many times the size an image is decoded at, at least
-    decoders: str  # names with versions
-    keras: str  # its version
-    numerics: int  # raised whenever nbfeat itself comes to give other numbers
-    engine: Mapping[str, object]  # fields of its own: kind, precision, CPU …
-    width: int  # features of an image, which follow from the rest
-    weights_name: str  # for people
-
-    @cached_property
-    def key_fields(self) -> Mapping[str, object]:
-        """All that decides the numbers, as plain values."""
-        return {field.name: getattr(self, field.name) for field in fields(self)[:-3]} | dict(self.engine)
-
-    @cached_property
-    def key(self) -> str:
-        """The hash of all that, in 40 hexadecimal digits."""
-        return hashlib.sha256(json.dumps(dict(self.key_fields), sort_keys=True).encode()).hexdigest()[:40]
-
-    @property
-    def description(self) -> str:
-        """What the features are, as JSON for people."""
-        return json.dumps({**self.key_fields, "width": self.width, "weights_name": self.weights_name})
 
 
 @dataclass(slots=True)

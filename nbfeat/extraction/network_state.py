@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat.backbones.weights import Loaded
-from nbfeat.cache.database import Cache, CacheEntries, CacheKey
+from nbfeat.cache.database import Cache, CacheEntries
+from nbfeat.cache.keys import CacheKey
 from nbfeat.images import resize
 from nbfeat.inference.engines.base import Vectors
 from nbfeat.inference.prepared import PreparedNetwork

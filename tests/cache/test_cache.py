@@ -28,7 +28,7 @@ import nbfeat
 from nbfeat import Extraction, RequestError, paths
 from nbfeat.backbones.weights import Loaded
 from nbfeat.cache import database
-from nbfeat.cache.database import CacheKey
+from nbfeat.cache.keys import CacheKey
 from nbfeat.cache.storage import KINDS
 from nbfeat.extraction import pipeline
 from nbfeat.extraction.normalize import Normalizer

@@ -17,6 +17,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -304,7 +305,9 @@ def test_what_cannot_be_is_refused_before(photos: pd.DataFrame, monkeypatch: pyt
     with pytest.raises(RequestError, match=r"pip install 'nbfeat\[ray\]'"):
         Extraction(photos, "ResNet50", images="path", on="ray")
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: "found")
-    monkeypatch.setattr(NetworkSpec, "is_registered", property(lambda _: True))
+    monkeypatch.setattr(
+        NetworkSpec, "network", property(lambda spec: replace(find(spec.backbone), package="registered"))
+    )
     with pytest.raises(RequestError, match=r"ResNet50 is built by a function in this process.*\.keras"):
         Extraction(photos, "ResNet50", images="path", on="ray")
 
