@@ -232,7 +232,7 @@ def _matrices(result: Extraction) -> tuple[dict[str, NDArray[np.float32]], NDArr
     raw = {(part.block, part.column): part for part in before.parts}
     for part in learned:
         same = raw[replace(part.block, normalize="none", components=None), part.column]
-        if part.lane and same.lane and part.lane.weights.sha256 != same.lane.weights.sha256:
+        if part.network and same.network and part.network.weights.sha256 != same.network.weights.sha256:
             name, prefix = part.block.backbone, part.prefix
             raise RequestError(f"The weights of {name} are others than when {prefix} was extracted: extract it again.")
         found[part.prefix] = before[same.prefix].to_numpy()

@@ -38,8 +38,8 @@ class FeatureColumns:
     block: FeatureBlock
     column: Hashable  # of the frame
     prefix: str
-    network: int = 0  # which of the networks of the run its features come from
-    lane: NetworkState | None = None  # that network, once it is open
+    network_index: int = 0  # which of the networks of the run its features come from
+    network: NetworkState | None = None  # that network, once it is open
     repeats: PartRecipe | None = None  # of an earlier result, whose normalizer it takes
     normalizer: normalize.Normalizer | None = None
     rows: NDArray[np.float32] | None = None  # normalized
@@ -48,7 +48,7 @@ class FeatureColumns:
     @property
     def output(self) -> Output | None:
         """What the cut turned out to be; None where no network was needed (an empty frame)."""
-        return self.lane.outputs[self.block.cut.key] if self.lane else None
+        return self.network.outputs[self.block.cut.key] if self.network else None
 
     @property
     def raw_width(self) -> int:
@@ -60,7 +60,7 @@ class FeatureColumns:
     @property
     def is_sized(self) -> bool:
         """Whether its width is known, as it is not of a network of the user's own before that is built."""
-        return bool(self.lane or self.repeats) or not find(self.block.backbone).is_user_model
+        return bool(self.network or self.repeats) or not find(self.block.backbone).is_user_model
 
     @property
     def names(self) -> list[str]:
@@ -70,17 +70,17 @@ class FeatureColumns:
     @property
     def source(self) -> tuple[int, str, Hashable]:
         """What its raw features are: those of one source differ in normalization alone."""
-        return self.network, self.block.cut.key, self.column
+        return self.network_index, self.block.cut.key, self.column
 
     @property
     def recipe(self) -> PartRecipe:
         """What it takes to repeat them, once the network is open; what they learn need not be known yet."""
         if self.repeats is not None:  # whatever it ran on, it repeated this
             return replace(self.repeats, column=self.column)
-        assert self.lane is not None
+        assert self.network is not None
         learned = self.normalizer or normalize.Normalizer()
-        fields = self.lane.kept[self.block.cut.key].key_fields
-        return PartRecipe(self.block, self.column, self.prefix, self.raw_width, self.lane.weights, fields, learned)
+        fields = self.network.cache_keys[self.block.cut.key].key_fields
+        return PartRecipe(self.block, self.column, self.prefix, self.raw_width, self.network.weights, fields, learned)
 
     def place_in(self, frame: pd.DataFrame, *, replace: bool) -> list[int]:
         """Find which columns of `frame` these take the place of."""
@@ -88,7 +88,7 @@ class FeatureColumns:
 
     def make_room(self, images: int) -> None:
         """Take memory for the features of `images`, unless other columns of the same source did."""
-        if self.lane is not None and self.block.cut.key not in self.lane.features:
+        if self.network is not None and self.block.cut.key not in self.network.features:
             size, free = 4 * images * self.raw_width, free_bytes()
             if free is not None and size > SHARE * free:
                 raise RequestError(
@@ -96,12 +96,12 @@ class FeatureColumns:
                     f"{format_bytes(size)}, more than half of the {format_bytes(free)} of free memory. Pool the map "
                     "with --pooling avg or max, cut at a later layer, or take fewer rows."
                 )
-            self.lane.features[self.block.cut.key] = np.full((images, self.raw_width), np.nan, np.float32)
+            self.network.features[self.block.cut.key] = np.full((images, self.raw_width), np.nan, np.float32)
 
     def raw(self, images: slice) -> NDArray[np.float32]:
         """Return the features as the network gave them, of these `images` of its window: a view."""
         none = np.empty((0, self.raw_width), np.float32)
-        return self.lane.features[self.block.cut.key][images] if self.lane else none
+        return self.network.features[self.block.cut.key][images] if self.network else none
 
     def learn(self, rows: NDArray[np.float32], chosen: NDArray[np.bool_]) -> None:
         """Learn the normalization from the `chosen` ones of the raw `rows`, or take what was learned before."""

@@ -110,7 +110,7 @@ class Extraction(FeatureTable):
         self.blocks, self.parts, self.repeats = request.blocks, request.parts, request.repeats
         self.state: State = "new"
         self.seconds = 0.0
-        executor = executor_for(on, request.images, request.networks) or LocalExecutor()
+        executor = executor_for(on, request.images, request.specs) or LocalExecutor()
         self._run = Run(request, executor, cache=parquet is None if cache is None else cache)
         self.progress, self.timings, self.notes = self._run.progress, self._run.timings, self._run.notes
         self.written = None
@@ -185,13 +185,13 @@ class Extraction(FeatureTable):
         """Make the networks ready, and room for what they give; now that widths are known, clashes are told."""
         if not self.request.images and all(part.is_sized for part in self.parts) and not self.written:
             return
-        if not self._run.lanes:
+        if not self._run.networks:
             yield from self._run.open()
-        if self.parts[-1].lane is None:
+        if self.parts[-1].network is None:
             if self.repeats:
-                self._run.note(self.repeats.check([self._run.lanes[part.network] for part in self.parts]))
+                self._run.note(self.repeats.check([self._run.networks[part.network_index] for part in self.parts]))
             for part in self.parts:
-                part.lane = self._run.lanes[part.network]
+                part.network = self._run.networks[part.network_index]
                 part.place_in(self.request.frame, replace=self.request.replace)
             self._sink.make_room()
             yield self._coming()
@@ -241,12 +241,12 @@ class Extraction(FeatureTable):
     @property
     def engines(self) -> list[str]:
         """What runs the networks."""
-        return list(dict.fromkeys(lane.name for lane in self._run.lanes))
+        return list(dict.fromkeys(network.name for network in self._run.networks))
 
     @property
     def precision(self) -> str:
         """What the networks compute in; before they are ready, what is asked for."""
-        settled = listing(dict.fromkeys(lane.precision for lane in self._run.lanes))
+        settled = listing(dict.fromkeys(network.precision for network in self._run.networks))
         return settled or (self.repeats.precision if self.repeats else self.request.precision)
 
     @property
@@ -270,7 +270,7 @@ class Extraction(FeatureTable):
         """Say what is coming, before it comes."""
         width = sum(len(part.names) for part in self.parts)
         size = format_bytes(4 * len(self.request.frame) * sum(part.raw_width for part in self.parts))
-        weights = listing(dict.fromkeys(lane.weights.name for lane in self._run.lanes))
+        weights = listing(dict.fromkeys(network.weights.name for network in self._run.networks))
         matrix = f"{len(self.request.frame):,} rows × {width:,} columns ({size} {self._sink.place})"
         count = len(hosts(self.request.images)) if self.request.remote else 0
         fetched = f" · images are fetched from {count:,} host{'s' if count > 1 else ''}" if count else ""
@@ -332,7 +332,7 @@ class Extraction(FeatureTable):
         return {
             "blocks": [str(part.block) for part in self.parts],
             "images": [str(part.column) for part in self.parts],
-            "weights": [part.lane.weights.sha256 if part.lane else "" for part in self.parts],
+            "weights": [part.network.weights.sha256 if part.network else "" for part in self.parts],
             "engines": self.engines,
             "precision": self.precision,
             "numerics": NUMERICS,
@@ -394,8 +394,8 @@ class Extraction(FeatureTable):
         """
         import pandas as pd
 
-        networks = {part.network for part in self.parts if part.block.is_learned}
-        asked = dict.fromkeys(part.block for part in self.parts if part.network in networks)
+        indices = {part.network_index for part in self.parts if part.block.is_learned}
+        asked = dict.fromkeys(part.block for part in self.parts if part.network_index in indices)
         blocks = [replace(block, normalize="none", components=None) for block in asked]
         images = {column: self.images_in(column) for column in self.request.columns}
         raw = Extraction(
@@ -410,17 +410,17 @@ class Extraction(FeatureTable):
             cache=self._run.uses_cache,
             on=self.request.on,
         )
-        in_order = dict.fromkeys(part.network for part in self.parts if part.network in networks)
-        raw._run.repeat([self._run.lanes[number].precision for number in in_order])
+        in_order = dict.fromkeys(part.network_index for part in self.parts if part.network_index in indices)
+        raw._run.repeat([self._run.networks[number].precision for number in in_order])
         return raw
 
     def speed_of(self, part: FeatureColumns) -> float:
         """Measure how many images per second go from file to features of `part` alone, without the cache."""
-        assert part.lane is not None
+        assert part.network is not None
         images = self.request.images_of(part.column)
         good = np.flatnonzero(self.progress.ok[images])
         some = [self.request.images[images.start + at] for at in good]
-        return images_per_second(part.lane, part.block.cut.key, some, self.root, remote=self._run.remote)
+        return images_per_second(part.network, part.block.cut.key, some, self.root, remote=self._run.remote)
 
     def images_in(self, column: Hashable) -> list[object]:
         """Return the cells of an image column as they were when this was made."""

@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class NetworkState:
-    """A network, ready once its `opening` was iterated, and started when the first image needs it."""
+    """A network, ready once `prepared` was iterated, and started when the first image needs it."""
 
     spec: NetworkSpec
     pixels: resize.PixelSpec
-    opening: PreparedNetwork
+    prepared: PreparedNetwork
     done: NDArray[np.bool_]  # which images of the run have their features
     features: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # of each output, a row for each image
     slots: NDArray[np.int32] | None = None  # in which row those of an image are; None where all have one, in order
-    kept: dict[str, CacheKey] = field(default_factory=dict)  # where the cache has them
+    cache_keys: dict[str, CacheKey] = field(default_factory=dict)  # of each output
     engine: Engine | None = None
     cached: int = 0  # how many images had their features from the cache
     precision: Precision = "float32"  # that it computes in
@@ -40,12 +40,12 @@ class NetworkState:
     def set_precision(self, precision: Precision, engine: Engine | None = None) -> None:
         """Compute in `precision` from now on, by an `engine` that was started before, or by one that will be."""
         self.precision, self.engine = precision, engine
-        self.kept = {cut.key: self._kept(cut) for cut in self.spec.cuts}
+        self.cache_keys = {cut.key: self._cache_key(cut) for cut in self.spec.cuts}
 
     def start(self) -> Engine:
         """Return the engine, started if it was not."""
         if self.engine is None:
-            self.engine = self.opening.start(self.precision)
+            self.engine = self.prepared.start(self.precision)
         return self.engine
 
     def take(self, rows: Sequence[int], vectors: Vectors, *, cached: bool) -> None:
@@ -71,30 +71,30 @@ class NetworkState:
 
     def recalled(self, image: bytes, cache: Cache) -> Vectors | None:
         """Return the features that the cache has of one image; None unless it has them of every output."""
-        vectors = {key: cache.vectors(kept, [image]).get(image) for key, kept in self.kept.items()}
+        vectors = {key: cache.vectors(kept, [image]).get(image) for key, kept in self.cache_keys.items()}
         return None if any(vector is None for vector in vectors.values()) else cast("Vectors", vectors)
 
     @property
     def name(self) -> str:
         """What runs it."""
-        return self.opening.name
+        return self.prepared.name
 
     @property
     def batch_size(self) -> int:
         """How many images run at once."""
-        return self.opening.batch_size
+        return self.prepared.batch_size
 
     @property
     def outputs(self) -> dict[str, Output]:
         """What each cut gives."""
-        return self.opening.outputs
+        return self.prepared.outputs
 
     @property
     def weights(self) -> Loaded:
         """The weights that were loaded."""
-        return self.opening.weights
+        return self.prepared.weights
 
-    def _kept(self, cut: Cut) -> CacheKey:
+    def _cache_key(self, cut: Cut) -> CacheKey:
         """Return what the features of `cut` are kept under."""
         output = self.outputs[cut.key]
         return CacheKey(
@@ -110,7 +110,7 @@ class NetworkState:
             least_reduced=resize.LEAST_REDUCED,
             decoders=decoders(),
             keras=version("keras"),
-            engine=self.opening.key_fields(self.precision),
+            engine=self.prepared.key_fields(self.precision),
             numerics=NUMERICS,
             width=output.width,
             weights_name=self.weights.name,
@@ -126,7 +126,7 @@ def decoders() -> str:
 class Batch:
     """Images with their features from one network, and whatever else was found out since the batch before."""
 
-    lane: NetworkState | None = None
+    network: NetworkState | None = None
     rows: list[int] = field(default_factory=list)  # which images of the run
     images: list[bytes] = field(default_factory=list)  # what each holds, unless its features come from the cache
     vectors: Vectors = field(default_factory=dict)
@@ -154,6 +154,6 @@ class Batch:
     def news(self) -> CacheEntries:
         """What the cache should keep of it."""
         news = CacheEntries(files=self.files, failures=self.undecodable)
-        if self.lane is not None and not (self.cached or self.computed_elsewhere):
-            news.vectors = [(kept, self.images, self.vectors[key]) for key, kept in self.lane.kept.items()]
+        if self.network is not None and not (self.cached or self.computed_elsewhere):
+            news.vectors = [(kept, self.images, self.vectors[key]) for key, kept in self.network.cache_keys.items()]
         return news

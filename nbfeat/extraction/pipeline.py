@@ -73,11 +73,11 @@ class Item:
 class BatchQueue:
     """A network at work: the batch that is being filled, those in flight, and what the cache had meanwhile."""
 
-    def __init__(self, lane: NetworkState, timings: Timings) -> None:
-        self.lane, self.timings = lane, timings
+    def __init__(self, network: NetworkState, timings: Timings) -> None:
+        self.network, self.timings = network, timings
         self.engine: Engine | None = None
         self._flight: deque[Batch] = deque()
-        self._batch = Batch(lane)
+        self._batch = Batch(network)
         self._buffer: Pixels | None = None
         self._found: dict[int, Vectors] = {}
 
@@ -87,7 +87,7 @@ class BatchQueue:
             self._found[item.row] = cached
             if len(self._found) == SETTLED_AT_ONCE:
                 yield self._recalled()
-        elif self.lane.pixels in item.pixels and not self.lane.done[item.row]:
+        elif self.network.pixels in item.pixels and not self.network.done[item.row]:
             self._add(item)
             if self.engine is not None and self.engine.is_full:
                 yield self._collect()
@@ -95,11 +95,11 @@ class BatchQueue:
     def _add(self, item: Item) -> None:
         if self.engine is None:
             start = time.perf_counter()
-            self.engine = self.lane.start()
+            self.engine = self.network.start()
             self.timings.preparing += time.perf_counter() - start
         if self._buffer is None:
             self._buffer = self.engine.buffer()
-        self._buffer[len(self._batch.rows)] = item.pixels[self.lane.pixels]
+        self._buffer[len(self._batch.rows)] = item.pixels[self.network.pixels]
         self._batch.rows.append(item.row)
         self._batch.images.append(item.image)
         if len(self._batch.rows) == self.engine.batch_size:
@@ -110,7 +110,7 @@ class BatchQueue:
         if self.engine is not None and self._buffer is not None:
             self.engine.submit(self._buffer, len(self._batch.rows))
             self._flight.append(self._batch)
-            self._batch, self._buffer = Batch(self.lane), None
+            self._batch, self._buffer = Batch(self.network), None
 
     def rest(self) -> Iterator[Batch]:
         """Yield all that is left."""
@@ -133,7 +133,7 @@ class BatchQueue:
         found, self._found = self._found, {}
         keys = next(iter(found.values()))
         vectors = {key: np.stack([vectors[key] for vectors in found.values()]) for key in keys}
-        return Batch(self.lane, list(found), vectors=vectors, cached=True)
+        return Batch(self.network, list(found), vectors=vectors, cached=True)
 
 
 class LocalExecutor(nullcontext[None]):
@@ -143,12 +143,12 @@ class LocalExecutor(nullcontext[None]):
 
     def run(self, run: Run, rows: Sequence[int]) -> Generator[Batch, None, None]:
         """Yield batches until every row was in one for each network that lacks it, or has failed, or equals another."""
-        pipeline = Pipeline(run.images, run.lanes, run.root, run.timings, run.cache, run.seen, remote=run.remote)
+        pipeline = Pipeline(run.images, run.networks, run.root, run.timings, run.cache, run.seen, remote=run.remote)
         return pipeline.run(rows)
 
 
 class Pipeline:
-    """Run `images` through all `lanes`; each image is read once, and decoded once for all of them.
+    """Run `images` through all `networks`; each image is read once, and decoded once for all of them.
 
     `seen` remembers from run to run which row had a content first; `remote` images are fetched.
     """
@@ -156,7 +156,7 @@ class Pipeline:
     def __init__(
         self,
         images: Sequence[object],
-        lanes: Sequence[NetworkState],
+        networks: Sequence[NetworkState],
         root: Path,
         timings: Timings,
         cache: Cache,
@@ -164,7 +164,7 @@ class Pipeline:
         *,
         remote: Access | None = None,
     ) -> None:
-        self.images, self.lanes, self.root, self.timings = images, lanes, root, timings
+        self.images, self.networks, self.root, self.timings = images, networks, root, timings
         self.cache, self.seen = cache, seen
         self._decoders = available_cores()
         self._turns = threading.Semaphore(self._decoders)
@@ -176,9 +176,9 @@ class Pipeline:
         Close it to stop and clean up. It can be run once.
         """
         threads = self._decoders + (self._fetch.limits.at_once if self._fetch else 0)
-        ahead = threads + BATCHES_AHEAD * max(lane.batch_size for lane in self.lanes)
+        ahead = threads + BATCHES_AHEAD * max(network.batch_size for network in self.networks)
         executor = ThreadPoolExecutor(threads, thread_name_prefix="nbfeat-decode")
-        queues = [BatchQueue(lane, self.timings) for lane in self.lanes]
+        queues = [BatchQueue(network, self.timings) for network in self.networks]
         settled = Batch()
         try:
             for batch in self._batches(self._items(executor, rows, ahead), queues, settled):
@@ -253,20 +253,20 @@ class Pipeline:
     def _lacking(self, item: Item) -> list[PixelSpec]:
         """Return the pixels that are needed, after taking what the cache has."""
         specs: dict[PixelSpec, None] = {}
-        for number, lane in enumerate(self.lanes):
-            if lane.done[item.row]:
+        for number, network in enumerate(self.networks):
+            if network.done[item.row]:
                 continue
-            if vectors := lane.recalled(item.image, self.cache):
+            if vectors := network.recalled(item.image, self.cache):
                 item.cached[number] = vectors
             else:
-                specs[lane.pixels] = None
+                specs[network.pixels] = None
         return list(specs)
 
 
 def images_per_second(
-    lane: NetworkState, key: str, images: Sequence[object], root: Path, *, remote: Access | None = None
+    network: NetworkState, key: str, images: Sequence[object], root: Path, *, remote: Access | None = None
 ) -> float:
-    """Measure the output `key` of `lane` alone on up to 64 of `images`, spread over them, without the cache.
+    """Measure the output `key` of `network` alone on up to 64 of `images`, spread over them, without the cache.
 
     Opening the network does not count, nor does the disk: the files are read once before, and `remote` images fetched.
     Images of the same content run once, as ever. Returns NaN where none can be read.
@@ -280,10 +280,10 @@ def images_per_second(
     some = readable_sample(images, read, root, remote)
     if not some:
         return float("nan")
-    engine = lane.opening.start(lane.precision, key)
+    engine = network.prepared.start(network.precision, key)
 
     def rate(chosen: Sequence[object]) -> float:
-        alone = NetworkState(lane.spec, lane.pixels, lane.opening, np.zeros(len(chosen), bool), engine=engine)
+        alone = NetworkState(network.spec, network.pixels, network.prepared, np.zeros(len(chosen), bool), engine=engine)
         pipeline = Pipeline(chosen, [alone], root, Timings(), Cache(None), {})
         with closing(pipeline.run(range(len(chosen)))) as batches:
             ran, seconds = timed(lambda: sum(len(batch.rows) for batch in batches))

@@ -101,19 +101,19 @@ class RayExecutor(ExitStack):
             yield Batch(failures=failures)
         if not cells:
             return
-        start, is_cpu, is_new = time.perf_counter(), run.lanes[0].opening.device == "cpu", self._ray is None
+        start, is_cpu, is_new = time.perf_counter(), run.networks[0].prepared.device == "cpu", self._ray is None
         if is_new:
             self._begin()
         share = self.share(gpu=not is_cpu)
         run.note(self.describe(share) if is_new else "")  # a cluster may grow later
         run.timings.preparing += time.perf_counter() - start
-        networks = [
-            (lane.spec, lane.pixels, lane.precision, {key: dict(kept.key_fields) for key, kept in lane.kept.items()})
-            for lane in run.lanes
+        order = [
+            (*spec, network.precision, {key: dict(kept.key_fields) for key, kept in network.cache_keys.items()})
+            for spec, network in zip(run.specs, run.networks, strict=True)
         ]
         device = "cpu" if is_cpu else "gpu:0"  # the one that Ray lets the worker see
-        order, left = (networks, device, run.batch_size, share.cores, run.remote), set(cells)
-        with closing(self.mapped(list(_tables(run, cells, share)), order, share)) as answers:
+        left, arguments = set(cells), (order, device, run.batch_size, share.cores, run.remote)
+        with closing(self.mapped(list(_tables(run, cells, share)), arguments, share)) as answers:
             for found in answers:
                 if left.issuperset(found.rows):  # else it came before, and again after a retry
                     left.difference_update(found.rows)
@@ -255,13 +255,13 @@ def _cells(run: Run, rows: Sequence[int]) -> tuple[dict[int, tuple[str | bytes, 
 
 
 def _tables(run: Run, cells: Mapping[int, tuple[str | bytes, bytes]], share: Share) -> Iterator[Table]:
-    width = sum(output.width for lane in run.lanes for output in lane.outputs.values())
+    width = sum(output.width for network in run.networks for output in network.outputs.values())
     most = min(FETCHED_AT_ONCE if run.remote else ROWS_AT_ONCE, BYTES_AT_ONCE // (4 * width))
     count = max(1, min(max(FEWEST_AT_ONCE, len(cells) // (ROUNDS * share.workers)), most))
     rows = list(cells)
     for some in (rows[start : start + count] for start in range(0, len(rows), count)):
         images, files = zip(*(cells[row] for row in some), strict=True)
-        yield Table(some, list(images), list(files), [lane.done[some] for lane in run.lanes])
+        yield Table(some, list(images), list(files), [network.done[some] for network in run.networks])
 
 
 @dataclass(slots=True)
@@ -293,7 +293,7 @@ def _batches(run: Run, found: Found, share: Share) -> Iterator[Batch]:
     for place, batch in found.batches:
         batch.equal, equal = {row: firsts.get(first, first) for row, first in batch.equal.items()} | equal, {}
         kept = [at for at, row in enumerate(batch.rows) if firsts[row] == row]
-        batch.lane = None if place is None or not kept else run.lanes[place]
+        batch.network = None if place is None or not kept else run.networks[place]
         batch.rows, batch.images = [batch.rows[at] for at in kept], [batch.images[at] for at in kept]
         batch.vectors = {key: vectors[kept] for key, vectors in batch.vectors.items()}
         if found.differs:
@@ -312,27 +312,27 @@ class Worker:
     ) -> None:
         cpu_count.take(cores)
         self._access = access  # what may be fetched, whatever the environment here says
-        self._lanes, self._differs = list[NetworkState](), dict[str, None]()
+        self._networks, self._differs = list[NetworkState](), dict[str, None]()
         self._error: NbfeatError | None = None
         try:
             devices = hardware.choose_devices(device)
             for spec, pixels, precision, key_fields in networks:
-                opening = prepared.PreparedNetwork(spec, devices=devices, batch_size=batch_size)
-                deque(opening, maxlen=0)
-                self._lanes.append(lane := NetworkState(spec, pixels, opening, np.zeros(0, bool)))
-                lane.set_precision(precision)
+                ready = prepared.PreparedNetwork(spec, devices=devices, batch_size=batch_size)
+                deque(ready, maxlen=0)
+                self._networks.append(network := NetworkState(spec, pixels, ready, np.zeros(0, bool)))
+                network.set_precision(precision)
                 for key, fields in key_fields.items():
-                    self._compare(lane, lane.kept[key].key_fields, fields)
+                    self._compare(network, network.cache_keys[key].key_fields, fields)
         except NbfeatError as error:
             self._error = error
 
-    def _compare(self, lane: NetworkState, here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    def _compare(self, network: NetworkState, here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
         """Take down what differs in ways that change numbers slightly; raise NetworkError for all else."""
         here, there = json.loads(json.dumps([dict(here), there]))  # lists, not tuples
         for name in sorted(name for name in {*here, *there} if here.get(name) != there.get(name)):
             if name not in SLIGHT:
                 raise NetworkError(
-                    f"{lane.spec.network.title} would give other features on a worker, whose {name} is "
+                    f"{network.spec.network.title} would give other features on a worker, whose {name} is "
                     f"{here.get(name)!r}, not {there.get(name)!r}. Give all machines the same nbfeat and files."
                 )
             self._differs[{"cpu": "CPU", "backend": "Keras backend", "keras": "Keras"}.get(name, name)] = None
@@ -356,13 +356,15 @@ class Worker:
             here = fingerprint.seen(str(image)) if file else b""
             if here[length:] == file[length:]:  # the same file, whose state is another one on each machine
                 there[here[:length]] = file[:length]
-        for lane, done in zip(self._lanes, table.done, strict=True):
-            lane.done = done
-        pipeline = Pipeline(table.images, self._lanes, Path("/"), found.timings, Cache(None), {}, remote=self._access)
+        for network, done in zip(self._networks, table.done, strict=True):
+            network.done = done
+        pipeline = Pipeline(
+            table.images, self._networks, Path("/"), found.timings, Cache(None), {}, remote=self._access
+        )
         with isolation.pillow_defaults(), closing(pipeline.run(range(len(rows)))) as batches:
             for batch in batches:
-                place = None if batch.lane is None else self._lanes.index(batch.lane)
-                batch.lane, batch.rows = None, [rows[at] for at in batch.rows]
+                place = None if batch.network is None else self._networks.index(batch.network)
+                batch.network, batch.rows = None, [rows[at] for at in batch.rows]
                 batch.failures = {rows[at]: reason for at, reason in batch.failures.items()}
                 batch.equal = {rows[at]: rows[first] for at, first in batch.equal.items()}
                 batch.files = {there[state]: image for state, image in batch.files.items() if state in there}

@@ -53,23 +53,23 @@ class PartRecipe:
         """The names of the columns."""
         return column_names(self.prefix, self.block.components or self.width)
 
-    def difference(self, lane: NetworkState) -> str:
-        """Say why `lane` would give other features; an empty string where it would not."""
+    def difference(self, network: NetworkState) -> str:
+        """Say why `network` would give other features; an empty string where it would not."""
         key = self.block.cut.key
-        here = {**lane.kept[key].key_fields, "width": lane.outputs[key].width}
+        here = {**network.cache_keys[key].key_fields, "width": network.outputs[key].width}
         there = {**self.key_fields, "width": self.width}
         for name in sorted({*here, *there} - SLIGHT):
             if there.get(name) == here.get(name):
                 continue
             was, now = _shown(there.get(name)), _shown(here.get(name))
             if name == "weights":
-                was, now = f"{self.weights.name} ({was})", f"{lane.weights.name} ({now})"
+                was, now = f"{self.weights.name} ({was})", f"{network.weights.name} ({now})"
             return f"{self.prefix} was made with {name.replace('_', ' ')} {was}, and here it would be {now}"
         return ""
 
-    def slight_differences(self, lane: NetworkState) -> Iterator[str]:
+    def slight_differences(self, network: NetworkState) -> Iterator[str]:
         """Say what is another here in ways that change the numbers slightly."""
-        here, there = lane.kept[self.block.cut.key].key_fields, self.key_fields
+        here, there = network.cache_keys[self.block.cut.key].key_fields, self.key_fields
         for name, words in _WORDS.items():
             if name in there and name in here and there[name] != here[name]:
                 yield f"{words}{there[name]} (here {here[name]})"
@@ -100,16 +100,16 @@ class Recipe:
         """The image columns."""
         return list(dict.fromkeys(part.column for part in self.parts))
 
-    def check(self, lanes: list[NetworkState]) -> str:
-        """Say what differs slightly in `lanes`, the open network of each part; raise RequestError for more."""
+    def check(self, networks: list[NetworkState]) -> str:
+        """Say what differs slightly in `networks`, the open network of each part; raise RequestError for more."""
         slight: dict[str, None] = {}
-        for part, lane in zip(self.parts, lanes, strict=True):
-            if difference := part.difference(lane):
+        for part, network in zip(self.parts, networks, strict=True):
+            if difference := part.difference(network):
                 raise RequestError(
                     f"{self.source} cannot be repeated: {difference}. Bring back what there was, or extract both "
                     "frames anew."
                 )
-            slight |= dict.fromkeys(part.slight_differences(lane))
+            slight |= dict.fromkeys(part.slight_differences(network))
         here = "the same image may give slightly other numbers here"
         return f"{self.source} was made with {listing(slight)}: {here}." if slight else ""
 

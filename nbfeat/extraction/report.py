@@ -80,7 +80,7 @@ def made_row(part: FeatureColumns, cached: int) -> Row:
     block, names, output = part.block, part.names, part.output
     alpha = "" if block.alpha is None else f" {block.alpha:g}"
     # What a file of the user's holds may be another network by now, or gone.
-    size = part.lane.spec.size if part.lane else block.size or find(block.backbone).size
+    size = part.network.spec.size if part.network else block.size or find(block.backbone).size
     steps = [f"{size} px {block.resize}", f"{title_of(block)}{alpha}{_weights(part)}"]
     if output:
         steps.append(f"{block.layer or 'end'} {'×'.join(map(str, output.shape))}")
@@ -88,7 +88,7 @@ def made_row(part: FeatureColumns, cached: int) -> Row:
     steps += [block.normalize] if block.normalize != "none" else []
     steps += [f"PCA to {block.components:,}"] if block.components else []
     marks = ["replaced"] if part.replaced else []
-    marks += [f"{part.lane.cached:,} from the cache"] if part.lane and part.lane.cached > cached else []
+    marks += [f"{part.network.cached:,} from the cache"] if part.network and part.network.cached > cached else []
     return _spanned(names) + (f" ({', '.join(marks)})" if marks else ""), len(names), " → ".join(steps)
 
 
@@ -113,7 +113,11 @@ def briefly(block: FeatureBlock) -> str:
 
 def _weights(part: FeatureColumns) -> str:
     """Say which weights, where the name of the network does not."""
-    if not part.lane or part.lane.spec.backbone == NAME or (name := part.lane.weights.name) == title_of(part.block):
+    if (
+        not part.network
+        or part.network.spec.backbone == NAME
+        or (name := part.network.weights.name) == title_of(part.block)
+    ):
         return ""
     return " (bundled, small)" if name == "bundled" else f" ({name} weights)" if name else ""
 

@@ -43,7 +43,7 @@ class Request:
     blocks: list[FeatureBlock]
     columns: list[Hashable]  # of images
     parts: list[FeatureColumns]  # of each block and image column
-    networks: list[tuple[NetworkSpec, PixelSpec]]
+    specs: list[tuple[NetworkSpec, PixelSpec]]
     images: list[object]  # the cells of the first image column, then those of the next
     fit_rows: NDArray[np.bool_] | None  # to learn normalizations from; None for all
     repeats: Recipe | None
@@ -93,13 +93,13 @@ def read_request(
     for part in parts:
         if part.is_sized:
             part.place_in(frame, replace=replace)
-        part.network = next(number for number, group in enumerate(networks.values()) if part.block in group)
+        part.network_index = next(number for number, group in enumerate(networks.values()) if part.block in group)
     return Request(
         frame=frame,
         blocks=of_blocks,
         columns=columns,
         parts=parts,
-        networks=list(networks),
+        specs=list(networks),
         images=[value for column in columns for value in frame[column].tolist()],
         fit_rows=None if fit_on is None else rows_selected(frame, fit_on),
         repeats=repeats,

@@ -49,20 +49,20 @@ class Run:
     """
 
     def __init__(self, request: Request, executor: Executor, *, cache: bool) -> None:
-        self.images, self.root, self.networks = request.images, request.root, request.networks
+        self.images, self.root, self.specs = request.images, request.root, request.specs
         self.device, self.precision, self.batch_size = request.device, request.precision, request.batch_size
         self.remote, self.executor = Access.here() if request.remote else None, executor
-        self.progress = Progress(len(self.images), len(self.networks))
+        self.progress = Progress(len(self.images), len(self.specs))
         self.timings = Timings()
         self.notes: list[str] = []
-        self.lanes: list[NetworkState] = []
+        self.networks: list[NetworkState] = []
         self.keeps = False  # whether what is finished is in the cache
         self.uses_cache = cache and bool(self.images)
         self.cache = Cache(None)
         self.seen: dict[bytes, int] = {}  # which image of the window had a content first
         self.computed_elsewhere = False  # whether some of it has no use for the cache
         self._window: NDArray[np.int64] | None = None
-        earlier = {part.network: part.repeats.precision for part in request.parts if part.repeats}
+        earlier = {part.network_index: part.repeats.precision for part in request.parts if part.repeats}
         self._repeated: Sequence[Precision] = [earlier[number] for number in sorted(earlier)]
 
     @contextmanager
@@ -82,22 +82,22 @@ class Run:
     def open(self) -> Iterator[str]:
         """Make the networks ready, yielding sentences to show meanwhile."""
         start = time.perf_counter()
-        devices, lanes = hardware.choose_devices(self.device), []
-        for number, (spec, pixels) in enumerate(self.networks):
-            opening = prepared.PreparedNetwork(spec, devices=devices, batch_size=self.batch_size)
-            lane = NetworkState(spec, pixels, opening, np.zeros(len(self.images), bool))
-            lanes.append(lane)
-            yield from opening
-            self.note(opening.note)
+        devices, networks = hardware.choose_devices(self.device), []
+        for number, (spec, pixels) in enumerate(self.specs):
+            ready = prepared.PreparedNetwork(spec, devices=devices, batch_size=self.batch_size)
+            network = NetworkState(spec, pixels, ready, np.zeros(len(self.images), bool))
+            networks.append(network)
+            yield from ready
+            self.note(ready.note)
             if self._repeated:
-                lane.set_precision(self._repeated[number])
+                network.set_precision(self._repeated[number])
             else:
                 precision, engine, message = yield from choose_precision(
-                    opening, pixels, self.precision, self.images, self.root, remote=self.remote
+                    ready, pixels, self.precision, self.images, self.root, remote=self.remote
                 )
-                lane.set_precision(precision, engine)
+                network.set_precision(precision, engine)
                 self.note(message)
-        self.lanes = lanes
+        self.networks = networks
         self.timings.preparing += time.perf_counter() - start
 
     def repeat(self, precisions: Sequence[Precision]) -> None:
@@ -110,25 +110,25 @@ class Run:
         self.seen.clear()  # features of the images before are not here any more
         slots = np.full(len(self.images), -1, np.int32)
         slots[window] = np.arange(len(window))
-        for lane in self.lanes:
-            lane.slots = slots
-            lane.features.clear()
+        for network in self.networks:
+            network.slots = slots
+            network.features.clear()
 
     def finished_before(self, images: NDArray[np.int64], reasons: dict[int, str]) -> None:
         """Take these images for finished: an earlier run kept their features, or the `reasons` why there are none."""
-        for lane in self.lanes:
-            lane.done[images] = True
+        for network in self.networks:
+            network.done[images] = True
         self.progress.reasons.update(reasons)
-        self.progress.recount([lane.done for lane in self.lanes])
+        self.progress.recount([network.done for network in self.networks])
 
     def batches(self) -> Generator[Batch, None, None]:
         """Yield what is in the cache already, then what has to be read; each batch was taken in before."""
         if not self.images:
             return
-        self.cache.use(kept for lane in self.lanes for kept in lane.kept.values())
-        self.progress.recount([lane.done for lane in self.lanes])
+        self.cache.use(kept for network in self.networks for kept in network.cache_keys.values())
+        self.progress.recount([network.done for network in self.networks])
         start = time.perf_counter()
-        for batch in cache_lookup(self.images, self._left(), self.lanes, self.root, self.cache):
+        for batch in cache_lookup(self.images, self._left(), self.networks, self.root, self.cache):
             self._take(batch)
             self.timings.recalling += time.perf_counter() - start
             yield batch
@@ -146,16 +146,16 @@ class Run:
 
     def _take(self, batch: Batch) -> None:
         """Put the features of a batch where they belong, and into the cache what is new."""
-        if batch.lane is not None:
-            batch.lane.take(batch.rows, batch.vectors, cached=batch.cached)
-            self.note(batch.lane.opening.note)
+        if batch.network is not None:
+            batch.network.take(batch.rows, batch.vectors, cached=batch.cached)
+            self.note(batch.network.prepared.note)
         self.computed_elsewhere |= batch.computed_elsewhere
         for row in batch.failures:
-            for lane in self.lanes:  # which may have had its features from the cache
-                lane.forget(row)
+            for network in self.networks:  # which may have had its features from the cache
+                network.forget(row)
         for row, first in self.progress.take(batch):
-            for lane in self.lanes:
-                lane.share(row, first)
+            for network in self.networks:
+                network.share(row, first)
         start = time.perf_counter()
         self.cache.keep(batch.news)
         self.timings.keeping += time.perf_counter() - start
@@ -176,8 +176,8 @@ class Run:
 
     def forget(self) -> None:
         """Take no features for finished any more; the next batches bring them again, from the cache where they can."""
-        for lane in self.lanes:
-            lane.done[:] = False
+        for network in self.networks:
+            network.done[:] = False
         self.progress.equal = 0
 
     def note(self, text: str) -> None:
@@ -278,7 +278,7 @@ class Progress:
 
 
 def cache_lookup(
-    images: Sequence[object], rows: Sequence[int], lanes: Sequence[NetworkState], root: Path, cache: Cache
+    images: Sequence[object], rows: Sequence[int], networks: Sequence[NetworkState], root: Path, cache: Cache
 ) -> Iterator[Batch]:
     """Yield what `cache` has of those `rows` whose files have not changed: by their state, without reading them."""
     for start in range(0, len(rows), ROWS_AT_ONCE):
@@ -292,19 +292,19 @@ def cache_lookup(
         failures = {row: reasons[image] for row, image in known.items() if image in reasons}
         if failures:
             yield Batch(failures=failures)
-        for lane in lanes:
-            left = {row: image for row, image in known.items() if not (row in failures or lane.done[row])}
-            if (batch := _found(lane, left, cache)).rows:
+        for network in networks:
+            left = {row: image for row, image in known.items() if not (row in failures or network.done[row])}
+            if (batch := _found(network, left, cache)).rows:
                 yield batch
 
 
-def _found(lane: NetworkState, images: dict[int, bytes], cache: Cache) -> Batch:
-    """Return the features that all outputs of `lane` have of `images`."""
+def _found(network: NetworkState, images: dict[int, bytes], cache: Cache) -> Batch:
+    """Return the features that all outputs of `network` have of `images`."""
     wanted = set(images.values())
-    found = {key: cache.vectors(kept, wanted) for key, kept in lane.kept.items()}
+    found = {key: cache.vectors(kept, wanted) for key, kept in network.cache_keys.items()}
     whole = {image for image in wanted if all(image in vectors for vectors in found.values())}
     rows = [row for row, image in images.items() if image in whole]
     if not rows:
-        return Batch(lane)
+        return Batch(network)
     vectors = {key: np.stack([vectors[images[row]] for row in rows]) for key, vectors in found.items()}
-    return Batch(lane, rows, vectors=vectors, cached=True)
+    return Batch(network, rows, vectors=vectors, cached=True)

@@ -93,8 +93,8 @@ class MemorySink:
         for part, there in zip(self._parts, places, strict=True):
             part.replaced = bool(there)
         self._frame = attach(frame, [part.frame(frame.index) for part in self._parts], places)
-        for lane in self._run.lanes:
-            lane.features.clear()  # what no part holds may go
+        for network in self._run.networks:
+            network.features.clear()  # what no part holds may go
 
 
 class DatasetSink:
@@ -151,7 +151,7 @@ class DatasetSink:
         """Keep others from writing for the block; look at what is there, and obey what it was computed in."""
         with self._location.held():
             self._dataset.survey()
-            if (recipe := self._recipe()) and not self._run.lanes:
+            if (recipe := self._recipe()) and not self._run.networks:
                 self._obey(recipe)
             yield
 
@@ -164,8 +164,8 @@ class DatasetSink:
         if self._run.precision not in {"auto", recipe.precision}:
             self._dataset.refuse(f"they were computed in {recipe.precision}, and {self._run.precision} is asked for")
             return
-        earlier = {part.network: made.precision for part, made in zip(self._parts, recipe.parts, strict=True)}
-        self._run.repeat([earlier[number] for number in range(len(self._run.networks))])
+        earlier = {part.network_index: made.precision for part, made in zip(self._parts, recipe.parts, strict=True)}
+        self._run.repeat([earlier[number] for number in range(len(self._run.specs))])
 
     @property
     def kept(self) -> int:
@@ -210,15 +210,15 @@ class DatasetSink:
             if self._dataset.raw or any(part.normalizer is None for part in self._parts):
                 yield from self._normalize()
         self.files, self.bytes = self._dataset.finish()
-        for lane in self._run.lanes:
-            lane.features.clear()
+        for network in self._run.networks:
+            network.features.clear()
 
     def _begin(self) -> None:
         """Compare with the networks that are open, decide how many rows a file has, and write the manifest."""
         if recipe := self._recipe():
             self._compare(recipe)
         if not self._dataset.chunk:
-            batch = max((lane.batch_size for lane in self._run.lanes), default=1)
+            batch = max((network.batch_size for network in self._run.networks), default=1)
             widths = {part.source: part.raw_width for part in self._parts}.values()
             self._dataset.chunk = rows_together(widths, batch, on_cluster=self._run.executor.starts_workers)
         with self._explained():
@@ -232,12 +232,12 @@ class DatasetSink:
             self._run.finished_before(self._images(number), reasons)
 
     def _compare(self, recipe: Recipe) -> None:
-        lanes = [part.lane for part in self._parts if part.lane]
-        pairs = zip(recipe.parts, lanes, strict=True)
-        if difference := next(filter(None, (made.difference(lane) for made, lane in pairs)), ""):
+        networks = [part.network for part in self._parts if part.network]
+        pairs = zip(recipe.parts, networks, strict=True)
+        if difference := next(filter(None, (made.difference(network) for made, network in pairs)), ""):
             self._dataset.refuse(difference)
         elif not any(part.repeats for part in self._parts):  # of which that was told already
-            self._run.note(recipe.check(lanes))
+            self._run.note(recipe.check(networks))
 
     def _take_normalizers(self) -> None:
         """Take what is known without learning, or was learned when files were written."""
@@ -281,8 +281,8 @@ class DatasetSink:
         matrices = raw if is_raw else normalized(self._parts, [matrix.copy() for matrix in raw])
         self._write(number, matrices, failures, raw=is_raw)
         self._now = -1
-        for lane in self._run.lanes:
-            lane.features.clear()
+        for network in self._run.networks:
+            network.features.clear()
 
     def _write(
         self, number: int, matrices: Sequence[NDArray[np.float32]], failures: Sequence[Failure], *, raw: bool

@@ -243,8 +243,8 @@ def without_openvino(*_: str) -> dict[str, Any]:
     nbfeat.register_backbone("MyNet", lambda size: build_with(8, size), input_size=SIZE, scaling="none")
     blocks = ["MyNet", "MyNet --layer conv"]
     results = [nbfeat.extract(frame_of(SIZE, 3), blocks, images="image") for _ in range(2)]
-    lane: Any = results[0].parts[1].lane
-    alone = lane.opening.start("float32", "conv:default")
+    network: Any = results[0].parts[1].network
+    alone = network.prepared.start("float32", "conv:default")
     buffer = alone.buffer()
     buffer[:3] = pixels(SIZE, 3)
     alone.submit(buffer, 3)

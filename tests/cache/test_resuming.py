@@ -161,7 +161,7 @@ def test_networks_that_are_not_what_they_should_be_are_not_used(
     poisoned = bytearray(weights.read_bytes())
     poisoned[len(poisoned) // 2] ^= 1
     weights.write_bytes(poisoned)
-    said, _ = to_its_end(prepare(before._run.lanes[0].spec))
+    said, _ = to_its_end(prepare(before._run.networks[0].spec))
     assert [text for text in said if text.startswith("building")]
     same(nbfeat.extract(few, BLOCK, images="path", cache=False).features, before.features)
     assert weights.read_bytes() != poisoned

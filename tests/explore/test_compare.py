@@ -194,7 +194,7 @@ def test_features_before_normalization_come_from_the_cache(photos: pd.DataFrame)
     assert "computed again" not in repr(found)
     assert "mobilenet: normalization learned in each fold" in repr(found)
     raw = result.before_normalization().run()
-    assert raw._run.networks == result._run.networks  # with every cut, since the cache may keep features by them all
+    assert raw._run.specs == result._run.specs  # with every cut, since the cache may keep features by them all
     expected = nbfeat.extract(photos, END, images="path").features.reset_index(drop=True)
     pd.testing.assert_frame_equal(raw["mobilenet"], expected)
     computed = FakeEngine.computed
@@ -423,8 +423,8 @@ def test_speed_is_measured_once_for_each_source_and_only_where_asked(photos: pd.
     assert FakeEngine.computed > computed
     assert speed["mobilenet"] == speed["standard"]
     part = result.parts[0]
-    assert part.lane is not None
-    assert np.isnan(images_per_second(part.lane, part.block.cut.key, [str(tmp_path / "gone.png")], tmp_path))
+    assert part.network is not None
+    assert np.isnan(images_per_second(part.network, part.block.cut.key, [str(tmp_path / "gone.png")], tmp_path))
 
 
 @pytest.mark.slow
@@ -434,8 +434,8 @@ def test_one_output_of_a_real_network_alone_gives_the_same(
     monkeypatch.setattr(prepared, "PreparedNetwork", REAL_NETWORK)
     result = nbfeat.extract(photos[:2], "Pocket --layer block1_out,block2_out", images="path")
     part = result.parts[0]
-    assert part.lane is not None
-    alone, whole = part.lane.opening.start("float32", part.block.cut.key), part.lane.opening.start("float32")
+    assert part.network is not None
+    alone, whole = part.network.prepared.start("float32", part.block.cut.key), part.network.prepared.start("float32")
     vectors = []
     for engine in (alone, whole):
         buffer = engine.buffer()

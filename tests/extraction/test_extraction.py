@@ -86,7 +86,7 @@ def test_batches_stay_full_when_images_fail(photos: pd.DataFrame) -> None:
     photos.iloc[::3, 0] = None
     extraction = Extraction(photos, BLOCK, images="path", batch_size=4)
     extraction.run()
-    engine = extraction._run.lanes[0].engine
+    engine = extraction._run.networks[0].engine
     assert isinstance(engine, fake.FakeEngine)
     assert engine.batches == [4, 4, 4, 1]
 
@@ -279,7 +279,7 @@ def test_leaving_the_loop_stops_and_asking_again_goes_on(photos: pd.DataFrame) -
     assert str(extraction.state) == "stopped"
     assert 0 < extraction.done < 20
     done = extraction.done
-    engine = extraction._run.lanes[0].engine
+    engine = extraction._run.networks[0].engine
     assert isinstance(engine, fake.FakeEngine)
     assert engine.closed == 1
     rest = list(extraction.steps())

@@ -32,6 +32,7 @@ from pyarrow import parquet
 
 import nbfeat
 from nbfeat import Extraction, ExtractionError, NetworkError, RequestError, isolation
+from nbfeat.backbones import catalog
 from nbfeat.extraction import ray_workers, sink
 from nbfeat.extraction.ray_workers import Found, RayExecutor, Share, Table, Worker
 from nbfeat.images import fingerprint, public_hosts, remote
@@ -305,9 +306,8 @@ def test_what_cannot_be_is_refused_before(photos: pd.DataFrame, monkeypatch: pyt
     with pytest.raises(RequestError, match=r"pip install 'nbfeat\[ray\]'"):
         Extraction(photos, "ResNet50", images="path", on="ray")
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: "found")
-    monkeypatch.setattr(
-        NetworkSpec, "network", property(lambda spec: replace(find(spec.backbone), package="registered"))
-    )
+    built = replace(catalog.find("ResNet50"), package="registered")
+    monkeypatch.setattr(NetworkSpec, "network", property(lambda _: built))
     with pytest.raises(RequestError, match=r"ResNet50 is built by a function in this process.*\.keras"):
         Extraction(photos, "ResNet50", images="path", on="ray")
 

@@ -313,14 +313,14 @@ def test_networks_of_one_run_may_differ(
     monkeypatch.setattr(hardware, "spoil", spoil)
     blocks = (f"{BLOCK} --normalize standard", "MobileNetV2 --size 32 --normalize standard")
     result = run(enough, *blocks)
-    assert [part.lane.precision for part in result.parts if part.lane] == ["float32", "bfloat16"]
+    assert [part.network.precision for part in result.parts if part.network] == ["float32", "bfloat16"]
     assert result.precision == "float32 and bfloat16"
     assert [note.partition(" computes in ")[0] for note in result.notes[:2]] == ["MobileNet", "MobileNetV2"]
     assert [part.precision for part in result.fitted.parts] == ["float32", "bfloat16"]
     raw = result.before_normalization().run()
     assert (raw.precision, raw.cached) == ("float32 and bfloat16", len(enough))
     repeated = result.like(photos)
-    assert [part.lane.precision for part in repeated.parts if part.lane] == ["float32", "bfloat16"]
+    assert [part.network.precision for part in repeated.parts if part.network] == ["float32", "bfloat16"]
     model = nbfeat.ImageFeatures(list(blocks)).fit(enough["path"])
     assert model.recipe_.precision == "float32 and bfloat16"
     np.testing.assert_array_equal(model.transform(photos["path"]), repeated.features)

@@ -95,7 +95,7 @@ def test_files_have_what_memory_would_have(photos: pd.DataFrame, folder: Path, n
     for attribute in ("frame", "features", "ok"):
         with pytest.raises(ExtractionError, match=r"none in memory: nbfeat\.read\('.*features'\) reads them"):
             getattr(result, attribute)
-    assert not any(lane.features for lane in result._run.lanes)
+    assert not any(network.features for network in result._run.networks)
     assert f"4 files, {sum(file.stat().st_size for file in folder.iterdir()) / 1000:,.0f} kB" in repr(result)
     assert "mobilenet_0000 … 0047" in repr(result)
 
