@@ -16,22 +16,21 @@ if TYPE_CHECKING:
 
     from nbfeat.backbones.catalog import register_backbone as register_backbone
     from nbfeat.cache.storage import storage as storage
-    from nbfeat.errors import ExtractionError as ExtractionError
-    from nbfeat.errors import ImageError as ImageError
-    from nbfeat.errors import NbfeatError as NbfeatError
-    from nbfeat.errors import NetworkError as NetworkError
-    from nbfeat.errors import RequestError as RequestError
-    from nbfeat.errors import WeightsError as WeightsError
+    from nbfeat.errors import (
+        ExtractionError as ExtractionError,
+        ImageError as ImageError,
+        NbfeatError as NbfeatError,
+        NetworkError as NetworkError,
+        RequestError as RequestError,
+        WeightsError as WeightsError,
+    )
     from nbfeat.explore.compare import compare as compare
     from nbfeat.explore.gallery import thumbnails as thumbnails
-    from nbfeat.explore.neighbors import duplicates as duplicates
-    from nbfeat.explore.neighbors import similar as similar
+    from nbfeat.explore.neighbors import duplicates as duplicates, similar as similar
     from nbfeat.explore.scatter import scatter as scatter
-    from nbfeat.extraction.extraction import Extraction as Extraction
-    from nbfeat.extraction.extraction import extract as extract
+    from nbfeat.extraction.extraction import Extraction as Extraction, extract as extract
     from nbfeat.extraction.options import FeatureBlock as FeatureBlock
-    from nbfeat.extraction.result import Result as Result
-    from nbfeat.extraction.result import read as read
+    from nbfeat.extraction.result import Result as Result, read as read
     from nbfeat.extraction.transformer import ImageFeatures as ImageFeatures
     from nbfeat.images.folder import folder as folder
     from nbfeat.inference.layers import layers as layers

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as some
+from hypothesis import HealthCheck, given, settings, strategies as some
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
@@ -38,8 +37,7 @@ from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import read_pixels
 from nbfeat.parquet.result_file import Failure
 from tests.conftest import ROOT
-from tests.images.images_child import images as image_files
-from tests.images.images_child import is_a_sentence
+from tests.images.images_child import images as image_files, is_a_sentence
 from tests.messages import assert_says_what_to_do
 from tests.mutations import mutated
 from tests.parquet.test_parquet import resealed

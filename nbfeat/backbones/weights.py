@@ -100,7 +100,6 @@ def digest_of_arrays(arrays: list[NDArray[np.float32]]) -> str:
 
 
 def _load_checkpoint(backbone: Backbone, network: Any, path: Path) -> None:
-    """Give a network written here the weights of torchvision's."""
     if not backbone.published:
         raise WeightsError(
             f"{path.name} is a checkpoint of PyTorch's, which is read for AlexNet and GoogLeNet alone: give "
@@ -164,7 +163,6 @@ def fetch(backbone: Backbone, folder: Path) -> Generator[str, None, Path]:
 
 
 def _download(backbone: Backbone, path: Path) -> Iterator[str]:
-    """Write the published weights to a file; yield how far it is."""
     import http.client
     import urllib.error
     import urllib.request

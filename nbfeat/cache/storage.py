@@ -73,7 +73,6 @@ class Storage:
                 shutil.rmtree(self.folder / folder, ignore_errors=True)
 
     def _cache(self) -> Cache:
-        """Open the cache if there is one; looking at it makes none."""
         return Cache.at_home() if (self.folder / "features").is_dir() else Cache(None)
 
     def _networks(self) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from nbfeat.errors import RequestError, format_bytes, listing
@@ -22,7 +23,6 @@ from nbfeat.extraction.report import briefly, title_of
 from nbfeat.html import table, text_table
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
 
 
@@ -243,8 +243,6 @@ def _matrices(result: Extraction) -> tuple[dict[str, NDArray[np.float32]], NDArr
 
 def _tables(result: Extraction, scores: Mapping[str, list[float]], *, speed: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return what is known of each block, and the scores of blocks × folds; the best mean first."""
-    import pandas as pd
-
     parts = sorted(result.parts, key=lambda part: float(np.mean(scores[part.prefix])), reverse=True)
     prefixes, widths = [part.prefix for part in parts], [len(part.names) for part in parts]
     names = [f"fold {number}" for number, _ in enumerate(scores[prefixes[0]], 1)]

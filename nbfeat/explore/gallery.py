@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from nbfeat import isolation
@@ -27,7 +28,6 @@ from nbfeat.inference.engines.cpu_count import available_cores
 from nbfeat.inference.spec import whole
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
     from PIL import Image
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from nbfeat import isolation
@@ -22,9 +23,6 @@ from nbfeat.images.decode import short
 from nbfeat.images.public_hosts import redact_url
 from nbfeat.images.sources import is_missing, name_of, path_of, read_thumbnail
 from nbfeat.inference.spec import whole
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 NEIGHBORS = 12
 LABELS_SHOWN = 3
@@ -134,8 +132,6 @@ def duplicates(
     >>> found = nbfeat.duplicates(result)  # doctest: +SKIP
     >>> photos = photos[found.rest]  # doctest: +SKIP
     """
-    import pandas as pd
-
     vectors = vectors_of(result, features, images, root)
     space, rows, frame = Space([*vectors.blocks.values()], metric), vectors.positions, vectors.images.frame
     is_number = isinstance(threshold, (int, float, np.number)) and not isinstance(threshold, bool)
@@ -313,9 +309,6 @@ def _path(value: object, root: Path) -> str | None:
 
 
 def _extracted(vectors: Vectors, to: object) -> list[Rows]:
-    """Extract the features of an image as the result's own were."""
-    import pandas as pd
-
     try:
         with isolation.pillow_defaults():
             read_thumbnail(to, SMALL, vectors.images.root)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -26,7 +27,6 @@ from nbfeat.inference.engines.cpu_count import available_cores
 from nbfeat.inference.spec import whole
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
 
 Method = Literal["pca", "tsne", "umap"]
@@ -82,8 +82,6 @@ def scatter(
     >>> nbfeat.scatter(result, color="label")  # doctest: +SKIP
     >>> nbfeat.scatter(result, "label", "tsne", features="resnet50").plot().figure.savefig("tsne.png")  # doctest: +SKIP
     """
-    import pandas as pd
-
     one_of([*TITLES], "method", method)
     if method == "umap" and importlib.util.find_spec("umap") is None:
         raise RequestError(

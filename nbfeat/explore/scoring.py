@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from nbfeat.errors import RequestError, listing, near, sentences
 from nbfeat.extraction.normalize import learn
 from nbfeat.extraction.options import FeatureBlock
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MODELS = ("svm", "forest", "logistic")
 MOST_CLASSES = 20  # that whole numbers stand for; more of them are a quantity
@@ -47,8 +45,6 @@ def column_of(frame: pd.DataFrame, given: object, what: str) -> pd.Series:
 
     A Series goes by its index where that has the frame's labels in another order.
     """
-    import pandas as pd
-
     if isinstance(given, pd.Series):
         if given.index.equals(frame.index):
             return given
@@ -98,8 +94,6 @@ def read_target(frame: pd.DataFrame, given: object, *, as_classes: bool | None) 
 
 def _values(name: str, column: pd.Series) -> tuple[NDArray[Any], bool]:
     """Return the values as scikit-learn takes them, and whether they can be nothing but classes."""
-    import pandas as pd
-
     if isinstance(column.dtype, pd.CategoricalDtype):
         return _values(name, column.astype(column.cat.categories.dtype))[0], True
     column = column.infer_objects()
@@ -133,8 +127,6 @@ def _quantity(name: str, values: NDArray[Any]) -> tuple[bool, str]:
 
 def drawn(total: int, count: int, classes: NDArray[Any] | None) -> NDArray[np.intp]:
     """Draw `count` of `total` positions, the classes of theirs in proportion, always the same."""
-    import pandas as pd
-
     order = np.random.default_rng(0).permutation(total)
     if classes is not None:
         kinds = pd.Series(classes[order])
@@ -242,7 +234,6 @@ def _wants_classes(model: object) -> bool | None:
 
 
 def _estimator(model: object, *, is_classes: bool) -> Any:
-    """Return the estimator that `model` names, or `model` itself."""
     from sklearn import ensemble, linear_model, svm
     from sklearn.compose import TransformedTargetRegressor
     from sklearn.pipeline import make_pipeline

@@ -7,9 +7,10 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from nbfeat.errors import RequestError, listing
@@ -21,9 +22,6 @@ from nbfeat.extraction.recipe import PartRecipe
 from nbfeat.extraction.request import check_frame
 from nbfeat.extraction.result import Result
 from nbfeat.images.sources import image_column, spread
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Made: TypeAlias = Extraction | Result
 Data: TypeAlias = "Made | pd.DataFrame"

@@ -21,7 +21,7 @@ from nbfeat import isolation
 from nbfeat.errors import ExtractionError, RequestError, format_bytes, listing
 from nbfeat.extraction import report
 from nbfeat.extraction.columns import FeatureColumns
-from nbfeat.extraction.feature_table import FeatureTable
+from nbfeat.extraction.feature_table import FeatureTable, block_called
 from nbfeat.extraction.pipeline import LocalExecutor, images_per_second
 from nbfeat.extraction.profile import Bottleneck, Profile
 from nbfeat.extraction.ray_workers import executor_for
@@ -108,6 +108,7 @@ class Extraction(FeatureTable):
             batch_size=batch_size, device=device, precision=precision, on=on, remote=allow_remote,
         )  # fmt: skip
         self.blocks, self.parts, self.repeats = request.blocks, request.parts, request.repeats
+        self.root, self.total = request.root, len(request.images)  # of images: rows × image columns
         self.state: State = "new"
         self.seconds = 0.0
         executor = executor_for(on, request.images, request.specs) or LocalExecutor()
@@ -117,8 +118,6 @@ class Extraction(FeatureTable):
         if parquet is not None:
             self.written = DatasetSink(parquet, self._run, request, lambda: self.recipe)
         self._sink = self.written or MemorySink(self._run, request)
-
-    # Working
 
     def steps(self) -> Generator[Step, None, None]:
         """Work: one Step after each batch. Stop asking, or close the generator, to stop; call again to go on."""
@@ -196,8 +195,6 @@ class Extraction(FeatureTable):
             self._sink.make_room()
             yield self._coming()
 
-    # How far it is
-
     @property
     def done(self) -> int:
         """How many images are finished, failed ones and those from the cache too."""
@@ -209,19 +206,9 @@ class Extraction(FeatureTable):
         return self.progress.cached
 
     @property
-    def total(self) -> int:
-        """How many images there are: rows × image columns."""
-        return len(self.request.images)
-
-    @property
     def computed(self) -> int:
         """How many images a network ran over, or share the features of one."""
         return self.progress.computed
-
-    @property
-    def equal(self) -> int:
-        """How many images share the features of another of the same content."""
-        return self.progress.equal
 
     @property
     def kept(self) -> int:
@@ -236,12 +223,12 @@ class Extraction(FeatureTable):
     @property
     def profile(self) -> Profile:
         """Seconds by kind of work, and which of them bounds the speed; print it, or show it in a notebook."""
-        return Profile(self.timings, seconds=self.seconds, computed=bool(self.computed))
+        return Profile(self.timings, seconds=self.seconds, computed=bool(self.progress.computed))
 
     @property
     def engines(self) -> list[str]:
         """What runs the networks."""
-        return list(dict.fromkeys(network.name for network in self._run.networks))
+        return list(dict.fromkeys(network.prepared.name for network in self._run.networks))
 
     @property
     def precision(self) -> str:
@@ -258,7 +245,7 @@ class Extraction(FeatureTable):
 
     @property
     def _bottleneck(self) -> Bottleneck | None:
-        return self.timings.bottleneck if self.computed else None
+        return self.timings.bottleneck if self.progress.computed else None
 
     def _step(self, note: str = "") -> Step:
         rate = self.rate
@@ -267,7 +254,6 @@ class Extraction(FeatureTable):
         return Step(*counts, self.seconds, rate, left, self._bottleneck, note, self._sink.kept_words)
 
     def _coming(self) -> str:
-        """Say what is coming, before it comes."""
         width = sum(len(part.names) for part in self.parts)
         size = format_bytes(4 * len(self.request.frame) * sum(part.raw_width for part in self.parts))
         weights = listing(dict.fromkeys(network.weights.name for network in self._run.networks))
@@ -275,8 +261,6 @@ class Extraction(FeatureTable):
         count = len(hosts(self.request.images)) if self.request.remote else 0
         fetched = f" · images are fetched from {count:,} host{'s' if count > 1 else ''}" if count else ""
         return f"{matrix} · {weights} weights · {listing(self.engines)} · {self.precision}{fetched}"
-
-    # The result
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -296,14 +280,10 @@ class Extraction(FeatureTable):
         self._check_finished()
         return [name for part in self.parts for name in part.names]
 
-    def _block(self, prefix: str) -> pd.DataFrame:
-        part = next(part for part in self.parts if part.prefix == prefix)
-        return part.frame(self.frame.index)
-
-    @property
-    def prefixes(self) -> list[str]:
-        """What the names of each block's columns begin with."""
-        return [part.prefix for part in self.parts]
+    def __getitem__(self, prefix: str) -> pd.DataFrame:
+        """Return one block's columns, which share the memory of what was extracted."""
+        index, parts = self.frame.index, {part.prefix: part for part in self.parts}
+        return parts[block_called(prefix, parts)].frame(index)
 
     @property
     def failures(self) -> pd.DataFrame:
@@ -320,11 +300,6 @@ class Extraction(FeatureTable):
             "reason": [self.progress.reasons[row] for row in found],
         }
         return pd.DataFrame(table, index=self.request.frame.index.take(np.array(positions, int)))
-
-    @property
-    def root(self) -> Path:
-        """Where relative paths start."""
-        return self.request.root
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -367,7 +342,8 @@ class Extraction(FeatureTable):
     def _report(self) -> report.Report:
         finished = self.state == "done"
         subject = f"{len(self.columns):,} new columns from" if finished else f"{self.state}: {self.done:,} of"
-        equal = [f"{self.equal:,} images are equal to others and share their features."] if self.equal else []
+        count = self.progress.equal
+        equal = [f"{count:,} images are equal to others and share their features."] if count else []
         written = [self.written.sentence] if self.written and finished else []
         return report.Report(
             headline=report.headline(subject, self._step(), self.timings.preparing),
@@ -383,8 +359,6 @@ class Extraction(FeatureTable):
             ],
             footer=report.footer(self.engines, self.precision, self._bottleneck),
         )
-
-    # For those who look at it
 
     def before_normalization(self) -> Extraction:
         """Return an Extraction, not yet run, of the same images and the blocks that learn a normalization, without it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Hashable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,23 +19,26 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class FeatureTable(ABC):
+class FeatureTable:
     """The given columns, then the features; the images that failed; and what it takes to repeat them."""
 
+    def __init__(self, frame: pd.DataFrame, failures: pd.DataFrame, fitted: Recipe) -> None:
+        self._frame, self._failures, self._fitted = frame, failures, fitted
+
     @property
-    @abstractmethod
     def frame(self) -> pd.DataFrame:
         """The given columns, then the features: same index, same order, same rows."""
+        return self._frame
 
     @property
-    @abstractmethod
     def failures(self) -> pd.DataFrame:
         """The images that gave no features: position, column, image and reason, indexed like the frame."""
+        return self._failures
 
     @property
-    @abstractmethod
     def fitted(self) -> Recipe:
         """What `like` repeats: the blocks with all that decides their numbers, and what they learned."""
+        return self._fitted
 
     @abstractmethod
     def _report(self) -> Report: ...
@@ -44,11 +47,6 @@ class FeatureTable(ABC):
     def recipe(self) -> Mapping[str, Any]:
         """Everything needed to repeat this result: blocks, versions, hashes of weights, precision, decoding."""
         return self.fitted.provenance
-
-    @property
-    def prefixes(self) -> list[str]:
-        """What the names of each block's columns begin with."""
-        return [part.prefix for part in self.fitted.parts]
 
     @property
     def columns(self) -> list[str]:
@@ -62,11 +60,8 @@ class FeatureTable(ABC):
 
     def __getitem__(self, prefix: str) -> pd.DataFrame:
         """Return one block's columns."""
-        return self._block(block_called(prefix, self.prefixes))
-
-    def _block(self, prefix: str) -> pd.DataFrame:
-        part = next(part for part in self.fitted.parts if part.prefix == prefix)
-        return self.frame.loc[:, part.names]
+        parts = {part.prefix: part for part in self.fitted.parts}
+        return self.frame.loc[:, parts[block_called(prefix, parts)].names]
 
     @property
     def ok(self) -> pd.Series:

@@ -75,16 +75,6 @@ class NetworkState:
         return None if any(vector is None for vector in vectors.values()) else cast("Vectors", vectors)
 
     @property
-    def name(self) -> str:
-        """What runs it."""
-        return self.prepared.name
-
-    @property
-    def batch_size(self) -> int:
-        """How many images run at once."""
-        return self.prepared.batch_size
-
-    @property
     def outputs(self) -> dict[str, Output]:
         """What each cut gives."""
         return self.prepared.outputs
@@ -95,7 +85,6 @@ class NetworkState:
         return self.prepared.weights
 
     def _cache_key(self, cut: Cut) -> CacheKey:
-        """Return what the features of `cut` are kept under."""
         output = self.outputs[cut.key]
         return CacheKey(
             backbone=self.spec.backbone,

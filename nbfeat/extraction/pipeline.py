@@ -120,7 +120,6 @@ class BatchQueue:
             yield self._recalled()
 
     def _collect(self) -> Batch:
-        """Wait for the oldest batch."""
         assert self.engine is not None
         start, worked = time.perf_counter(), self.engine.work.seconds
         batch = self._flight.popleft()
@@ -176,7 +175,7 @@ class Pipeline:
         Close it to stop and clean up. It can be run once.
         """
         threads = self._decoders + (self._fetch.limits.at_once if self._fetch else 0)
-        ahead = threads + BATCHES_AHEAD * max(network.batch_size for network in self.networks)
+        ahead = threads + BATCHES_AHEAD * max(network.prepared.batch_size for network in self.networks)
         executor = ThreadPoolExecutor(threads, thread_name_prefix="nbfeat-decode")
         queues = [BatchQueue(network, self.timings) for network in self.networks]
         settled = Batch()
@@ -221,7 +220,6 @@ class Pipeline:
             yield item
 
     def _look(self, row: int) -> Item:
-        """Read a row, and decode it if need be; in a thread."""
         start, item = time.perf_counter(), Item(row)
         try:
             source, item.state = load_image(self.images[row], self.root, self._fetch)

@@ -36,8 +36,7 @@ from nbfeat.extraction.recipe import SLIGHT
 from nbfeat.extraction.run import Run
 from nbfeat.images import fingerprint, remote, sources
 from nbfeat.inference import prepared
-from nbfeat.inference.engines import cpu_count
-from nbfeat.inference.engines import devices as hardware
+from nbfeat.inference.engines import cpu_count, devices as hardware
 
 ROWS_AT_ONCE = 128  # fewer, and a worker waits more often; more, and a step comes seldom
 FETCHED_AT_ONCE = 512  # where images are fetched, for which each table opens connections of its own

@@ -4,45 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from nbfeat.errors import RequestError, format_bytes, listing
 from nbfeat.extraction import columns, report
 from nbfeat.extraction.columns import attach, place
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.feature_table import FeatureTable
-from nbfeat.extraction.recipe import Recipe, check_columns, existing_file, recipe_in, unpack
+from nbfeat.extraction.recipe import check_columns, existing_file, recipe_in, unpack
 from nbfeat.extraction.request import Frame
 from nbfeat.parquet import dataset, result_file
 from nbfeat.parquet.location import Location
 from nbfeat.parquet.result_file import AGAIN, Failure
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 class Result(FeatureTable):
     """What an Extraction made, read from the Parquet file that it was written to; `nbfeat.read` makes it."""
-
-    def __init__(self, frame: pd.DataFrame, failures: pd.DataFrame, fitted: Recipe) -> None:
-        self._frame, self._failures, self._fitted = frame, failures, fitted
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """The columns that were given, then the features."""
-        return self._frame
-
-    @property
-    def failures(self) -> pd.DataFrame:
-        """The images that gave no features: position, column, image and reason, indexed like the frame."""
-        return self._failures
-
-    @property
-    def fitted(self) -> Recipe:
-        """What `like` repeats."""
-        return self._fitted
 
     def like(self, frame: Frame, **options: Any) -> Extraction:
         """Repeat this on another frame, to the end, as `Extraction.like` does."""
@@ -106,8 +86,6 @@ def _read_file(file: Path) -> Result:
 
 
 def _read_dataset(location: Location, *, index_only: bool) -> Result:
-    import pandas as pd
-
     found = dataset.finished(location)
     recipe = unpack(found[0].recipe, location.name)[0]
     widths = {part.prefix: part.block.components or part.width for part in recipe.parts}
@@ -133,8 +111,6 @@ def _read_dataset(location: Location, *, index_only: bool) -> Result:
 
 
 def _table(failures: Sequence[Failure], index: pd.Index) -> pd.DataFrame:
-    import pandas as pd
-
     table = pd.DataFrame(failures, columns=list(Failure._fields))
     return table.set_axis(index.take(table["position"].to_numpy(int)))
 

@@ -128,21 +128,17 @@ class Run:
         self.cache.use(kept for network in self.networks for kept in network.cache_keys.values())
         self.progress.recount([network.done for network in self.networks])
         start = time.perf_counter()
-        for batch in cache_lookup(self.images, self._left(), self.networks, self.root, self.cache):
+        for batch in cache_lookup(self.images, self.progress.left(self._window), self.networks, self.root, self.cache):
             self._take(batch)
             self.timings.recalling += time.perf_counter() - start
             yield batch
             start = time.perf_counter()
         self.timings.recalling += time.perf_counter() - start
-        if left := self._left():
+        if left := self.progress.left(self._window):
             with closing(self.executor.run(self, left)) as batches:
                 for batch in batches:
                     self._take(batch)
                     yield batch
-
-    def _left(self) -> list[int]:
-        """Return the images of the window that are not finished, in order."""
-        return self.progress.left(self._window)
 
     def _take(self, batch: Batch) -> None:
         """Put the features of a batch where they belong, and into the cache what is new."""

@@ -104,12 +104,12 @@ class DatasetSink:
     or what is finished, is made anew.
     """
 
-    place = property(lambda self: f"in {self.address}")  # where the features are, in words
     kept_words = "in files already"
 
     def __init__(self, path: str | Path, run: Run, request: Request, describe: Callable[[], Mapping[str, Any]]) -> None:
         self._location, self._run, self._parts, self._describe = Location.at(path), run, request.parts, describe
         self._described: Mapping[str, Any] = {}
+        self.address, self.place = self._location.address, f"in {self._location.address}"
         frame, self._columns = request.frame, request.columns
         learned = [part for part in self._parts if part.block.is_learned and not request.repeats]
         _check_learned(learned, self.address, len(frame))
@@ -139,13 +139,6 @@ class DatasetSink:
             "like": repeats and hashlib.sha256(pack(Recipe(repeats.parts, {}), []).encode()).hexdigest(),
         }
 
-    # What is there
-
-    @property
-    def address(self) -> str:
-        """The folder or address, as it was named."""
-        return self._location.address
-
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep others from writing for the block; look at what is there, and obey what it was computed in."""
@@ -156,7 +149,6 @@ class DatasetSink:
             yield
 
     def _recipe(self) -> Recipe | None:
-        """Return the recipe of what is there."""
         first = next(iter([*self._dataset.parts.values(), *self._dataset.raw.values()]), None)
         return unpack(first.recipe, self._location.name)[0] if first else None
 
@@ -187,8 +179,6 @@ class DatasetSink:
             f"The features are in {self.address}, none in memory: nbfeat.read({self.address!r}) reads them."
         )
 
-    # Working
-
     def make_room(self) -> None:
         """Take no memory yet: each part takes its own."""
 
@@ -218,7 +208,7 @@ class DatasetSink:
         if recipe := self._recipe():
             self._compare(recipe)
         if not self._dataset.chunk:
-            batch = max((network.batch_size for network in self._run.networks), default=1)
+            batch = max((network.prepared.batch_size for network in self._run.networks), default=1)
             widths = {part.source: part.raw_width for part in self._parts}.values()
             self._dataset.chunk = rows_together(widths, batch, on_cluster=self._run.executor.starts_workers)
         with self._explained():
@@ -251,12 +241,10 @@ class DatasetSink:
                 part.learn(np.empty((1, part.raw_width), np.float32), np.ones(1, bool))
 
     def _images(self, number: int) -> NDArray[np.int64]:
-        """Return which images of the run are those of a part."""
         rows = np.array(self._dataset.rows(number), np.int64)
         return np.concatenate([place * self._rows + rows for place in range(len(self._columns))])
 
     def _compute(self, number: int) -> Generator[Batch, None, None]:
-        """Work through the images of a part, or go on with them."""
         if self._now != number:
             images = self._images(number)
             self._run.look_at(images)
@@ -266,7 +254,6 @@ class DatasetSink:
         yield from self._run.batches()
 
     def _keep(self, number: int) -> None:
-        """Write the file of a part that is computed."""
         rows, reasons = self._dataset.rows(number), self._run.progress.reasons
         starts = [self._columns.index(part.column) * len(rows) for part in self._parts]
         raw = [part.raw(slice(start, start + len(rows))) for part, start in zip(self._parts, starts, strict=True)]
@@ -328,7 +315,6 @@ class DatasetSink:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Say of a failing disk what is there, and how to go on."""
         try:
             yield
         except OSError as error:
@@ -344,9 +330,6 @@ def rows_together(widths: Iterable[int], batch: int, *, on_cluster: bool = False
     times = LARGER if on_cluster else 1
     rows = min(max(times * BYTES // (4 * sum(widths)), LEAST_ROWS), times * MOST_ROWS)
     return max(1, rows // batch) * batch
-
-
-# What tells a dataset from others
 
 
 def _check_learned(learned: Sequence[FeatureColumns], address: str, rows: int) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import _check_feature_names_in, check_is_fitted, validate_data
 
@@ -19,9 +20,6 @@ from nbfeat.extraction.request import Blocks, check_frame
 from nbfeat.extraction.run import FIRST_REASONS
 from nbfeat.images.sources import image_column
 from nbfeat.inference.spec import Pooling
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Rows = npt.NDArray[np.float32]
 _BLOCK_DEFAULTS = {"layer": None, "pooling": "avg", "normalize": "none", "components": None, "weights": None}
@@ -164,7 +162,6 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
         return {name: value for name, value in super().__getstate__().items() if name != "failures_"}
 
     def _learn(self, X: Any) -> Extraction:
-        """Run over X, keep what was learned, and return the run."""
         table = _table(X)
         if not len(table):
             raise RequestError("X has no rows: there is no image to learn from.")
@@ -202,8 +199,6 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
 
 def _table(X: Any) -> pd.DataFrame:
     """Return X as a frame: a series or a list is one column; of an array, each column is one."""
-    import pandas as pd
-
     if isinstance(X, pd.Series):
         return X.to_frame(X.name if isinstance(X.name, str) else "image")
     if isinstance(X, pd.DataFrame) or hasattr(X, "to_pandas"):

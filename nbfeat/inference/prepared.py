@@ -15,8 +15,7 @@ from nbfeat.backbones import user_models
 from nbfeat.backbones.weights import Loaded, digest
 from nbfeat.errors import NetworkError, WeightsError
 from nbfeat.inference import compiled_models
-from nbfeat.inference.engines import devices as hardware
-from nbfeat.inference.engines import openvino
+from nbfeat.inference.engines import devices as hardware, openvino
 from nbfeat.inference.engines.base import Engine, Pixels, Precision, Vectors
 from nbfeat.inference.engines.keras import FASTER_ON_GPUS, KerasEngine
 from nbfeat.inference.model import Base

@@ -11,8 +11,7 @@ from typing import Any
 from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
-from IPython.core.magic import Magics, line_magic, magics_class, no_var_expand
-from IPython.core.magic import line_cell_magic as both
+from IPython.core.magic import Magics, line_cell_magic as both, line_magic, magics_class, no_var_expand
 from traitlets import Bool, TraitError, Unicode, validate
 
 from nbfeat.backbones.catalog import backbones

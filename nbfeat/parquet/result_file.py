@@ -275,7 +275,6 @@ def _check_names(frame: pd.DataFrame) -> None:
 
 
 def _cannot_hold(frame: pd.DataFrame, error: Exception) -> RequestError:
-    """Name the columns that Parquet cannot hold, by trying each."""
     bad = {repr(label): kind for label in frame.columns if (kind := unholdable(frame[label]))}
     if not bad:
         return RequestError(f"Parquet cannot hold this frame: {_first_line(error)}. Change it and extract again.")

@@ -251,7 +251,7 @@ def test_another_backbone_beside_a_known_one_is_computed_alone(photos: pd.DataFr
 def test_equal_images_are_computed_once_in_whatever_column(photos: pd.DataFrame, tmp_path: Path) -> None:
     copies = [str(shutil.copy(path, tmp_path / f"copy {Path(path).name}")) for path in photos["path"]]
     result = run(pd.concat([photos, photos.assign(path=copies), photos]), cache=False)
-    assert (FakeEngine.computed, result.equal, result.done) == (20, 40, 60)
+    assert (FakeEngine.computed, result.progress.equal, result.done) == (20, 40, 60)
     assert "40 images are equal to others and share their features" in repr(result)
     same(result.features.iloc[20:40], result.features.iloc[:20])
     same(result.features.iloc[40:], result.features.iloc[:20])

@@ -123,7 +123,7 @@ def test_the_result_is_the_one_of_this_process(
     assert here.opened == 1
     same(there.frame, local.frame)
     same(there.failures, local.failures)
-    assert there.equal == local.equal > 0
+    assert there.progress.equal == local.progress.equal > 0
     assert there.recipe == local.recipe
     assert "Ran with 2 workers here." in there.notes
     assert cpu_count.available_cores() == here.shares[0].cores
@@ -153,7 +153,7 @@ def test_rows_that_come_twice_or_in_another_order_change_nothing(photos: pd.Data
     counts = [step.done for step in there.steps()]
     assert counts == sorted(counts)
     assert there.done == there.total == 20
-    assert there.equal == 2
+    assert there.progress.equal == 2
     same(there.frame, local.frame)
     same(there.failures, local.failures)
 
@@ -172,7 +172,7 @@ def test_equal_images_within_tables_and_across_them(photos: pd.DataFrame, here: 
     local = nbfeat.extract(frame, "ResNet50", "VGG16", images="path", cache=False)
     same(there.frame, local.frame)
     same(there.failures, local.failures)
-    assert there.equal == local.equal == 12
+    assert there.progress.equal == local.progress.equal == 12
     FakeEngine.computed = 0
     same(nbfeat.extract(frame, "ResNet50", "VGG16", images="path").frame, there.frame)
     assert not FakeEngine.computed
@@ -384,7 +384,7 @@ def test_files_are_those_of_this_process(
     assert len(list((tmp_path / "there").iterdir())) == 4
     same_files(tmp_path / "there", tmp_path / "local")
     assert [note for note in there.notes if note.startswith("Ran with")] == ["Ran with 2 workers here."]
-    assert (there.done, there.cached, there.equal) == (20, 0, local.equal) == (20, 0, 1)
+    assert (there.done, there.cached, there.progress.equal) == (20, 0, local.progress.equal) == (20, 0, 1)
     same(there.failures, local.failures)
     FakeEngine.computed = 0
     assert written(photos, tmp_path / "there", **asked, on="ray").run().cached == 18
@@ -621,7 +621,7 @@ def test_on_ray_the_result_is_the_same_to_the_bit(
     there = face(frame, *blocks, **asked, on="ray")
     same(there.frame, local.frame)
     same(there.failures, local.failures)
-    assert there.equal == local.equal
+    assert there.progress.equal == local.progress.equal
     assert there.precision == local.precision
     assert ray.is_initialized()
     note = next(note for note in there.notes if note.startswith("Ran on Ray"))

@@ -36,8 +36,7 @@ from nbfeat import Extraction, ExtractionError, FeatureBlock, ImageFeatures, Req
 from nbfeat.backbones.weights import Loaded
 from nbfeat.extraction import network_state
 from nbfeat.extraction.sink import MemorySink
-from nbfeat.inference import prepared
-from nbfeat.inference import spec as networks
+from nbfeat.inference import prepared, spec as networks
 from nbfeat.inference.engines import cpu_count as engine_cores
 from tests.conftest import ROOT
 from tests.extraction import in_workers

@@ -26,8 +26,7 @@ import numpy as np
 import pandas as pd
 
 import nbfeat
-from nbfeat.inference.engines import devices
-from nbfeat.inference.engines import keras as keras_engine
+from nbfeat.inference.engines import devices, keras as keras_engine
 from nbfeat.inference.engines.keras import KerasEngine
 from nbfeat.inference.model import in_policy
 from nbfeat.inference.prepared import vectors_of

@@ -16,8 +16,7 @@ from nbfeat.inference.engines.openvino import OpenVINOEngine
 from nbfeat.inference.prepared import vectors_of
 from tests import keras_child
 from tests.fake import to_its_end
-from tests.keras_child import cosine
-from tests.keras_child import run as keras
+from tests.keras_child import cosine, run as keras
 
 pytestmark = pytest.mark.slow
 

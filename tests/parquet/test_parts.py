@@ -578,7 +578,7 @@ def test_equal_images_in_several_files_are_all_there(photos: pd.DataFrame, folde
     photos["path"] = [photos["path"].iloc[number % 5] for number in range(20)]
     result = written(photos, BLOCK, parquet=folder)
     same(nbfeat.read(folder).frame, extract(photos, BLOCK, images="path").frame)
-    assert (result.done, result.equal) == (20, 3)  # those in one file
+    assert (result.done, result.progress.equal) == (20, 3)  # those in one file
 
 
 def test_the_cache_is_used_only_when_asked_for(photos: pd.DataFrame, folder: Path) -> None:
