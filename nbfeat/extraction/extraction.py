@@ -1,4 +1,4 @@
-"""Extraction: the one loop behind every face.
+"""Extraction: from a request to a result, batch by batch; the one loop behind every face.
 
 An Extraction that was just made has done nothing. Ask `steps()` for the next Step to work; stop asking to stop; call it
 again to go on. Read the result when it is done.

@@ -1,4 +1,4 @@
-"""Normalize features: learn on some rows, apply to all.
+"""Normalize features (L2, standard, min-max, PCA, whitening): learn on some rows, apply to all.
 
 Every normalization, L2 too, happens here on rows, so that networks and what is kept of them do not depend on it.
 """

@@ -1,4 +1,4 @@
-"""Result: a finished extraction as it was read from Parquet, and `read`, which makes it."""
+"""Result: an extraction that was read back from Parquet, and `read`, which makes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the features of a run go: into matrices in memory, which become columns, or into the parts of a dataset.
+"""Where the features of a run go, and when: into matrices that become columns, or into the parts of a dataset.
 
 A dataset is never all in memory: a frame is worked through part by part, each a file. What is in files is not computed
 again, whatever stopped the run before. Standardization and min-max, which learn from all rows, take two passes:

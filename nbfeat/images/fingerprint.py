@@ -1,4 +1,4 @@
-"""What an image is, told by its bytes; and what a file holds, told by its state.
+"""The content hash of an image, and the state of a file: what tells that it is the same as before.
 
 Both are 16 bytes of SHA-256. Equal content is never computed twice; a file whose state is known need not be read.
 """

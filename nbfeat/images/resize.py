@@ -1,4 +1,4 @@
-"""An RGB image → the pixels that a network takes: how large, by which way of fitting, with which filter."""
+"""An RGB image, of a JPEG or any other, → the pixels of a network: how large, fitted how, with which filter."""
 
 from __future__ import annotations
 

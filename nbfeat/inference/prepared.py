@@ -1,4 +1,4 @@
-"""PreparedNetwork: which engine runs a network, what it gives, and what decides its numbers; started when needed."""
+"""PreparedNetwork: which engine runs a network and in which precisions; started when the first image needs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A dataset: a folder of Parquet files, each the features of some rows of one frame; which are there, written and read.
+"""A dataset: a folder of Parquet files, each some rows of a frame; which are there when a run is resumed.
 
 A JSON manifest says what the dataset is of, in a file of its own while parts are missing, and in each part for good.
 Features that wait for a normalization to be learned from all of them lie in a hidden folder meanwhile.
