@@ -94,7 +94,7 @@ def _read_dataset(location: Location, *, index_only: bool) -> Result:
     if free is not None and size > columns.SHARE * free:
         raise RequestError(
             f"{location.address} has {rows:,} rows × {width:,} features, {format_bytes(size)}, more than half of the "
-            f"{format_bytes(free)} of free columns. Take what you need of it with polars.scan_parquet, DuckDB or "
+            f"{format_bytes(free)} of free memory. Take what you need of it with polars.scan_parquet, DuckDB or "
             "pyarrow.dataset, or file by file with pandas.read_parquet."
         )
     own, matrices = dataset.read(location, found, widths, index_only=index_only)
