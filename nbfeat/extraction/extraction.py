@@ -23,7 +23,7 @@ from nbfeat.extraction import report
 from nbfeat.extraction.columns import FeatureColumns
 from nbfeat.extraction.feature_table import FeatureTable, block_called
 from nbfeat.extraction.pipeline import LocalExecutor, images_per_second
-from nbfeat.extraction.profile import Bottleneck, Profile
+from nbfeat.extraction.profile import Profile
 from nbfeat.extraction.ray_workers import executor_for
 from nbfeat.extraction.recipe import Like, Recipe
 from nbfeat.extraction.request import Blocks, Frame, read_request
@@ -208,7 +208,7 @@ class Extraction(FeatureTable):
     @property
     def computed(self) -> int:
         """How many images a network ran over, or share the features of one."""
-        return self.progress.computed
+        return self.done - self.cached - len(self.progress.reasons)
 
     @property
     def kept(self) -> int:
@@ -223,7 +223,7 @@ class Extraction(FeatureTable):
     @property
     def profile(self) -> Profile:
         """Seconds by kind of work, and which of them bounds the speed; print it, or show it in a notebook."""
-        return Profile(self.timings, seconds=self.seconds, computed=bool(self.progress.computed))
+        return Profile(self.timings, seconds=self.seconds, computed=bool(self.computed))
 
     @property
     def engines(self) -> list[str]:
@@ -243,15 +243,11 @@ class Extraction(FeatureTable):
         worked, working = self.done - self.cached, self.seconds - apart
         return worked / working if worked and working > 0 else 0.0
 
-    @property
-    def _bottleneck(self) -> Bottleneck | None:
-        return self.timings.bottleneck if self.progress.computed else None
-
     def _step(self, note: str = "") -> Step:
         rate = self.rate
         left = (self.total - self.done) / rate if rate else None
         counts = self.done, self.total, len(self.progress.reasons), self.cached
-        return Step(*counts, self.seconds, rate, left, self._bottleneck, note, self._sink.kept_words)
+        return Step(*counts, self.seconds, rate, left, self.profile["bottleneck"], note, self._sink.kept_words)
 
     def _coming(self) -> str:
         width = sum(len(part.names) for part in self.parts)
@@ -357,7 +353,7 @@ class Extraction(FeatureTable):
                 *equal,
                 *report.normalization_notes(self.parts, repeats=self.repeats, fit_rows=self.request.fit_count),
             ],
-            footer=report.footer(self.engines, self.precision, self._bottleneck),
+            footer=report.footer(self.engines, self.precision, self.profile["bottleneck"]),
         )
 
     def before_normalization(self) -> Extraction:

@@ -16,6 +16,7 @@ from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.feature_table import FeatureTable
 from nbfeat.extraction.recipe import check_columns, existing_file, recipe_in, unpack
 from nbfeat.extraction.request import Frame
+from nbfeat.images.sources import is_missing, name_of
 from nbfeat.parquet import dataset, result_file
 from nbfeat.parquet.location import Location
 from nbfeat.parquet.result_file import AGAIN, Failure
@@ -68,7 +69,7 @@ def read(path: str | Path, frame: pd.DataFrame | None = None) -> Result:
     >>> test = result.like(photos)  # doctest: +SKIP
     """
     if dataset.is_dataset(path):
-        result = _read_dataset(Location.at(path), index_only=frame is not None)
+        result = _read_dataset(Location.at(path), is_attached=frame is not None)
     else:
         result = _read_file(existing_file(path))
     return result if frame is None else _attached(result, frame)
@@ -85,7 +86,7 @@ def _read_file(file: Path) -> Result:
     return Result(frame, _table(failures, frame.index), recipe)
 
 
-def _read_dataset(location: Location, *, index_only: bool) -> Result:
+def _read_dataset(location: Location, *, is_attached: bool) -> Result:
     found = dataset.finished(location)
     recipe = unpack(found[0].recipe, location.name)[0]
     widths = {part.prefix: part.block.components or part.width for part in recipe.parts}
@@ -97,7 +98,7 @@ def _read_dataset(location: Location, *, index_only: bool) -> Result:
             f"{format_bytes(free)} of free memory. Take what you need of it with polars.scan_parquet, DuckDB or "
             "pyarrow.dataset, or file by file with pandas.read_parquet."
         )
-    own, matrices = dataset.read(location, found, widths, index_only=index_only)
+    own, matrices = dataset.read(location, found, widths, recipe.columns if is_attached else None)
     features = [
         pd.DataFrame(matrices[part.prefix], index=own.index, columns=part.names, copy=False) for part in recipe.parts
     ]
@@ -117,13 +118,25 @@ def _table(failures: Sequence[Failure], index: pd.Index) -> pd.DataFrame:
 
 def _attached(result: Result, frame: pd.DataFrame) -> Result:
     """Return the features of a result beside the columns of `frame`, whose rows are the same."""
-    if not frame.index.equals(result.frame.index):
-        here, there = f"{len(frame):,} rows", f"{len(result.frame):,} rows"
-        why = f"it has {here}, and {result.fitted.source} {there}" if here != there else "its index is another"
-        raise RequestError(
-            f"The frame is not the one that {result.fitted.source} was made of: {why}. Leave frame= away."
-        )
+    source, why = result.fitted.source, ""
+    if len(frame) != len(result.frame):
+        why = f"it has {len(frame):,} rows, and {source} {len(result.frame):,} rows"
+    elif not frame.index.equals(result.frame.index):
+        why = "its index is another"
+    else:
+        for column in {*result.fitted.columns} & {*frame.columns} & {*result.frame.columns}:
+            pairs = enumerate(zip(frame[column], result.frame[column], strict=True))
+            if odd := next(((at, *pair) for at, pair in pairs if not _is_same(*pair)), None):
+                why = f"row {odd[0]:,} of {column} is {name_of(odd[1])}, and there {name_of(odd[2])}"
+    if why:
+        raise RequestError(f"The frame is not the one that {source} was made of: {why}. Leave frame= away.")
     places = [place(frame, part.prefix, len(part.names), replace=False) for part in result.fitted.parts]
     blocks = [result[part.prefix].set_axis(frame.index) for part in result.fitted.parts]
     failures = result.failures.set_axis(frame.index.take(result.failures["position"].to_numpy(int)))
     return Result(attach(frame, blocks, places), failures, result.fitted)
+
+
+def _is_same(image: object, other: object) -> bool:
+    if isinstance(image, str) and isinstance(other, str):
+        return image == other
+    return np.array_equal(np.array(image, object), np.array(other, object)) or (is_missing(image) and is_missing(other))

@@ -212,11 +212,6 @@ class Progress:
         self._waiting: dict[int, int] = {}  # an image → the one of the same content that it waits for
 
     @property
-    def computed(self) -> int:
-        """How many images a network ran over, or share the features of one."""
-        return self.done - self.cached - len(self.reasons)
-
-    @property
     def ok(self) -> NDArray[np.bool_]:
         """Which images did not fail."""
         good = np.ones(len(self._lacking), bool)

@@ -354,9 +354,9 @@ def finished(location: Location) -> list[Part]:
 
 
 def read(
-    location: Location, parts: Sequence[Part], widths: Mapping[str, int], *, index_only: bool
+    location: Location, parts: Sequence[Part], widths: Mapping[str, int], only: Collection[object] | None = None
 ) -> tuple[pd.DataFrame, dict[str, NDArray[np.float32]]]:
-    """Read the frame's own columns of all `parts`, perhaps of the index alone, and the features of these `widths`."""
+    """Read the features of these `widths`, and the frame's own columns: all, or `only` these and the index."""
     import pyarrow as pa
 
     rows = sum(part.rows for part in parts)
@@ -370,11 +370,12 @@ def read(
                 matrix[start : start + part.rows] = numbers.reshape(part.rows, widths[prefix])
         described = (table.schema.pandas_metadata or {}).get("index_columns", [])
         index = [name for name in described if isinstance(name, str)]
-        own = index if index_only else [name for name in table.column_names if name not in {*widths, FAILURE}]
+        own = [name for name in table.column_names if name not in {*widths, FAILURE}]
+        own = own if only is None else [name for name in own if name in index or name in only]
         tables.append(table.select([*own, FAILURE]))  # a table without columns would have no rows
         start += part.rows
     frame: pd.DataFrame = pa.concat_tables(tables).to_pandas().drop(columns=FAILURE)
-    return frame.iloc[:, :0] if index_only else frame, matrices
+    return frame, matrices
 
 
 # The columns of the user's frame

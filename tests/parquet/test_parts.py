@@ -525,6 +525,23 @@ def test_any_index_travels(photos: pd.DataFrame, folder: Path, index: pd.Index) 
                 nbfeat.read(folder, frame=other)
 
 
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_features_are_never_attached_to_rows_of_other_images(photos: pd.DataFrame, tmp_path: Path, form: str) -> None:
+    frame = photos.reset_index(drop=True)
+    frame.loc[3, "path"] = None
+    if form == "folder":
+        written(frame, BLOCK, parquet=tmp_path / form)
+    else:
+        extract(frame, BLOCK, images="path").to_parquet(tmp_path / form)
+    same(nbfeat.read(tmp_path / form, frame=frame).features, extract(frame, BLOCK, images="path").features)
+    reversed_frame = frame.iloc[::-1].reset_index(drop=True)  # with the same index
+    with pytest.raises(RequestError, match=r"was made of: row 0 of path is .*, and there .*\. Leave frame= away"):
+        nbfeat.read(tmp_path / form, frame=reversed_frame)
+    swapped = frame.assign(path=frame["path"].where(frame.index != 19, frame["path"].iloc[0]))
+    with pytest.raises(RequestError, match="row 19 of path"):
+        nbfeat.read(tmp_path / form, frame=swapped)
+
+
 def test_columns_that_cannot_travel_are_left_out_and_told(photos: pd.DataFrame, folder: Path) -> None:
     photos["image"] = [Path(path).read_bytes() for path in photos["path"]]
     photos["file"] = photos["path"].map(Path)
