@@ -173,7 +173,8 @@ def negative_layers(network: Any) -> dict[str, bool]:
     for layer in network.layers:
         activation = getattr(getattr(layer, "activation", None), "__name__", "")
         kind = type(layer).__name__
-        negative[layer.name] = kind != "ReLU" and activation not in _ALWAYS_POSITIVE
+        is_relu = kind == "ReLU" and not layer.negative_slope
+        negative[layer.name] = not is_relu and activation not in _ALWAYS_POSITIVE
         if negative[layer.name] and (kind in _KEEPS_SIGN or (kind == "Activation" and activation == "linear")):
             sources = layer.input if isinstance(layer.input, list) else [layer.input]
             # Plain operations between layers are not among them: what they give may be anything.

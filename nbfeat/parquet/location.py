@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from nbfeat.errors import ExtractionError, RequestError
@@ -45,7 +45,7 @@ class Location:
         text = os.fspath(path)
         if "://" in text and not text.startswith("file://"):
             return cls(text, None, *_remote(text))
-        local = url2pathname(unquote(urlsplit(text).path)) if text.startswith("file://") else text
+        local = url2pathname(urlsplit(text).path) if text.startswith("file://") else text
         folder = Path(local).expanduser().absolute()
         return cls(text, folder, fs.LocalFileSystem(), str(folder))
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ from nbfeat.inference.compiled_models import Stored, prepare
 from nbfeat.inference.engines import devices
 from nbfeat.inference.engines.base import Precision
 from nbfeat.inference.engines.openvino import OpenVINOEngine
+from nbfeat.inference.model import negative_layers
 from nbfeat.inference.prepared import vectors_of
 from nbfeat.inference.spec import Cut, NetworkSpec, Output
 from tests.faces import same
@@ -255,3 +257,9 @@ def test_an_interrupt_after_networks_that_overlapped_ends_no_process(photos: pd.
         [sys.executable, "-c", OVERLAPPING, *photos["path"]], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
+
+
+@pytest.mark.parametrize(("slope", "negative"), [(0.0, False), (0.3, True)])
+def test_a_leaky_relu_gives_values_below_zero(slope: float, negative: bool) -> None:
+    layer = type("ReLU", (), {"name": "relu", "negative_slope": slope})()
+    assert negative_layers(SimpleNamespace(layers=[layer])) == {"relu": negative}

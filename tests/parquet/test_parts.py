@@ -772,3 +772,7 @@ def test_memory_does_not_grow_with_the_rows(folder: Path, normalize: str) -> Non
     assert found[49_152]["bytes"] > 2.9 * found[16_384]["bytes"] > 200_000_000
     grown = {rows: one["peak"] - one["before"] for rows, one in found.items()}
     assert grown[49_152] < grown[16_384] + 70_000_000  # the features of the rows between are 168 MB
+
+
+def test_a_file_address_is_unquoted_once(tmp_path: Path) -> None:
+    assert Location.at(f"file://{tmp_path}/a%2541%20b").folder == tmp_path / "a%41 b"
