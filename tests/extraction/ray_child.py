@@ -24,6 +24,7 @@ from typing import Any
 import pandas as pd
 
 import nbfeat
+from nbfeat import isolation
 
 LISTENS = "0A"  # a state of a socket, as the system writes it
 
@@ -120,6 +121,8 @@ def run(extraction: nbfeat.Extraction, at_work: Callable[[], None]) -> dict[str,
 def main(folder: Path) -> list[dict[str, Any]]:
     """Run three times, and tell of each."""
     warnings.simplefilter("ignore")
+    with isolation.quiet_ray():  # which imports Ray as a run does, before anything here does
+        pass
     paths = sorted(map(str, folder.glob("*.png")))
     few, many = pd.DataFrame({"path": paths * 5}), pd.DataFrame({"path": paths * 100})
     asked: dict[str, Any] = {"precision": "float32", "on": "ray", "cache": False}
