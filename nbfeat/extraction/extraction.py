@@ -381,7 +381,7 @@ class Extraction(FeatureTable):
             on=self.request.on,
         )
         in_order = dict.fromkeys(part.network_index for part in self.parts if part.network_index in indices)
-        raw._run.repeat([self._run.networks[number].precision for number in in_order])
+        raw._run.repeat(dict(enumerate(self._run.networks[number].precision for number in in_order)))
         return raw
 
     def speed_of(self, part: FeatureColumns) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +14,9 @@ from nbfeat.backbones.weights import Loaded
 from nbfeat.cache.database import Cache, CacheEntries
 from nbfeat.cache.keys import CacheKey
 from nbfeat.images import resize
-from nbfeat.inference.engines.base import Vectors
+from nbfeat.inference.engines.base import Engine, Precision, Vectors
 from nbfeat.inference.prepared import PreparedNetwork
 from nbfeat.inference.spec import NUMERICS, Cut, NetworkSpec, Output
-
-if TYPE_CHECKING:
-    from nbfeat.inference.engines.base import Engine, Precision
 
 
 @dataclass(slots=True, eq=False)

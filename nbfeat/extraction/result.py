@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -118,17 +118,8 @@ def _table(failures: Sequence[Failure], index: pd.Index) -> pd.DataFrame:
 
 def _attached(result: Result, frame: pd.DataFrame) -> Result:
     """Return the features of a result beside the columns of `frame`, whose rows are the same."""
-    source, why = result.fitted.source, ""
-    if len(frame) != len(result.frame):
-        why = f"it has {len(frame):,} rows, and {source} {len(result.frame):,} rows"
-    elif not frame.index.equals(result.frame.index):
-        why = "its index is another"
-    else:
-        for column in {*result.fitted.columns} & {*frame.columns} & {*result.frame.columns}:
-            pairs = enumerate(zip(frame[column], result.frame[column], strict=True))
-            if odd := next(((at, *pair) for at, pair in pairs if not _is_same(*pair)), None):
-                why = f"row {odd[0]:,} of {column} is {name_of(odd[1])}, and there {name_of(odd[2])}"
-    if why:
+    if why := _difference(frame, result):
+        source = result.fitted.source
         raise RequestError(f"The frame is not the one that {source} was made of: {why}. Leave frame= away.")
     places = [place(frame, part.prefix, len(part.names), replace=False) for part in result.fitted.parts]
     blocks = [result[part.prefix].set_axis(frame.index) for part in result.fitted.parts]
@@ -136,7 +127,20 @@ def _attached(result: Result, frame: pd.DataFrame) -> Result:
     return Result(attach(frame, blocks, places), failures, result.fitted)
 
 
+def _difference(frame: pd.DataFrame, result: Result) -> str:
+    if len(frame) != len(result.frame):
+        return f"it has {len(frame):,} rows, and {result.fitted.source} {len(result.frame):,} rows"
+    if not frame.index.equals(result.frame.index):
+        return "its index is another"
+    for column in map(str, result.fitted.columns):
+        if column in result.frame.columns and list(frame.columns).count(column) == 1:
+            for at, (here, there) in enumerate(zip(frame[column], result.frame[column], strict=True)):
+                if not _is_same(here, there):
+                    return f"row {at:,} of {column} is {name_of(here)}, and there {name_of(there)}"
+    return ""
+
+
 def _is_same(image: object, other: object) -> bool:
-    if isinstance(image, str) and isinstance(other, str):
-        return image == other
+    if isinstance(image, str | PurePath) and isinstance(other, str):
+        return str(image) == other
     return np.array_equal(np.array(image, object), np.array(other, object)) or (is_missing(image) and is_missing(other))

@@ -7,7 +7,7 @@ given an executor, which computes what the cache lacks: in this process, or by w
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Hashable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +62,8 @@ class Run:
         self.seen: dict[bytes, int] = {}  # which image of the window had a content first
         self.computed_elsewhere = False  # whether some of it has no use for the cache
         self._window: NDArray[np.int64] | None = None
-        earlier = {part.network_index: part.repeats.precision for part in request.parts if part.repeats}
-        self._repeated: Sequence[Precision] = [earlier[number] for number in sorted(earlier)]
+        self._slots: NDArray[np.int32] | None = None  # of the images of the window, in it
+        self._repeated = {part.network_index: part.repeats.precision for part in request.parts if part.repeats}
 
     @contextmanager
     def caching(self) -> Iterator[None]:
@@ -85,8 +85,7 @@ class Run:
         devices, networks = hardware.choose_devices(self.device), []
         for number, (spec, pixels) in enumerate(self.specs):
             ready = prepared.PreparedNetwork(spec, devices=devices, batch_size=self.batch_size)
-            network = NetworkState(spec, pixels, ready, np.zeros(len(self.images), bool))
-            networks.append(network)
+            networks.append(network := NetworkState(spec, pixels, ready, np.zeros(len(self.images), bool)))
             yield from ready
             self.note(ready.note)
             if self._repeated:
@@ -100,18 +99,19 @@ class Run:
         self.networks = networks
         self.timings.preparing += time.perf_counter() - start
 
-    def repeat(self, precisions: Sequence[Precision]) -> None:
-        """Compute in what an earlier run computed in, one for each network; nothing is compared."""
-        self._repeated = precisions
+    def repeat(self, precisions: Mapping[int, Precision]) -> None:
+        """Compute in what an earlier run computed in, for each network by its number; nothing is compared."""
+        self._repeated = dict(precisions)
 
     def look_at(self, window: NDArray[np.int64]) -> None:
         """Work on these images from now on; room for the features of so many is made by the caller."""
         self._window = window
         self.seen.clear()  # features of the images before are not here any more
-        slots = np.full(len(self.images), -1, np.int32)
-        slots[window] = np.arange(len(window))
+        if self._slots is None:  # one for all windows: of other images nobody asks
+            self._slots = np.empty(len(self.images), np.int32)
+        self._slots[window] = np.arange(len(window))
         for network in self.networks:
-            network.slots = slots
+            network.slots = self._slots
             network.features.clear()
 
     def finished_before(self, images: NDArray[np.int64], reasons: dict[int, str]) -> None:

@@ -156,8 +156,8 @@ class DatasetSink:
         if self._run.precision not in {"auto", recipe.precision}:
             self._dataset.refuse(f"they were computed in {recipe.precision}, and {self._run.precision} is asked for")
             return
-        earlier = {part.network_index: made.precision for part, made in zip(self._parts, recipe.parts, strict=True)}
-        self._run.repeat([earlier[number] for number in range(len(self._run.specs))])
+        pairs = zip(self._parts, recipe.parts, strict=True)
+        self._run.repeat({part.network_index: made.precision for part, made in pairs})
 
     @property
     def kept(self) -> int:
@@ -200,26 +200,26 @@ class DatasetSink:
             if self._dataset.raw or any(part.normalizer is None for part in self._parts):
                 yield from self._normalize()
         self.files, self.bytes = self._dataset.finish()
-        for network in self._run.networks:
-            network.features.clear()
 
     def _begin(self) -> None:
         """Compare with the networks that are open, decide how many rows a file has, and write the manifest."""
         if recipe := self._recipe():
-            self._compare(recipe)
+            self._compare(recipe)  # which may find it of no use, so that no part is there any more
         if not self._dataset.chunk:
             batch = max((network.prepared.batch_size for network in self._run.networks), default=1)
             widths = {part.source: part.raw_width for part in self._parts}.values()
             self._dataset.chunk = rows_together(widths, batch, on_cluster=self._run.executor.starts_workers)
         with self._explained():
             self._dataset.begin()
-        self._take_normalizers()
+        self._take_normalizers(recipe)
         self._described = self._describe()
+        reasons: dict[int, str] = {}
         for number, part in self._dataset.there.items():
             start = self._dataset.rows(number).start
             places = {str(column): at * self._rows + start for at, column in enumerate(self._columns)}
-            reasons = {places[one.column] + one.position: one.reason for one in part.failures}
-            self._run.finished_before(self._images(number), reasons)
+            reasons |= {places[one.column] + one.position: one.reason for one in part.failures}
+        if there := [self._images(number) for number in self._dataset.there]:
+            self._run.finished_before(np.concatenate(there), reasons)
 
     def _compare(self, recipe: Recipe) -> None:
         networks = [part.network for part in self._parts if part.network]
@@ -229,9 +229,8 @@ class DatasetSink:
         elif not any(part.repeats for part in self._parts):  # of which that was told already
             self._run.note(recipe.check(networks))
 
-    def _take_normalizers(self) -> None:
+    def _take_normalizers(self, recipe: Recipe | None) -> None:
         """Take what is known without learning, or was learned when files were written."""
-        recipe = self._recipe()
         if recipe and self._dataset.parts:
             for part, made in zip(self._parts, recipe.parts, strict=True):
                 part.normalizer = made.normalizer
@@ -257,11 +256,11 @@ class DatasetSink:
         rows, reasons = self._dataset.rows(number), self._run.progress.reasons
         starts = [self._columns.index(part.column) * len(rows) for part in self._parts]
         raw = [part.raw(slice(start, start + len(rows))) for part, start in zip(self._parts, starts, strict=True)]
-        images = [(row, column, at * self._rows + row) for row in rows for at, column in enumerate(self._columns)]
         failures = [
             Failure(row - rows.start, str(column), name_of(self._run.images[at]), reasons[at])
-            for row, column, at in images
-            if at in reasons
+            for row in rows
+            for place, column in enumerate(self._columns)
+            if (at := place * self._rows + row) in reasons
         ]
         is_raw = any(part.normalizer is None for part in self._parts)
         # Of copies, so that a file that cannot be written is written after all when the run goes on.

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -175,13 +175,14 @@ def readable_sample(
 
     def read_one(image: object) -> list[Read]:
         try:
-            return [read(image, fetch if remote else None)]
+            return [read(image, fetch)]
         except ImageError:
             return []
 
     some = [images[at] for at in spread(len(images), MOST_IMAGES)]
     threads = available_cores() + (remote.limits.at_once if remote else 0)
-    with ThreadPoolExecutor(threads, thread_name_prefix="nbfeat-decode") as pool, Fetcher(root, remote) as fetch:
+    fetcher = Fetcher(root, remote) if remote else nullcontext()
+    with ThreadPoolExecutor(threads, thread_name_prefix="nbfeat-decode") as pool, fetcher as fetch:
         return [one for found in pool.map(read_one, some) for one in found]
 
 
