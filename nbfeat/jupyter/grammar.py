@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -39,6 +39,8 @@ CODE = "--code"  # of %extract_panel
 _RUN_NAMES = {option.name for option in RUN_OPTIONS}
 _BESIDE_LIKE = ("root", "batch_size", "device", "on")  # settings that say nothing of what is repeated
 _MAGIC_ONLY = {"into", "no_cache", "quiet", "help"}  # options that an Extraction has not
+# An option as a message names it, in Python's way: `size`, `size=224`.
+_NAMED = re.compile(rf"`({'|'.join(option.name for option in OPTIONS)}|cache)(?:=([^`]*))?`")
 # What DollarFormatter takes for a name: not between single quotes.
 _DOLLAR = re.compile(r"(.*?)\$(\$?[\w.]+)(?=([^']*'[^']*')*[^']*$)")
 # Alone on a line, or on the right of an assignment.
@@ -165,6 +167,18 @@ def literal(text: str) -> str:
         return text
     pieces = re.split(r"(?<=[{}])", text)  # as string.Formatter takes text apart at braces, and finds $name in each
     return "".join(re.sub(r"([{}])", r"\1\1", _DOLLAR.sub(r"\1$$\2", piece)) for piece in pieces)
+
+
+def flag(name: str, value: str) -> str:
+    """Spell an option that a message names: ``--size 224``."""
+    switch = name == "cache" or value in {"", "True"}
+    spelling = "--no-cache" if name == "cache" else f"--{name.replace('_', '-')}"
+    return spelling if switch else f"{spelling} {quoted(value)}"
+
+
+def respelled(message: str, spell: Callable[[str, str], str] = flag) -> str:
+    """Replace the options that a message names for Python callers by what `spell` makes of each name and value."""
+    return _NAMED.sub(lambda found: spell(found[1], (found[2] or "").strip("'\"")), message)
 
 
 def default_of(name: str, value: Any) -> Any:

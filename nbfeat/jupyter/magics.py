@@ -38,8 +38,9 @@ def reported(kind: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
             try:
                 return magic(self, *words)
             except RequestError as error:
-                raise UsageError(str(error)) from None
+                raise UsageError(grammar.respelled(str(error))) from None
             except (NbfeatError, KeyboardInterrupt) as error:
+                error.args = (grammar.respelled(str(error)),)
                 if self.short_errors:
                     text = f"{type(error).__name__}: {error}"
                     error._render_traceback_ = lambda: [text]  # type: ignore[union-attr]  # IPython's protocol

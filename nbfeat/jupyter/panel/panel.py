@@ -21,7 +21,7 @@ from nbfeat.jupyter.job import FrameSnapshot, Job, State, between_cells, is_runn
 from nbfeat.jupyter.panel.blocks import Blocks
 from nbfeat.jupyter.panel.result import ELSEWHERE, LOOKS, Result, code_of, progress_of, static_report
 from nbfeat.jupyter.panel.source import Source, frame_to_open
-from nbfeat.jupyter.panel.widgets import STYLE, Kit, OptionWidgets
+from nbfeat.jupyter.panel.widgets import STYLE, Kit, OptionWidgets, labelled
 
 SECONDS_BETWEEN = 0.3  # updates of the progress: each is one message, and all others come with a change of state
 # Options of the run that are chosen here; others are chosen elsewhere in the panel, or need free text, which is what
@@ -118,7 +118,7 @@ class Panel:
                 assert self.job is not None
                 self.job.start()
             except NbfeatError as error:
-                self.problem = str(error)
+                self.problem = labelled(str(error))
                 self._draw()
 
     def cancel(self) -> None:
@@ -194,7 +194,7 @@ class Panel:
             frame = grammar.frame_called(self._request.frame, self._names())
             Extraction(frame, self._request.blocks, **self._request.for_extraction)  # which has done nothing yet
         except NbfeatError as error:
-            self.problem = str(error)
+            self.problem = labelled(str(error))
         self.code = "\n".join(map(grammar.literal, [f"%%extract {line}", *blocks]))
         self._code.value = code_of(self.code, loaded=self._magics is not None)
         chosen, columns = self.source.chosen, len(self.source.images.value or ())

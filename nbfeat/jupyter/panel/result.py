@@ -10,7 +10,7 @@ from nbfeat.errors import NbfeatError
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.html import Html, bar, escape, paragraph
 from nbfeat.jupyter.job import Job, State, in_background
-from nbfeat.jupyter.panel.widgets import Kit, offer
+from nbfeat.jupyter.panel.widgets import Kit, labelled, offer
 from nbfeat.jupyter.progress import counts, progress
 
 ELSEWHERE = "A panel is here while the notebook runs. What is saved of it:"  # and then the static report
@@ -41,7 +41,7 @@ def progress_of(job: Job | None, name: str) -> Html:
             counts=" · ".join(counts(step)) if step else "no images",
             progress="all computed · waiting for the running cell to end" if job.is_binding else now,
             kept=", what is done is kept" if job.extraction.keeps else "",
-            error=error if error is None or isinstance(error, NbfeatError) else f"{type(error).__name__}: {error}",
+            error=labelled(f"{'' if isinstance(error, NbfeatError) else f'{type(error).__name__}: '}{error}"),
         )
         if job.state not in {State.IDLE, State.FAILED}:
             drawn = bar(step.done / step.total if step and step.total else 0.0)

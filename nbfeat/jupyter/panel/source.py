@@ -23,7 +23,7 @@ from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import is_missing, likely_columns, name_of, path_of, possible_columns, read_pixels, spread
 from nbfeat.jupyter import grammar
 from nbfeat.jupyter.job import in_background
-from nbfeat.jupyter.panel.widgets import DEFAULT, LABELS, Choice, Kit, offer
+from nbfeat.jupyter.panel.widgets import DEFAULT, LABELS, Choice, Kit, labelled, offer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,7 +105,8 @@ class Source:
             check_frame(frame)
             values = [value for column in columns for value in frame[column].tolist()]
         except (NbfeatError, KeyError) as error:
-            self.strip.value, self.missing.value = "", ("⚠ " if frame is not None else "") + escape(error)
+            text = escape(labelled(str(error)))
+            self.strip.value, self.missing.value = "", text if frame is None else f"⚠ {text}"
             return
         missing = sum(map(is_missing, values))
         self.missing.value = _counted(len(values), missing, None)

@@ -11,7 +11,8 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from nbfeat.extraction.options import Option
+from nbfeat.extraction.options import BLOCK_OPTIONS, Option
+from nbfeat.jupyter import grammar
 
 Choice = tuple[str, Any]  # what is shown, and what is meant by it
 STYLE = files("nbfeat.jupyter.panel").joinpath("panel.css").read_text(encoding="utf-8")
@@ -24,10 +25,11 @@ OFFERED = {
     "device": ("cpu", "gpu"),
 }
 DEFAULT = ""  # chosen where an option is not written; None is what a Dropdown has where nothing is chosen
-LABELS = {
+LABELS = {option.name: option.name.capitalize() for option in BLOCK_OPTIONS} | {
     "normalize": "Normalization", "components": "Components (PCA)", "images": "Image column",
-    "fit_on": "Normalization learns from", "batch_size": "Batch size", "no_cache": "Compute every image again",
-    "allow_remote": "Fetch images by address",
+    "fit_on": "Fit normalization on", "batch_size": "Batch size", "no_cache": "Ignore the cache",
+    "allow_remote": "Fetch images from URLs",
+    "device": "Device", "precision": "Precision",
     "replace": "Overwrite columns of the same names", "size": "Image size", "resize": "Fitting",
 }  # fmt: skip
 
@@ -127,7 +129,7 @@ class OptionWidgets(dict[str, Any]):
         super().__init__()
         self._table, self._settings = {option.name: option for option in table}, kit.settings
         for name, option in self._table.items():
-            label = {"description": LABELS.get(name, name.capitalize()), "tooltip": option.help}
+            label = {"description": LABELS[name], "tooltip": option.help}
             if option.switch:
                 self[name] = kit.make(widgets.Checkbox, indent=False, **label)
             elif name == "prefix":
@@ -154,6 +156,17 @@ class OptionWidgets(dict[str, Any]):
         first = f"{default} (your setting)" if name in settings else str(default)
         choices = choices or option.choices or OFFERED.get(name, ())
         return [(first, DEFAULT), *((str(choice), choice) for choice in choices if str(choice) != str(default))]
+
+
+def labelled(message: str) -> str:
+    """Name the options of a message as their widgets are labelled; those that the panel lacks keep the cell's way."""
+
+    def spell(name: str, value: str) -> str:
+        if (label := LABELS.get("no_cache" if name == "cache" else name)) is None:
+            return grammar.flag(name, value)
+        return f"“{label}”" if value in {"", "True", "False"} else f"“{label}” {value}"
+
+    return grammar.respelled(message, spell)
 
 
 def offer(dropdown: widgets.Dropdown, options: Sequence[Choice]) -> None:
