@@ -1,4 +1,4 @@
-"""The house in order: which way imports run, what importing costs, what the README says."""
+"""The house in order: which way imports run, what importing costs, what the pages about it name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 
 import nbfeat
 from nbfeat.backbones.catalog import CATALOG
-from nbfeat.extraction.options import BLOCK_OPTIONS, OPTIONS
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "nbfeat"
@@ -122,31 +121,16 @@ def test_the_package_that_is_a_function_lists_the_catalog() -> None:
     assert list(nbfeat.backbones("VGG*").index) == ["VGG16", "VGG19"]  # type: ignore[operator]  # a module that can be called
 
 
-def readme() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def table_of_options() -> str:
-    rows = ["| option | of | meaning | default |", "|---|---|---|---|"]
-    for option in OPTIONS:
-        spelling = ", ".join(option.flags) + ("" if option.switch else f" {option.metavar}")
-        scope = "block" if option in BLOCK_OPTIONS else "run"
-        choices = ": " + " ".join(f"`{choice}`" for choice in option.choices) if option.choices else ""
-        rows.append(f"| `{spelling}` | {scope} | {option.help}{choices} | {option.default} |")
-    return "\n".join(rows)
-
-
-def test_the_readme_has_the_table_of_options() -> None:
-    assert table_of_options() in readme(), f"put this into the README:\n{table_of_options()}"
-
-
-def test_the_readme_names_every_room() -> None:
-    tree = readme().split("nbfeat/\n├")[1].split("```")[0]
+def test_the_page_for_contributors_names_every_room() -> None:
+    page = ROOT / ".github" / "CONTRIBUTING.md"
+    if not page.is_file():
+        pytest.skip("there is no page for contributors")
+    tree = page.read_text(encoding="utf-8").split("nbfeat/\n├")[1].split("```")[0]
     assert [room for room in (*LEAVES, *ROOMS) if room not in tree] == []
 
 
-def test_the_readme_names_every_backbone_family() -> None:
-    text = readme()
+def test_the_guide_names_every_backbone_family() -> None:
+    text = (ROOT / "notebooks" / "guide" / "networks.md").read_text(encoding="utf-8")
     for backbone in CATALOG.values():
         assert backbone.family.removesuffix("V2").removesuffix("V3") in text, backbone.name
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import shutil
 import subprocess
 import sys
 import warnings
@@ -349,12 +348,10 @@ def test_options_can_be_searched_over(photos: pd.DataFrame) -> None:
     assert FakeEngine.computed == 3 * 20  # the ends of both and one layer: the pretended network knows one pooling
 
 
-def test_the_example_of_the_readme_runs(photos: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## In scikit-learn")[2]
-    code = section.partition("```python")[2].partition("```")[0]
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(photos["path"].iloc[0], "new.jpg")
-    known: dict[str, Any] = {"photos": photos}
+def test_the_search_in_the_guide_decodes_each_image_once_for_each_network(photos: pd.DataFrame) -> None:
+    page = (ROOT / "notebooks" / "guide" / "scikit-learn.md").read_text(encoding="utf-8")
+    code = page.partition("```python")[2].partition("```")[0]
+    known: dict[str, Any] = {"photos": photos, "nbfeat": nbfeat}
     exec(code, known)  # noqa: S102 - our own
     assert 0.25 < known["search"].best_score_ <= 1
     assert known["search"].best_params_["images__blocks"] in {"Pocket", "MobileNetV2"}
