@@ -396,7 +396,7 @@ def test_a_damaged_database_costs_time_and_nothing_else(photos: pd.DataFrame, ow
     file.write_bytes(data)
     after = run(photos)
     same(after.features, before.features)
-    assert all("was damaged" in note and "begun anew" in note for note in after.notes)
+    assert all("was damaged" in note and "A new one was started" in note for note in after.notes)
     assert run(photos).cached == 20, "it is kept again"
     assert len(list((own_cache / "features").glob("*.sqlite"))) == 1
 
@@ -434,8 +434,8 @@ def test_a_locked_database_is_read_and_not_written(
     assert (locked.cached, locked.done, locked.keeps) == (10, 20, False), locked.notes
     (note,) = locked.notes
     assert note == (
-        f"The cache in {own_cache / 'features'} cannot be written (another program has locked it): features are not "
-        "kept from here on. Close it, and run the cell again."
+        f"The cache in {own_cache / 'features'} cannot be written (another program has locked it): features are no "
+        "longer cached. Close that program, and run the cell again."
     )
     other.close()
     assert run(photos).cached == 10
@@ -457,7 +457,7 @@ def test_a_folder_that_cannot_be_used_is_told_and_the_run_goes_on(
     result = run(photos)
     (note,) = result.notes
     assert (result.done, result.keeps) == (20, False)
-    assert note.endswith("Features are not kept.")
+    assert note.endswith("Features are not cached.")
     assert "NBFEAT_HOME" in note
 
 
@@ -518,7 +518,7 @@ def test_a_run_that_is_larger_than_the_cache_keeps_what_fits_and_says_so(
     monkeypatch.setattr(database, "LARGEST", 55_000)
     result = run(many)
     assert result.done == 150
-    assert "The cache is full with this run alone" in result.notes[0]
+    assert "This run alone fills the cache" in result.notes[0]
     again = run(many)
     assert 20 < again.cached < 150
     same(again.features, result.features)
@@ -554,8 +554,8 @@ def test_storage_shows_what_there_is_and_clears_it(photos: pd.DataFrame, own_cac
     nbfeat.storage.clear()
     assert nbfeat.storage.features.empty
     assert run(photos).cached == 0
-    kinds = "features, networks, weights, precisions, all"
-    with pytest.raises(RequestError, match=f"clear takes {kinds}, not 'everything'"):
+    kinds = "features, networks, weights, precisions or all"
+    with pytest.raises(RequestError, match=f"Cannot clear 'everything': use {kinds}"):
         nbfeat.storage.clear("everything")
 
 
@@ -571,7 +571,7 @@ def test_the_magic_shows_and_clears_and_a_setting_turns_it_off(
     assert shell.run_line_magic("extract_cache", "") is nbfeat.storage
     shell.run_line_magic("extract_cache", "clear")
     assert nbfeat.storage.features.empty
-    with pytest.raises(UsageError, match="clear takes features, networks, weights, precisions, all, not 'rubbish'"):
+    with pytest.raises(UsageError, match="Cannot clear 'rubbish': use features, networks"):
         shell.run_line_magic("extract_cache", "clear rubbish")
     with pytest.raises(UsageError, match=r"%extract_cache takes nothing, or clear"):
         shell.run_line_magic("extract_cache", "empty")

@@ -137,7 +137,7 @@ def test_a_full_disk_stops_the_keeping_and_not_the_run(
     child = Child(photos.iloc[:600], tmp_path, preexec_fn=set_limit)
     output, said = child.process.communicate()
     assert "cannot be written" in said
-    assert "features are not kept from here on. Free some disk" in said
+    assert "features are no longer cached. Free some disk space" in said
     assert "600 0" in output, "every image was computed"
     again = nbfeat.extract(photos.iloc[:600], BLOCK, images="path")
     assert 50 < again.cached < 600

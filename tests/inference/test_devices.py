@@ -79,7 +79,7 @@ def test_a_batch_that_memory_does_not_do_for_runs_in_parts(on: dict[str, Any], w
 @pytest.mark.slow
 def test_the_search_stops_where_memory_ends_and_none_for_one_image_is_an_error(on: dict[str, Any]) -> None:
     found = on["memory"]
-    sentence = "CPU:0 had not enough memory for 128 images at once, so 64 ran at once."
+    sentence = "CPU:0 ran out of memory for 128 images at once, so it ran 64 at a time."
     assert found["searched"] == {"size": 64, "notes": [sentence]}
     assert "not enough memory for the network and one image. Close" in found["none"]
     assert found["another error"] == "not about that"
@@ -92,7 +92,7 @@ def test_a_run_that_stops_or_lacks_memory_loses_no_image_and_says_so(on: dict[st
     assert found["worst"] > 0.99999
     assert found["failures"] == 0
     assert 0 < found["stopped"] < 20
-    assert "had not enough memory for 8 images at once, so 4 ran at once." in found["report"]
+    assert "ran out of memory for 8 images at once, so it ran 4 at a time." in found["report"]
     assert {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}[on["backend"]] in found["report"]
 
 
@@ -109,11 +109,11 @@ def test_fewer_bits_give_nearly_the_same(on: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_what_cannot_be_turned_to_fewer_bits_is_told(on: dict[str, Any]) -> None:
     found = on["precisions"]
-    for refused, reason in zip(found["refused"], ("stays in float32", "gives other numbers", "Nameless"), strict=True):
-        assert refused.startswith("Mine cannot be turned to bfloat16 (")
+    for refused, reason in zip(found["refused"], ("stays in float32", "different values", "Nameless"), strict=True):
+        assert refused.startswith("Mine cannot be converted to bfloat16 (")
         assert reason in refused
-        assert refused.endswith("Use --precision float32.")
-    assert "Use --precision bfloat16" in found["huge in float16"]
+        assert refused.endswith("Use `precision='float32'`.")
+    assert "Use `precision='bfloat16'`" in found["huge in float16"]
     assert found["huge in bfloat16"] == ""
 
 
@@ -194,11 +194,11 @@ def test_a_batch_grows_while_it_gets_faster(
     size.grow("gpu:0", measured(times, room=room), largest)
     assert size.size == expected
     assert len(notes) == sentences
-    assert all(note.startswith("GPU:0 had not enough memory for ") for note in notes)
+    assert all(note.startswith("GPU:0 ran out of memory for ") for note in notes)
 
 
 def test_a_gpu_without_memory_is_told_with_the_way_out() -> None:
-    with pytest.raises(NetworkError, match=r"GPU:1 has not enough memory .* use --device cpu\.$"):
+    with pytest.raises(NetworkError, match=r"GPU:1 doesn't have enough memory .* or `device='cpu'`\.$"):
         devices.Room(32).grow("gpu:1", measured({32: 1.0}, room=0), 1024)
 
     def broken(_: int) -> float:

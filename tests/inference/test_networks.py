@@ -63,7 +63,7 @@ def test_pixels_are_normalized_by_the_networks_own_numbers(tmp_path: Path) -> No
 def test_photographs_give_what_keras_own_way_gives_on_both_engines(flowers: pd.DataFrame, tmp_path: Path) -> None:
     some = flowers.iloc[::30]
     on_tensorflow = keras("photographs", str(tmp_path), *some["path"])
-    assert "OpenVINO cannot be imported here, so Keras runs the network" in on_tensorflow.pop("report")
+    assert "OpenVINO cannot be imported, so Keras runs the network" in on_tensorflow.pop("report")
     assert min(on_tensorflow.values()) >= 0.99999, on_tensorflow
     for name, block, _, how in keras_child.PHOTOGRAPHED:
         ours = nbfeat.extract(some, block, images="path", interpolation=how, cache=False).features.to_numpy()

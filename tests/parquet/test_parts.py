@@ -143,7 +143,7 @@ def test_a_stopped_run_goes_on_where_its_files_end(photos: pd.DataFrame, folder:
         _ = stopped.frame
     there = FILES[:2] if block == BLOCK else [".raw/part-00000.npz", ".raw/part-00001.npz"]
     assert names(folder) == sorted([".nbfeat.json", *there])
-    with pytest.raises(RequestError, match=r"not finished: .*Run again what writes it"):
+    with pytest.raises(RequestError, match=r"not finished: .*Rerun its extraction to resume it"):
         nbfeat.read(folder)
     before = FakeEngine.computed
     result = written(photos, block, parquet=folder)
@@ -307,7 +307,7 @@ def test_what_was_computed_otherwise_is_gone_on_with_or_refused(
     changed = {"engine": "fake", "precision": "bfloat16", "x": 1}
     monkeypatch.setattr(FakeNetwork, "key_fields", lambda *_: changed)
     (folder / FILES[3]).unlink()
-    with pytest.raises(RequestError, match=r"mobilenet was made with x None, and here it would be 1.*--replace"):
+    with pytest.raises(RequestError, match=r"mobilenet was made with x None, and here it would be 1.*`replace=True`"):
         written(photos, BLOCK, parquet=folder)
     written(photos, BLOCK, parquet=folder, replace=True)
     assert nbfeat.read(folder).fitted.parts[0].key_fields["x"] == 1
@@ -319,20 +319,20 @@ def test_what_was_computed_otherwise_is_gone_on_with_or_refused(
 def test_a_folder_of_another_request_is_refused_naming_the_difference(photos: pd.DataFrame, folder: Path) -> None:
     begun(photos, folder, 7, fit_on=None)
     others: dict[str, tuple[Any, dict[str, Any]]] = {
-        r"they are of `MobileNet --size 32`, and `MobileNet --pooling max --size 32` is asked": (
+        r"it has features of `MobileNet --size 32`, but the request is for `MobileNet --pooling max --size 32`": (
             photos, {"pooling": "max"}),
-        r"they are of 20 rows, and the frame has 19": (photos.iloc[1:], {}),
-        r"column path has other images by now": (photos.assign(path=photos["path"].iloc[::-1].tolist()), {}),
-        r"column label has other values by now": (photos.assign(label="x"), {}),
-        r"column name has other values by now": (photos.rename(index=lambda name: f"{name}!"), {}),
-        r"they have a column label, and the frame has none": (photos.drop(columns="label"), {}),
-        r"they have no column more, and the frame has one": (photos.assign(more=1), {}),
-        r"the columns are in another order": (photos[["label", "path", "split"]], {}),
+        r"it has 20 rows, but the frame has 19": (photos.iloc[1:], {}),
+        r"column path now has different images": (photos.assign(path=photos["path"].iloc[::-1].tolist()), {}),
+        r"column label now has different values": (photos.assign(label="x"), {}),
+        r"column name now has different values": (photos.rename(index=lambda name: f"{name}!"), {}),
+        r"it has a column label, but the frame doesn't": (photos.drop(columns="label"), {}),
+        r"the frame has a column more, but the dataset doesn't": (photos.assign(more=1), {}),
+        r"its columns are in a different order": (photos[["label", "path", "split"]], {}),
         r"they were computed in float32, and bfloat16 is asked for": (photos, {"precision": "bfloat16"}),
     }  # fmt: skip
     before = names(folder)
     for words, (frame, options) in others.items():
-        with pytest.raises(RequestError, match=f"{words}.*Write to another folder, or start anew .*--replace"):
+        with pytest.raises(RequestError, match=f"{words}.*Write to another folder, or replace this one"):
             written(frame, BLOCK, parquet=folder, **options)
         assert names(folder) == before
     for frame, options in list(others.values())[::4]:
@@ -344,13 +344,13 @@ def test_a_folder_of_another_request_is_refused_naming_the_difference(photos: pd
 def test_rows_to_learn_from_and_results_to_repeat_are_part_of_the_request(photos: pd.DataFrame, folder: Path) -> None:
     written(photos, STANDARD, parquet=folder, fit_on="split == 'train'")
     for fit_on in (None, "split == 'test'"):
-        with pytest.raises(RequestError, match=r"learned from other rows \(--fit-on\)"):
+        with pytest.raises(RequestError, match=r"fitted on different rows \(`fit_on`\)"):
             written(photos, STANDARD, parquet=folder, fit_on=fit_on)
     trains = [extract(photos.iloc[:many], STANDARD, images="path") for many in (14, 15)]
-    with pytest.raises(RequestError, match=r"they repeat another result, or none"):
+    with pytest.raises(RequestError, match=r"it repeats a different result \(`like`\), or none"):
         extract(photos, like=trains[0], parquet=folder)
     extract(photos, like=trains[0], parquet=folder, replace=True)
-    with pytest.raises(RequestError, match=r"they repeat another result"):
+    with pytest.raises(RequestError, match=r"it repeats a different result"):
         extract(photos, like=trains[1], parquet=folder)
 
 
@@ -359,7 +359,7 @@ def test_a_folder_with_other_files_is_left_alone(photos: pd.DataFrame, folder: P
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         photos.to_parquet(folder / name)
         for replace in (False, True):
-            with pytest.raises(RequestError, match=r"not of a dataset of nbfeat: .*folder that is empty"):
+            with pytest.raises(RequestError, match=r"don't belong to an nbfeat dataset: .*empty or new folder"):
                 written(photos, BLOCK, parquet=folder, replace=replace)
         assert pd.read_parquet(folder / name).shape == (20, 3)
         shutil.rmtree(folder)
@@ -368,7 +368,7 @@ def test_a_folder_with_other_files_is_left_alone(photos: pd.DataFrame, folder: P
     written(photos, BLOCK, parquet=folder)
     with pytest.raises(RequestError, match="is a file"):
         written(photos, BLOCK, parquet=folder / FILES[0])
-    with pytest.raises(RequestError, match=r"no folder .*nowhere: make it first"):
+    with pytest.raises(RequestError, match=r"folder .*nowhere doesn't exist: create it"):
         written(photos, BLOCK, parquet=folder / "nowhere" / "there")
 
 
@@ -410,7 +410,7 @@ def test_damages_are_told_or_no_matter(photos: pd.DataFrame, folder: Path) -> No
     chunk = parquet.read_metadata(file).row_group(0).column(4)
     assert chunk.path_in_schema.startswith("mobilenet")
     file.write_bytes(flipped(data, chunk.data_page_offset + chunk.total_compressed_size - 9))  # in a feature
-    told = r"part-00000\.parquet is damaged .*remove that file, and run again .* only its rows are computed anew"
+    told = r"part-00000\.parquet is damaged .*remove that file, and rerun .* only its rows are computed again"
     with pytest.raises(RequestError, match=told):
         nbfeat.read(folder)
     refused = 0
@@ -432,7 +432,7 @@ def test_a_file_that_another_tool_wrote_anew_is_as_good(photos: pd.DataFrame, fo
     rows = table.column("mobilenet").combine_chunks().flatten().to_numpy()[::-1].copy()
     others = pa.FixedSizeListArray.from_arrays(pa.array(rows), 48)
     parquet.write_table(table.set_column(table.column_names.index("mobilenet"), "mobilenet", others), folder / FILES[1])
-    with pytest.raises(RequestError, match=r"part-00001\.parquet is damaged \(column mobilenet does not agree"):
+    with pytest.raises(RequestError, match=r"part-00001\.parquet is damaged \(column mobilenet doesn't match"):
         nbfeat.read(folder)
 
 
@@ -450,7 +450,7 @@ def test_damaged_features_that_wait_are_remade_or_told(photos: pd.DataFrame, fol
             outcomes.append("remade")
             begun(photos, folder, 9, block, replace=True)
         except RequestError as error:
-            found = re.search(r"part-00001\.npz is damaged .*remove that file, and run again", str(error))
+            found = re.search(r"part-00001\.npz is damaged .*remove that file, and rerun", str(error))
             outcomes.append("told" if found else str(error))
     assert set(outcomes) == {"remade", "told"}
 
@@ -462,7 +462,7 @@ def test_a_manifest_that_nbfeat_did_not_write_is_refused(photos: pd.DataFrame, f
     newer = json.dumps({**json.loads((folder / ".nbfeat.json").read_text()), "format": 3})
     for text in ("", "{}", "[1]", '{"format": "1"}', "\xff", newer):
         (folder / ".nbfeat.json").write_text(text, encoding="latin-1")
-        with pytest.raises(RequestError, match=r"\.nbfeat\.json was changed.*remove that file|begun by a newer nbfeat"):
+        with pytest.raises(RequestError, match=r"\.nbfeat\.json was changed.*remove that file|started by a newer nb"):
             written(photos, BLOCK, parquet=folder)
     (folder / ".nbfeat.json").unlink()
     before = FakeEngine.computed
@@ -474,7 +474,7 @@ def test_two_at_once_on_one_folder_are_refused(photos: pd.DataFrame, folder: Pat
     steps = Extraction(photos, BLOCK, images="path", batch_size=3, parquet=folder).steps()
     for _ in range(6):
         next(steps)
-    with pytest.raises(ExtractionError, match=rf"being written by process {os.getpid()} of .*wait until it is done"):
+    with pytest.raises(ExtractionError, match=rf"being written by process {os.getpid()} of .*wait until it finishes"):
         written(photos, BLOCK, parquet=folder)
     list(steps)
     assert names(folder) == FILES
@@ -554,10 +554,10 @@ def test_columns_that_cannot_travel_are_left_out_and_told(photos: pd.DataFrame, 
     result = written(photos, BLOCK, parquet=folder, images="image")
     back = nbfeat.read(folder).frame
     assert list(back.columns[:4]) == ["path", "split", "kind", "late"]
-    told = next(note for note in result.notes if note.startswith("Left out"))
+    told = next(note for note in result.notes if note.startswith("Not written"))
     for words in (
-        "'image' (images that are no text)", "'file' (values of type PosixPath)", "7 (only text names columns)",
-        "'label' (each name stands for one column)",
+        "'image' (images that are not text)", "'file' (values of type PosixPath)", "7 (column names must be text)",
+        "'label' (column names must be unique)",
     ):  # fmt: skip
         assert words in told
     pd.testing.assert_series_equal(back["kind"], photos["kind"])
@@ -571,7 +571,7 @@ def test_columns_that_cannot_travel_are_left_out_and_told(photos: pd.DataFrame, 
 def test_names_that_are_taken_are_refused_and_features_of_an_earlier_run_made_anew(
     photos: pd.DataFrame, folder: Path
 ) -> None:
-    for name, words in {"mobilenet": "--prefix", "failure": "rename it"}.items():
+    for name, words in {"mobilenet": "`prefix`", "failure": "rename it"}.items():
         for frame in (photos.assign(**{name: 1}), photos.rename_axis(name)):
             with pytest.raises(RequestError, match=words):
                 written(frame, BLOCK, parquet=folder)
@@ -649,7 +649,7 @@ def test_an_address_is_as_good_as_a_folder(photos: pd.DataFrame, folder: Path, a
     begun(photos, address, 7, block)
     with pytest.raises(RequestError, match="not finished"):
         nbfeat.read(address)
-    with pytest.raises(RequestError, match=r"memory://bucket/features has features of another request"):
+    with pytest.raises(RequestError, match=r"memory://bucket/features was written for a different request"):
         written(photos, f"{BLOCK} --pooling max", parquet=address)
     before = FakeEngine.computed
     result = written(photos, block, parquet=address)
@@ -662,7 +662,7 @@ def test_an_address_is_as_good_as_a_folder(photos: pd.DataFrame, folder: Path, a
     assert "nbfeat.read('memory://bucket/features')" in repr(result)
     same(extract(photos, like=address).features, nbfeat.read(folder).features)
     assert "nothing was computed" in repr(written(photos, block, parquet=address))
-    with pytest.raises(RequestError, match=r"No file system here knows 'nosuch://bucket/x'.*or take a folder"):
+    with pytest.raises(RequestError, match=r"Cannot open 'nosuch://bucket/x'.*or use a local folder"):
         written(photos, block, parquet="nosuch://bucket/x")
 
 
@@ -670,7 +670,7 @@ def test_reading_what_is_not_there_or_too_large_is_refused(
     photos: pd.DataFrame, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder.mkdir()
-    with pytest.raises(RequestError, match="no dataset of nbfeat in"):
+    with pytest.raises(RequestError, match="has no nbfeat dataset"):
         nbfeat.read(folder)
     written(photos, BLOCK, parquet=folder)
     monkeypatch.setattr("nbfeat.extraction.columns.free_bytes", lambda: 1000)
