@@ -1,4 +1,4 @@
-"""The Keras engine on several devices: TensorFlow and JAX are made to see two CPUs, since most machines have no GPU."""
+"""The Keras engine on several devices: TensorFlow and JAX see two CPUs, because most machines have no GPU."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def ran(backend: str, programs: str, paths: tuple[str, ...]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=["tensorflow", "jax", "torch"])
 def on(request: pytest.FixtureRequest, paths: tuple[str, ...]) -> dict[str, Any]:
-    """Return what the programs found on each backend, and its name."""
+    """Return the results of the programs on each backend, with its name."""
     return {"backend": request.param, **ran(request.param, PROGRAMS, paths)}
 
 
 @pytest.fixture(scope="module")
 def newer(paths: tuple[str, ...]) -> dict[str, Any]:
-    """Return what was found with the settings that only PyTorch has."""
+    """Return the results with the settings that only PyTorch has."""
     found: dict[str, Any] = ran("torch", "newer", paths)["newer"]
     return found
 
@@ -51,13 +51,13 @@ def test_replicas_are_equal_and_take_batches_in_turn(on: dict[str, Any]) -> None
     assert found["apart"], "both run on the same variables"
     assert found["bit-equal"]
     assert found["turns"] == [0, 1, 0, 1, 0, 1]
-    assert found["as one"], "two devices give other rows, or another order, than one"
-    if on["backend"] != "torch":  # which has one CPU
+    assert found["as one"], "two devices give different rows or a different order"
+    if on["backend"] != "torch":  # PyTorch has one CPU
         assert len(set(found["devices"])) == 2
         assert found["name"].endswith(", CPU:0 and CPU:1")
-    # Which devices, and how many, does not change the numbers, so the cache does not ask.
+    # The number of devices doesn't change features, so it isn't in the cache key.
     assert found["kind"] == found["one's kind"]
-    # The window is two for each device, and closing drops it.
+    # Two batches are in flight per device, and closing drops them.
     assert found["window"] == 4
     assert found["in flight"] == 0
     assert found["after closing"]
@@ -160,11 +160,11 @@ def test_nor_does_one_that_is_inherited(newer: dict[str, Any]) -> None:
     assert newer["left"]["products"] == "bf16"
 
 
-# The size of a batch
+# Batch size
 
 
 def measured(times: dict[int, float], *, room: int = 10_000) -> Callable[[int], float]:
-    """Return what takes `times` for batches, and has memory for `room` images."""
+    """Return a function that gives `times` for batches, and has memory for `room` images."""
 
     def seconds(size: int) -> float:
         if size > room:
@@ -177,7 +177,7 @@ def measured(times: dict[int, float], *, room: int = 10_000) -> Callable[[int], 
 @pytest.mark.parametrize(
     ("times", "room", "largest", "expected", "sentences"),
     [
-        ({32: 1.0, 64: 1.2, 128: 1.8, 256: 3.5}, 10_000, 1024, 128, 0),  # from 128 to 256 it gains 3 %
+        ({32: 1.0, 64: 1.2, 128: 1.8, 256: 3.5}, 10_000, 1024, 128, 0),  # from 128 to 256 it gains 3%
         ({32: 1.0, 64: 2.0}, 10_000, 1024, 32, 0),
         (dict.fromkeys((32, 64, 128, 256, 512, 1024, 2048), 1.0), 10_000, 1024, 1024, 0),
         (dict.fromkeys((32, 64, 128, 256), 1.0), 10_000, 200, 128, 0),

@@ -1,4 +1,4 @@
-"""What a network computes in: measured on the user's own images, decided once, told, and repeated."""
+"""Precision: measured on the user's own images, chosen once, reported and repeated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BLOCK = "MobileNet --size 32"
 
 
 class Hardware:
-    """Say how exactly, and how fast, the pretended hardware computes in fewer bits; its own clock tells."""
+    """Pretended hardware with an error and a speed for lower precision, and with its own clock."""
 
     def __init__(self) -> None:
         self.error = 0.0  # of the last image's first feature, relative to its length
@@ -36,7 +36,7 @@ class Hardware:
         self.started: list[Precision] = []
 
     def spoil(self, engine: FakeEngine, vectors: Vectors) -> None:
-        """Change what is computed in fewer bits."""
+        """Add the error to features computed at lower precision."""
         for features in vectors.values():
             features[-1, 0] += self.error * np.linalg.norm(features[-1])
 
@@ -71,7 +71,7 @@ def hardware(fake_network: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(scope="session")
 def enough(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
-    """Draw as many images as `auto` needs to compare anything."""
+    """Draw as many images as `auto` needs for a comparison."""
     folder, generator = tmp_path_factory.mktemp("enough"), np.random.default_rng(1)
     paths = [folder / f"{number:03d}.png" for number in range(precision.FROM_IMAGES)]
     for path in paths:
@@ -87,7 +87,7 @@ def kept() -> list[Path]:
     return sorted((nbfeat.storage.folder / "precisions").glob("*.json"))
 
 
-# What auto takes
+# Choosing automatically
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_auto_takes_fewer_bits_that_agree_and_are_faster(
     assert result.precision == result.recipe["precision"] == taken
     assert re.fullmatch(words, result.notes[0])
     assert f"· {taken}" in repr(result)
-    assert hardware.started == ["float32", "bfloat16"]  # the one that was compared goes on
+    assert hardware.started == ["float32", "bfloat16"]  # the compared engine is reused
     if taken == "float32":
         pd.testing.assert_frame_equal(result.features, run(enough, precision="float32", cache=False).features)
 
@@ -130,7 +130,7 @@ def test_what_the_hardware_has_not_is_not_spoken_of(enough: pd.DataFrame, hardwa
     assert (result.precision, result.notes) == ("float32", [])
     hardware.started.clear()
     hardware.refuses = ()
-    assert run(enough, cache=False).precision == "float32"  # it was found out once
+    assert run(enough, cache=False).precision == "float32"  # cached from the first run
     assert hardware.started == ["float32"]
 
 
@@ -147,7 +147,7 @@ def test_few_images_are_not_worth_comparing(enough: pd.DataFrame, hardware: Hard
     result = run(some)
     assert (result.precision, result.notes, hardware.started) == ("float32", [], ["float32"])
     run(enough)
-    assert run(some).precision == "bfloat16"  # what was found on more images holds for few
+    assert run(some).precision == "bfloat16"  # a check of more images is valid for fewer
 
 
 def test_every_output_counts(enough: pd.DataFrame, hardware: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_images_that_cannot_be_read_are_left_out_of_it(enough: pd.DataFrame, har
     assert not kept()
 
 
-# Once
+# Caching the choice
 
 
 def test_it_is_decided_once(enough: pd.DataFrame, hardware: Hardware) -> None:
@@ -241,7 +241,7 @@ def test_where_nothing_can_be_kept_it_is_decided_all_the_same(
     assert hardware.started == ["float32", "bfloat16"] * 2
 
 
-# What is asked for
+# Requested precisions
 
 
 def test_what_is_asked_for_is_obeyed_and_compared(photos: pd.DataFrame, hardware: Hardware) -> None:
@@ -266,7 +266,7 @@ def test_more_images_are_compared_again_where_few_do_not_suffice(
     hardware.started.clear()
     assert "on 64 of your images" in run(enough).notes[0]
     assert hardware.started == ["float32", "bfloat16"]
-    # For auto few that refuse suffice, for what is asked for they do not.
+    # A rejection by a few images is enough for auto, but not for a requested precision.
     hardware.error = 0.3
     nbfeat.storage.clear("precisions")
     run(enough)
@@ -327,7 +327,7 @@ def test_networks_of_one_run_may_differ(
     np.testing.assert_array_equal(model.transform(photos["path"]), repeated.features)
 
 
-# How it is measured
+# Measuring
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A result travels in a Parquet file that any reader reads; what comes from one is checked before it is believed."""
+"""A result is stored in a Parquet file that any reader can open, and is checked when it is read back."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def result(photos: pd.DataFrame) -> Extraction:
 
 @pytest.fixture
 def there(result: Extraction, file: Path) -> Path:
-    """Write a file, to be damaged."""
+    """Write a file that the test will damage."""
     result.to_parquet(file)
     return file
 
@@ -114,11 +114,11 @@ def test_columns_of_the_user_travel(photos: pd.DataFrame, file: Path) -> None:
     result.to_parquet(file)
     result.frame.to_parquet(file.with_name("pandas.parquet"))
     same(nbfeat.read(file).frame, pd.read_parquet(file.with_name("pandas.parquet")))
-    parquet.write_table(parquet.read_table(file), file)  # by something else, which keeps what nbfeat said
+    parquet.write_table(parquet.read_table(file), file)  # by another tool, which preserves nbfeat's metadata
     same(nbfeat.read(file).frame, pd.read_parquet(file.with_name("pandas.parquet")))
     same(nbfeat.read(file).like(photos).features, result.features)
     extract(photos.assign(fixed=arrow(b"abc", pa.binary(3))), BLOCK, images="path").to_parquet(file)
-    with pytest.raises(RequestError, match=r"has columns that cannot be read: "):  # as pandas cannot
+    with pytest.raises(RequestError, match=r"has columns that cannot be read: "):  # pandas cannot either
         nbfeat.read(file)
 
 
@@ -160,7 +160,7 @@ def test_what_is_large_is_in_the_file_once(there: Path, result: Extraction, monk
     result.to_parquet(there)
     assert there.stat().st_size < size - 5000
     same(nbfeat.read(there).frame, result.frame)
-    parquet.write_table(parquet.read_table(there), there)  # by something else, which keeps none of it then
+    parquet.write_table(parquet.read_table(there), there)  # by another tool, which drops it
     with pytest.raises(RequestError, match=r"train\.parquet was not written by nbfeat"):
         nbfeat.read(there)
 
@@ -215,11 +215,11 @@ def test_what_cannot_be_written_is_told_with_the_way_out(
     assert not file.exists()
 
 
-# What comes from elsewhere
+# Files from other sources
 
 
 def resealed(file: Path, table: pa.Table, entries: dict[bytes, bytes]) -> None:
-    """Write a table with other entries in the metadata, all checksums right."""
+    """Write a table with different metadata entries and correct checksums."""
     plain = {key: value for key, value in table.schema.metadata.items() if not key.startswith(b"nbfeat")}
     groups: dict[str, list[str]] = {}
     for name in sorted(table.column_names):
@@ -229,7 +229,7 @@ def resealed(file: Path, table: pa.Table, entries: dict[bytes, bytes]) -> None:
 
 
 def flipped(data: bytes, place: int) -> bytes:
-    """Return `data` with a bit changed."""
+    """Return `data` with one bit flipped."""
     return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
 
@@ -239,7 +239,7 @@ def array(*values: float, shape: list[int] | None = None) -> dict[str, Any]:
 
 
 def put(*place: Any) -> Callable[[dict[str, Any]], object]:
-    """Return a change that puts the last of `place` where the others say."""
+    """Return a function that sets the last value of `place` at the path of the others."""
     *keys, last, value = place
 
     def change(whole: Any) -> None:
@@ -282,7 +282,7 @@ def test_what_nbfeat_would_not_write_is_refused(there: Path) -> None:
         with pytest.raises(RequestError, match=r"^train\.parquet .*Extract the features again\.$") as caught:
             print(number, nbfeat.read(there))
         assert len(str(caught.value)) < 300
-        if "rows" not in str(caught.value):  # of which repeating reads none
+        if "rows" not in str(caught.value):  # `like` reads no rows
             with pytest.raises(RequestError, match=r"^train\.parquet"):
                 print(number, extract(pd.DataFrame({"path": ["x"]}), like=there))
 
@@ -302,7 +302,7 @@ def test_an_entry_that_is_no_json_of_ours_is_refused(there: Path) -> None:
 def test_files_that_nbfeat_did_not_write_are_refused(there: Path, photos: pd.DataFrame) -> None:
     with pytest.raises(RequestError, match=r"no file '.*trian\.parquet'.*Did you mean train\.parquet"):
         nbfeat.read(there.with_name("trian.parquet"))
-    nbfeat.read(there).frame.to_parquet(there)  # by pandas, which keeps nothing of what nbfeat said
+    nbfeat.read(there).frame.to_parquet(there)  # by pandas, which drops nbfeat's metadata
     for work in (lambda: nbfeat.read(there), lambda: extract(photos, like=there)):
         with pytest.raises(
             RequestError, match=r"train\.parquet was not written by nbfeat, or was rewritten by another"
@@ -321,7 +321,7 @@ def test_files_that_nbfeat_did_not_write_are_refused(there: Path, photos: pd.Dat
 
 def test_damages_are_told_by_checksums(there: Path, photos: pd.DataFrame) -> None:
     data, good = there.read_bytes(), nbfeat.read(there)
-    there.write_bytes(flipped(data, data.index(b'"float32": "') + 40))  # a digit of what was learned
+    there.write_bytes(flipped(data, data.index(b'"float32": "') + 40))  # a digit of a fitted parameter
     for work in (lambda: nbfeat.read(there), lambda: extract(photos, like=there)):
         with pytest.raises(RequestError, match=r"damaged.*: its footer doesn't match its checksum\."):
             work()

@@ -1,4 +1,4 @@
-"""Results larger than memory: files in a folder, whatever stops the run, and the same numbers as in memory."""
+"""Results larger than memory: the files survive any interruption and have the same features as in memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ both = pytest.mark.parametrize("block", [BLOCK, STANDARD], ids=["plain", "standa
 
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let files have six rows, in batches of three: four files for twenty photos."""
+    """Limit files to six rows, in batches of three: twenty photos give four files."""
     monkeypatch.setattr(sink, "MOST_ROWS", 6)
 
 
@@ -59,7 +59,7 @@ def written(frame: pd.DataFrame, *blocks: Any, parquet: Path | str, **options: A
 
 
 def begun(frame: pd.DataFrame, folder: Path | str, steps: int, *blocks: Any, **options: Any) -> Extraction:
-    """Let so many steps be, and stop."""
+    """Run this many steps, and stop."""
     extraction = Extraction(frame, *(blocks or [BLOCK]), images="path", batch_size=3, parquet=folder, **options)
     for _ in islice(extraction.steps(), steps):
         pass
@@ -71,7 +71,7 @@ def names(folder: Path) -> list[str]:
 
 
 def nearly(one: pd.DataFrame, other: pd.DataFrame) -> None:
-    """Assert that frames are equal but for the last bits of what was learned in another order."""
+    """Assert equality up to the last bits, which depend on the order in which normalization was fitted."""
     pd.testing.assert_frame_equal(one, other, rtol=1e-5, atol=1e-5)
 
 
@@ -131,7 +131,7 @@ def test_like_gives_the_same_to_the_bit(photos: pd.DataFrame, folder: Path) -> N
     assert back.recipe["blocks"] == usual.recipe["blocks"]
 
 
-# Going on
+# Resuming
 
 
 @both
@@ -250,7 +250,7 @@ def test_what_a_killed_run_left_is_removed(photos: pd.DataFrame, folder: Path) -
     (folder / ".nbfeat.lock").write_text("process 1 of nowhere")
     written(photos, STANDARD, parquet=folder)
     usual = nbfeat.read(folder).frame
-    for _ in range(2):  # a file was written, and what it was made of not removed; then one file is gone, too
+    for _ in range(2):  # raw files remain next to finished ones; then one finished file is missing
         shutil.copytree(folder.with_name("raw"), folder / ".raw")
         written(photos, STANDARD, parquet=folder)
         assert names(folder) == FILES
@@ -313,7 +313,7 @@ def test_what_was_computed_otherwise_is_gone_on_with_or_refused(
     assert nbfeat.read(folder).fitted.parts[0].key_fields["x"] == 1
 
 
-# What is refused
+# Errors
 
 
 def test_a_folder_of_another_request_is_refused_naming_the_difference(photos: pd.DataFrame, folder: Path) -> None:
@@ -373,7 +373,7 @@ def test_a_folder_with_other_files_is_left_alone(photos: pd.DataFrame, folder: P
 
 
 def rewritten(file: Path, rows: slice = slice(None), **entries: Any) -> None:
-    """Write a part anew with other entries in what it says of itself, its checksum right, or of fewer rows."""
+    """Rewrite a part with different metadata or fewer rows, and a correct checksum."""
     table, old = parquet.read_table(file)[rows], parquet.read_metadata(file).metadata
     resealed(file, table, {RECIPE: old[RECIPE], PART: json.dumps({**json.loads(old[PART]), **entries}).encode()})
 
@@ -414,7 +414,7 @@ def test_damages_are_told_or_no_matter(photos: pd.DataFrame, folder: Path) -> No
     with pytest.raises(RequestError, match=told):
         nbfeat.read(folder)
     refused = 0
-    for place in range(chunk.data_page_offset, chunk.data_page_offset + 60):  # heads of pages have no checksum
+    for place in range(chunk.data_page_offset, chunk.data_page_offset + 60):  # page headers have no checksum
         file.write_bytes(flipped(data, place))
         try:
             same(nbfeat.read(folder).frame, good)
@@ -442,7 +442,7 @@ def test_damaged_features_that_wait_are_remade_or_told(photos: pd.DataFrame, fol
     begun(photos, folder, 9, block)
     raw, outcomes = folder / ".raw" / "part-00001.npz", []
     data = raw.read_bytes()
-    for place in (-500, 60, 0, -10):  # a feature, what the file says of itself, the file's heads
+    for place in (-500, 60, 0, -10):  # a feature, the metadata, the zip headers
         raw.write_bytes(flipped(data, place % len(data)))
         try:
             written(photos, block, parquet=folder)
@@ -549,7 +549,7 @@ def test_columns_that_cannot_travel_are_left_out_and_told(photos: pd.DataFrame, 
     photos["file"] = photos["path"].map(Path)
     photos[7] = 1
     photos["kind"] = pd.Categorical(["a", "b"] * 10)
-    photos["late"] = [None] * 15 + ["text"] * 5  # of which the first files have no value
+    photos["late"] = [None] * 15 + ["text"] * 5  # the first files have no values
     photos.insert(0, "label", "twice", allow_duplicates=True)
     result = written(photos, BLOCK, parquet=folder, images="image")
     back = nbfeat.read(folder).frame
@@ -562,7 +562,7 @@ def test_columns_that_cannot_travel_are_left_out_and_told(photos: pd.DataFrame, 
         assert words in told
     pd.testing.assert_series_equal(back["kind"], photos["kind"])
     pd.testing.assert_series_equal(back["late"], photos["late"], check_dtype=False)
-    frame = photos[["image"]].reset_index(drop=True)  # nothing of which can travel
+    frame = photos[["image"]].reset_index(drop=True)  # without any column that can be stored
     written(frame, BLOCK, parquet=folder, images="image", replace=True)
     assert nbfeat.read(folder).frame.shape == (20, 48)
     same(nbfeat.read(folder, frame=frame).frame, extract(frame, BLOCK, images="image").frame)
@@ -597,7 +597,7 @@ def test_equal_images_in_several_files_are_all_there(photos: pd.DataFrame, folde
     photos["path"] = [photos["path"].iloc[number % 5] for number in range(20)]
     result = written(photos, BLOCK, parquet=folder)
     same(nbfeat.read(folder).frame, extract(photos, BLOCK, images="path").frame)
-    assert (result.done, result.progress.equal) == (20, 3)  # those in one file
+    assert (result.done, result.progress.equal) == (20, 3)  # only duplicates in the same file count
 
 
 def test_the_cache_is_used_only_when_asked_for(photos: pd.DataFrame, folder: Path) -> None:
@@ -606,11 +606,11 @@ def test_the_cache_is_used_only_when_asked_for(photos: pd.DataFrame, folder: Pat
     assert written(photos, BLOCK, parquet=folder, replace=True).cached == 0
     assert written(photos, BLOCK, parquet=folder, replace=True, cache=True).cached == 20
     other = folder.with_name("other")
-    assert begun(photos, other, 6, f"{BLOCK} --layer conv1", cache=True).kept == 12  # of which six are in a file
+    assert begun(photos, other, 6, f"{BLOCK} --layer conv1", cache=True).kept == 12  # six of them are in a file
     assert written(photos, f"{BLOCK} --layer conv1", parquet=other, cache=True).cached == 12
 
 
-# Other readers, other places
+# Other readers and file systems
 
 
 @pytest.mark.parametrize("reader", ["pandas", "polars", "duckdb"])
@@ -726,7 +726,7 @@ def child(*words: object) -> subprocess.Popen[str]:
 
 
 def killed(process: subprocess.Popen[str], lines: int, pause: float) -> bool:
-    """Kill a process some time after so many lines; tell whether it was not through by then."""
+    """Kill a process some time after `lines` lines; tell whether it was still running."""
     assert process.stdout
     for _ in zip(range(lines), process.stdout, strict=False):
         pass
@@ -751,7 +751,7 @@ def test_a_process_killed_at_any_moment_loses_no_row_and_leaves_nothing(
         process = child("write", tmp_path / "frame.pickle", folder, block, 16)
         kills += killed(process, int(chance.integers(0, 40)), chance.random() / 20)
         if process.returncode == 0:
-            shutil.rmtree(folder)  # it was through; from the start again
+            shutil.rmtree(folder)  # it had finished, so start again
     process = child("write", tmp_path / "frame.pickle", folder, block, 16)
     out, said = process.communicate()
     assert process.returncode == 0, said
