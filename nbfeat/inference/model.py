@@ -39,7 +39,7 @@ class Built:
 
 
 def build(spec: NetworkSpec, tell: weights.Tell, *, channels_first: bool = False, base: Base | None = None) -> Built:
-    """Build the network of `spec` in this process, from `base` if given; with `channels_first`, if possible."""
+    """Build the network of `spec` in this process, from `base` if given; channels first, if requested and possible."""
     base = base or load_base(spec, tell)
     if not spec.network.is_user_model:
         return _assembled(spec, base, turn_channels_first(base[0]) if channels_first else None)

@@ -21,7 +21,7 @@ from nbfeat.inference.engines.keras import FASTER_ON_GPUS, KerasEngine
 from nbfeat.inference.model import Base
 from nbfeat.inference.spec import NetworkSpec, Output
 
-_DIGITS = 3  # of a network's output that don't vary from run to run
+_DIGITS = 3  # significant digits of a network's output that don't vary from run to run
 
 
 class PreparedNetwork:

@@ -1,4 +1,4 @@
-"""A dataset: a folder of Parquet files with a few rows of a frame each, which a later run can resume.
+"""A dataset: a folder of Parquet files, each with some of a frame's rows, that an interrupted run can resume.
 
 A JSON manifest describes the dataset: in its own file until all parts exist, and permanently in each part. Features
 wait in a hidden folder until the normalization is fitted on all of them.

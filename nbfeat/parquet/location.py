@@ -123,7 +123,7 @@ class Location:
         try:
             self.folder.mkdir(exist_ok=True)
             lock.acquire()
-            if (_holder(file) or "process")[:7] == "process":  # a lock without flock has its own content
+            if (_holder(file) or "process")[:7] == "process":  # a lock without flock names its holder itself
                 file.write_text(f"process {os.getpid()} of {socket.gethostname()}", encoding="utf-8")
         except Timeout:
             raise ExtractionError(

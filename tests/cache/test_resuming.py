@@ -169,7 +169,7 @@ def test_networks_that_are_not_what_they_should_be_are_not_used(
     with pytest.raises(paths.HomeError, match="belongs to another user"):
         paths.keep("networks")
     after = nbfeat.extract(few, BLOCK, images="path")
-    assert any("belongs to another user" in note and "for this run only" in note for note in after.notes)
+    assert any("belongs to another user" in note and "only for this run" in note for note in after.notes)
     assert after.cached == 0
     same(after.features, before.features)
     assert str(own_cache) in after.notes[0]

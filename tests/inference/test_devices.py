@@ -70,9 +70,9 @@ def test_a_batch_that_memory_does_not_do_for_runs_in_parts(on: dict[str, Any], w
     assert found["rows"] == 22
     assert found["worst"] > 0.99999
     assert found["ran"] == [2]
-    assert [sentence.partition(" had not ")[2] for sentence in found["notes"]] == [
-        "enough memory for 10 images at once, so 5 ran at once.",
-        "enough memory for 5 images at once, so 2 ran at once.",
+    assert [sentence.partition(" ran out of ")[2] for sentence in found["notes"]] == [
+        "memory for 10 images at once, so it ran 5 at a time.",
+        "memory for 5 images at once, so it ran 2 at a time.",
     ]
 
 
@@ -81,7 +81,7 @@ def test_the_search_stops_where_memory_ends_and_none_for_one_image_is_an_error(o
     found = on["memory"]
     sentence = "CPU:0 ran out of memory for 128 images at once, so it ran 64 at a time."
     assert found["searched"] == {"size": 64, "notes": [sentence]}
-    assert "not enough memory for the network and one image. Close" in found["none"]
+    assert "have enough memory for the network and one image. Close" in found["none"]
     assert found["another error"] == "not about that"
     assert found["recognized"] == [True, True, False, False]
 
