@@ -86,7 +86,7 @@ def test_a_row_is_named_by_its_label_and_what_is_none_is_told() -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"to": 100}, r"2 rows are labelled 100.*reset_index"),
         ({"to": 3}, r"3 is no label of the index \(which begins with 100, 100 and 102\)"),
-        ({"k": 0}, "k takes a whole number"),
+        ({"k": 0}, "k`? must be a whole number"),
         ({"metric": "cosin"}, r"metric cannot be 'cosin'. Did you mean cosine"),
         ({"features": "net"}, r"There is no block 'net'. Did you mean net0"),
         ({"result": frame[["label"]]}, "has no columns of features"),

@@ -1,4 +1,4 @@
-"""How many cores a run takes for its own."""
+"""How many cores a run uses."""
 
 from __future__ import annotations
 
