@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -59,8 +59,8 @@ class FeatureColumns:
 
     @property
     def is_sized(self) -> bool:
-        """Whether its width is known, as it is not of a network of the user's own before that is built."""
-        return bool(self.network or self.repeats) or not find(self.block.backbone).is_user_model
+        """Whether its width is known, as that of a layer or of a user's network is not before the network is built."""
+        return bool(self.network or self.repeats) or not (self.block.layer or find(self.block.backbone).is_user_model)
 
     @property
     def names(self) -> list[str]:
@@ -81,10 +81,6 @@ class FeatureColumns:
         learned = self.normalizer or normalize.Normalizer()
         fields = self.network.cache_keys[self.block.cut.key].key_fields
         return PartRecipe(self.block, self.column, self.prefix, self.raw_width, self.network.weights, fields, learned)
-
-    def place_in(self, frame: pd.DataFrame, *, replace: bool) -> list[int]:
-        """Find which columns of `frame` these take the place of."""
-        return place(frame, self.prefix, len(self.names), replace=replace)
 
     def make_room(self, images: int) -> None:
         """Take memory for the features of `images`, unless other columns of the same source did."""
@@ -157,13 +153,17 @@ def normalized(parts: Sequence[FeatureColumns], raw: Sequence[NDArray[np.float32
     ]
 
 
-def place(frame: pd.DataFrame, prefix: str, width: int, *, replace: bool) -> list[int]:
-    """Find the positions in `frame` that `width` columns of `prefix` take the place of; none where they go to its end.
+def places(frame: pd.DataFrame, parts: Iterable[FeatureColumns | PartRecipe], *, replace: bool) -> list[list[int]]:
+    """Find the positions in `frame` of the columns that `parts` replace; none for those that go to its end.
 
-    Those that are exactly what a block of this prefix makes are its own. Another is an error, unless `replace` is true.
+    A block replaces the columns that one of its prefix made. Others are an error, unless `replace` is true.
     """
-    own, wanted = set(made_columns(frame).get(prefix, ())), set(column_names(prefix, width))
-    taken = {at for at, column in enumerate(frame.columns) if isinstance(column, str) and column in wanted} - own
+    made = made_columns(frame)
+    return [_places(frame, set(made.get(part.prefix, ())), set(part.names), replace=replace) for part in parts]
+
+
+def _places(frame: pd.DataFrame, own: set[int], names: set[str], *, replace: bool) -> list[int]:
+    taken = {at for at, column in enumerate(frame.columns) if isinstance(column, str) and column in names} - own
     if taken and not replace:
         shown = listing(frame.columns[sorted(taken)[:SHOWN]])
         more = f" and {len(taken) - SHOWN:,} more" if len(taken) > SHOWN else ""
