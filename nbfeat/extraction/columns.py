@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Hashable, Iterable, Sequence
+import sys
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -21,6 +22,7 @@ from nbfeat.extraction import normalize
 from nbfeat.extraction.network_state import NetworkState
 from nbfeat.extraction.options import FeatureBlock, column_names, column_prefix
 from nbfeat.extraction.recipe import PartRecipe, Recipe
+from nbfeat.inference.engines.cpu_count import GROUPS, ROOT, control_groups
 from nbfeat.inference.spec import Output
 
 if TYPE_CHECKING:
@@ -205,13 +207,26 @@ def attach(frame: pd.DataFrame, blocks: Sequence[pd.DataFrame], places: Sequence
     return pd.concat(pieces or [frame], axis=1)
 
 
-def free_bytes() -> int | None:
-    """Return the memory that can be had without swapping, or None where the system does not say."""
+def _left_in_groups(root: Path, groups: Path) -> Iterator[int]:
+    """Yield what the memory limits of the control groups leave; cached files can be dropped, so they don't count."""
+    for kind, limit, used, cached in (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        for folder in control_groups(kind, root, groups):
+            with suppress(OSError, ValueError):  # no such group, or "max": no limit
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                most, taken = (int((folder / name).read_text()) for name in (limit, used))
+                yield max(0, most - taken + int(statistics.get(cached, 0)))
+
+
+def free_bytes(root: Path = ROOT, groups: Path = GROUPS) -> int | None:
+    """Return the memory available without swapping, of the machine or the container; None if the system doesn't say."""
     with suppress(OSError, ValueError):
         if available := re.search(
             r"^MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="ascii"), re.MULTILINE
         ):
-            return 1024 * int(available[1])
+            return min(1024 * int(available[1]), *_left_in_groups(root, groups), sys.maxsize)
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # macOS: half of what is built in
     except (AttributeError, ValueError, OSError):

@@ -11,7 +11,6 @@ import time
 from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -310,7 +309,7 @@ class Extraction(FeatureTable):
             "engines": self.engines,
             "precision": self.precision,
             "numerics": NUMERICS,
-            "versions": {name: version(name) for name in LIBRARIES},
+            "versions": {name: isolation.version_of(name) for name in LIBRARIES},
         }
 
     def to_recipe(self, source: str = "the earlier result") -> Recipe:

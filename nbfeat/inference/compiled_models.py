@@ -24,7 +24,6 @@ import zipfile
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,7 @@ def run_child(spec: NetworkSpec, out: Path) -> Iterator[str]:
     """Run the child that builds `spec` into the folder `out`, yielding what it says on the way."""
     request = out / "request.json"
     request.write_text(json.dumps(asdict(spec)), encoding="utf-8")
-    command = [sys.executable, "-P", "-m", __name__, str(request), str(out)]  # this interpreter, this package
+    command = isolation.child_command(__name__, str(request), str(out))
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise,
         subprocess.Popen(
@@ -140,7 +139,7 @@ def run_child(spec: NetworkSpec, out: Path) -> Iterator[str]:
 
 def versions() -> dict[str, str]:
     """Return the versions of what decides the numbers of a network on disk."""
-    return {name: version(name) for name in ("keras", "openvino")}
+    return {name: isolation.version_of(name) for name in ("keras", "openvino")}
 
 
 # What a function of the user's builds
