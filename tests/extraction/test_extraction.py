@@ -316,7 +316,7 @@ def test_nothing_happens_before_the_first_step(photos: pd.DataFrame) -> None:
 def test_files_that_change_during_a_stop_give_their_features_to_no_other_row(
     photos: pd.DataFrame, tmp_path: Path
 ) -> None:
-    files = [shutil.copy(path, tmp_path) for path in photos["path"]]
+    files = [str(shutil.copy(path, tmp_path)) for path in photos["path"]]
     shutil.copy(files[5], files[19])
     work = Extraction(photos.assign(path=files), BLOCK, images="path", batch_size=2, cache=False)
     steps = work.steps()
