@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -107,6 +109,16 @@ def test_importing_imports_nothing_heavy(module: str, light: tuple[str, ...]) ->
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     heavy = {*HEAVY, *NOTEBOOK, "pandas", "numpy", "PIL", "sklearn"} - {*light}
     assert not {*loaded} & heavy
+
+
+def test_every_import_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    declared = {re.split(r"[\s<>=!\[;]", one)[0].lower().replace("-", "_") for group in groups for one in group}
+    aliases = {"PIL": "pillow", "sklearn": "scikit_learn", "IPython": "ipython"}
+    imported = {name.partition(".")[0] for source in SOURCES for name in imports(source)} - sys.stdlib_module_names
+    missing = {aliases.get(name, name) for name in imported} - declared - {"nbfeat"}
+    assert missing == {"umap", "yarl"}  # the first is the user's to install, the second a part of aiohttp
 
 
 def test_every_public_name_can_be_had_and_says_what_it_is() -> None:

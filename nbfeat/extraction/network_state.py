@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nbfeat import isolation
 from nbfeat.backbones.weights import Loaded
 from nbfeat.cache.database import Cache, CacheEntries
 from nbfeat.cache.keys import CacheKey
@@ -95,7 +95,7 @@ class NetworkState:
             interpolation=self.pixels.interpolation,
             least_reduced=resize.LEAST_REDUCED,
             decoders=decoders(),
-            keras=version("keras"),
+            keras=isolation.version_of("keras"),
             engine=self.prepared.key_fields(self.precision),
             numerics=NUMERICS,
             width=output.width,
@@ -105,7 +105,7 @@ class NetworkState:
 
 def decoders() -> str:
     """Name what decodes images, with versions: others may give other pixels, or read what these cannot."""
-    return ", ".join(f"{name} {version(name)}" for name in ("pillow", "simplejpeg"))
+    return ", ".join(f"{name} {isolation.version_of(name)}" for name in ("pillow", "simplejpeg"))
 
 
 @dataclass(slots=True)

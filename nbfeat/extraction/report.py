@@ -139,6 +139,10 @@ def normalization_notes(parts: Sequence[FeatureColumns], *, repeats: Recipe | No
         notes.append(f"{listing(learned)}: normalization learned from {fit_rows:,} rows.")
     if lost := [part.prefix for part in parts if (cut := part.output) and cut.pooling == "gem" and cut.negative]:
         notes.append(f"{listing(lost)}: GeM counts values below zero as zero, and this layer has some.")
+    for part in parts:
+        rank, count = part.normalizer.rank if part.normalizer else 0, len(part.names)
+        if part.block.normalize == "whiten" and rank < count:
+            notes.append(f"{part.prefix}: {rank:,} of {count:,} components have variance. Use `components={rank}`.")
     return notes
 
 

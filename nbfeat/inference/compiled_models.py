@@ -21,7 +21,6 @@ import zipfile
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +110,7 @@ def run_child(spec: NetworkSpec, out: Path) -> Iterator[str]:
     """Run the child process that builds `spec` in the folder `out`, yielding its progress messages."""
     request = out / "request.json"
     request.write_text(json.dumps(asdict(spec)), encoding="utf-8")
-    command = [sys.executable, "-P", "-m", __name__, str(request), str(out)]  # this interpreter, this package
+    command = isolation.child_command(__name__, str(request), str(out))
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise,
         subprocess.Popen(
@@ -137,7 +136,7 @@ def run_child(spec: NetworkSpec, out: Path) -> Iterator[str]:
 
 def versions() -> dict[str, str]:
     """Return the versions of the libraries that affect the features of a network on disk."""
-    return {name: version(name) for name in ("keras", "openvino")}
+    return {name: isolation.version_of(name) for name in ("keras", "openvino")}
 
 
 # Registered models

@@ -216,6 +216,22 @@ def test_parameters_are_checked_by_fit_alone(photos: pd.DataFrame, parameters: d
         check_is_fitted(model, "recipe_")
 
 
+def test_a_fit_that_fails_leaves_what_an_earlier_one_made(photos: pd.DataFrame) -> None:
+    model = ImageFeatures(BLOCK, normalize="standard").fit(photos[["path"]])
+    before, features = (
+        {name: vars(model)[name] for name in vars(model) if name.endswith("_")},
+        model.transform(photos[["path"]]),
+    )
+    model.set_params(images="path", cache=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeEngine, "submit", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.fit(photos[["label", "path"]])
+    model.set_params(images=None, cache=True)
+    assert all(vars(model)[name] is value for name, value in before.items())
+    np.testing.assert_array_equal(model.transform(photos[["path"]]), features)
+
+
 # Learning from fit alone
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+ROOT, GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
 
 def available_cores() -> int:
     """Count the cores that this process may use, at least one; a fraction of a core counts as one."""
@@ -27,18 +29,13 @@ def take(share: int) -> None:
     _taken[:] = [share]
 
 
-def quotas(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
+def quotas(root: Path = ROOT, groups: Path = GROUPS) -> Iterator[float]:
     """Yield the core quotas of this process's control groups and of their parents, for cgroup v1 and v2."""
-    try:
-        lines = [line.split(":", 2) for line in groups.read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        lines = []
-    paths = {kind: path for _, kinds, path in lines for kind in kinds.split(",")}  # version 2 has one, unnamed
-    for folder in _upwards(root, paths.get("", "/")):
+    for folder in control_groups("", root, groups):
         with suppress(OSError, ValueError):  # no such group here, or "max": no quota
             quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
             yield int(quota) / int(period)
-    for folder in _upwards(root / "cpu", paths.get("cpu", "/")):
+    for folder in control_groups("cpu", root, groups):
         with suppress(OSError, ValueError):
             files = (folder / f"cpu.cfs_{name}_us" for name in ("quota", "period"))
             allowed, of = (int(file.read_text(encoding="ascii")) for file in files)
@@ -46,9 +43,16 @@ def quotas(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/
                 yield allowed / of
 
 
-def _upwards(root: Path, path: str) -> list[Path]:
-    inner = root / path.lstrip("/")
-    return [folder for folder in (inner, *inner.parents) if folder.is_relative_to(root)]
+def control_groups(kind: str, root: Path = ROOT, groups: Path = GROUPS) -> list[Path]:
+    """Return the folders of this process's control groups, inner first: of a version 1 `kind`, or "" for version 2."""
+    try:
+        lines = [line.split(":", 2) for line in groups.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        lines = []
+    paths = {kind: path for _, kinds, path in lines for kind in kinds.split(",")}
+    top = root / kind
+    inner = top / paths.get(kind, "/").lstrip("/")
+    return [folder for folder in (inner, *inner.parents) if folder.is_relative_to(top)]
 
 
 def _share_of_worker() -> list[int]:

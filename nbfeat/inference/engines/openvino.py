@@ -11,7 +11,6 @@ import contextlib
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ _WAIT_MS = 100
 
 def name(*, threads: bool = True) -> str:
     """Name the engine without importing it: library, version, device and, optionally, threads."""
-    cores, library = available_cores(), f"OpenVINO {version('openvino')}, CPU"
+    cores, library = available_cores(), f"OpenVINO {isolation.version_of('openvino')}, CPU"
     return f"{library}, {cores} thread{'s' if cores > 1 else ''}" if threads else library
 
 
