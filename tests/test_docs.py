@@ -94,6 +94,9 @@ def run_page(page: Path, shell: InteractiveShell) -> None:
                 outcome = shell.run_cell(cell)
             if error := outcome.error_before_exec or outcome.error_in_exec:
                 pytest.fail(f"{page.name}:{line}: {type(error).__name__}: {error}\n\n{cell}", pytrace=False)
+    for callback in list(shell.events.callbacks["post_run_cell"]):
+        if isinstance(panel := getattr(callback, "__self__", None), nbfeat.Panel):
+            panel.close()
 
 
 def name(page: Path) -> str:
