@@ -82,8 +82,8 @@ def whole(what: str, most: int | None = None) -> Callable[[Any], int]:
         except (TypeError, ValueError):
             number = 0
         if number < 1 or number != float(value) or (most and number > most) or isinstance(value, bool):
-            limit = f" to {most:,}" if most else ""
-            raise RequestError(f"{what} takes a whole number from 1{limit}, not {value!r}.")
+            limit = f"from 1 to {most:,}" if most else "of at least 1"
+            raise RequestError(f"`{what}` must be a whole number {limit}, not {value!r}.")
         return number
 
     return check
@@ -96,5 +96,5 @@ def alpha_of(value: Any) -> float:
     except (TypeError, ValueError):
         number = 0.0
     if not 0 < number <= 4:
-        raise RequestError(f"--alpha takes a width multiplier such as 0.25, 0.5 or 1.0, not {value!r}.")
+        raise RequestError(f"`alpha` must be a width multiplier such as 0.25, 0.5 or 1.0, not {value!r}.")
     return number
