@@ -114,8 +114,7 @@ class RayExecutor(ExitStack):
                     left.difference_update(found.rows)
                     yield from _batches(run, found, share)
         if left:
-            done = f"{len(cells) - len(left):,} of {len(cells):,}"
-            raise ExtractionError(f"Ray returned only {done} rows. Run it again to resume.")
+            raise ExtractionError(f"Ray didn't return {len(left):,} of {len(cells):,} rows. Run it again to resume.")
 
     def _begin(self) -> None:
         """Join the existing cluster, or start a private one."""
@@ -313,7 +312,7 @@ class Worker:
         for name in sorted(name for name in {*here, *there} if here.get(name) != there.get(name)):
             if name not in SLIGHT:
                 raise NetworkError(
-                    f"{network.spec.network.title} would give different features on a worker: its {name} is "
+                    f"{network.spec.network.title} would give different features on a worker: it has {name} "
                     f"{here.get(name)!r}, not {there.get(name)!r}. Install the same nbfeat and files on all machines."
                 )
             self._differs[{"cpu": "CPU", "backend": "Keras backend", "keras": "Keras"}.get(name, name)] = None

@@ -145,9 +145,9 @@ def test_images_may_come_as_a_frame_a_series_an_array_or_a_list(photos: pd.DataF
 @pytest.mark.parametrize(
     ("images", "words"),
     [
-        ("cat.jpg", r"X is a str, not a list of images: write \[X\]"),
-        (Path("cat.jpg"), r"not a list of images"),
-        (np.zeros((2, 8, 8, 3), np.uint8), r"numpy.ndarray of shape \(2, 8, 8, 3\): give .*list\(X\)"),
+        ("cat.jpg", r"X must be a list of images, not str: use \[X\]"),
+        (Path("cat.jpg"), r"must be a list of images"),
+        (np.zeros((2, 8, 8, 3), np.uint8), r"numpy.ndarray of shape \(2, 8, 8, 3\)\. Pass .*list\(X\)"),
         ([], "X has no rows"),
         (pd.DataFrame({"path": []}), "X has no rows"),
         (pd.DataFrame({"a": [1], "b": [2]}), r"No column looks like images: a \(1\) and b \(2\)"),
@@ -434,7 +434,7 @@ def test_a_network_that_gives_other_features_is_refused(
 
         monkeypatch.setattr(FakeNetwork, "__init__", other)
     computed = FakeEngine.computed
-    with pytest.raises(RequestError, match=rf"The fitted ImageFeatures cannot be repeated.* mobilenet.* {change}"):
+    with pytest.raises(RequestError, match=rf"The fitted ImageFeatures can't be repeated.* mobilenet.* {change}"):
         model.transform(photos["path"])
     assert FakeEngine.computed == computed
     assert model.fit(photos["path"]).transform(photos["path"]).shape == (20, 48)
