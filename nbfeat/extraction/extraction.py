@@ -161,7 +161,13 @@ class Extraction(FeatureTable):
             raise
 
     def run(self) -> Extraction:
-        """Work to the end and return this Extraction; raises what `steps` raises."""
+        """Work to the end; raises the same errors as `steps`.
+
+        Returns
+        -------
+        Extraction
+            This object, finished.
+        """
         for _ in self.steps():
             pass
         return self

@@ -122,7 +122,7 @@ class Batch:
         return self
 
     def clear(self) -> None:
-        """Start with no findings."""
+        """Clear the findings."""
         self.failures, self.equal, self.files, self.undecodable = {}, {}, {}, {}
 
     @property

@@ -100,7 +100,7 @@ class Learner:
 def _check(block: FeatureBlock, width: int, count: int) -> None:
     if not count:
         raise RequestError(
-            f"`{block}` can't be fitted: none of its rows to fit on has features. Select other rows with `fit_on`."
+            f"`{block}` can't be fitted: none of the rows to fit on has features. Select other rows with `fit_on`."
         )
     if (block.components or 0) > (most := min(count, width)):
         raise RequestError(

@@ -227,7 +227,6 @@ class Pipeline:
         item.decoding = time.perf_counter() - start
 
     def _lacking(self, item: Item) -> list[PixelSpec]:
-        """Return the pixels that networks need, after looking in the cache."""
         specs: dict[PixelSpec, None] = {}
         for number, network in enumerate(self.networks):
             if network.done[item.row]:

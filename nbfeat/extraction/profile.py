@@ -46,7 +46,7 @@ class Timings:
 
     @contextmanager
     def while_attaching(self) -> Iterator[None]:
-        """Count the block as `attaching`."""
+        """Add the time in the block to `attaching`."""
         start = time.perf_counter()
         yield
         self.attaching += time.perf_counter() - start

@@ -64,7 +64,7 @@ class PartRecipe:
             was, now = _shown(there.get(name)), _shown(here.get(name))
             if name == "weights":
                 was, now = f"{self.weights.name} ({was})", f"{network.weights.name} ({now})"
-            return f"{self.prefix} was made with {name.replace('_', ' ')} {was}, which is now {now}"
+            return f"{self.prefix} was made with {name.replace('_', ' ')} {was}, but now has {now}"
         return ""
 
     def slight_differences(self, network: NetworkState) -> Iterator[str]:

@@ -116,7 +116,6 @@ class DatasetSink:
         run.note(note)
 
     def _identity(self, rows: int, repeats: Recipe | None) -> dict[str, Any]:
-        """Return what distinguishes this dataset from others, as plain values."""
         table, images, fit_on = self._own, self._run.images, self._fit_on
         return {
             "rows": rows,
@@ -277,7 +276,6 @@ class DatasetSink:
                 self._dataset.write(number, self._own.slice(rows.start, len(rows)), by_prefix, recipe, failures)
 
     def _normalize(self) -> Iterator[Batch]:
-        """Fit on the raw features, and write them normalized."""
         unknown = [part for part in self._parts if part.normalizer is None]
         learners = {part.prefix: normalize.Learner(part.block, part.raw_width) for part in unknown}
         for number in sorted(self._dataset.raw) if learners else ():
@@ -334,7 +332,6 @@ def _check_learned(learned: Sequence[FeatureColumns], address: str, rows: int) -
 
 
 def _made_before(frame: pd.DataFrame, prefixes: Sequence[str], *, replace: bool) -> set[int]:
-    """Return the positions of columns that the blocks of these `prefixes` replace."""
     made = made_columns(frame)
     positions = {position for prefix in prefixes for position in made.get(prefix, ())}
     if replace:

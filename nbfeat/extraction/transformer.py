@@ -262,6 +262,5 @@ def _table(X: Any) -> pd.DataFrame:
 
 
 def _rows(extraction: Extraction) -> Rows:
-    """Return the features of all blocks side by side, in a writable array."""
     rows = [part.rows for part in extraction.parts if part.rows is not None]
     return rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1)

@@ -269,9 +269,9 @@ class OtherMachine(fake.FakeNetwork):
     [
         (
             OtherWeights,
-            r"mobilenet was made with weights random \(SHA-256 0{12}…\), which is now imagenet \(SHA-256 1212",
+            r"mobilenet was made with weights random \(SHA-256 0{12}…\), but now has imagenet \(SHA-256 1212",
         ),
-        (OtherWidth, r"mobilenet was made with width 48, which is now 6\."),
+        (OtherWidth, r"mobilenet was made with width 48, but now has 6\."),
     ],
 )
 def test_another_network_is_refused_before_any_image_is_read(
@@ -296,7 +296,7 @@ def test_other_computation_is_refused(
     result = extract(train, BLOCK, images="path")
     monkeypatch.setattr(name, NUMERICS + 9)
     made, here = NUMERICS, NUMERICS + 9
-    with pytest.raises(RequestError, match=rf"was made with (numerics {made}|least reduced 4), which is now {here}"):
+    with pytest.raises(RequestError, match=rf"was made with (numerics {made}|least reduced 4), but now has {here}"):
         repeat(test, like=result)
 
 

@@ -307,7 +307,7 @@ def test_what_was_computed_otherwise_is_gone_on_with_or_refused(
     changed = {"engine": "fake", "precision": "bfloat16", "x": 1}
     monkeypatch.setattr(FakeNetwork, "key_fields", lambda *_: changed)
     (folder / FILES[3]).unlink()
-    with pytest.raises(RequestError, match=r"mobilenet was made with x None, which is now 1.*replace"):
+    with pytest.raises(RequestError, match=r"mobilenet was made with x None, but now has 1.*replace"):
         written(photos, BLOCK, parquet=folder)
     written(photos, BLOCK, parquet=folder, replace=True)
     assert nbfeat.read(folder).fitted.parts[0].key_fields["x"] == 1
