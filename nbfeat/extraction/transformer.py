@@ -243,7 +243,6 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
 
 
 def _table(X: Any) -> pd.DataFrame:
-    """Return X as a DataFrame: a Series or list becomes one column."""
     if isinstance(X, pd.Series):
         return X.to_frame(X.name if isinstance(X.name, str) else "image")
     if isinstance(X, pd.DataFrame) or hasattr(X, "to_pandas"):

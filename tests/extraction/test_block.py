@@ -1,4 +1,4 @@
-"""A feature block goes to text and back; the grammar reads cells, or says what is wrong with them."""
+"""Feature blocks convert to text and back; the grammar reads cells or says what is wrong with them."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_the_transformer_has_the_same_options_or_a_block_says_them() -> None:
     assert set(parameters) == {"blocks", "on_failure", *run, *block}
     assert block <= {option.name for option in BLOCK_OPTIONS}
     of_extraction = inspect.signature(Extraction).parameters
-    assert of_extraction["cache"].default is None  # True, unless files are written, which a transformer never does
+    assert of_extraction["cache"].default is None  # True, unless files are written; a transformer never writes any
     for name in run - {"cache"}:
         assert parameters[name].default == of_extraction[name].default, name
     for option in BLOCK_OPTIONS:

@@ -1,4 +1,4 @@
-"""What extraction promises, through every face."""
+"""What extraction promises, in every interface."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be given as a frame: beside a DataFrame, a Parquet file or folder, or a dataset of Ray's."""
+"""Accepted frames: a DataFrame, a Parquet file or folder, or a Ray dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An earlier result is repeated on other images: the same numbers to the bit, or a sentence that says what differs."""
+"""Repeating an earlier result on other images: bit-identical numbers, or a message that says what differs."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ def test_another_network_is_refused_before_any_image_is_read(
     with pytest.raises(RequestError, match=words):
         repeat(test, like=result)
     again = Extraction(test, like=result)
-    for _ in range(2):  # asking again does not let it through
+    for _ in range(2):  # a second attempt is refused too
         with pytest.raises(RequestError, match=words):
             again.run()
     assert fake.FakeEngine.computed == computed

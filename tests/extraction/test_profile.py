@@ -1,4 +1,4 @@
-"""Where the time of a run went, and the sentence that says it."""
+"""The profile of a run, and its sentence about the bottleneck."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def slowed(function: Any) -> Any:
     def slow(*args: Any, **options: Any) -> Any:
         end = time.thread_time() + 0.02
         while time.thread_time() < end:
-            pass  # at work, not asleep
+            pass  # busy, not sleeping
         return function(*args, **options)
 
     return slow
