@@ -13,10 +13,12 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.abc import MetaPathFinder
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 _FAST_MATH = "ONEDNN_DEFAULT_FPMATH_MODE"
+_FOLDER = Path(__file__).resolve().parents[1]
 # Keras and OpenVINO import these only because they are there: seconds of start-up, 600 MB, telemetry, a font cache.
 _NOT_NEEDED_BY_A_CHILD = {
     "openvino_telemetry", "tensorflow", "torch", "jax", "matplotlib", "pandas", "sklearn", "IPython",
@@ -74,11 +76,26 @@ class _Refuse(MetaPathFinder):
             raise ModuleNotFoundError(f"{fullname} is not needed in this process", name=fullname)
 
 
+def version_of(package: str) -> str:
+    """Return the version of an installed package; "unknown" if it has no metadata, as on a bare PYTHONPATH."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def child_environment() -> dict[str, str]:
     """Return the environment of a child that builds networks with Keras' OpenVINO backend."""
-    environment = {**os.environ, "KERAS_BACKEND": "openvino", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    environment.pop(_FAST_MATH, None)
-    return environment
+    return {name: value for name, value in os.environ.items() if name != _FAST_MATH} | {"KERAS_BACKEND": "openvino"}
+
+
+def child_command(module: str, *arguments: str) -> list[str]:
+    """Return the command that runs a module of this package in this interpreter, wherever the package lies.
+
+    Its folder comes last on the path: PYTHONPATH would put it and its neighbors before the standard library.
+    """
+    run = f"import runpy, sys; sys.path.append(sys.argv.pop(1)); runpy.run_module({module!r}, run_name='__main__')"
+    return [sys.executable, "-P", "-c", run, str(_FOLDER), *arguments]
 
 
 @contextmanager

@@ -1,17 +1,18 @@
-"""The house in order: which way imports run, what importing costs, what the README says."""
+"""The house in order: which way imports run, what importing costs, what the pages about it name."""
 
 from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
 import nbfeat
 from nbfeat.backbones.catalog import CATALOG
-from nbfeat.extraction.options import BLOCK_OPTIONS, OPTIONS
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "nbfeat"
@@ -110,6 +111,16 @@ def test_importing_imports_nothing_heavy(module: str, light: tuple[str, ...]) ->
     assert not {*loaded} & heavy
 
 
+def test_every_import_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    declared = {re.split(r"[\s<>=!\[;]", one)[0].lower().replace("-", "_") for group in groups for one in group}
+    aliases = {"PIL": "pillow", "sklearn": "scikit_learn", "IPython": "ipython"}
+    imported = {name.partition(".")[0] for source in SOURCES for name in imports(source)} - sys.stdlib_module_names
+    missing = {aliases.get(name, name) for name in imported} - declared - {"nbfeat"}
+    assert missing == {"umap", "yarl"}  # the first is the user's to install, the second a part of aiohttp
+
+
 def test_every_public_name_can_be_had_and_says_what_it_is() -> None:
     for name in nbfeat.__all__:
         assert getattr(nbfeat, name).__doc__, name
@@ -122,31 +133,16 @@ def test_the_package_that_is_a_function_lists_the_catalog() -> None:
     assert list(nbfeat.backbones("VGG*").index) == ["VGG16", "VGG19"]  # type: ignore[operator]  # a module that can be called
 
 
-def readme() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def table_of_options() -> str:
-    rows = ["| option | of | meaning | default |", "|---|---|---|---|"]
-    for option in OPTIONS:
-        spelling = ", ".join(option.flags) + ("" if option.switch else f" {option.metavar}")
-        scope = "block" if option in BLOCK_OPTIONS else "run"
-        choices = ": " + " ".join(f"`{choice}`" for choice in option.choices) if option.choices else ""
-        rows.append(f"| `{spelling}` | {scope} | {option.help}{choices} | {option.default} |")
-    return "\n".join(rows)
-
-
-def test_the_readme_has_the_table_of_options() -> None:
-    assert table_of_options() in readme(), f"put this into the README:\n{table_of_options()}"
-
-
-def test_the_readme_names_every_room() -> None:
-    tree = readme().split("nbfeat/\n├")[1].split("```")[0]
+def test_the_page_for_contributors_names_every_room() -> None:
+    page = ROOT / ".github" / "CONTRIBUTING.md"
+    if not page.is_file():
+        pytest.skip("there is no page for contributors")
+    tree = page.read_text(encoding="utf-8").split("nbfeat/\n├")[1].split("```")[0]
     assert [room for room in (*LEAVES, *ROOMS) if room not in tree] == []
 
 
-def test_the_readme_names_every_backbone_family() -> None:
-    text = readme()
+def test_the_guide_names_every_backbone_family() -> None:
+    text = (ROOT / "notebooks" / "guide" / "networks.md").read_text(encoding="utf-8")
     for backbone in CATALOG.values():
         assert backbone.family.removesuffix("V2").removesuffix("V3") in text, backbone.name
 

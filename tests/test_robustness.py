@@ -289,7 +289,7 @@ def test_a_damaged_cache_never_gives_wrong_features(
         pd.testing.assert_frame_equal(result.frame, good.frame, check_exact=True)
         pd.testing.assert_frame_equal(result.failures, good.failures)
         for note in result.notes:
-            assert_says_what_to_do(note.replace("It was begun anew.", "Leave it so."))
+            assert_says_what_to_do(note.replace("A new one was started.", "Leave it so."))
         outcomes["none" if not result.cached else "all" if result.cached == good.done - 2 else "some"] += 1
 
     damaged()

@@ -1,1 +1,1 @@
-"""Features that were computed before."""
+"""Cached features, and storage on this machine."""

@@ -1,7 +1,4 @@
-"""Features that were computed before, by image content and cache key, in one SQLite file.
-
-A run never fails because of its cache: what goes wrong is one sentence in `note`, and is done without.
-"""
+"""Cache features in one SQLite file, by image content and cache key; a problem becomes a `note`, not an error."""
 
 from __future__ import annotations
 
@@ -25,15 +22,15 @@ from nbfeat.errors import printable
 from nbfeat.paths import HomeError, file_system, is_remote, keep
 
 LARGEST = 20_000_000_000  # bytes
-SHARE_OF_DISK = 10  # one part in so many of what is free
-LOOK_EVERY = 64_000_000  # bytes written between two looks at the size
-MOST_AT_ONCE = 500  # rows in one query or deletion
-BYTES_AT_ONCE = 8_000_000  # in one query
-PATIENCE = 10.0  # seconds to wait for another process that writes
+SHARE_OF_DISK = 10  # the cache may take a tenth of the free disk space
+LOOK_EVERY = 64_000_000  # bytes written between two checks of the size
+MOST_AT_ONCE = 500  # rows per query or deletion
+BYTES_AT_ONCE = 8_000_000  # per query
+PATIENCE = 10.0  # seconds to wait for another process to finish writing
 
-FORMAT = 2  # of the schema; raised with every change of it
-# Entries are evicted by owners: a cache key, whose entries are features by image; FILES, what files hold by their
-# state; FAILURES and the decoders, the reasons why images cannot be decoded. The first tables are those of format 1.
+FORMAT = 2  # of the schema; increased with every change
+# Entries are evicted per owner. An owner is a cache key (features by image), FILES (content hashes by file state), or
+# FAILURES with the decoders' names (reasons why images cannot be decoded). Format 1 had the tables that are dropped.
 SCHEMA = f"""
 BEGIN IMMEDIATE;
 DROP TABLE IF EXISTS features; DROP TABLE IF EXISTS blocks; DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS failures;
@@ -45,7 +42,7 @@ PRAGMA user_version = {FORMAT};
 COMMIT
 """
 FILES, FAILURES = "files", "failures by "
-# SQLITE_ERROR is what a table or column that is not there gives.
+# A missing table or column gives SQLITE_ERROR.
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
 _ERRORS = (sqlite3.Error, OSError, ValueError, TypeError)
 
@@ -54,21 +51,21 @@ Vector = NDArray[np.float32]
 
 @dataclass(slots=True)
 class CacheEntries:
-    """What a run has found out, to be kept in one transaction."""
+    """Results of a run, to be saved in one transaction."""
 
-    vectors: list[tuple[CacheKey, Sequence[bytes], Vector]] = field(default_factory=list)  # images, a row for each
-    files: dict[bytes, bytes] = field(default_factory=dict)  # state of a file → what it holds
-    failures: dict[bytes, str] = field(default_factory=dict)  # an image that cannot be decoded → the reason
+    vectors: list[tuple[CacheKey, Sequence[bytes], Vector]] = field(default_factory=list)  # images, one row each
+    files: dict[bytes, bytes] = field(default_factory=dict)  # file state → content hash
+    failures: dict[bytes, str] = field(default_factory=dict)  # image that cannot be decoded → reason
 
     def __bool__(self) -> bool:
         return bool(self.vectors or self.files or self.failures)
 
 
 class Cache:
-    """The features kept on this machine. With ``folder=None`` nothing is kept, and nothing found."""
+    """The features cached on this machine; with ``folder=None`` the cache is off."""
 
     def __init__(self, folder: Path | None, decoders: str = "", note: str = "") -> None:
-        self.note = note  # what went wrong, and what to do
+        self.note = note  # the problem and the next step
         self.writes = False
         self._folder, self.path = folder, Path()
         self._failures = FAILURES + decoders
@@ -88,23 +85,23 @@ class Cache:
         try:
             return cls(keep("features"), decoders)
         except HomeError as error:
-            return cls(None, note=f"{error} Features are not kept.")
+            return cls(None, note=f"{error} Features are not cached.")
 
     def images(self, states: Iterable[bytes]) -> dict[bytes, bytes]:
-        """Return what the files in these states hold, for those that were read before."""
+        """Return the content hashes of files in these states that were read before."""
         return self._find(FILES, states)
 
     def failures(self, images: Iterable[bytes]) -> dict[bytes, str]:
-        """Return the reasons why images could not be decoded, for those that were tried with these decoders."""
+        """Return the reasons why images could not be decoded, if these decoders already tried."""
         return {image: reason.decode() for image, reason in self._find(self._failures, images).items()}
 
     def vectors(self, block: CacheKey, images: Iterable[bytes]) -> dict[bytes, Vector]:
-        """Return the features that `block` has of these images; rows that are damaged are as good as none."""
+        """Return the cached features of these images; damaged rows count as missing."""
         found = self._find(block.key, images, 4 * block.width)
         return {image: np.frombuffer(vector, np.float32) for image, vector in found.items()}
 
     def _find(self, owner: str, keys: Iterable[bytes], size: int = 1) -> dict[bytes, bytes]:
-        """Return undamaged values, read so many at a time that those of `size` bytes stay few."""
+        """Return undamaged values of `size` bytes each, queried in parts to limit memory."""
         wanted, most = list(keys), max(1, min(MOST_AT_ONCE, BYTES_AT_ONCE // size))
         query = "SELECT key, value FROM entries WHERE owner = (SELECT id FROM owners WHERE name = ?) AND key IN ({})"
         found: dict[bytes, bytes] = {}
@@ -120,13 +117,13 @@ class Cache:
         return found
 
     def use(self, blocks: Iterable[CacheKey]) -> None:
-        """Say which blocks a run is about: they are the last to be evicted."""
+        """Mark the blocks that a run uses, so they are not evicted."""
         owners = {block.key: block.description for block in blocks}
         self._in_use = set(owners)
         self._try("written", lambda db: _touch(db, {**owners, FILES: "", self._failures: ""}))
 
     def keep(self, entries: CacheEntries) -> None:
-        """Keep what was found out, whole or not at all."""
+        """Save all entries or none."""
         self._unmeasured += sum(4 * block.width * len(images) for block, images, _ in entries.vectors)
         if self._unmeasured >= LOOK_EVERY:
             self._try("written", self._make_room)
@@ -141,8 +138,8 @@ class Cache:
         ]
         for block, images, vectors in entries.vectors:
             owners.append((block.key, block.description, zip(images, map(np.ndarray.tobytes, vectors), strict=True)))
-        with db:  # kept whole or not at all
-            db.execute("BEGIN IMMEDIATE")  # a lock taken later could not be waited for
+        with db:  # all or nothing
+            db.execute("BEGIN IMMEDIATE")  # SQLite waits only for a lock that is taken at the start
             for owner, description, values in owners:
                 _touch(db, {owner: description})  # another process may just have evicted it
                 [number] = db.execute("SELECT id FROM owners WHERE name = ?", (owner,)).fetchone()
@@ -150,12 +147,12 @@ class Cache:
                 db.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", rows)
 
     def limit(self) -> int:
-        """Return how many bytes the cache may take: its share of what would be free without it, LARGEST at most."""
+        """Return the size limit in bytes: a share of what would be free without the cache, at most LARGEST."""
         assert self._folder is not None
         return min(LARGEST, (shutil.disk_usage(self._folder).free + bytes_in(self._folder)) // SHARE_OF_DISK)
 
     def blocks(self) -> list[dict[str, Any]]:
-        """Return a description of each block, with its key, number of images, last use and bytes."""
+        """Describe each block, with its key, number of images, last use and bytes."""
         sql = "SELECT name, description, used, COUNT(*) FROM owners JOIN entries ON owner=id GROUP BY 1 ORDER BY 3 DESC"
         found: list[tuple[Any, ...]] = self._try("read", lambda db: db.execute(sql).fetchall()) or []
         return [
@@ -165,20 +162,20 @@ class Cache:
         ]
 
     def clear(self) -> None:
-        """Forget everything, and give the disk back."""
+        """Delete everything and free the disk space."""
         everything = "BEGIN IMMEDIATE; DELETE FROM entries; DELETE FROM owners; COMMIT; PRAGMA wal_checkpoint(TRUNCATE)"
         self._try("written", lambda db: db.executescript(everything))
 
     def _make_room(self, db: sqlite3.Connection) -> None:
-        """Evict owners whole, the one longest unused first, until the rest is within the limit."""
+        """Evict whole owners, least recently used first, until the cache is within its limit."""
         limit, used = self.limit(), "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
         for number, name in db.execute("SELECT id, name FROM owners ORDER BY used").fetchall():
             if db.execute(used).fetchone()[0] > limit and name not in self._in_use:
                 _evict(db, number)
         if db.execute(used).fetchone()[0] > limit:
             self.writes = False
-            full = f"The cache is full with this run alone ({limit / 1e9:,.1f} GB, a tenth of the free disk)"
-            self.note = f"{full}: further features are not kept. Set NBFEAT_HOME to a folder on a larger disk."
+            full = f"This run alone fills the cache ({limit / 1e9:,.1f} GB, a tenth of the free disk space)"
+            self.note = f"{full}: further features are not cached. Set NBFEAT_HOME to a folder on a larger disk."
 
     def _open(self, folder: Path) -> None:
         kind = file_system(folder)
@@ -187,22 +184,22 @@ class Cache:
         [found] = db.execute("PRAGMA user_version").fetchone()
         if found > FORMAT:
             newer = f"it was written by a newer nbfeat, in format {found}"
-            raise sqlite3.NotSupportedError(f"{newer}; this one reads {FORMAT}")
-        if found < FORMAT:  # these two count for a new file only
-            db.execute("PRAGMA page_size = 4096")  # larger ones write up to four times as much per batch
+            raise sqlite3.NotSupportedError(f"{newer}; this version reads format {FORMAT}")
+        if found < FORMAT:  # these two only affect a new file
+            db.execute("PRAGMA page_size = 4096")  # larger pages write up to four times as much per batch
             db.execute("PRAGMA auto_vacuum = FULL")
-        # A write-ahead log needs memory that all processes share, which those of two machines do not.
-        with suppress(sqlite3.OperationalError):  # where another process makes it at once, that one sees to this
+        # A write-ahead log needs shared memory, which processes on two machines don't have.
+        with suppress(sqlite3.OperationalError):  # another process is creating the file, and sets this
             db.execute(f"PRAGMA journal_mode = {'DELETE' if is_remote(kind) else 'WAL'}")
         db.execute("PRAGMA synchronous = NORMAL")
         if found < FORMAT:
             db.executescript(SCHEMA)
         self.writes = True
         if is_remote(kind):
-            self.note = f"The cache is on a network file system ({kind}); a local folder in NBFEAT_HOME is faster."
+            self.note = f"The cache is on a network file system ({kind}). Set NBFEAT_HOME to a faster local folder."
 
     def _try(self, verb: str, work: Callable[[sqlite3.Connection], Any]) -> Any:
-        """Do `work` and return what it gives; where that fails, say so in `note`, and do without."""
+        """Return the result of `work`; if it fails, say so in `note` and return None."""
         with self._lock:
             if self._db is not None and (verb == "read" or self.writes):
                 try:
@@ -212,33 +209,33 @@ class Cache:
         return None
 
     def _give_up(self, error: Exception, verb: str) -> None:
-        """Begin anew where the file is damaged, else stop writing; say so in `note`."""
-        why, way = printable(str(error)), "Free some disk, or set NBFEAT_HOME to another folder."
+        """Start a new file if this one is damaged, else stop writing; explain it in `note`."""
+        why, way = printable(str(error)), "Free some disk space, or set NBFEAT_HOME to another folder."
         code = getattr(error, "sqlite_errorcode", None)
         if code is None and isinstance(error, sqlite3.OperationalError | ValueError | TypeError):
-            code = sqlite3.SQLITE_CORRUPT  # Python finds text that is none, in errors that quote the file, too
+            code = sqlite3.SQLITE_CORRUPT  # what Python raises for text that cannot be decoded
         if code == sqlite3.SQLITE_IOERR_SHORT_READ or (code or 0) & 0xFF in _DAMAGED:
             damaged = self.path
             self.close()
             with suppress(*_ERRORS):
                 damaged.with_name(f"features-{int(damaged.stem.rpartition('-')[2]) + 1:06}.sqlite").touch()
-                for file in damaged.parent.glob(f"{damaged.name}*"):  # which others may have open
+                for file in damaged.parent.glob(f"{damaged.name}*"):  # other processes may have it open
                     file.unlink(missing_ok=True)
                 self._open(damaged.parent)
-            tail = "It was begun anew" if self.writes else "Features are not kept: delete that folder"
+            tail = "A new one was started" if self.writes else "Features are not cached: delete that folder"
             self.note = f"The cache in {self._folder} was damaged ({why}). {tail}."
             return
         if (code or 0) & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
-            why, way = "another program has locked it", "Close it, and run the cell again."
+            why, way = "another program has locked it", "Close that program, and run the cell again."
         elif isinstance(error, sqlite3.NotSupportedError):
             way = "Update nbfeat, or set NBFEAT_HOME to another folder."
         self.writes = False
         if verb == "opened":
             self.close()
-        self.note = f"The cache in {self._folder} cannot be {verb} ({why}): features are not kept from here on. {way}"
+        self.note = f"The cache in {self._folder} cannot be {verb} ({why}): features are no longer cached. {way}"
 
     def close(self) -> None:
-        """Let the file go; the cache then finds and keeps nothing."""
+        """Close the file; the cache is then off."""
         self.writes = False
         with self._lock, suppress(sqlite3.Error):
             if self._db is not None:
@@ -247,18 +244,18 @@ class Cache:
 
 
 def with_checksum(value: bytes, key: bytes, owner: str) -> bytes:
-    """Return `value` after a checksum, which SQLite has not; it covers its place, too, which damage may exchange."""
+    """Return `value` with a checksum, which SQLite lacks; it covers key and owner, because damage may swap values."""
     return zlib.crc32(value, zlib.crc32(key + owner.encode())).to_bytes(4, "big") + value
 
 
 def checked(stored: object, key: bytes, owner: str) -> bytes | None:
-    """Return the value that was stored with its checksum; None where it is damaged, or belongs elsewhere."""
+    """Return a stored value without its checksum; None if it is damaged or belongs to a different key."""
     value = stored[4:] if isinstance(stored, bytes) else b""
     return value if stored == with_checksum(value, key, owner) else None
 
 
 def _touch(db: sqlite3.Connection, owners: dict[str, str]) -> None:
-    """Note that owners, given with their descriptions, are used now."""
+    """Update the last use of owners, given with their descriptions."""
     now = time.time()
     db.executemany(
         "INSERT INTO owners (name, description, used) VALUES (?, ?, ?) "
@@ -268,19 +265,19 @@ def _touch(db: sqlite3.Connection, owners: dict[str, str]) -> None:
 
 
 def _evict(db: sqlite3.Connection, owner: int) -> None:
-    """Delete an owner with its entries, in short transactions, and give the disk back."""
+    """Delete an owner and its entries in short transactions, and free the disk space."""
     some = "DELETE FROM entries WHERE rowid IN (SELECT rowid FROM entries WHERE owner = ? LIMIT ?)"
     while db.execute(some, (owner, MOST_AT_ONCE)).rowcount:
         pass
     with db:
         db.execute("BEGIN IMMEDIATE")
-        db.execute("DELETE FROM entries WHERE owner = ?", (owner,))  # which came meanwhile
+        db.execute("DELETE FROM entries WHERE owner = ?", (owner,))  # added in the meantime
         db.execute("DELETE FROM owners WHERE id = ?", (owner,))
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 def bytes_in(folder: Path) -> int:
-    """Return how much disk a file or folder takes."""
+    """Return the size of a file or folder."""
     total = 0
     for path in (folder, *folder.rglob("*")):
         with suppress(OSError):  # just removed

@@ -1,4 +1,4 @@
-"""What nbfeat keeps on this machine: where, how large, and how to clear it."""
+"""Show what nbfeat stores on this machine, where, and how large it is; and clear it."""
 
 from __future__ import annotations
 
@@ -23,21 +23,24 @@ KINDS = ("features", *_FOLDERS, "all")
 
 
 class Storage:
-    """Where nbfeat keeps features and networks on this machine, how large they are, and how to clear them.
+    """Features, networks, weights and precision checks that nbfeat has stored on this machine.
 
-    >>> nbfeat.storage                      # shows it    # doctest: +SKIP
-    >>> nbfeat.storage.clear()              # forgets the features that were computed    # doctest: +SKIP
-    >>> nbfeat.storage.clear("networks")    # and the networks that were built    # doctest: +SKIP
+    Use the instance ``nbfeat.storage``; in a notebook it shows their sizes. See `clear` for how to delete them.
+
+    Examples
+    --------
+    >>> "Pocket" in set(nbfeat.storage.networks["backbone"])
+    True
     """
 
     @property
     def folder(self) -> Path:
-        """Where everything is; the variable NBFEAT_HOME sets another place."""
+        """Path: the folder that holds everything. Set the environment variable NBFEAT_HOME to change it."""
         return home()
 
     @property
     def features(self) -> pd.DataFrame:
-        """One row for each block in the cache: its recipe, how many images, how many bytes, when it was last used."""
+        """DataFrame: one row per cached feature block, with its options, number of images, bytes and last use."""
         import pandas as pd
 
         with closing(self._cache()) as cache:
@@ -45,24 +48,38 @@ class Storage:
 
     @property
     def networks(self) -> pd.DataFrame:
-        """One row for each network that was built: backbone, weights, input size, cuts, bytes, folder."""
+        """DataFrame: one row per compiled network, with backbone, alpha, weights, size, cuts, bytes and folder."""
         import pandas as pd
 
         return pd.DataFrame(self._networks())
 
     @property
     def bytes(self) -> int:
-        """How much disk all of it takes."""
+        """int: the disk space in use, in bytes."""
         return bytes_in(self.folder)
 
     def clear(self, what: str = "features") -> None:
-        """Forget one kind of what is kept, and give the disk back; what is asked for again is made again.
+        """Delete stored data and free the disk space; later runs recreate what they need. Running notebooks continue.
 
-        `what` is ``"features"`` that were computed, ``"networks"`` that were built, ``"weights"`` that were downloaded,
-        ``"precisions"``: in what each network was found to compute best; or ``"all"``. Running notebooks go on.
+        Parameters
+        ----------
+        what : {"features", "networks", "weights", "precisions", "all"}, default "features"
+            The data to delete: cached features, compiled networks and layer tables, downloaded weights, or the results
+            of comparing precisions.
+
+        Raises
+        ------
+        RequestError
+            If `what` isn't one of these.
+        NbfeatError
+            If the cache file cannot be cleared.
+
+        Examples
+        --------
+        >>> nbfeat.storage.clear("precisions")
         """
         if what not in KINDS:
-            raise RequestError(f"clear takes {', '.join(KINDS)}, not {what!r}.")
+            raise RequestError(f"Cannot clear {what!r}: use {listing(KINDS, 'or')}.")
         if what in {"features", "all"}:
             with closing(self._cache()) as cache:
                 cache.clear()
@@ -77,7 +94,7 @@ class Storage:
 
     def _networks(self) -> Iterator[dict[str, Any]]:
         for folder in sorted((self.folder / "networks").glob("*")):
-            # Without a manifest it is being built, or was left behind by a process that was killed.
+            # A folder without a manifest is being built, or was left by a process that was killed.
             with suppress(OSError, ValueError, KeyError, TypeError):
                 manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
                 spec, weights = manifest["spec"], manifest["weights"]["name"]
@@ -86,7 +103,7 @@ class Storage:
                 yield {**row, "cuts": cuts, "bytes": bytes_in(folder), "folder": str(folder)}
 
     def _tables(self) -> tuple[str, list[tuple[list[tuple[object, ...]], tuple[str, ...]]], str]:
-        """Return the heading, the rows and head of each table, and what can be done."""
+        """Return the heading, the rows and header of each table, and how to clear them."""
         features: list[tuple[object, ...]] = []
         with closing(self._cache()) as cache:
             for row in cache.blocks():
@@ -103,7 +120,7 @@ class Storage:
         heads = ("features", "images", "bytes", "last used"), ("networks", "bytes"), ("weights", "bytes")
         tables = [(rows, head) for rows, head in zip((features, networks, weights), heads, strict=True) if rows]
         first, *others = [f'"{kind}"' for kind in KINDS]
-        way = f"Clear with nbfeat.storage.clear({first}), {listing(others, 'or')}; NBFEAT_HOME names another folder."
+        way = f"Clear with nbfeat.storage.clear({first}), {listing(others, 'or')}. Set NBFEAT_HOME to move this folder."
         return f"{self.folder}: {format_bytes(self.bytes)}{limit}", tables, way
 
     def __repr__(self) -> str:
@@ -127,4 +144,4 @@ def _when(seconds: float) -> str:
     try:
         return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
     except (TypeError, ValueError, OverflowError, OSError):
-        return "some time"  # damaged, and no matter
+        return "unknown"  # damaged

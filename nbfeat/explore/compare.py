@@ -95,14 +95,21 @@ def compare(
         name, scorer = scorer_of(estimator, scoring)
         matrices, ok, recomputed = _matrices(result)
         grouping = None if groups is None else column_of(frame, groups, "group")
-        chosen, left_out = selected(wanted, ok, grouping, rows)
+        chosen, left_out = selected(wanted, ok, grouping, rows, cv)
         folds, how_split = folds_of(cv, chosen, grouping, len(frame))
         scores = {
             part.prefix: scores_of(part.block, part.prefix, matrices[part.prefix], chosen, folds, estimator, scorer)
             for part in result.parts
         }
     overview, ordered = _tables(result, scores, speed=speed)
-    notes = [verdict(ordered, name), *left_out, chosen.note, recomputed, *_about(result, warned, speed=speed)]
+    shares = [len(test) / len(train) for train, test in folds]
+    notes = [
+        verdict(ordered, name, float(np.mean(shares))),
+        *left_out,
+        chosen.note,
+        recomputed,
+        *_about(result, warned, speed=speed),
+    ]
     setting = f"{written(estimator)}, {how_split}, {chosen}"
     best = overview["block"].iloc[0]
     return Comparison(overview, ordered, best, chosen.name, name, setting, tuple(filter(None, notes)))
@@ -197,8 +204,14 @@ class Comparison:
         return f"{self.target}: {self.score} of {self.setting}", head, rows
 
 
-def verdict(scores: pd.DataFrame, name: str) -> str:
-    """Say whether the first block is clearly the best: by more than its lead varies from fold to fold."""
+def verdict(scores: pd.DataFrame, name: str, test_share: float) -> str:
+    """Say whether the first block leads significantly (5 %) by the corrected resampled t-test.
+
+    Folds share training rows, so their variance is corrected by `test_share`, test rows ÷ training rows (Nadeau and
+    Bengio, Inference for the generalization error, Machine Learning 52, 2003).
+    """
+    from scipy.stats import t
+
     if len(scores) == 1:
         return ""
     if scores.shape[1] == 1:
@@ -207,7 +220,9 @@ def verdict(scores: pd.DataFrame, name: str) -> str:
     means, spreads = leads.mean(axis=1), leads.std(axis=1, ddof=1)
     best, second = scores.index[:2]
     lead = f"{means.iloc[0]:.3f} ± {spreads.iloc[0]:.3f} of {name} from fold to fold"
-    tied = [str(prefix) for prefix in means.index[means <= spreads]]
+    count = scores.shape[1]
+    needed = t.ppf(0.95, count - 1) * np.sqrt(1 / count + test_share) * spreads
+    tied = [str(prefix) for prefix in means.index[means <= needed]]
     if not tied:
         return f"{best} is best: it leads {second} by {lead}."
     more = [f"{len(tied) - TIED_SHOWN:,} more"] if len(tied) > TIED_SHOWN else []

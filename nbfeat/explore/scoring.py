@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from nbfeat.errors import RequestError, listing, near, sentences
 from nbfeat.extraction.normalize import learn
 from nbfeat.extraction.options import FeatureBlock
+from nbfeat.inference.spec import whole
 
 MODELS = ("svm", "forest", "logistic")
 MOST_CLASSES = 20  # that whole numbers stand for; more of them are a quantity
@@ -125,19 +126,19 @@ def _quantity(name: str, values: NDArray[Any]) -> tuple[bool, str]:
     return False, f"{numbers} classes; for a quantity, give a regressor: model=SVR()." if count > 2 else ""
 
 
-def drawn(total: int, count: int, classes: NDArray[Any] | None) -> NDArray[np.intp]:
-    """Draw `count` of `total` positions, the classes of theirs in proportion, always the same."""
+def drawn(total: int, count: int, classes: NDArray[Any] | None, least: int = 0) -> NDArray[np.intp]:
+    """Draw `count` of `total` positions with a fixed seed, classes in proportion, at least `least` of each."""
     order = np.random.default_rng(0).permutation(total)
     if classes is not None:
         kinds = pd.Series(classes[order])
         within = kinds.groupby(kinds.to_numpy())
-        share = (within.cumcount() + 0.5) / within.transform("size")
+        share = (within.cumcount() + 0.5) / within.transform("size") - (within.cumcount() < least)
         order = order[np.argsort(share.to_numpy(), kind="stable")]
     return np.sort(order[:count])
 
 
 def selected(
-    wanted: Target, ok: NDArray[np.bool_], groups: pd.Series | None, most: int | None
+    wanted: Target, ok: NDArray[np.bool_], groups: pd.Series | None, rows: object, cv: object
 ) -> tuple[Target, list[str]]:
     """Return the target of the rows that are scored, and say which are not."""
     kept = wanted.rows[ok[wanted.rows]]
@@ -152,10 +153,15 @@ def selected(
         notes.append(f"{lost:,} of {len(ok):,} rows are left out: {why}.")
     if not len(kept):
         raise RequestError(f"No row is left to score. {notes[0]}")
-    chosen = wanted.taken(kept)
-    if most is not None and len(kept) > most:
+    chosen, most = wanted.taken(kept), len(kept) if rows is None else whole("rows")(rows)
+    if len(kept) > most:
+        least = cv if isinstance(cv, int) and cv > 1 else 1
+        if least > 1:  # before the draw, which would hide that a class is rare
+            _check(least, chosen, None if groups is None else groups.iloc[kept].to_numpy())
+        if chosen.is_classes and most < (needed := least * len(np.unique(chosen.answers))):
+            raise RequestError(f"rows={most:,} is too few for {least} rows of each class. Use rows={needed:,} or more.")
         notes.append(f"{most:,} of {len(kept):,} rows were drawn, always the same; rows=None takes all.")
-        chosen = chosen.taken(kept[drawn(len(kept), most, chosen.answers if chosen.is_classes else None)])
+        chosen = chosen.taken(kept[drawn(len(kept), most, chosen.answers if chosen.is_classes else None, least)])
     return chosen, notes
 
 
@@ -213,7 +219,7 @@ def _check(cv: int, target: Target, groups: NDArray[Any] | None) -> None:
         )
     if not target.is_classes and total < 2 * cv:
         raise RequestError(f"{total:,} rows are too few for {cv} folds of at least two. Take cv={total // 2}.")
-    if groups is not None and (count := len(np.unique(groups))) < cv:
+    if groups is not None and (count := pd.Series(groups).nunique()) < cv:
         raise RequestError(f"There are {count:,} groups, fewer than {cv} folds. Take cv={count} or less.")
 
 
@@ -295,7 +301,7 @@ def scores_of(
             scores.append(float(scorer(model, normalizer.apply(features[test]), answers[test])))
         except RequestError as error:
             raise RequestError(f"{prefix}, in a fold: {error}") from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise RequestError(f"scikit-learn cannot score {prefix}: {error}") from error
     if np.isnan(scores).any():
         way = "take fewer folds, so that each has more rows."

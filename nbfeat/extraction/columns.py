@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Hashable, Sequence
+import sys
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -21,6 +22,7 @@ from nbfeat.extraction import normalize
 from nbfeat.extraction.network_state import NetworkState
 from nbfeat.extraction.options import FeatureBlock, column_names, column_prefix
 from nbfeat.extraction.recipe import PartRecipe, Recipe
+from nbfeat.inference.engines.cpu_count import GROUPS, ROOT, control_groups
 from nbfeat.inference.spec import Output
 
 if TYPE_CHECKING:
@@ -59,8 +61,8 @@ class FeatureColumns:
 
     @property
     def is_sized(self) -> bool:
-        """Whether its width is known; that of a user's network is known only once it is built."""
-        return bool(self.network or self.repeats) or not find(self.block.backbone).is_user_model
+        """Whether its width is known; that of a layer or a user's network is known only once the network is built."""
+        return bool(self.network or self.repeats) or not (self.block.layer or find(self.block.backbone).is_user_model)
 
     @property
     def names(self) -> list[str]:
@@ -81,10 +83,6 @@ class FeatureColumns:
         fitted = self.normalizer or normalize.Normalizer()
         fields = self.network.cache_keys[self.block.cut.key].key_fields
         return PartRecipe(self.block, self.column, self.prefix, self.raw_width, self.network.weights, fields, fitted)
-
-    def place_in(self, frame: pd.DataFrame, *, replace: bool) -> list[int]:
-        """Return the positions of the columns in `frame` that these replace."""
-        return place(frame, self.prefix, len(self.names), replace=replace)
 
     def make_room(self, images: int) -> None:
         """Allocate memory for the features of `images`, unless columns of the same source already did."""
@@ -157,10 +155,14 @@ def normalized(parts: Sequence[FeatureColumns], raw: Sequence[NDArray[np.float32
     ]
 
 
-def place(frame: pd.DataFrame, prefix: str, width: int, *, replace: bool) -> list[int]:
-    """Return the positions that `width` columns of `prefix` replace; `replace` includes columns that no block made."""
-    own, wanted = set(made_columns(frame).get(prefix, ())), set(column_names(prefix, width))
-    taken = {at for at, column in enumerate(frame.columns) if isinstance(column, str) and column in wanted} - own
+def places(frame: pd.DataFrame, parts: Iterable[FeatureColumns | PartRecipe], *, replace: bool) -> list[list[int]]:
+    """Return the positions that the columns of `parts` replace; `replace` includes columns that no block made."""
+    made = made_columns(frame)
+    return [_places(frame, set(made.get(part.prefix, ())), set(part.names), replace=replace) for part in parts]
+
+
+def _places(frame: pd.DataFrame, own: set[int], names: set[str], *, replace: bool) -> list[int]:
+    taken = {at for at, column in enumerate(frame.columns) if isinstance(column, str) and column in names} - own
     if taken and not replace:
         shown = listing(frame.columns[sorted(taken)[:SHOWN]])
         more = f" and {len(taken) - SHOWN:,} more" if len(taken) > SHOWN else ""
@@ -201,12 +203,25 @@ def attach(frame: pd.DataFrame, blocks: Sequence[pd.DataFrame], places: Sequence
     return pd.concat(pieces or [frame], axis=1)
 
 
-def free_bytes() -> int | None:
-    """Return the memory available without swapping, or None if the system doesn't report it."""
+def _left_in_groups(root: Path, groups: Path) -> Iterator[int]:
+    """Yield what the memory limits of the control groups leave; cached files can be dropped, so they don't count."""
+    for kind, limit, used, cached in (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        for folder in control_groups(kind, root, groups):
+            with suppress(OSError, ValueError):  # no such group, or "max": no limit
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                most, taken = (int((folder / name).read_text()) for name in (limit, used))
+                yield max(0, most - taken + int(statistics.get(cached, 0)))
+
+
+def free_bytes(root: Path = ROOT, groups: Path = GROUPS) -> int | None:
+    """Return the memory available without swapping, of the machine or the container; None if the system doesn't say."""
     with suppress(OSError, ValueError):
         text = Path("/proc/meminfo").read_text(encoding="ascii")
         if available := re.search(r"^MemAvailable:\s*(\d+)", text, re.MULTILINE):
-            return 1024 * int(available[1])
+            return min(1024 * int(available[1]), *_left_in_groups(root, groups), sys.maxsize)
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # macOS: half of physical memory
     except (AttributeError, ValueError, OSError):

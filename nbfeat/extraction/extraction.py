@@ -7,7 +7,6 @@ import time
 from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,8 +14,8 @@ import numpy as np
 
 from nbfeat import isolation
 from nbfeat.errors import ExtractionError, RequestError, format_bytes, listing
-from nbfeat.extraction import report
-from nbfeat.extraction.columns import FeatureColumns
+from nbfeat.extraction import normalize, report
+from nbfeat.extraction.columns import FeatureColumns, places
 from nbfeat.extraction.feature_table import FeatureTable, block_called, failure_table
 from nbfeat.extraction.pipeline import LocalExecutor, images_per_second
 from nbfeat.extraction.profile import Profile
@@ -209,7 +208,10 @@ class Extraction(FeatureTable):
                 self._run.note(self.repeats.check([self._run.networks[part.network_index] for part in self.parts]))
             for part in self.parts:
                 part.network = self._run.networks[part.network_index]
-                part.place_in(self.request.frame, replace=self.request.replace)
+                if part.block.is_learned and not self.repeats and self.total:
+                    count = self.request.fit_count
+                    normalize.check(part.block, part.raw_width, len(self.request.frame) if count is None else count)
+            places(self.request.frame, self.parts, replace=self.request.replace)
             self._sink.make_room()
             yield self._coming()
 
@@ -315,7 +317,7 @@ class Extraction(FeatureTable):
             "images": [str(part.column) for part in self.parts],
             "weights": [part.network.weights.sha256 if part.network else "" for part in self.parts],
             "engines": self.engines, "precision": self.precision, "numerics": NUMERICS,
-            "versions": {name: version(name) for name in LIBRARIES},
+            "versions": {name: isolation.version_of(name) for name in LIBRARIES},
         }  # fmt: skip
 
     def to_recipe(self, source: str = "the earlier result") -> Recipe:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nbfeat import isolation
 from nbfeat.backbones.weights import Loaded
 from nbfeat.cache.database import Cache, CacheEntries
 from nbfeat.cache.keys import CacheKey
@@ -87,14 +87,14 @@ class NetworkState:
             backbone=self.spec.backbone, alpha=self.spec.alpha, weights=self.weights.sha256, layer=cut.layer,
             pooling=output.pooling, scaling=self.spec.scaling, size=self.pixels.size, resize=self.pixels.resize,
             interpolation=self.pixels.interpolation, least_reduced=resize.LEAST_REDUCED, decoders=decoders(),
-            keras=version("keras"), engine=self.prepared.key_fields(self.precision), numerics=NUMERICS,
+            keras=isolation.version_of("keras"), engine=self.prepared.key_fields(self.precision), numerics=NUMERICS,
             width=output.width, weights_name=self.weights.name,
         )  # fmt: skip
 
 
 def decoders() -> str:
     """Return the decoders with versions, since others may give different pixels or read other files."""
-    return ", ".join(f"{name} {version(name)}" for name in ("pillow", "simplejpeg"))
+    return ", ".join(f"{name} {isolation.version_of(name)}" for name in ("pillow", "simplejpeg"))
 
 
 @dataclass(slots=True)

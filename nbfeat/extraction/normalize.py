@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from nbfeat.errors import RequestError
 from nbfeat.extraction.options import FeatureBlock
 
 Rows = NDArray[np.floating[Any]]
 CHUNK = 4096  # rows normalized at a time, to avoid a second matrix of full height
+NOISE = 4 * np.finfo(np.float32).eps  # of singular values, relative to the largest, times the root of the longer side
 FITTED_AT_ONCE = 1024  # rows in float64, which scikit-learn copies several times
 
 
@@ -42,11 +44,18 @@ class Normalizer:
         if self.shift is not None and self.stretch is not None:
             rows = (rows - self.shift) * self.stretch
         if self.center is not None and self.axes is not None:
-            # Row by row: in a product of two matrices, the last bits of a row depend on the number of rows.
+            # Row by row, in one thread: the last bits of a product depend on the rows next to it and on the threads,
+            # and a repeated result must equal the first.
             centered, rows = rows - self.center, np.empty((len(rows), len(self.axes)), np.float32)
-            for row, projected in zip(centered, rows, strict=True):
-                np.dot(self.axes, row, out=projected)
+            with threadpool_limits(1, "blas"):
+                for row, projected in zip(centered, rows, strict=True):
+                    np.dot(self.axes, row, out=projected)
         return rows
+
+    @property
+    def rank(self) -> int:
+        """How many components carry variance; whitening sets the others to zero."""
+        return 0 if self.axes is None else int(np.count_nonzero(self.axes.any(axis=1)))
 
 
 def learn(block: FeatureBlock, rows: Rows, chosen: NDArray[np.bool_]) -> Normalizer:
@@ -55,7 +64,7 @@ def learn(block: FeatureBlock, rows: Rows, chosen: NDArray[np.bool_]) -> Normali
     if not block.is_learned:
         return base
     learned = rows[chosen]
-    _check(block, rows.shape[1], len(learned))
+    check(block, rows.shape[1], len(learned))
     if block.normalize in {"standard", "minmax"}:
         base = Learner(block, rows.shape[1]).fit(learned)
     if block.components is None:
@@ -64,7 +73,10 @@ def learn(block: FeatureBlock, rows: Rows, chosen: NDArray[np.bool_]) -> Normali
 
     whiten = block.normalize == "whiten"
     pca = PCA(block.components, whiten=whiten, random_state=0).fit(base.applied_to(learned))
-    axes = pca.components_ / np.sqrt(pca.explained_variance_)[:, None] if whiten else pca.components_
+    axes, spread = pca.components_, np.sqrt(pca.explained_variance_)[:, None]
+    if whiten:  # without rounding errors, which it would scale up to millions
+        noise = NOISE * np.sqrt(max(learned.shape)) * spread.max(initial=0)
+        axes = np.divide(axes, spread, out=np.zeros_like(axes), where=spread > noise)
     return Normalizer(base.unit_length, base.shift, base.stretch, _f32(pca.mean_), _f32(axes))
 
 
@@ -91,13 +103,14 @@ class Learner:
 
     def learned(self) -> Normalizer:
         """Return the fitted normalization; raise RequestError if there were no rows."""
-        _check(self._block, self._width, self._count)
+        check(self._block, self._width, self._count)
         if self._block.normalize == "standard":
             return Normalizer(shift=_f32(self._scaler.mean_), stretch=_f32(1 / self._scaler.scale_))
         return Normalizer(shift=_f32(self._scaler.data_min_), stretch=_f32(self._scaler.scale_))
 
 
-def _check(block: FeatureBlock, width: int, count: int) -> None:
+def check(block: FeatureBlock, width: int, count: int) -> None:
+    """Raise RequestError if `count` rows of features of that `width` are too few for what `block` fits."""
     if not count:
         raise RequestError(
             f"`{block}` can't be fitted: none of the rows to fit on has features. Select other rows with `fit_on`."

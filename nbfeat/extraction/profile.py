@@ -84,7 +84,6 @@ class Profile(UserDict[str, Any]):
         return _SENTENCES[self["bottleneck"]].format(f"in {self._waited:,.1f} of {self['total']:,.1f} s")
 
     def _rows(self, space: str) -> list[tuple[str, str, str]]:
-        """Return the rows of the table; `space` pads numbers so that decimal points align."""
         seconds = {name: f"{self[name]:,.2f}" for name in _WORK}
         width = max(len("seconds"), *map(len, seconds.values()))
         return [(name, seconds[name].rjust(width, space), what) for name, what in _WORK.items()]

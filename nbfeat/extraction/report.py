@@ -129,6 +129,10 @@ def normalization_notes(parts: Sequence[FeatureColumns], *, repeats: Recipe | No
         notes.append(f"{listing(fitted)}: Normalization was fitted on {fit_rows:,} rows.")
     if lost := [part.prefix for part in parts if (cut := part.output) and cut.pooling == "gem" and cut.negative]:
         notes.append(f"{listing(lost)}: GeM pooling treats negative values as zero, and this layer has some.")
+    for part in parts:
+        rank, count = part.normalizer.rank if part.normalizer else 0, len(part.names)
+        if part.block.normalize == "whiten" and rank < count:
+            notes.append(f"{part.prefix}: {rank:,} of {count:,} components have variance. Use `components={rank}`.")
     return notes
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nbfeat.backbones import keras_applications, user_models, weights
 from nbfeat.backbones.catalog import find
 from nbfeat.errors import RequestError
-from nbfeat.extraction.columns import FeatureColumns, plan, plan_again
+from nbfeat.extraction.columns import FeatureColumns, places, plan, plan_again
 from nbfeat.extraction.options import FeatureBlock
 from nbfeat.extraction.recipe import Like, Recipe, to_repeat
 from nbfeat.images.decode import short
@@ -80,9 +80,8 @@ def read_request(
     columns = [image_column(frame, column) for column in (repeats.columns if repeats and images is None else given)]
     parts = plan_again(repeats, columns) if repeats else plan(of_blocks, columns)
     networks = networks_of(of_blocks)
+    places(frame, [part for part in parts if part.is_sized], replace=replace)
     for part in parts:
-        if part.is_sized:
-            part.place_in(frame, replace=replace)
         part.network_index = next(number for number, group in enumerate(networks.values()) if part.block in group)
     return Request(
         frame=frame, blocks=of_blocks, columns=columns, parts=parts, specs=list(networks), repeats=repeats,
@@ -185,7 +184,8 @@ def networks_of(blocks: Sequence[FeatureBlock]) -> dict[tuple[NetworkSpec, Pixel
 
 def network_spec(block: FeatureBlock, cuts: tuple[Cut, ...] = ()) -> NetworkSpec:
     """Describe the network of `block`, cut at `cuts`; raise RequestError if it isn't available with these options."""
-    backbone, alpha = find(block.backbone), block.alpha
+    backbone = find(block.backbone)
+    alpha = None if backbone.alphas and block.alpha == 1 else block.alpha  # the same network, so one key in the cache
     scaling, is_file = block.scaling or backbone.scaling, backbone.package == "file"
     if backbone.is_user_model:
         given = {name: getattr(block, name) for name in ("size", "alpha", "weights", "scaling")}

@@ -10,7 +10,7 @@ import pandas as pd
 
 from nbfeat.errors import RequestError, format_bytes, listing
 from nbfeat.extraction import columns, report
-from nbfeat.extraction.columns import attach, place
+from nbfeat.extraction.columns import attach, places
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.feature_table import FeatureTable, failure_table
 from nbfeat.extraction.recipe import check_columns, existing_file, recipe_in, unpack
@@ -123,10 +123,10 @@ def _attached(result: Result, frame: pd.DataFrame) -> Result:
     if why := _difference(frame, result):
         source = result.fitted.source
         raise RequestError(f"{source} was extracted from a different frame: {why}. Pass that frame, or drop `frame`.")
-    places = [place(frame, part.prefix, len(part.names), replace=False) for part in result.fitted.parts]
+    where = places(frame, result.fitted.parts, replace=False)
     blocks = [result[part.prefix].set_axis(frame.index) for part in result.fitted.parts]
     failures = result.failures.set_axis(frame.index.take(result.failures["position"].to_numpy(int)))
-    return Result(attach(frame, blocks, places), failures, result.fitted)
+    return Result(attach(frame, blocks, where), failures, result.fitted)
 
 
 def _difference(frame: pd.DataFrame, result: Result) -> str:

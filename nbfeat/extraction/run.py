@@ -118,6 +118,9 @@ class Run:
             return
         self.cache.use(kept for network in self.networks for kept in network.cache_keys.values())
         self.progress.recount([network.done for network in self.networks])
+        unfinished = set(self.progress.left(self._window))  # whose files may have changed since they were read
+        for image in [image for image, row in self.seen.items() if row in unfinished]:
+            del self.seen[image]
         start = time.perf_counter()
         for batch in cache_lookup(self.images, self.progress.left(self._window), self.networks, self.root, self.cache):
             self._take(batch)

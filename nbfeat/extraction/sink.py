@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nbfeat.errors import ExtractionError, RequestError, format_bytes
 from nbfeat.extraction import normalize
-from nbfeat.extraction.columns import FeatureColumns, attach, made_columns, normalized
+from nbfeat.extraction.columns import FeatureColumns, attach, made_columns, normalized, places
 from nbfeat.extraction.network_state import Batch
 from nbfeat.extraction.recipe import Recipe, pack, unpack
 from nbfeat.extraction.request import Request
@@ -84,10 +84,10 @@ class MemorySink:
         frame = self._request.frame
         for part, rows in zip(self._parts, normalized(self._parts, raw), strict=True):
             part.rows = rows
-        places = [part.place_in(frame, replace=self._request.replace) for part in self._parts]
-        for part, there in zip(self._parts, places, strict=True):
+        where = places(frame, self._parts, replace=self._request.replace)
+        for part, there in zip(self._parts, where, strict=True):
             part.replaced = bool(there)
-        self._frame = attach(frame, [part.frame(frame.index) for part in self._parts], places)
+        self._frame = attach(frame, [part.frame(frame.index) for part in self._parts], where)
         for network in self._run.networks:
             network.features.clear()  # frees those that no part uses
 

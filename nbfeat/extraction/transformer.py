@@ -211,12 +211,13 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
         table = _table(X)
         if not len(table):
             raise RequestError("X has no rows to fit on. Pass at least one image.")
-        validate_data(self, table if table is X else np.empty(table.shape, object), skip_check_array=True)
         asked = self.images if isinstance(self.images, list | tuple) else [self.images]
         is_nameless = table.shape[1] == len(asked) == 1 and (asked[0] is None or table is not X)
         columns = [*table.columns] if is_nameless else [image_column(table, column) for column in asked]
         given = {name: getattr(self, name) for name, value in _BLOCK_DEFAULTS.items() if getattr(self, name) != value}
         extraction = self._run(table[columns], self.blocks, precision=self.precision, **given)
+        # Only now, so that a fit that fails leaves what an earlier one made.
+        validate_data(self, table if table is X else np.empty(table.shape, object), skip_check_array=True)
         self._places = {column: [*table.columns].index(column) for column in columns}
         self.recipe_ = extraction.to_recipe("The fitted ImageFeatures")
         self.failures_ = extraction.failures

@@ -1,1 +1,1 @@
-"""Pixels to vectors."""
+"""Run networks: from pixels to feature vectors."""

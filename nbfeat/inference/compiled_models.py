@@ -1,12 +1,9 @@
-"""Networks on disk: found by the hash of what was asked for, built by a child process where they are not there yet.
+"""Store compiled networks on disk, by the hash of their spec; a child process builds those that don't exist yet.
 
-A network is a folder with a JSON manifest (what was asked, versions, SHA-256 of the weights and of each file) and is
-used only if the digests agree.
-
-``python -m nbfeat.inference.compiled_models SPEC OUT`` is the child: it reads a NetworkSpec as JSON and fills the
-folder OUT with ``network.xml``, ``network.bin`` and ``manifest.json``; a SPEC without cuts asks for ``layers.json``,
-what can be cut, alone. Each line on standard output is a JSON object: ``{"tell": text}`` on the way, ``{"error": class,
-"message": text}`` at the end. A process of its own keeps Keras, its settings and 800 MB out of the kernel.
+``python -m nbfeat.inference.compiled_models SPEC OUT`` is the child: it reads a NetworkSpec as JSON and writes
+``network.xml``, ``network.bin`` and ``manifest.json`` to the folder OUT; for a SPEC without cuts, only ``layers.json``,
+the list of cut points. Each line on standard output is a JSON object: ``{"tell": text}`` for progress, ``{"error":
+class, "message": text}`` for a failure. A separate process keeps Keras, its settings and 800 MB out of the kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +21,6 @@ import zipfile
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,45 +33,45 @@ from nbfeat.inference.spec import NetworkSpec, Output
 from nbfeat.paths import HomeError, folder_written_whole, keep
 
 _FILES = ("network.xml", "network.bin")
-_ABANDONED_AFTER = 3600  # seconds; a network is built in less
-FILE_ADVICE = f"{user_models.REGISTER} Keras then runs it."  # which does not help where it is registered
+_ABANDONED_AFTER = 3600  # seconds; building a network takes less
+FILE_ADVICE = f"{user_models.REGISTER} Keras then runs it."  # removed for registered models, which it doesn't help
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A network on disk, checked."""
+    """A network on disk whose hashes were checked."""
 
     folder: Path
     outputs: dict[str, Output]
     weights: weights.Loaded
-    note: str = ""  # why it could not be kept, where that is so
-    owner: object = None  # keeps a temporary folder alive where nothing could be kept
+    note: str = ""  # why it could not be saved, if so
+    owner: object = None  # keeps a temporary folder alive if it could not be saved
 
 
 def prepare(spec: NetworkSpec) -> Generator[str, None, Stored]:
-    """Find or build the network of `spec`; yield sentences to show meanwhile."""
+    """Find or build the network of `spec`, yielding progress messages."""
     parent, owner, problem = _kept_folder("networks")
     final = parent / spec.key(**versions())
     stored = _read(final)
     if stored is None:
         shutil.rmtree(final, ignore_errors=True)
         ready, _held = yield from located(spec)
-        yield f"building {ready.network.title} (once; then it is kept)"
+        yield f"building {ready.network.title} (only once; it is then cached)"
         with folder_written_whole(final) as made:
             yield from run_child(ready, made)
         if not (stored := _read(final)):
             unread = f"The network just written to {final} cannot be read back."
-            raise errors.NetworkError(f"{unread} Is the disk full or changing?")
-    # A file of the user's own may be another one by now than when it was named.
+            raise errors.NetworkError(f"{unread} Check the disk, and run it again.")
+    # The user's file may have changed since the hash was computed.
     if spec.backbone == user_models.NAME and stored.weights.sha256 != weights.digest(Path(spec.weights)):
         shutil.rmtree(final, ignore_errors=True)
-        raise errors.WeightsError(f"{spec.network.title} changed while it was read. Run it again when it is saved.")
-    note = f"{problem} The network is built for this run only." if problem else ""
+        raise errors.WeightsError(f"{spec.network.title} changed while it was being read. Run it again.")
+    note = f"{problem} The network was built only for this run." if problem else ""
     return replace(stored, note=note, owner=owner)
 
 
 def located(spec: NetworkSpec) -> Generator[str, None, tuple[NetworkSpec, object]]:
-    """Yield sentences while weights come that Keras does not fetch; return `spec` with their path, and their owner."""
+    """Download weights that Keras doesn't have, yielding progress; return `spec` with their path, and their owner."""
     if spec.weights != "imagenet" or not find(spec.backbone).published:
         return spec, None
     folder, owner, _ = _kept_folder("weights")
@@ -84,22 +80,22 @@ def located(spec: NetworkSpec) -> Generator[str, None, tuple[NetworkSpec, object
 
 
 def _kept_folder(name: str) -> tuple[Path, object, str]:
-    """Return a folder that stays, free of what killed processes left; else one that goes with its owner, and why."""
+    """Return a permanent folder, cleared of abandoned files, or a temporary one with its owner and the reason."""
     try:
         folder = keep(name)
     except HomeError as error:
-        folder, owner = Path(tempfile.mkdtemp(prefix="nbfeat-")), set[object]()  # one that can be referred to weakly
+        folder, owner = Path(tempfile.mkdtemp(prefix="nbfeat-")), set[object]()  # a set allows weak references
         weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
         return folder, owner, str(error)
     for half in folder.glob(".*"):
-        with suppress(OSError):  # somebody else was first
+        with suppress(OSError):  # another process was faster
             if time.time() - half.stat().st_mtime > _ABANDONED_AFTER:
                 shutil.rmtree(half) if half.is_dir() else half.unlink()
     return folder, None, ""
 
 
 def _read(folder: Path) -> Stored | None:
-    """Read and check a network; None where there is none, or it is not what its manifest says."""
+    """Read and check a network; None if it doesn't exist or doesn't match its manifest."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if any(weights.digest(folder / name) != manifest["files"][name] for name in _FILES):
@@ -111,10 +107,10 @@ def _read(folder: Path) -> Stored | None:
 
 
 def run_child(spec: NetworkSpec, out: Path) -> Iterator[str]:
-    """Run the child that builds `spec` into the folder `out`, yielding what it says on the way."""
+    """Run the child process that builds `spec` in the folder `out`, yielding its progress messages."""
     request = out / "request.json"
     request.write_text(json.dumps(asdict(spec)), encoding="utf-8")
-    command = [sys.executable, "-P", "-m", __name__, str(request), str(out)]  # this interpreter, this package
+    command = isolation.child_command(__name__, str(request), str(out))
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise,
         subprocess.Popen(
@@ -130,8 +126,8 @@ def run_child(spec: NetworkSpec, out: Path) -> Iterator[str]:
                 yield words["tell"]
             if child.wait():
                 noise.seek(0)
-                ended = f"The process that builds {spec.network.title} ended with {child.returncode}"
-                said = noise.read().strip().splitlines() or ["it said nothing"]
+                ended = f"The process that builds {spec.network.title} ended with exit status {child.returncode}"
+                said = noise.read().strip().splitlines() or ["it printed no error"]
                 raise errors.NetworkError(f"{ended}: {said[-1]}")
         finally:
             child.kill()
@@ -139,21 +135,21 @@ def run_child(spec: NetworkSpec, out: Path) -> Iterator[str]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what decides the numbers of a network on disk."""
-    return {name: version(name) for name in ("keras", "openvino")}
+    """Return the versions of the libraries that affect the features of a network on disk."""
+    return {name: isolation.version_of(name) for name in ("keras", "openvino")}
 
 
-# What a function of the user's builds
+# Registered models
 
 
 def build_user_model(spec: NetworkSpec, device: str, path: Path) -> tuple[Base, str]:
-    """Build the registered network of `spec`, save it at `path`, and say why Keras alone cannot load it from there."""
+    """Build the registered network of `spec`, save it at `path`, and say why Keras cannot load it from there, if so."""
 
     def work() -> tuple[Base, str]:
         base = load_base(spec, lambda _: None)
         try:
             base[0].save(path)
-        except Exception as error:  # whatever the user's layers make of being saved
+        except Exception as error:  # custom layers may raise anything
             return base, f"{spec.backbone} cannot be saved ({first_line(error)})"
         return base, ""
 
@@ -168,13 +164,13 @@ def build_user_model(spec: NetworkSpec, device: str, path: Path) -> tuple[Base, 
 
 
 def why_not_as_file(error: errors.NbfeatError, name: str) -> str:
-    """Return what is said of a file as a clause about what was registered as `name`, without the next step."""
+    """Turn an error about a model file into a clause about the registered `name`, without the next step."""
     clause = str(error).removesuffix(FILE_ADVICE).removesuffix(user_models.REGISTER).partition(": replace")[0]
     return clause.replace(f"{name}.keras", name).rstrip(" .")
 
 
 def _write_without_dates(path: Path) -> None:
-    """Write a ``.keras`` file anew without times and addresses in memory, so that equal networks are equal files."""
+    """Remove dates and memory addresses from a ``.keras`` file, so that identical networks give identical files."""
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     numbers: dict[int, int] = {}
@@ -195,8 +191,8 @@ def _write_without_dates(path: Path) -> None:
 
 
 def _main(spec_path: str, out: str) -> int:
-    """Build and write; every failure becomes a line of JSON with a sentence in it."""
-    # Standard output is a channel to the parent: keep it, and send what libraries print there to standard error.
+    """Build and write the network; every failure becomes a JSON line with a message."""
+    # Standard output is the channel to the parent, so redirect what libraries print there to standard error.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
 
@@ -209,7 +205,7 @@ def _main(spec_path: str, out: str) -> int:
         (_export if spec.cuts else _describe)(spec, Path(out), lambda text: say(tell=text))
     except errors.NbfeatError as error:
         say(error=type(error).__name__, message=str(error))
-    except Exception as error:  # the parent turns it into a NetworkError
+    except Exception as error:  # raised by the parent
         say(error="NetworkError", message=f"{type(error).__name__}: {error}")
     else:
         return 0
@@ -236,7 +232,7 @@ def _export(spec: NetworkSpec, out: Path, tell: weights.Tell) -> None:
 
 
 def _write(built: Built, path: Path) -> None:
-    """Trace the model and save the graph; Keras' `export` fixes the batch at 1 and leaves the outputs without names."""
+    """Trace the model and save the graph, because Keras' `export` fixes the batch at 1 and drops the output names."""
     openvino: Any = isolation.import_openvino()
     operations: Any = importlib.import_module("openvino.opset13")
     ops: Any = importlib.import_module("keras").ops
@@ -248,15 +244,15 @@ def _write(built: Built, path: Path) -> None:
         value.output.set_names({key})
         results.append(operations.result(value.output, name=key))
     graph = openvino.Model(results, [pixels])
-    with suppress(ImportError, AttributeError):  # compiling then takes 0.4 s longer; the numbers are the same
+    with suppress(ImportError, AttributeError):  # only saves 0.4 s when compiling
         importlib.import_module("openvino._offline_transformations").apply_moc_transformations(graph, True)
     openvino.save_model(graph, path, compress_to_fp16=False)
 
 
 def _describe(spec: NetworkSpec, out: Path, tell: weights.Tell) -> None:
-    """Write what can be cut of the backbone of `spec`, with weights as Keras draws them: they do not matter here."""
+    """Write the cut points of the backbone of `spec`, built with random weights, which do not matter here."""
     backbone = spec.network
-    tell(f"building {backbone.title} to see its layers")
+    tell(f"building {backbone.title} to list its layers")
     if backbone.is_user_model:
         network = load_base(spec, tell)[0]
     else:

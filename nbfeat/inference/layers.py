@@ -1,4 +1,4 @@
-"""The cut points of a backbone: shape, width after each pooling, bytes per image."""
+"""List the cut points of a backbone: shape, width after each pooling, bytes per image."""
 
 from __future__ import annotations
 
@@ -24,31 +24,42 @@ if TYPE_CHECKING:
 
 
 def layers(backbone: str, *, alpha: float | None = None, size: int | None = None) -> pd.DataFrame:
-    """Show where a backbone can be cut.
+    """List the layers at which a backbone can be cut.
 
-    The first call for a network builds it in a child process (seconds, no weights needed); the answer is kept.
+    The first call builds the network in a child process (a few seconds, no weights needed) and caches the table on
+    disk. A registered backbone is built in this process on every call.
 
     Parameters
     ----------
-    backbone
-        A name that `nbfeat.backbones()` lists, e.g. ``"VGG16"``, or the path of a ``.keras`` file. What was
-        registered is built in this process, each time.
-    alpha
-        Width multiplier, for the backbones that have one.
-    size
-        Side of the input in pixels; by default the backbone's own.
+    backbone : str
+        A name from `nbfeat.backbones()`, such as ``"VGG16"``, or the path of a ``.keras`` file.
+    alpha : float, optional
+        Width multiplier. Only for backbones that have one.
+    size : int, optional
+        Side of the square input in pixels. The default is the backbone's own size.
 
     Returns
     -------
     pandas.DataFrame
-        One row for each layer, in order; index ``layer``. Columns: ``kind``; ``shape`` (rows × columns × channels);
-        ``avg, max, gem`` and ``flatten``, the width after that pooling (a vector is not pooled: its width stands under
-        ``flatten``); ``bytes``, of one image's features after average pooling; ``negative``, whether values below zero
-        can occur, which GeM would lose; ``customary``, whether the catalog recommends it.
+        One row per layer, in network order, with index ``layer`` and these columns: ``kind``, the Keras class;
+        ``shape`` (rows × columns × channels); ``avg, max, gem`` and ``flatten``, the number of features after that
+        pooling (a layer that gives a vector is not pooled and has only ``flatten``); ``bytes`` of one image's
+        features after average pooling; ``negative``, whether values can be below zero, which GeM pooling would clip;
+        ``customary``, whether the layer is commonly used.
+
+    Raises
+    ------
+    RequestError
+        If the backbone, `alpha` or `size` is not valid.
+    WeightsError
+        If the model file cannot be read.
+    NetworkError
+        If Keras cannot build the network.
 
     Examples
     --------
-    >>> nbfeat.layers("VGG16").query("customary")  # doctest: +SKIP
+    >>> nbfeat.layers("Pocket").loc["block3_out", "shape"]
+    '10 × 10 × 128'
     """
     import pandas as pd
 
@@ -66,24 +77,24 @@ def layers(backbone: str, *, alpha: float | None = None, size: int | None = None
         widths = {"avg, max, gem": pooled, "flatten": flat, "bytes": 4 * (pooled or flat)}
         ends = {"negative": row.pop("negative"), "customary": row["layer"] in customary}
         table.append({**row, **widths, **ends})
-    # A vector is not pooled, and one that is missing must not turn the widths of the others into fractions.
+    # Vectors have no pooled width; a nullable dtype keeps the other widths integers.
     return pd.DataFrame(table).set_index("layer").astype({"avg, max, gem": "Int64"})
 
 
 def _known_layers(spec: NetworkSpec) -> list[dict[str, Any]]:
-    """Return what was found before, without building anything; nothing where it was not."""
+    """Return the cached rows, without building anything; an empty list if there are none."""
     with suppress(OSError, ValueError):
         return json.loads(_place(spec).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     return []
 
 
 def layer_names(backbone: Backbone) -> list[str]:
-    """Return where a backbone can be cut, without building it: customary layers first, then those known from before."""
+    """Return the known cut points without building the network: customary layers first, then cached ones."""
     return list(dict.fromkeys([*(layer.name for layer in backbone.layers), *_seen(backbone)]))
 
 
 def expected_width(backbone: Backbone, cut: Cut, *, alpha: float | None, size: int | None) -> tuple[int, bool] | None:
-    """Return how many features of an image `cut` will give, and whether that is exact; None where it is not known."""
+    """Return the number of features that `cut` will give, and whether it is exact; None if unknown."""
     if backbone.is_user_model:
         return None
     rows = _seen(backbone, alpha, size)
@@ -103,7 +114,7 @@ def expected_width(backbone: Backbone, cut: Cut, *, alpha: float | None, size: i
 
 
 def _seen(backbone: Backbone, alpha: float | None = None, size: int | None = None) -> dict[str, dict[str, Any]]:
-    if backbone.is_user_model:  # a file tells all of them, and reading it whole would take long
+    if backbone.is_user_model:  # reading the layers from a whole model file would be slow
         return {}
     with suppress(NbfeatError):
         return {row["layer"]: row for row in _known_layers(_spec_of(backbone, alpha, size))}
@@ -111,7 +122,7 @@ def _seen(backbone: Backbone, alpha: float | None = None, size: int | None = Non
 
 
 def _spec_of(backbone: Backbone, alpha: float | None = None, size: int | None = None) -> NetworkSpec:
-    """Describe the network whose layers are asked for; its weights do not matter."""
+    """Describe the network to list; its weights do not matter."""
     side = whole("size")(size) if size is not None else backbone.size
     width = alpha_of(alpha) if alpha is not None else None
     if not backbone.is_user_model:
@@ -133,15 +144,15 @@ def _look(spec: NetworkSpec) -> list[dict[str, Any]]:
         for _ in run_child(spec, Path(folder)):
             pass
         text = Path(folder, "layers.json").read_text(encoding="utf-8")
-    with suppress(HomeError):  # then it is looked at again next time
+    with suppress(HomeError):  # the next call builds it again
         write_whole(_place(spec), text)
     if rows := json.loads(text):
         return rows  # type: ignore[no-any-return]
     title = spec.network.title
-    raise NetworkError(f"Keras built {title} without layers. Please report this with your Keras version.")
+    raise NetworkError(f"Keras built {title} without any layers. Please report this with your Keras version.")
 
 
 def _widths(row: dict[str, Any]) -> tuple[int | None, int]:
-    """Return how many features a layer gives pooled, None where it is a vector, and flattened."""
+    """Return the number of features of a layer after pooling (None for a vector) and after flattening."""
     shape = [size for size in row["shape"] if size is not None]
     return shape[-1] if len(shape) == MAP_RANK - 1 else None, math.prod(shape)

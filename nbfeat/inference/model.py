@@ -1,7 +1,4 @@
-"""Blocks that share a backbone become one Keras model: raw uint8 pixels in, pooled vectors out.
-
-Pixel scaling, the cuts and the pooling lie inside the model; normalization of features does not.
-"""
+"""Build one Keras model for all blocks that share a backbone, from raw pixels to pooled, not yet normalized vectors."""
 
 from __future__ import annotations
 
@@ -26,15 +23,15 @@ _KEEPS_SIGN = (
     "MaxPooling2D", "AveragePooling2D", "AdaptiveAveragePooling2D", "GlobalAveragePooling2D", "GlobalMaxPooling2D",
     "UpSampling2D", "ZeroPadding2D", "Cropping2D", "Dropout", "Flatten", "Reshape", "Concatenate", "Add", "Multiply",
 )  # fmt: skip
-_LARGEST_DIFFERENCE = 0.005  # of what outputs vary by between images; float32 gives 1e-3 in the deepest networks
-_IMAGES = 4  # to compare two models by
+_LARGEST_DIFFERENCE = 0.005  # relative to the variation between images; float32 differs by 1e-3 in the deepest networks
+_IMAGES = 4  # for comparing two models
 
-Base = tuple[Any, weights.Loaded]  # a Keras model without classifier, and its weights
+Base = tuple[Any, weights.Loaded]  # a Keras model without its classifier, and its weights
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A Keras model from raw pixels to a dict of vectors, and what is known of it."""
+    """A Keras model from raw pixels to a dict of vectors, with its outputs and weights."""
 
     model: Any
     outputs: dict[str, Output]
@@ -42,15 +39,12 @@ class Built:
 
 
 def build(spec: NetworkSpec, tell: weights.Tell, *, channels_first: bool = False, base: Base | None = None) -> Built:
-    """Build the network of `spec` in this process, on the backend that Keras has here, from `base` where that is given.
-
-    With `channels_first` the trunk works in the layout that OpenVINO is two to five times faster in, where it can be.
-    """
+    """Build the network of `spec` in this process, from `base` if given; channels first, if requested and possible."""
     base = base or load_base(spec, tell)
     if not spec.network.is_user_model:
         return _assembled(spec, base, turn_channels_first(base[0]) if channels_first else None)
     straight = _assembled(spec, base)
-    # Of what layers like these do in the other layout nothing is known: some work along the last axis, whatever it is.
+    # A user's layers may depend on the layout (some always use the last axis), so use the conversion only if it agrees.
     with contextlib.suppress(Exception):
         if channels_first and (turned := turn_channels_first(base[0])) is not None:
             built = _assembled(spec, base, turned)
@@ -60,7 +54,7 @@ def build(spec: NetworkSpec, tell: weights.Tell, *, channels_first: bool = False
 
 
 def _assembled(spec: NetworkSpec, base: Base, turned: Any = None) -> Built:
-    """Put scaling before the base, or what it was turned into, and cuts and pooling after it."""
+    """Put scaling before the base (or its channels-first copy), and cuts and pooling after it."""
     backbone, keras = spec.network, importlib.import_module("keras")
     negative = negative_layers(base[0])
     trunk, is_turned = turned or base[0], turned is not None
@@ -69,9 +63,9 @@ def _assembled(spec: NetworkSpec, base: Base, turned: Any = None) -> Built:
     for cut in spec.cuts:
         tensor = _tensor_at(trunk, cut, backbone)
         pooling = _pooling(cut, tensor, backbone)
-        if tensor.dtype != "float32":  # in mixed precision a network gives fewer bits than pooling is to have
+        if tensor.dtype != "float32":  # pooling is computed in float32 even in mixed precision
             tensor = keras.ops.cast(tensor, "float32")
-        # Keras' ConvNeXt normalizes *after* pooling when it is asked to pool.
+        # Keras' ConvNeXt applies its final normalization *after* pooling.
         is_own_end = not (cut.layer or backbone.is_user_model)
         if is_own_end and isinstance(last, keras.layers.LayerNormalization) and pooling in {"avg", "max"}:
             head = last(_pool(last.input, pooling, is_turned))
@@ -80,7 +74,7 @@ def _assembled(spec: NetworkSpec, base: Base, turned: Any = None) -> Built:
         shape = tuple(tensor.shape[1:])
         if is_turned and len(shape) == MAP_RANK - 1:
             shape = (*shape[1:], shape[0])
-        # What plain operations at the end of a network of the user's own give may be anything.
+        # A user's network may end in a plain operation, which can give any values.
         name = _made_by(_tensor_at(base[0], cut, backbone))
         heads[cut.key] = head
         outputs[cut.key] = Output(int(head.shape[-1]), pooling, shape, negative.get(name, True))
@@ -92,7 +86,7 @@ def _assembled(spec: NetworkSpec, base: Base, turned: Any = None) -> Built:
 
 
 def load_base(spec: NetworkSpec, tell: weights.Tell) -> Base:
-    """Build the backbone without classifier and give it its weights."""
+    """Build the backbone without its classifier and load its weights."""
     backbone = spec.network
     if backbone.package == "registered":
         network = user_models.build(backbone, spec.size)
@@ -108,7 +102,7 @@ def load_base(spec: NetworkSpec, tell: weights.Tell) -> Base:
 
 
 def _scale(pixels: Any, scaling: Scaling) -> Any:
-    """Scale pixels 0 … 255 as ``keras.applications.imagenet_utils.preprocess_input`` does in mode `scaling`."""
+    """Scale pixels 0 … 255 like ``keras.applications.imagenet_utils.preprocess_input`` in mode `scaling`."""
     ops: Any = importlib.import_module("keras").ops
     x = ops.cast(pixels, "float32")
     match scaling:
@@ -123,7 +117,7 @@ def _scale(pixels: Any, scaling: Scaling) -> Any:
 
 
 def _pool(x: Any, pooling: Pooling | None, channels_first: bool) -> Any:
-    """Make a vector of a feature map, in float32; `None` leaves a vector as it is."""
+    """Pool a feature map to a float32 vector; with `None`, `x` already is a vector."""
     ops: Any = importlib.import_module("keras").ops
     across = (2, 3) if channels_first else (1, 2)
     match pooling:
@@ -144,9 +138,9 @@ def _pooling(cut: Cut, tensor: Any, backbone: Backbone) -> Pooling | None:
     if len(shape) == MAP_RANK - 1:
         return cut.pooling or "avg"  # type: ignore[return-value]
     if len(shape) != 1:
-        raise RequestError(f"{where} gives tensors of shape {shape}; cut at a feature map or a vector.")
+        raise RequestError(f"{where} gives tensors of shape {shape}: choose a layer with a feature map or vector.")
     if cut.pooling:
-        raise RequestError(f"{where} already gives a vector of {shape[0]:,}; leave --pooling {cut.pooling} away.")
+        raise RequestError(f"{where} already gives a vector of {shape[0]:,} features: drop `pooling`.")
     return None
 
 
@@ -159,8 +153,8 @@ def _tensor_at(network: Any, cut: Cut, backbone: Backbone) -> Any:
         raise RequestError(
             sentences(
                 f"{backbone.name} has no layer {cut.layer!r}.",
-                near(cut.layer, names) or f"Customary ones: {customary}.",
-                f"`nbfeat.layers({backbone.name!r})` lists all.",
+                near(cut.layer, names) or f"Commonly used layers: {customary}.",
+                f"Use `nbfeat.layers({backbone.name!r})` to list all layers.",
             )
         )
     name = cut.layer or backbone.end
@@ -168,7 +162,7 @@ def _tensor_at(network: Any, cut: Cut, backbone: Backbone) -> Any:
 
 
 def negative_layers(network: Any) -> dict[str, bool]:
-    """Tell for every layer whether its output can be negative, from what the layers are."""
+    """Return, by layer name, whether its output can be negative, judging by layer types and activations."""
     negative: dict[str, bool] = {}
     for layer in network.layers:
         activation = getattr(getattr(layer, "activation", None), "__name__", "")
@@ -177,17 +171,17 @@ def negative_layers(network: Any) -> dict[str, bool]:
         negative[layer.name] = not is_relu and activation not in _ALWAYS_POSITIVE
         if negative[layer.name] and (kind in _KEEPS_SIGN or (kind == "Activation" and activation == "linear")):
             sources = layer.input if isinstance(layer.input, list) else [layer.input]
-            # Plain operations between layers are not among them: what they give may be anything.
+            # Plain operations are not in `network.layers`, and can give any values.
             negative[layer.name] = any(negative.get(_made_by(source), True) for source in sources)
     return negative
 
 
 def _made_by(tensor: Any) -> str:
-    return str(tensor._keras_history.operation.name)  # the layer, or plain operation; Keras has no other way back
+    return str(tensor._keras_history.operation.name)  # a layer or plain operation; Keras has no public attribute for it
 
 
 def layers_of(network: Any) -> list[dict[str, Any]]:
-    """Return name, kind, shape and sign of every layer that can be cut at, as plain data."""
+    """Describe every layer that can be a cut point: name, kind, shape and whether its output can be negative."""
     signs = negative_layers(network)
     return [
         {
@@ -197,15 +191,15 @@ def layers_of(network: Any) -> list[dict[str, Any]]:
             "negative": signs[layer.name],
         }
         for layer in network.layers[1:]
-        if hasattr(layer.output, "shape")  # some give several tensors
+        if hasattr(layer.output, "shape")  # some layers give several tensors
     ]
 
 
-# Channels before rows and columns
+# Channels first
 
 
 def turn_channels_first(base: Any) -> Any | None:
-    """Clone `base` with channels first, in which OpenVINO is faster; None where that cannot be (ConvNeXt's parts)."""
+    """Clone `base` channels first, two to five times faster in OpenVINO; None if it has nested models (ConvNeXt)."""
     keras: Any = importlib.import_module("keras")
     if any(hasattr(layer, "layers") for layer in base.layers):
         return None
@@ -225,14 +219,14 @@ def turn_channels_first(base: Any) -> Any | None:
     turned = keras_weights.cloned(base, turn, inputs=keras.Input((channels, rows, columns)))
     if turned.output_shape[1] != base.output_shape[-1]:
         shapes = f"{turned.output_shape} from {base.output_shape}"
-        raise NetworkError(f"{base.name} could not be turned channels-first: {shapes}.")
+        raise NetworkError(f"{base.name} could not be converted to channels-first: {shapes}.")
     return turned
 
 
 def gives_the_same(one: Any, other: Any) -> bool:
-    """Tell whether two models give the same for seeded random pixels, in every output."""
+    """Tell whether two models agree in every output on seeded random pixels."""
     size, generator = other.input_shape[1], np.random.default_rng(8)
-    # Images with and without structure, no two of one brightness, and no two sides of one alike.
+    # Images with and without structure, all asymmetric and of different brightness.
     noise = generator.integers(0, 256, (_IMAGES, size, size, 3))
     coarse = generator.integers(0, 256, (_IMAGES, 4, 4, 3))
     at, number = np.arange(size) * 4 // size, np.arange(_IMAGES)[:, None, None, None]
@@ -243,18 +237,18 @@ def gives_the_same(one: Any, other: Any) -> bool:
         ours, theirs = np.asarray(left[key], float), np.asarray(values, float)
         if ours.shape != theirs.shape or not np.isfinite(ours).all():
             return False
-        # An output that hardly varies between images, such as a saturated softmax, proves nothing.
+        # A constant output, such as a saturated softmax, proves nothing.
         varies = np.linalg.norm(theirs - theirs.mean(axis=0))
         if not np.linalg.norm(ours - theirs) <= _LARGEST_DIFFERENCE * varies or not varies:
             return False
     return True
 
 
-# Fewer bits
+# Mixed precision
 
 
 def mixed_precision(spec: NetworkSpec, base: Base, precision: str) -> Base:
-    """Return `base` computing in `precision`, each layer by a policy of its own; variables stay in float32."""
+    """Return a copy of `base` whose layers have their own dtype policy for `precision`; variables stay in float32."""
     if precision == "float32":
         return base
     network, loaded = base
@@ -264,27 +258,27 @@ def mixed_precision(spec: NetworkSpec, base: Base, precision: str) -> Base:
         kept = _kept_exact(turned)
         left = [layer for layer in keras_weights.leaves(turned) if layer not in kept]
         exact = sorted(layer.name for layer in left if layer.compute_dtype != precision)
-        reason = f"of its layers, {exact[0]} stays in float32" if exact else ""
-        if not reason and spec.network.package == "registered":  # whose layers may be copied wrongly
+        reason = f"its layer {exact[0]} stays in float32" if exact else ""
+        if not reason and spec.network.package == "registered":  # custom layers may not copy correctly
             models = (in_policy(network, "float32"), network)
             twin, straight = (build(spec, lambda _: None, base=(one, loaded)).model for one in models)
-            reason = "" if gives_the_same(twin, straight) else "a copy of it gives other numbers"
+            reason = "" if gives_the_same(twin, straight) else "a copy of it gives different values"
     except Exception as error:
         cause, reason = error, first_line(error)
     if reason:
         raise NetworkError(
-            f"{spec.network.title} cannot be turned to {precision} ({reason}). Use --precision float32."
+            f"{spec.network.title} cannot be converted to {precision} ({reason}). Use `precision='float32'`."
         ) from cause
     return turned, loaded
 
 
 def first_line(error: Exception) -> str:
-    """Return the first sentence of an error's message, or what kind of error it is."""
+    """Return the first line of an error's message, or its class name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def in_policy(network: Any, policy: str) -> Any:
-    """Clone `network`, with the same weights, and `policy` for every layer that computes features."""
+    """Clone `network` with its weights, and with `policy` for every layer that computes features."""
     keras: Any = importlib.import_module("keras")
     kept = _kept_exact(network)
 
@@ -296,7 +290,7 @@ def in_policy(network: Any, policy: str) -> Any:
 
 
 def _kept_exact(network: Any) -> list[Any]:
-    """Return the layers that stay in float32: those that scale pixels, and a norm at the end, which follows pooling."""
+    """Return the layers that stay in float32: pixel scaling, and a final normalization, which follows pooling."""
     layers: Any = importlib.import_module("keras").layers
     preparing = (layers.Rescaling, layers.Normalization)
     kept = [layer for layer in keras_weights.leaves(network) if isinstance(layer, preparing)]

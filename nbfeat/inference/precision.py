@@ -1,8 +1,7 @@
-"""Decide what a network computes in by what is measured on the user's own images, once, and tell it.
+"""Choose the precision of a network by measuring similarity to float32 and speed on the user's own images.
 
-In fewer bits some networks give the same features twice as fast, and others give other features: which, cannot be told
-from the network. So a faster precision is taken only if every image and every output agrees with float32, and if it is
-faster on this machine. What was measured is kept, by network, engine and CPU.
+At lower precision some networks give the same features twice as fast, but others give different features. So a lower
+precision is used only if every image and output agrees with float32 and it is faster on this machine.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -30,25 +30,25 @@ from nbfeat.inference.prepared import PreparedNetwork, vectors_of
 from nbfeat.inference.spec import NUMERICS
 from nbfeat.paths import HomeError, home, keep, write_whole
 
-AGREES = 0.999  # cosine with float32, of the worst image and output
-IS_FASTER = 1.1  # times as fast as float32: less is not worth other numbers
+AGREES = 0.999  # lowest cosine similarity to float32, for the worst image and output
+IS_FASTER = 1.1  # times as fast as float32; less is not worth a change of values
 MOST_IMAGES = 64
-FIRST_IMAGES = 16  # where these disagree, more would not help
-FOLDER = "precisions"  # of the home folder
-FROM_IMAGES = 128  # for fewer, to compare takes longer than it saves
-ROUNDS = 3  # the fastest counts: other work on the machine disturbed it least
-SECONDS = 0.5  # a round that takes as long needs no other
+FIRST_IMAGES = 16  # if these disagree, more would not help
+FOLDER = "precisions"  # in the home folder
+FROM_IMAGES = 128  # with fewer images, comparing takes longer than it saves
+ROUNDS = 3  # the fastest counts, because other work on the machine disturbed it least
+SECONDS = 0.5  # a round of this length is enough
 Read = TypeVar("Read")
 
 
 @dataclass(frozen=True, slots=True)
 class PrecisionCheck:
-    """What was measured of a precision beside float32."""
+    """A comparison of a precision with float32."""
 
     precision: Precision
-    images: int  # 0 where the hardware does not compute in it
-    agreement: float  # cosine of the worst image and output
-    speedup: float  # times as fast as float32; 0 where it was not measured
+    images: int  # 0 if the hardware doesn't support it
+    agreement: float  # cosine similarity of the worst image and output
+    speedup: float  # times as fast as float32; 0 if not measured
 
     @property
     def is_better(self) -> bool:
@@ -56,41 +56,41 @@ class PrecisionCheck:
         return bool(self.images) and self.agreement >= AGREES and self.speedup >= IS_FASTER
 
     def suffices(self, images: int, *, is_open: bool) -> bool:
-        """Tell whether what was found need not be found again, for a run over so many `images`."""
-        # Half of those that were tried may have been unreadable.
-        if is_open:  # what few images refuse is refused
+        """Tell whether the check is based on enough images for a run over `images`."""
+        # Up to half of the sampled images may have been unreadable.
+        if is_open:  # a few images are enough to reject
             return self.agreement < AGREES or 2 * self.images >= MOST_IMAGES
         return 2 * self.images >= min(images, MOST_IMAGES)
 
-    def message(self, *, asked: bool) -> str:
-        """Say in a few words what a network computes in and why; "" where there was nothing to choose."""
+    def message(self, title: str, *, asked: bool) -> str:
+        """Say which precision the network `title` runs in, and why; "" if there was no choice."""
         if not self.images:
             return ""
+        images = f"{self.images:,} of your images"
+        similarity = f"{math.floor(self.agreement * 1e4 + 0.02) / 1e4:.4f} on {images}"  # rounded down: "at least"
+        runs = f"{title} runs in {self.precision}{', as requested' if asked else ''}"
         if self.agreement < 0:
-            numbers = f"{self.precision} gives numbers without end for some of your images"
-            return f"{self.precision}, as asked for, though {numbers}" if asked else f"float32: {numbers}"
-        digits = 4 if self.agreement < 0.99995 or self.agreement > 0.99999 else 5  # as many as tell it from 1
-        agrees, images = f"to {self.agreement:.{digits}f}", f"on {self.images:,} of your images"
-        if asked:
-            return f"{self.precision}, as asked for, which agrees with float32 {agrees} {images}"
-        if self.is_better:
-            return f"{self.precision}, which agrees with float32 {agrees} {images}, {self.speedup:.1f} times as fast"
-        if self.agreement < AGREES:
-            return f"float32: {self.precision} agrees with it only {agrees} {images}, and {AGREES} is asked for"
-        slow = f"but is only {self.speedup:.2f} times as fast"
-        return f"float32: {self.precision} would agree {agrees} {images}, {slow}"
+            why = "it gives infinite or NaN values for some of your images"
+            if asked:
+                return f"{runs}, but {why}."
+        elif asked or self.is_better:
+            faster = "" if asked else f", {self.speedup:.1f} times as fast"
+            return f"{runs}: similarity to float32 is at least {similarity}{faster}."
+        elif self.agreement < AGREES:
+            why = f"similarity {similarity} is below the {AGREES} threshold"
+        else:
+            why = f"it is only {self.speedup:.2f} times as fast as float32 (similarity {similarity})"
+        return f"{self.precision} was rejected: {why}, so {title} runs in float32."
 
 
 def choose_precision(
     network: PreparedNetwork, spec: PixelSpec, asked: Asked, images: Sequence[object], root: Path, remote: Access | None
 ) -> Generator[str, None, tuple[Precision, Engine | None, str]]:
-    """Choose what `network` computes in, with the engine where one was started for that and a sentence for the report.
-
-    ``auto`` compares where there are enough images, once. What is asked for is obeyed, and compared all the same.
-    """
+    """Choose the precision of `network`; return it with its engine, if started, and a sentence for the report."""
+    # ``auto`` compares once, if there are enough images. A requested precision is always used, but also compared.
     is_open, message = asked == "auto", ""
     exact: Engine | None = None
-    sample = functools.cache(lambda: _sample(spec, images, root, remote))  # once for all that are compared
+    sample = functools.cache(lambda: _sample(spec, images, root, remote))  # one sample for all candidates
     candidates: tuple[Precision, ...] = network.faster if asked == "auto" else () if asked == "float32" else (asked,)
     for precision in candidates:
         file = _file(network, spec, precision)
@@ -101,11 +101,10 @@ def choose_precision(
             yield f"comparing {precision} with float32 on some of your images"
             exact = exact or network.start("float32")
             check, other = _compared(network, precision, exact, sample, is_open=is_open)
-            if check.images or other is None:  # else no image could be read, which is told in its place
-                with suppress(HomeError, OSError):  # then it will be compared again
+            if check.images or other is None:  # else no image could be read, which the run reports
+                with suppress(HomeError, OSError):  # the next run compares again
                     write_whole(keep(FOLDER) / file, json.dumps(asdict(check)))
-        if said := check.message(asked=not is_open):
-            message = f"{network.spec.network.title} computes in {said}."
+        message = check.message(network.spec.network.title, asked=not is_open) or message
         if check.is_better or not is_open:
             return precision, other, message
     return "float32" if asked == "auto" else asked, exact, message
@@ -114,10 +113,10 @@ def choose_precision(
 def _compared(
     network: PreparedNetwork, precision: Precision, exact: Engine, sample: Callable[[], Pixels], *, is_open: bool
 ) -> tuple[PrecisionCheck, Engine | None]:
-    """Compare on the first images of the sample, and, where those agree, on the others; time both engines then."""
+    """Compare on the first images of the sample and, if those agree, on the rest; then time both engines."""
     try:
         other = network.start(precision)
-    except NetworkError:  # the hardware does not compute in it
+    except NetworkError:  # the hardware doesn't support it
         if not is_open:
             raise
         return PrecisionCheck(precision, 0, 0.0, 0.0), None
@@ -130,7 +129,7 @@ def _compared(
                 seen += len(some)
         if agreement >= AGREES and seen:
             speedup = _speedup(exact, other, pixels)
-    except NetworkError:  # its numbers grew too large
+    except NetworkError:  # float16 overflowed
         if not is_open:
             raise
         agreement, seen = -1.0, len(pixels)
@@ -141,7 +140,7 @@ def _compared(
 
 
 def _speedup(exact: Engine, other: Engine, pixels: Pixels) -> float:
-    """Return how many times as fast as `exact` the `other` is, in turn and at their best."""
+    """Return the speed of `other` relative to `exact`, from the best of alternating rounds."""
     times: list[list[float]] = []
     while len(times) < ROUNDS and (not times or sum(times[-1]) < SECONDS):
         times.append([timed(functools.partial(vectors_of, engine, pixels))[1] for engine in (exact, other)])
@@ -149,7 +148,7 @@ def _speedup(exact: Engine, other: Engine, pixels: Pixels) -> float:
 
 
 def agreement_of(exact: Vectors, other: Vectors) -> float:
-    """Return the least cosine of any image and output, 1 for two vectors of zeros; -1 where something is no number."""
+    """Return the lowest cosine of any image and output (1 for two zero vectors), or -1 if a value is not finite."""
     least = 1.0
     for key in exact:
         one, two = exact[key].astype(float), other[key].astype(float)
@@ -163,7 +162,7 @@ def agreement_of(exact: Vectors, other: Vectors) -> float:
 
 def _sample(spec: PixelSpec, images: Sequence[object], root: Path, remote: Access | None) -> Pixels:
     found = readable_sample(images, lambda image, fetch: read_pixels(image, [spec], root, fetch)[0], root, remote)
-    # In another order the first ones, which may suffice, are spread, too.
+    # Shuffled, so that the first images are also spread over the frame.
     order = np.random.default_rng(0).permutation(len(found))
     return np.stack([found[at] for at in order]) if found else np.empty((0,), np.uint8)
 
@@ -171,7 +170,7 @@ def _sample(spec: PixelSpec, images: Sequence[object], root: Path, remote: Acces
 def readable_sample(
     images: Sequence[object], read: Callable[[object, Fetch | None], Read], root: Path, remote: Access | None
 ) -> list[Read]:
-    """Return what `read` makes of up to 64 of `images`, spread over them; those that cannot be read are left out."""
+    """Return the results of `read` for up to 64 evenly sampled `images`, without those that cannot be read."""
 
     def read_one(image: object) -> list[Read]:
         try:
@@ -187,7 +186,7 @@ def readable_sample(
 
 
 def _known(file: str, precision: Precision) -> PrecisionCheck | None:
-    """Return what was found before; None where nothing was, or what is kept of it is damaged."""
+    """Return a cached check; None if there is none or it is damaged."""
     with suppress(OSError, ValueError, TypeError):
         found = PrecisionCheck(**json.loads((home() / FOLDER / file).read_text(encoding="utf-8")))
         numbers = type(found.images) is int and type(found.agreement) is type(found.speedup) is float
@@ -196,7 +195,7 @@ def _known(file: str, precision: Precision) -> PrecisionCheck | None:
 
 
 def _file(network: PreparedNetwork, pixels: PixelSpec, precision: Precision) -> str:
-    """Name what is kept by the network with its outputs, the pixels it takes, the engine and the CPU."""
+    """Name the cached check by network, outputs, pixels, engine and CPU."""
     spec = {**asdict(network.spec), "weights": network.weights.sha256}
     rest = {"pixels": asdict(pixels), "precision": precision, "numerics": NUMERICS}
     decided = json.dumps({**network.numbers, "spec": spec, **rest}, sort_keys=True)

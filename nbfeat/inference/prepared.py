@@ -1,4 +1,4 @@
-"""PreparedNetwork: which engine runs a network and in which precisions; started when the first image needs it."""
+"""PreparedNetwork: chooses the engine and precisions of a network, and starts it when the first image needs it."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from nbfeat.inference.engines.keras import FASTER_ON_GPUS, KerasEngine
 from nbfeat.inference.model import Base
 from nbfeat.inference.spec import NetworkSpec, Output
 
-_DIGITS = 3  # the same network gives others from run to run only beyond these
+_DIGITS = 3  # significant digits of a network's output that don't vary from run to run
 
 
 class PreparedNetwork:
-    """Make a network ready: iterate for sentences to show meanwhile, then read what it gives; `start` it to use it."""
+    """Load a network: iterate over progress messages, then read its outputs; `start` returns an engine that runs it."""
 
     name: str
     batch_size: int
     outputs: dict[str, Output]
     weights: Loaded
-    numbers: dict[str, object]  # all of the engine that decides the numbers, whatever it computes in
-    faster: tuple[Precision, ...] = ()  # what it may be faster in than in float32, in the order of trying
-    note = ""  # what the report should say; a run may bring up more
-    _keeps_apart: frozenset[Precision] = frozenset()  # in what a cut gives the same to the bit beside any others
+    numbers: dict[str, object]  # everything about the engine, except its precision, that affects the features
+    faster: tuple[Precision, ...] = ()  # precisions that may be faster than float32, in the order to try them
+    note = ""  # for the report; a run may change it
+    _keeps_apart: frozenset[Precision] = frozenset()  # in which a cut's output never depends on other cuts
 
     def __init__(self, spec: NetworkSpec, *, devices: tuple[str, ...], batch_size: int | None) -> None:
         self.spec, self.devices, self._asked_size = spec, devices, batch_size
         self.device = devices[0]
 
     def __iter__(self) -> Iterator[str]:
-        """Work, yielding what is being done."""
+        """Load the network, yielding progress messages."""
         if self.spec.network.package == "registered":
             yield from self._for_user_model()
         elif self.device == "cpu" and hardware.openvino_works():
@@ -50,7 +50,7 @@ class PreparedNetwork:
             yield from self._for_keras()
 
     def _for_user_model(self) -> Iterator[str]:
-        """Run what a function of the user's builds: by OpenVINO where that can be, else by Keras in this process."""
+        """Build a registered network, for OpenVINO if possible, else for Keras in this process."""
         name = self.spec.network.title
         yield f"building {name} in Keras"
         with tempfile.TemporaryDirectory(prefix="nbfeat-", ignore_cleanup_errors=True) as folder:
@@ -78,14 +78,14 @@ class PreparedNetwork:
         self.name, self.outputs, self.weights = openvino.name(), stored.outputs, stored.weights
         self.batch_size, self.note = self._asked_size or openvino.BATCH, stored.note
         self.numbers = {"engine": openvino.name(threads=False), "cpu": hardware.cpu()}
-        self.faster, self._keeps_apart = openvino.FASTER, frozenset({"float32"})  # in fewer bits fusing shows
+        self.faster, self._keeps_apart = openvino.FASTER, frozenset({"float32"})  # others depend on layer fusion
         self._start: Callable[[Precision, str | None], Engine] = lambda precision, only: openvino.OpenVINOEngine(
             stored, precision=precision, batch_size=self.batch_size, only=only
         )
 
     def _for_keras(self, base: Base | None = None) -> Iterator[str]:
         if self.device == "cpu":
-            self.note = "OpenVINO cannot be imported here, so Keras runs the network, which is slower on a CPU."
+            self.note = "OpenVINO cannot be imported, so Keras runs the network, which is slower on a CPU."
         spec, _held = yield from compiled_models.located(self.spec)
         if base is None:
             yield f"building {spec.network.title} in Keras"
@@ -101,24 +101,24 @@ class PreparedNetwork:
         self.batch_size = engine.batch_size
         self.numbers = {"engine": engine.kind, "backend": engine.backend, "cpu": hardware.cpu()}
         self.faster = FASTER_ON_GPUS if self.device != "cpu" else ()
-        ready = [engine]  # once: it takes memory, which is another precision's if that is better
+        ready = [engine]  # used once, to free its memory if another precision is better
         self._start = lambda precision, only: (
             ready.pop() if ready and (precision, only) == ("float32", None) else made(precision, only)
         )
 
     def key_fields(self, precision: Precision) -> dict[str, object]:
-        """Return all of the engine that decides the numbers that it gives in `precision`."""
-        # Where a cut is not known to give the same to the bit beside any others, those decide, too.
+        """Return everything about the engine that affects the features it computes in `precision`."""
+        # Unless known to be independent of them, a cut's output may depend on the other cuts.
         beside = {} if precision in self._keeps_apart else {"beside": [cut.key for cut in self.spec.cuts]}
         return {**self.numbers, "precision": precision, **beside}
 
     def start(self, precision: Precision, only: str | None = None) -> Engine:
-        """Return the engine, ready to run, or for `only` one output; NetworkError where `precision` cannot be had."""
+        """Return an engine for all outputs or `only` one; raise NetworkError if `precision` is not available."""
         return self._start(precision, only)
 
 
 def vectors_of(engine: Engine, pixels: Pixels) -> Vectors:
-    """Run all `pixels` (images, size, size, 3) through an engine of any size of batch."""
+    """Run all `pixels` (images, size, size, 3) through an engine of any batch size."""
     found: list[Vectors] = []
     starts = range(0, len(pixels), engine.batch_size)
     for start in starts:
@@ -134,12 +134,12 @@ def vectors_of(engine: Engine, pixels: Pixels) -> Vectors:
 
 
 def _what_it_gives(engine: Engine, size: int) -> str:
-    """Return a digest of what a network gives for seeded pixels: of code there is no hash, of what it does there is."""
+    """Hash a network's output for seeded pixels, because the code of a registered network cannot be hashed."""
     pixels = np.random.default_rng(9).integers(0, 256, (16, size, size, 3), np.uint8)
     total = hashlib.sha256()
     for key, vectors in sorted(vectors_of(engine, pixels).items()):
         largest = np.abs(vectors).max(initial=0)
         total.update(f"{key} {largest:.{_DIGITS}e} {vectors.shape}".encode())
-        # Adding zero takes the sign from what was rounded to -0.
+        # Adding zero turns -0 into 0.
         total.update((np.round(vectors / (largest or 1), _DIGITS) + 0.0).astype("float32").tobytes())
     return total.hexdigest()

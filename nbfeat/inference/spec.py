@@ -1,4 +1,4 @@
-"""What decides a network's numbers, as plain data: NetworkSpec with its cuts, and what each cut turned out to give."""
+"""Describe a network as plain data: NetworkSpec, which determines its features, its cuts and their outputs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from nbfeat.backbones.backbone import Backbone, Scaling
 from nbfeat.backbones.catalog import find
 from nbfeat.errors import RequestError
 
-NUMERICS = 2  # raised whenever a change in this package changes the numbers that come out
+NUMERICS = 2  # increased whenever a change in this package changes the features
 Pooling = Literal["avg", "max", "gem", "flatten"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Cut:
-    """One output of a network: where it is cut, and how a map there is pooled ("" for the default)."""
+    """One output of a network: the layer and, for a feature map, the pooling ("" for the default)."""
 
     layer: str = ""
     pooling: Pooling | str = ""
@@ -32,17 +32,17 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a cut turned out to be once the network was built."""
+    """The output of a cut, known once the network is built."""
 
     width: int
     pooling: Pooling | None
     shape: tuple[int, ...]  # of the layer, channels last, without the batch
-    negative: bool  # whether values below zero can occur, which GeM would lose
+    negative: bool  # whether values can be below zero, which GeM would clip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkSpec:
-    """Everything that decides a network's numbers; of a user's file `weights` is the path, and in the key its hash."""
+    """Everything that determines a network's features; `weights` may be the path of a file, which the key hashes."""
 
     backbone: str
     alpha: float | None
@@ -53,14 +53,14 @@ class NetworkSpec:
 
     @property
     def network(self) -> Backbone:
-        """The backbone that is built."""
+        """The backbone to build."""
         return find(self.weights if self.backbone == user_models.NAME else self.backbone)
 
     def key(self, **versions: str) -> str:
-        """Name this network, as `versions` of the libraries would build it, in 40 hexadecimal digits."""
+        """Hash this network and the `versions` of the libraries that build it, to 40 hexadecimal digits."""
         content = self.weights
         if content == "bundled":
-            content = find(self.backbone).bundled  # another release may bring others
+            content = find(self.backbone).bundled  # another release may have different ones
         elif content not in weights.NAMED:
             content = weights.digest(weights.weights_file(content))
         parts = {**asdict(self), "weights": content, "numerics": NUMERICS, **versions}
@@ -68,13 +68,13 @@ class NetworkSpec:
 
     @classmethod
     def from_json(cls, text: str) -> NetworkSpec:
-        """Read what ``json.dumps(asdict(spec))`` wrote."""
+        """Read the JSON of ``json.dumps(asdict(spec))``."""
         parts = json.loads(text)
         return cls(**{**parts, "cuts": tuple(Cut(**cut) for cut in parts["cuts"])})
 
 
 def whole(what: str, most: int | None = None) -> Callable[[Any], int]:
-    """Return a check that a value is a whole number of at least 1."""
+    """Return a function that reads a whole number from 1 to `most`, for the option `what`."""
 
     def check(value: Any) -> int:
         try:

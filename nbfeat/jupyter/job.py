@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from IPython.core.interactiveshell import InteractiveShell
 
 from nbfeat.errors import ExtractionError, NbfeatError
-from nbfeat.extraction.columns import attach
+from nbfeat.extraction.columns import attach, places
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.run import Step
 from nbfeat.images.sources import is_missing
@@ -189,8 +189,8 @@ class FrameSnapshot:
         now: Any = names.get(self.name)
         if reason := self.why_not(extraction, now):
             raise ExtractionError(reason)
-        places = [part.place_in(now, replace=replace) for part in extraction.parts]
-        names[self.name] = attach(now, [part.frame(now.index) for part in extraction.parts], places)
+        where = places(now, extraction.parts, replace=replace)
+        names[self.name] = attach(now, [part.frame(now.index) for part in extraction.parts], where)
 
     def why_not(self, extraction: Extraction, now: Any) -> str:
         """Say why the features do not belong to `now`; an empty string where they do."""

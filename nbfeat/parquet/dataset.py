@@ -1,7 +1,7 @@
-"""A dataset: a folder of Parquet files, each some rows of a frame; which are there when a run is resumed.
+"""A dataset: a folder of Parquet files, each with some of a frame's rows, that an interrupted run can resume.
 
-A JSON manifest says what the dataset is of, in a file of its own while parts are missing, and in each part for good.
-Features that wait for a normalization to be learned from all of them lie in a hidden folder meanwhile.
+A JSON manifest describes the dataset: in its own file until all parts exist, and permanently in each part. Features
+wait in a hidden folder until the normalization is fitted on all of them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from nbfeat.parquet.result_file import RECIPE, SHOWN, DamagedError, Failure, dam
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = 2  # raised whenever what older versions of nbfeat read would mean something else
+FORMAT = 2  # increased whenever older versions of nbfeat would misread the files
 MANIFEST, RAW, FAILURE = ".nbfeat.json", ".raw", "failure"
-PART = b"nbfeat.part"  # an entry of the metadata, beside RECIPE
+PART = b"nbfeat.part"  # a metadata entry, next to RECIPE
 _PART = re.compile(rf"part-\d{{5,}}\.parquet|{re.escape(RAW)}/part-\d{{5,}}\.npz")
 _HALF = re.compile(rf"(?:{re.escape(RAW)}/)?\.(?:part-\d{{5,}}\.(?:parquet|npz)|\.nbfeat\.json)-[0-9a-f]{{8}}")
 _MANIFEST: Mapping[str, type] = {"format": int, "made": str, "chunk": int, "request": dict}
@@ -40,29 +40,29 @@ Matrices = Mapping[str, NDArray[np.float32]]  # by prefix
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a file of a dataset says of itself."""
+    """The metadata of one file of a dataset."""
 
     number: int
-    manifest: Mapping[str, Any]  # of its dataset
+    manifest: Mapping[str, Any]  # of the dataset
     recipe: str  # JSON
-    failures: Sequence[Failure]  # positions count from its first row
+    failures: Sequence[Failure]  # positions count from the part's first row
     rows: int
     is_raw: bool = False  # in the hidden folder
 
 
 class Dataset:
-    """The parts at a `location` that has, or is to have, what `request` says."""
+    """The parts of the dataset for `request` at `location`, whether already written or not."""
 
     def __init__(self, location: Location, request: Mapping[str, Any], *, replace: bool) -> None:
         self.location, self.request, self._starts_over = location, request, replace
         self._forget([])
 
     def _forget(self, useless: Sequence[str], *, replaces: bool = False) -> None:
-        self._made = secrets.token_hex(8)  # the same in all files of one dataset, and in those of no other
-        self.chunk = 0  # rows in each part but the last, once that is decided
+        self._made = secrets.token_hex(8)  # an ID shared by all files of this dataset
+        self.chunk = 0  # rows in every part but the last, once decided
         self.parts: dict[int, Part] = {}
-        self.raw: dict[int, Part] = {}  # those whose features are to be normalized still
-        self._replaces, self._useless = replaces, list(useless)  # parts of another request may be removed
+        self.raw: dict[int, Part] = {}  # parts whose features are not yet normalized
+        self._replaces, self._useless = replaces, list(useless)  # parts of a different request may be removed
 
     @property
     def _manifest(self) -> dict[str, Any]:
@@ -70,17 +70,17 @@ class Dataset:
 
     @property
     def count(self) -> int:
-        """How many parts there are to be: at least one, which may be empty."""
+        """The number of parts of the finished dataset: at least one, which may be empty."""
         return _count(self._manifest)
 
     @property
     def there(self) -> dict[int, Part]:
-        """The parts that are there, normalized or not."""
+        """The existing parts, normalized or not."""
         return {**self.raw, **self.parts}
 
     @property
     def is_finished(self) -> bool:
-        """Whether all parts are there."""
+        """Whether all parts exist."""
         return bool(self.parts) and len(self.parts) == self.count
 
     def rows(self, number: int) -> range:
@@ -88,21 +88,21 @@ class Dataset:
         return range(number * self.chunk, min(self.request["rows"], (number + 1) * self.chunk))
 
     def survey(self) -> None:
-        """Look at what is there; raise RequestError where it is something else that is not to be replaced."""
+        """Inspect existing files; raise RequestError if they don't match and must not be replaced."""
         sizes = self.location.sizes([RAW])
         names = sorted(name for name in sizes if _PART.fullmatch(name))
         halves = [name for name in sizes if _HALF.fullmatch(name)]
         if foreign := [name for name in sizes if name not in {*names, *halves, MANIFEST, LOCK}]:
             raise _foreign(self.location, foreign)
         self._forget([*halves, *names])
-        if not names:  # what another run was about to write is no matter
+        if not names:  # a manifest without parts doesn't matter
             return
         begun = _read_manifest(self.location) if MANIFEST in sizes else None
         found = _look(self.location, names, is_begun=begun is not None)
         manifest = begun or next(part.manifest for part in found.values() if part)
         try:
             difference = next(_differences(manifest["request"], self.request), "")
-        except (LookupError, TypeError, ValueError, AttributeError):  # it comes from a file
+        except (LookupError, TypeError, ValueError, AttributeError):  # the file may contain anything
             difference = "it cannot be read"
         if difference:
             self.refuse(difference)
@@ -111,7 +111,7 @@ class Dataset:
         self._replaces = begun is not None and begun["replaces"]
         for name, part in found.items():
             if part is None or (part.manifest != self._manifest and self._replaces):
-                self._useless.append(name)  # a damage or an earlier dataset left it
+                self._useless.append(name)  # damaged, or from an earlier dataset
             elif part.manifest != self._manifest or part.rows != len(self.rows(part.number)):
                 raise _refusal(self.location, name)
             else:
@@ -120,27 +120,27 @@ class Dataset:
             self._forget([*halves, *names], replaces=True)
 
     def refuse(self, difference: str) -> None:
-        """Refuse what is there, or make it anew where that is wanted."""
+        """Raise RequestError about the existing dataset, or replace it if requested."""
         if not self._starts_over:
             raise RequestError(
-                f"{self.location.address} has features of another request: {difference}. Write to another folder, or "
-                "start anew in this one with --replace (replace=True)."
+                f"{self.location.address} was written for a different request: {difference}. Write to another folder, "
+                "or replace this one with `replace=True`."
             )
         self._forget([*self._useless, *map(_name, self.parts), *map(_raw_name, self.raw)], replaces=True)
 
     def begin(self) -> None:
-        """Say what is going to be there, before the first part is, and remove what is of no use."""
+        """Write the manifest before the first part, and remove files that are no longer needed."""
         if not self.is_finished:
             with self.location.writing(MANIFEST) as sink:
                 sink.write(json.dumps({**self._manifest, "replaces": self._replaces}).encode())
         for name in self._useless:
             self.location.remove(name)
-        for number in set(self.raw) & set(self.parts):  # killed between writing the one and removing the other
+        for number in set(self.raw) & set(self.parts):  # killed before the raw file was removed
             self.remove_raw(number)
         self._useless = []
 
     def write(self, number: int, own: Any, matrices: Matrices, recipe: str, failures: Sequence[Failure]) -> None:
-        """Write a part: the `own` columns of the frame, the features by prefix, and reasons of failures."""
+        """Write a part: the frame's `own` columns, the features by prefix, and the reasons of failures."""
         import pyarrow as pa
 
         arrays = {name: own.column(name) for name in own.column_names}
@@ -160,7 +160,7 @@ class Dataset:
         self.parts[number] = Part(number, self._manifest, recipe, failures, table.num_rows)
 
     def write_raw(self, number: int, matrices: Matrices, recipe: str, failures: Sequence[Failure]) -> None:
-        """Set features aside that are to be normalized still."""
+        """Store features until they can be normalized."""
         rows = len(self.rows(number))
         part = {**self._manifest, "number": number, "failures": failures, "recipe": recipe, "rows": rows}
         with self.location.writing(_raw_name(number)) as sink:
@@ -168,25 +168,25 @@ class Dataset:
         self.raw[number] = Part(number, self._manifest, recipe, failures, rows, is_raw=True)
 
     def read_raw(self, number: int, prefix: str) -> NDArray[np.float32]:
-        """Read the features of one block that were set aside."""
+        """Read one block's features that are not yet normalized."""
         prefixes = [prefix for _, _, prefix in self.request["blocks"]]
         with _opened(self.location, _raw_name(number)) as file, np.load(file) as arrays:
             rows: NDArray[np.float32] = arrays[f"arr_{1 + prefixes.index(prefix)}"]
         return rows
 
     def remove_raw(self, number: int) -> None:
-        """Remove features that are normalized by now."""
+        """Remove the raw features of a part that is now normalized."""
         self.location.remove(_raw_name(number))
         del self.raw[number]
 
     def finish(self) -> tuple[int, int]:
-        """Leave nothing but the parts; return how many there are, and their bytes."""
+        """Remove everything but the parts; return their number and total bytes."""
         self.location.remove_folder(RAW)
         self.location.remove(MANIFEST)
         return self.count, sum(size for name, size in self.location.sizes().items() if name != LOCK)
 
     def clear(self) -> None:
-        """Remove all that is there."""
+        """Remove the dataset."""
         for name in [*map(_name, self.parts), *map(_raw_name, self.raw)]:
             self.location.remove(name)
         self.finish()
@@ -194,7 +194,7 @@ class Dataset:
 
 
 def _name(number: int) -> str:
-    """Return the name of a part: names in their order are rows in their order."""
+    """Return the file name of a part; sorting the names sorts the rows."""
     return f"part-{number:05d}.parquet"
 
 
@@ -206,13 +206,13 @@ def _count(manifest: Mapping[str, Any]) -> int:
     return max(1, -(-int(manifest["request"]["rows"]) // int(manifest["chunk"])))
 
 
-# What files say of themselves
+# Metadata
 
 
 def _look(location: Location, names: Sequence[str], *, is_begun: bool) -> dict[str, Part | None]:
-    """Return what each part says of itself, None for a damaged one; where none says anything, none may be ours."""
+    """Return the metadata of each part, None for a damaged one; raise RequestError if none may be ours."""
     found: dict[str, Part | None] = {}
-    same: dict[str, Any] = {}  # one for all parts of a dataset, as what was learned may be large
+    same: dict[str, Any] = {}  # shared by all parts, because fitted parameters may be large
     for name in names:
         if part := _look_at(location, name):
             manifest = same.setdefault(json.dumps(part.manifest), part.manifest)
@@ -224,7 +224,7 @@ def _look(location: Location, names: Sequence[str], *, is_begun: bool) -> dict[s
 
 
 def _look_at(location: Location, name: str) -> Part | None:
-    """Return what a part says of itself; None where it was cut short."""
+    """Return the metadata of a part; None if the file is truncated."""
     is_raw = name.startswith(RAW)
     with location.opened(name) as file:
         try:
@@ -268,10 +268,10 @@ def _check(location: Location, name: str, values: Any, kinds: Mapping[str, type]
         raise _refusal(location, name)
     if found["format"] != FORMAT:
         raise RequestError(
-            f"{location.address} was begun by a newer nbfeat. Go on with that version, or write to another folder."
+            f"{location.address} was started by a newer nbfeat. Install that version, or write to another folder."
             if name == MANIFEST
-            else f"{location.name}{name} was written by a newer nbfeat (format {found['format']}, this one reads "
-            f"{FORMAT}). Install that version to read it."
+            else f"{location.name}{name} was written by a newer nbfeat (format {found['format']}; this version "
+            f"reads {FORMAT}). Install that version to read it."
         )
     return found
 
@@ -282,20 +282,20 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
             listing(_some([f"`{block[0]}`" + (f" of {block[1]}" if len(of) > 1 else "") for block in of]))
             for of in (there["blocks"], here["blocks"])
         ]
-        yield f"they are of {blocks[0]}, and {blocks[1]} is asked for"
+        yield f"it has features of {blocks[0]}, but the request is for {blocks[1]}"
     if there["rows"] != here["rows"]:
-        yield f"they are of {there['rows']:,} rows, and the frame has {here['rows']:,}"
-    for what, sentence in (("images", "other images"), ("columns", "other values")):
+        yield f"it has {there['rows']:,} rows, but the frame has {here['rows']:,}"
+    for what, sentence in (("images", "different images"), ("columns", "different values")):
         was, now = dict(there[what]), dict(here[what])
-        yield from (f"they have a column {name}, and the frame has none" for name in was if name not in now)
-        yield from (f"they have no column {name}, and the frame has one" for name in now if name not in was)
-        yield from (f"column {name} has {sentence} by now" for name in now if was[name] != now[name])
+        yield from (f"it has a column {name}, but the frame doesn't" for name in was if name not in now)
+        yield from (f"the frame has a column {name}, but the dataset doesn't" for name in now if name not in was)
+        yield from (f"column {name} now has {sentence}" for name in now if was[name] != now[name])
         if there[what] != here[what]:
-            yield "the columns are in another order"
+            yield "its columns are in a different order"
     if there["like"] != here["like"]:
-        yield "they repeat another result, or none"
+        yield "it repeats a different result (`like`), or none"
     if there != here:
-        yield "their normalizations were learned from other rows (--fit-on)"
+        yield "its normalization was fitted on different rows (`fit_on`)"
 
 
 def _some(names: Sequence[str]) -> list[str]:
@@ -304,20 +304,20 @@ def _some(names: Sequence[str]) -> list[str]:
 
 def _foreign(location: Location, names: Sequence[str]) -> RequestError:
     return RequestError(
-        f"{location.address} has files that are not of a dataset of nbfeat: {listing(_some(names))}. Name a folder "
-        "that is empty or not there yet."
+        f"{location.address} has files that don't belong to an nbfeat dataset: {listing(_some(names))}. Use an "
+        "empty or new folder."
     )
 
 
 def _refusal(location: Location, name: str, damage: DamagedError | None = None) -> RequestError:
     what = f"is damaged ({damage})" if damage else "was changed after nbfeat wrote it"
-    more = "; only its rows are computed anew" if damage else ""
-    return RequestError(f"{location.name}{name} {what}: remove that file, and run again what wrote it{more}.")
+    more = "; only its rows are computed again" if damage else ""
+    return RequestError(f"{location.name}{name} {what}: remove that file, and rerun the extraction{more}.")
 
 
 @contextmanager
 def _opened(location: Location, name: str) -> Iterator[Any]:
-    """Open a part to read its columns; raise RequestError where they are damaged."""
+    """Open a part to read its columns; raise RequestError if they are damaged."""
     try:
         with location.opened(name) as file, damage_as("columns"):
             yield file
@@ -329,25 +329,21 @@ def _opened(location: Location, name: str) -> Iterator[Any]:
 
 
 def is_dataset(path: object) -> bool:
-    """Tell whether `path` can be that of a dataset: a folder that is there, or an address."""
+    """Tell whether `path` may hold a dataset: an existing folder, or a URL."""
     return "://" in str(path) or Path(str(path)).expanduser().is_dir()
 
 
 def finished(location: Location) -> list[Part]:
-    """Return the parts of a dataset in their order; raise RequestError where some are missing, or there is none."""
+    """Return the parts of a finished dataset in order; raise RequestError if some or all are missing."""
     sizes = location.sizes()
     names = sorted(name for name in sizes if _PART.fullmatch(name))
     if not names and MANIFEST not in sizes:
-        raise RequestError(
-            f"There is no dataset of nbfeat in {location.address}: no part-00000.parquet. Check the path."
-        )
+        raise RequestError(f"{location.address} has no nbfeat dataset: part-00000.parquet is missing. Check the path.")
     found = _look(location, names, is_begun=MANIFEST in sizes)
     parts = [part for part in found.values() if part]
     if not parts or MANIFEST in sizes or len(parts) != _count(parts[0].manifest):
-        there = f"{len(parts):,} of {_count(parts[0].manifest):,} files" if parts else "no file yet"
-        raise RequestError(
-            f"{location.address} is not finished: {there}. Run again what writes it, which goes on from there."
-        )
+        there = f"it has {len(parts):,} of {_count(parts[0].manifest):,} files" if parts else "it has no files"
+        raise RequestError(f"{location.address} is not finished: {there}. Rerun its extraction to resume it.")
     if odd := [part for part in parts if part.manifest != parts[0].manifest]:
         raise _refusal(location, _name(odd[0].number))
     return parts
@@ -356,7 +352,7 @@ def finished(location: Location) -> list[Part]:
 def read(
     location: Location, parts: Sequence[Part], widths: Mapping[str, int], only: Collection[object] | None = None
 ) -> tuple[pd.DataFrame, dict[str, NDArray[np.float32]]]:
-    """Read the features of these `widths`, and the frame's own columns: all, or `only` these and the index."""
+    """Read the features, by prefix in `widths`, and the frame's own columns: all, or `only` these and the index."""
     import pyarrow as pa
 
     rows = sum(part.rows for part in parts)
@@ -378,13 +374,13 @@ def read(
     return frame, matrices
 
 
-# The columns of the user's frame
+# The frame's own columns
 
 
 def own_columns(
     frame: pd.DataFrame, *, images: Collection[Hashable], made: Collection[str], dropped: Collection[int]
 ) -> tuple[Any, str]:
-    """Return as a table what Parquet can hold of a frame without its `dropped` positions, and say what was left out."""
+    """Return a table of the columns that Parquet can store, without `dropped` positions, and a note on the others."""
     import pyarrow as pa
 
     counts = Counter(frame.columns)
@@ -399,28 +395,27 @@ def own_columns(
     names = [*(frame.columns[position] for position in kept), *frame.index.names]
     if FAILURE in names:
         raise RequestError(
-            f"The frame has a column or index {FAILURE!r}, and so have the files: rename it, or use --replace."
+            f"The frame has a column or index {FAILURE!r}, which the files need: rename it, or use `replace=True`."
         )
     if taken := [name for name in names if name in made]:
         raise RequestError(
-            f"The frame has a column or index {taken[0]!r}, and so would the files have, for features: choose another "
-            "name with --prefix, or overwrite it with --replace."
+            f"The frame has a column or index {taken[0]!r}, which the files need for features: choose another "
+            "`prefix`, or overwrite it with `replace=True`."
         )
     try:
         table = pa.Table.from_pandas(frame.iloc[:, kept])
     except (pa.ArrowException, ValueError, TypeError) as error:
-        raise RequestError(
-            f"Parquet cannot hold the frame's index: {error}. Use frame.reset_index(drop=True)."
-        ) from error
-    return table, f"Left out of the files: {listing(_some(lost))}." if lost else ""
+        advice = "Use frame.reset_index(drop=True)."
+        raise RequestError(f"Parquet cannot store the frame's index: {error}. {advice}") from error
+    return table, f"Not written to the files: {listing(_some(lost))}." if lost else ""
 
 
 def _why_not(values: pd.Series, label: Hashable, *, is_image: bool, twice: bool) -> str:
-    """Say why a column cannot be in the files; an empty string where it can."""
+    """Say why a column cannot be stored; an empty string if it can."""
     if not isinstance(label, str):
-        return "only text names columns"
+        return "column names must be text"
     if twice:
-        return "each name stands for one column"
+        return "column names must be unique"
     if is_image and not all(isinstance(value, str) or is_missing(value) for value in values):
-        return "images that are no text"
+        return "images that are not text"
     return result_file.unholdable(values)

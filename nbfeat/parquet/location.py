@@ -1,7 +1,6 @@
-"""Where the parts of a dataset lie: a folder of this machine, or an address such as ``s3://bucket/features``.
+"""Read and write the files of a dataset in a local folder or at a URL such as ``s3://bucket/features``.
 
-A file is there whole or not at all. On this machine it gets its name when it is complete; stores of objects, which
-cannot rename, take it in one piece. Only a folder of this machine can be locked.
+A local file gets its name once it is complete; object stores receive it in one piece. Only a local folder is locked.
 """
 
 from __future__ import annotations
@@ -22,26 +21,26 @@ from nbfeat.errors import ExtractionError, RequestError
 from nbfeat.paths import file_written_whole
 
 LOCK = ".nbfeat.lock"
-_OF_SYSTEMS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})  # left by file managers, and no matter
+_OF_SYSTEMS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})  # left by file managers
 _WITHOUT_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A place for files, by their names below it (``part-00000.parquet``, ``.raw/part-00000.npz``)."""
+    """A folder or URL whose files are named relative to it (``part-00000.parquet``, ``.raw/part-00000.npz``)."""
 
-    address: str  # as it was named
-    folder: Path | None  # None unless it is on this machine
-    system: Any  # of pyarrow
-    top: str  # the place in that system
+    address: str  # as given by the user
+    folder: Path | None  # None unless local
+    system: Any  # pyarrow's file system
+    top: str  # the path in that file system
 
     @classmethod
     def at(cls, path: str | os.PathLike[str]) -> Location:
-        """Return the location of a folder or an address, for which a file system is installed; neither need exist."""
+        """Return the location of a folder or URL, which need not exist."""
         from pyarrow import fs
 
         if not isinstance(path, str | os.PathLike):
-            raise RequestError(f"--parquet takes a folder, or an address such as s3://bucket/features, not {path!r}.")
+            raise RequestError(f"`parquet` must be a folder or a URL such as s3://bucket/features, not {path!r}.")
         text = os.fspath(path)
         if "://" in text and not text.startswith("file://"):
             return cls(text, None, *_remote(text))
@@ -51,20 +50,18 @@ class Location:
 
     @property
     def name(self) -> str:
-        """The last part of its name, with a slash."""
+        """The last part of the path, with a slash."""
         return f"{PurePosixPath(self.top).name or self.address}/"
 
     def sizes(self, folders: Collection[str] = ()) -> dict[str, int]:
-        """Return the bytes of each file here and in these `folders`, by name; other folders end with a slash."""
+        """Return the size of each file here and in `folders`, by name; other folders get a name with a slash."""
         from pyarrow import fs
 
         if self.folder is not None and not self.folder.is_dir():
             if self.folder.exists():
-                raise RequestError(
-                    f"{self.address} is a file, and --parquet takes a folder: name another, or remove it."
-                )
+                raise RequestError(f"{self.address} is a file, but `parquet` needs a folder: use a different path.")
             if not self.folder.parent.is_dir():
-                raise RequestError(f"There is no folder {self.folder.parent}: make it first, or write elsewhere.")
+                raise RequestError(f"The folder {self.folder.parent} doesn't exist: create it, or write elsewhere.")
         found: dict[str, int] = {}
         for prefix in ("", *(f"{folder}/" for folder in folders)):
             selector = fs.FileSelector(self._path(prefix).rstrip("/"), allow_not_found=True)
@@ -72,7 +69,7 @@ class Location:
                 infos = self.system.get_file_info(selector)
             except OSError as error:
                 reason = error.strerror or error
-                raise ExtractionError(f"{self.address} cannot be read: {reason}. Name another folder.") from error
+                raise ExtractionError(f"{self.address} cannot be read: {reason}. Use another folder.") from error
             for info in infos:
                 if info.type == fs.FileType.File and info.base_name not in _OF_SYSTEMS:
                     found[prefix + info.base_name] = int(info.size or 0)
@@ -81,12 +78,12 @@ class Location:
         return found
 
     def opened(self, name: str) -> Any:
-        """Open a file to read."""
+        """Open a file for reading."""
         return self.system.open_input_file(self._path(name))
 
     @contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
-        """Give a file to write, which is there under its `name` when the block ends, and not before."""
+        """Open a file for writing, which appears under its `name` only when the block ends."""
         if self.folder is None:
             buffer = io.BytesIO()
             yield buffer
@@ -99,12 +96,12 @@ class Location:
             yield file
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it exists."""
         with suppress(FileNotFoundError):
             self.system.delete_file(self._path(name))
 
     def remove_folder(self, name: str) -> None:
-        """Remove a folder that has no files any more, if it is there; stores without folders have none to remove."""
+        """Remove an empty folder, if it exists."""
         with suppress(OSError):
             if self.folder is None:
                 self.system.delete_dir(self._path(name))
@@ -113,7 +110,7 @@ class Location:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make the folder, and keep other processes of this machine from writing here for the block."""
+        """Create the folder, and lock it against other local processes during the block."""
         if self.folder is None:
             with suppress(OSError):  # most stores have no folders
                 self.system.create_dir(self.top, recursive=True)
@@ -122,28 +119,26 @@ class Location:
         from filelock import FileLock, Timeout
 
         file = self.folder / LOCK
-        lock = FileLock(file, timeout=0, thread_local=False)  # a generator may be closed by another thread
+        lock = FileLock(file, timeout=0, thread_local=False)  # another thread may close the generator
         try:
             self.folder.mkdir(exist_ok=True)
             lock.acquire()
-            if (_holder(file) or "process")[:7] == "process":  # a lock without flock says in its own way who has it
+            if (_holder(file) or "process")[:7] == "process":  # a lock without flock names its holder itself
                 file.write_text(f"process {os.getpid()} of {socket.gethostname()}", encoding="utf-8")
         except Timeout:
             raise ExtractionError(
-                f"{self.address} is being written by {_holder(file) or 'another process'}: wait until it is done, or "
+                f"{self.address} is being written by {_holder(file) or 'another process'}: wait until it finishes, or "
                 "write to another folder."
             ) from None
         except (OSError, NotImplementedError) as error:
             if not lock.is_locked and getattr(error, "errno", errno.ENOSYS) not in _WITHOUT_LOCKS:
                 reason = getattr(error, "strerror", None) or error
-                raise ExtractionError(
-                    f"{self.address} cannot be written: {reason}. Name a folder that you can write to."
-                ) from error
+                raise ExtractionError(f"{self.address} cannot be written: {reason}. Use another folder.") from error
         try:
             yield
         finally:
             with suppress(OSError):
-                if os.name == "nt":  # where an open file cannot be removed
+                if os.name == "nt":  # Windows cannot remove an open file
                     lock.release()
                 file.unlink()
             lock.release()
@@ -153,14 +148,14 @@ class Location:
 
 
 def _holder(file: Path) -> str:
-    """Return what the lock's holder wrote into it; Windows keeps others from reading that."""
+    """Return the name of the process that holds the lock; on Windows it cannot be read."""
     with suppress(OSError):
         return file.read_text(encoding="utf-8").strip()
     return ""
 
 
 def _remote(address: str) -> tuple[Any, str]:
-    """Return the file system of an address, and the place in it: fsspec's where it is installed, else pyarrow's own."""
+    """Return the file system of a URL, from fsspec if installed, else from pyarrow, and the path in it."""
     import pyarrow as pa
     from pyarrow import fs
 
@@ -176,6 +171,6 @@ def _remote(address: str) -> tuple[Any, str]:
             system, top = fs.FileSystem.from_uri(address)
     except (pa.ArrowException, ValueError, OSError) as error:
         raise RequestError(
-            f"No file system here knows {address!r}: {why}. Install what fsspec needs for it, or take a folder."
+            f"Cannot open {address!r}: {why}. Install the package that fsspec needs for it, or use a local folder."
         ) from error
     return system, str(top).rstrip("/")

@@ -1,7 +1,6 @@
-"""A result in a Parquet file: a table for any reader, what repeats it in the metadata, and checksums of both.
+"""Store a result in a Parquet file that any reader can open, with its recipe and checksums in the metadata.
 
-Parquet's own checksums are of pages. Beside them the metadata has the SHA-256 of its entries and of each column's
-values, so that bytes that another tool wrote anew are as good, and damaged ones are never taken for features.
+The checksums cover the values, not the bytes, so a file rewritten by another tool stays valid.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from nbfeat.paths import file_written_whole
 if TYPE_CHECKING:
     import pandas as pd
 
-RECIPE, CHECKSUMS = b"nbfeat", b"nbfeat.sha256"  # entries of the metadata
+RECIPE, CHECKSUMS = b"nbfeat", b"nbfeat.sha256"  # metadata entries
 SHOWN = 5
-ROWS, ROWS_OF_OBJECTS = 65_536, 1024  # whose values are taken together
+ROWS, ROWS_OF_OBJECTS = 65_536, 1024  # hashed at a time
 LARGE = 1_000_000  # bytes of metadata
-AGAIN = "Extract the features anew."
+AGAIN = "Extract the features again."
 _REFUSALS = {
-    "cut": "is not a Parquet file, or is damaged: its end is another.",
-    "foreign": "was not written by nbfeat, or was written anew by something else since. Write a result with "
+    "cut": "is not a Parquet file, or is damaged: its footer is corrupt.",
+    "foreign": "was not written by nbfeat, or was rewritten by another program. Write a result with "
     "result.to_parquet(path).",
-    "footer": "is damaged, or was written anew by something else: its footer does not agree with its checksum.",
-    "columns": "is damaged: its columns do not agree with their checksum.",
+    "footer": "is damaged, or was rewritten by another program: its footer doesn't match its checksum.",
+    "columns": "is damaged: its columns don't match their checksum.",
 }
 Damage = Literal["cut", "foreign", "footer", "columns"]
 
@@ -50,14 +49,14 @@ class Failure(NamedTuple):
 
     @classmethod
     def read(cls, values: Sequence[Any]) -> Failure:
-        """Take what a file has; raise ValueError where it is something else."""
+        """Read a failure from JSON values; raise ValueError if they are not one."""
         if [type(value) for value in values] != [int, str, str, str]:
             raise ValueError("not a failure")
         return cls(*values)
 
 
 class DamagedError(ValueError):
-    """A file is not what nbfeat wrote: it is cut short, foreign, or its footer or columns were changed."""
+    """A file differs from what nbfeat wrote: it is truncated or foreign, or its footer or columns changed."""
 
     def __init__(self, kind: Damage, reason: str = "") -> None:
         super().__init__(reason)
@@ -66,19 +65,19 @@ class DamagedError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Footer:
-    """What a file says of itself, compared with its checksums."""
+    """The metadata of a file, verified with its checksums."""
 
     entries: Mapping[bytes, bytes]
     columns: Sequence[str]
     rows: int
-    checksums: Mapping[str, str]  # of columns: of one alone, or of several together by the first
+    checksums: Mapping[str, str]  # of columns; a group of columns is named by its first
 
 
-# Any Parquet file of ours
+# All Parquet files of nbfeat
 
 
 def write_table(sink: BinaryIO, table: Any, entries: Mapping[bytes, bytes], groups: Sequence[Sequence[str]]) -> None:
-    """Write a table with `entries` in its metadata; each of the `groups` of columns with features has one checksum."""
+    """Write a table with `entries` in its metadata; each group of feature columns in `groups` gets one checksum."""
     from pyarrow import parquet
 
     others = [name for name in table.column_names if name not in {name for names in groups for name in names}]
@@ -90,9 +89,9 @@ def write_table(sink: BinaryIO, table: Any, entries: Mapping[bytes, bytes], grou
     }
     more = {**entries, CHECKSUMS: json.dumps(checksums).encode()}
     is_large = sum(map(len, more.values())) > LARGE
-    if not is_large:  # other tools keep what the schema has, which is in the file twice
+    if not is_large:  # other tools preserve schema metadata, but the file stores it twice
         table = table.replace_schema_metadata({**metadata, **more})
-    # Few features of a column are the same, so that a dictionary of them is of no use.
+    # Features rarely repeat, so dictionary encoding would not help.
     with parquet.ParquetWriter(sink, table.schema, use_dictionary=others, write_page_checksum=True) as writer:
         writer.write_table(table)
         if is_large:
@@ -100,7 +99,7 @@ def write_table(sink: BinaryIO, table: Any, entries: Mapping[bytes, bytes], grou
 
 
 def read_footer(file: Any) -> Footer:
-    """Read the metadata of an open file; raise DamagedError where it is not what nbfeat wrote."""
+    """Read the metadata of an open file; raise DamagedError if it isn't what nbfeat wrote."""
     from pyarrow import parquet
 
     size = file.seek(0, io.SEEK_END)
@@ -121,7 +120,7 @@ def read_footer(file: Any) -> Footer:
 
 
 def read_table(file: Any, groups: Sequence[Sequence[str]]) -> Any:
-    """Read all columns of an open file; raise DamagedError where they do not agree with their checksums."""
+    """Read all columns of an open file; raise DamagedError if they don't match their checksums."""
     from pyarrow import parquet
 
     footer = read_footer(file)
@@ -130,25 +129,25 @@ def read_table(file: Any, groups: Sequence[Sequence[str]]) -> Any:
         together = {names[0]: names for names in groups}
         for name in {**footer.checksums, **together}:
             if checksum(table, together.get(name, [name])) != footer.checksums[name]:
-                raise DamagedError("columns", f"column {name} does not agree with its checksum")
+                raise DamagedError("columns", f"column {name} doesn't match its checksum")
     return table
 
 
 @contextmanager
 def damage_as(kind: Damage) -> Iterator[None]:
-    """Raise DamagedError for whatever libraries raise for bytes that are not what they should be."""
+    """Turn any error that a library raises for damaged bytes into DamagedError."""
     try:
         yield
     except DamagedError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno not in {None, errno.EINVAL}:  # the disk, not the bytes
+        if isinstance(error, OSError) and error.errno not in {None, errno.EINVAL}:  # a disk error, not damaged bytes
             raise
         raise DamagedError(kind, _first_line(error)[:100]) from error
 
 
 def checksum(table: Any, names: Sequence[str]) -> str:
-    """Return the SHA-256 of the values of columns: the same once Parquet has written and read them."""
+    """Return the SHA-256 of columns' values, which a round trip through Parquet doesn't change."""
     hasher = hashlib.sha256()
     for name in names:
         for some in _bytes_of(table.column(name)):
@@ -161,7 +160,7 @@ def _bytes_of(column: Any) -> Iterator[Any]:
 
     if types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if hasattr(column.type, "storage_type"):  # of an extension, which other processes need not know
+    if hasattr(column.type, "storage_type"):  # an extension type, which other processes may lack
         column = column.cast(column.type.storage_type)
     yield str(getattr(column.type, "tz", "")).encode()
     column = _as_numbers(column)
@@ -181,7 +180,7 @@ def _bytes_of(column: Any) -> Iterator[Any]:
 
 
 def _as_numbers(column: Any) -> Any:
-    """Return times as numbers: Parquet knows no seconds, and days as days alone."""
+    """Return dates and times as numbers, because Parquet has no unit of seconds and stores dates only as days."""
     import pyarrow as pa
     from pyarrow import compute, types
 
@@ -209,21 +208,19 @@ def write(
     blocks: Mapping[str, Sequence[str]],
     without: Collection[Hashable] = (),
 ) -> None:
-    """Write `frame` as pandas does, with `recipe`; `blocks` are the names of its features by prefix."""
+    """Write `frame` like pandas, with `recipe`; `blocks` maps prefixes to the names of feature columns."""
     import pyarrow as pa
 
     final = Path(path).expanduser().resolve()
     if not final.parent.is_dir():
-        raise RequestError(f"There is no folder {final.parent}: make it first, or write elsewhere.")
+        raise RequestError(f"The folder {final.parent} doesn't exist: create it, or write elsewhere.")
     made = {name for names in blocks.values() for name in names}
     if lost := made.difference(frame.columns):
-        raise RequestError(
-            f"The frame has lost {len(lost):,} of its {len(made):,} features since they were made: extract again."
-        )
+        raise RequestError(f"The frame is missing {len(lost):,} of its {len(made):,} feature columns: extract again.")
     for label in (without := [without] if isinstance(without, str) else list(without)):
         if label not in frame.columns or label in made:
             others = [str(column) for column in frame.columns if column not in made]
-            why = "is a feature, and those are written whole" if label in made else "is not in the frame"
+            why = "is a feature, and features are always written" if label in made else "is not in the frame"
             raise RequestError(sentences(f"Column {label!r} cannot be left out: it {why}.", near(str(label), others)))
     frame = frame.drop(columns=without) if without else frame
     _check_names(frame)
@@ -236,13 +233,13 @@ def write(
 
 
 def look(file: Path) -> Footer:
-    """Read the metadata of a result's file."""
+    """Read the metadata of a result file."""
     with _refused(file), file.open("rb") as opened:
         return read_footer(opened)
 
 
 def read(file: Path, blocks: Mapping[str, Sequence[str]]) -> pd.DataFrame:
-    """Read the frame of a result; `blocks` are the names of its features by prefix."""
+    """Read the frame of a result; `blocks` maps prefixes to the names of feature columns."""
     with _refused(file), file.open("rb") as opened:
         table = read_table(opened, list(blocks.values()))
     try:
@@ -267,26 +264,26 @@ def _check_names(frame: pd.DataFrame) -> None:
     odd = [repr(label) for label in frame.columns if not isinstance(label, str)]
     twice = [repr(label) for label, count in Counter(frame.columns).items() if count > 1]
     if odd or twice:
-        why = "only text names columns" if odd else "each name stands for one column"
+        why = "column names must be text" if odd else "column names must be unique"
         raise RequestError(
-            f"Parquet cannot hold column {listing((odd or twice)[:SHOWN])}: {why}. Rename it in your frame and extract "
-            "again, which takes the features from the cache; or leave it out with without=[…]."
+            f"Parquet cannot store column {listing((odd or twice)[:SHOWN])}: {why}. Rename it in your frame and "
+            "extract again, which uses the cached features; or leave it out with `without=[…]`."
         )
 
 
 def _cannot_hold(frame: pd.DataFrame, error: Exception) -> RequestError:
     bad = {repr(label): kind for label in frame.columns if (kind := unholdable(frame[label]))}
     if not bad:
-        return RequestError(f"Parquet cannot hold this frame: {_first_line(error)}. Change it and extract again.")
+        return RequestError(f"Parquet cannot store this frame: {_first_line(error)}. Change it and extract again.")
     return RequestError(
-        f"Parquet cannot hold column {listing([f'{label} ({kind})' for label, kind in bad.items()][:SHOWN])}. "
-        f"Leave it out: to_parquet(path, without=[{next(iter(bad))}]); or make it text or bytes in your frame, and "
-        "extract again."
+        f"Parquet cannot store column {listing([f'{label} ({kind})' for label, kind in bad.items()][:SHOWN])}. "
+        f"Leave it out with to_parquet(path, without=[{next(iter(bad))}]); or convert it to text or bytes in your "
+        "frame and extract again."
     )
 
 
 def unholdable(values: pd.Series) -> str:
-    """Say what values those are, where Parquet cannot hold them."""
+    """Describe values that Parquet cannot store; an empty string if it can."""
     import pyarrow as pa
 
     try:

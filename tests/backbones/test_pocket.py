@@ -164,6 +164,7 @@ def test_the_wheel_has_the_weights_and_their_terms(tmp_path: Path) -> None:
     metadata = next(tmp_path.glob("*.dist-info"))
     assert "non-commercial" in (metadata / "licenses/nbfeat/backbones/POCKET-LICENSE").read_text()
     assert "License-File: nbfeat/backbones/POCKET-LICENSE" in (metadata / "METADATA").read_text()
+    assert (tmp_path / "nbfeat/SKILL.md").is_file()
 
 
 @pytest.mark.slow

@@ -127,7 +127,7 @@ def test_a_file_is_known_by_its_content_and_any_name_makes_a_plain_prefix(models
         ("plain", "--scaling tf -w random", "plain.keras has weights of its own: leave --weights random away."),
         ("plain", "--scaling tf --size 64", "plain.keras takes images of 32 pixels: leave --size 64 away."),
         ("plain", "--scaling tf -l poool", "has no layer 'poool'. Did you mean pool"),
-        ("plain", "--scaling tf -p max", "already gives a vector of 4; leave --pooling max away."),
+        ("plain", "--scaling tf -p max", "already gives a vector of 4 features: drop `pooling`."),
         ("sequential", "--scaling none", "takes images of any size: say which, such as --size 224."),
         ("oblong", "--scaling tf", "oblong.keras takes inputs of 32 × 64 × 3, not square RGB images"),
         ("gray", "--scaling tf", "gray.keras takes inputs of 32 × 32 × 1, not square RGB images"),

@@ -1,4 +1,4 @@
-"""No image is computed twice; and whatever happens to the cache, the result is right."""
+"""No image is computed twice, and the result is right even if the cache is damaged."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ BLOCK = "MobileNet --size 32"
 
 @pytest.fixture
 def photos(photos: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
-    """Return photos of files that this test may change, taken as old enough to be known by their state."""
+    """Return photos whose files this test may change, and which count as old enough to be recognized by their state."""
     monkeypatch.setattr(fingerprint, "SETTLED_AFTER_NS", 0)
     return photos.assign(path=[str(shutil.copy(path, tmp_path)) for path in photos["path"]])
 
@@ -56,18 +56,18 @@ def run(frame: pd.DataFrame, *blocks: str, **options: Any) -> Extraction:
 
 
 def rows(file: Path, query: str) -> list[Any]:
-    """Return what `query` finds in a database."""
+    """Run a query on a database file."""
     with closing(sqlite3.connect(file)) as db:
         return db.execute(query).fetchall()
 
 
 def file_of(folder: Path) -> Path:
-    """Return the one database in a home folder."""
+    """Return the only database in a home folder."""
     (file,) = (folder / "features").glob("*.sqlite")
     return file
 
 
-# What is found again
+# Cached features
 
 
 @every_face
@@ -161,7 +161,7 @@ def test_another_network_or_precision_computes_again(
 def test_a_file_that_changed_is_computed_again_alone(
     photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, days: int
 ) -> None:
-    """Where the clock went back, its change of tomorrow is not past."""
+    """If the clock was set back, a change may lie in the future."""
     before = run(photos).features
     path = Path(photos["path"].iloc[7])
     status, now, now_ns = path.stat(), time.time, time.time_ns
@@ -169,7 +169,7 @@ def test_a_file_that_changed_is_computed_again_alone(
     monkeypatch.setattr(time, "time_ns", lambda: now_ns() + days * 86_400 * 10**9)
     Image.new("RGB", (48, 48), "red").save(path)
     path.write_bytes(path.read_bytes().ljust(status.st_size, b"\0"))
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # only the time of the change tells
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # only the change time differs
     assert fingerprint.is_settled(path.stat()) is (days == 0)
     after = run(photos)
     assert after.cached == 19
@@ -324,7 +324,7 @@ def test_a_file_that_vanished_has_no_features_even_where_one_network_had_them(ph
     assert steps.features.iloc[5].isna().all()
 
 
-# Going on
+# Resuming
 
 
 def test_what_was_done_before_a_stop_is_not_done_again(photos: pd.DataFrame) -> None:
@@ -351,7 +351,7 @@ def test_an_interrupt_anywhere_loses_no_row_and_normalizes_none_twice(
 
     def interrupted(*args: Any) -> Any:
         calls.append(args)
-        done = original(*args) if where is Normalizer else None  # in place, that is
+        done = original(*args) if where is Normalizer else None  # it works in place
         if len(calls) == at:
             raise KeyboardInterrupt
         return done if where is Normalizer else original(*args)
@@ -382,7 +382,7 @@ def test_steps_that_nobody_asks_for_any_more_leave_nothing_open(photos: pd.DataF
     assert not list((own_cache / "features").glob("*-wal")), "the connection is still open"
 
 
-# Trouble
+# Damaged or unusable caches
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "cut 1 %", "cut 20 %", "cut 90 %", *map(str, range(8))])
@@ -391,12 +391,12 @@ def test_a_damaged_database_costs_time_and_nothing_else(photos: pd.DataFrame, ow
     data = {"empty": b"", "text": b"not a database\n" * 100}.get(kind, file.read_bytes())
     if kind.startswith("cut"):
         data = data[: len(data) * int(kind.split()[1]) // 100]
-    for _ in range(20 if kind.isdigit() else 0):  # apart from the header, where another format may come to stand
+    for _ in range(20 if kind.isdigit() else 0):  # not in the header, which could give a different format
         data = data[:100] + mutated(data[100:], chance, 4096)
     file.write_bytes(data)
     after = run(photos)
     same(after.features, before.features)
-    assert all("was damaged" in note and "begun anew" in note for note in after.notes)
+    assert all("was damaged" in note and "A new one was started" in note for note in after.notes)
     assert run(photos).cached == 20, "it is kept again"
     assert len(list((own_cache / "features").glob("*.sqlite"))) == 1
 
@@ -434,15 +434,17 @@ def test_a_locked_database_is_read_and_not_written(
     assert (locked.cached, locked.done, locked.keeps) == (10, 20, False), locked.notes
     (note,) = locked.notes
     assert note == (
-        f"The cache in {own_cache / 'features'} cannot be written (another program has locked it): features are not "
-        "kept from here on. Close it, and run the cell again."
+        f"The cache in {own_cache / 'features'} cannot be written (another program has locked it): features are no "
+        "longer cached. Close that program, and run the cell again."
     )
     other.close()
     assert run(photos).cached == 10
 
 
 UNUSABLE: dict[str, Callable[[Path, pytest.MonkeyPatch], object]] = {
-    "no access": lambda _, patch: patch.setattr(os, "access", lambda *_: False),  # as if read-only; root may write all
+    "no access": lambda _, patch: patch.setattr(
+        os, "access", lambda *_: False
+    ),  # pretend read-only; root can write anywhere
     "a file in the way": lambda folder, _: folder.write_text(""),
     "open to others": lambda folder, _: folder.parent.chmod(0o777),
     "another owner": lambda _, patch: patch.setattr(os, "getuid", lambda: 12_345),
@@ -457,7 +459,7 @@ def test_a_folder_that_cannot_be_used_is_told_and_the_run_goes_on(
     result = run(photos)
     (note,) = result.notes
     assert (result.done, result.keeps) == (20, False)
-    assert note.endswith("Features are not kept.")
+    assert note.endswith("Features are not cached.")
     assert "NBFEAT_HOME" in note
 
 
@@ -496,7 +498,7 @@ def test_the_file_system_is_that_of_the_deepest_mount(tmp_path: Path) -> None:
 
 @pytest.fixture
 def many(monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
-    """Return 150 small images, whose features take 29 kB a block; the cache has room for some two, and looks often."""
+    """Return 150 small images with 29 kB of features per block, and limit the cache to about two blocks."""
     monkeypatch.setattr(database, "LOOK_EVERY", 1)
     monkeypatch.setattr(database, "LARGEST", 130_000)
     return pd.DataFrame({"path": list(np.random.default_rng(0).integers(0, 255, (150, 8, 8, 3), dtype=np.uint8))})
@@ -518,7 +520,7 @@ def test_a_run_that_is_larger_than_the_cache_keeps_what_fits_and_says_so(
     monkeypatch.setattr(database, "LARGEST", 55_000)
     result = run(many)
     assert result.done == 150
-    assert "The cache is full with this run alone" in result.notes[0]
+    assert "This run alone fills the cache" in result.notes[0]
     again = run(many)
     assert 20 < again.cached < 150
     same(again.features, result.features)
@@ -533,7 +535,7 @@ def test_the_limit_is_a_tenth_of_what_would_be_free(own_cache: Path, monkeypatch
             assert kept.limit() == limit
 
 
-# What people see of it
+# Display and clearing
 
 
 def test_storage_shows_what_there_is_and_clears_it(photos: pd.DataFrame, own_cache: Path) -> None:
@@ -554,8 +556,8 @@ def test_storage_shows_what_there_is_and_clears_it(photos: pd.DataFrame, own_cac
     nbfeat.storage.clear()
     assert nbfeat.storage.features.empty
     assert run(photos).cached == 0
-    kinds = "features, networks, weights, precisions, all"
-    with pytest.raises(RequestError, match=f"clear takes {kinds}, not 'everything'"):
+    kinds = "features, networks, weights, precisions or all"
+    with pytest.raises(RequestError, match=f"Cannot clear 'everything': use {kinds}"):
         nbfeat.storage.clear("everything")
 
 
@@ -571,7 +573,7 @@ def test_the_magic_shows_and_clears_and_a_setting_turns_it_off(
     assert shell.run_line_magic("extract_cache", "") is nbfeat.storage
     shell.run_line_magic("extract_cache", "clear")
     assert nbfeat.storage.features.empty
-    with pytest.raises(UsageError, match="clear takes features, networks, weights, precisions, all, not 'rubbish'"):
+    with pytest.raises(UsageError, match="Cannot clear 'rubbish': use features, networks"):
         shell.run_line_magic("extract_cache", "clear rubbish")
     with pytest.raises(UsageError, match=r"%extract_cache takes nothing, or clear"):
         shell.run_line_magic("extract_cache", "empty")

@@ -1,4 +1,4 @@
-"""Processes that are killed, race each other or run out of disk: what was kept is found again, and all is right."""
+"""Processes that are killed, race each other or fill the disk: cached features are found again and are right."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.fake import to_its_end
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="uses signals and limits of Linux")]
 BLOCK = "MobileNet --alpha 0.25 --size 64 --weights random"
 MANY = 5000
-# The requests in flight are one more than the threads; beside them a batch is being filled.
+# There is one request in flight more than threads, and another batch is being filled.
 DEPTH = len(os.sched_getaffinity(0)) + 2
 
 PROGRAM = """
@@ -46,7 +46,7 @@ print(*extraction.notes, sep="\\n", file=sys.stderr)
 
 @pytest.fixture(scope="module")
 def photos(many: list[str]) -> pd.DataFrame:
-    """Return a frame of 5,000 images, no two alike."""
+    """Return a frame of 5,000 different images."""
     return pd.DataFrame({"path": many[:MANY]})
 
 
@@ -56,7 +56,7 @@ def expected(photos: pd.DataFrame) -> pd.DataFrame:
 
 
 class Child:
-    """A process that extracts, and says after each step how far it is."""
+    """A process that extracts and reports its progress after each step."""
 
     def __init__(self, frame: pd.DataFrame, folder: Path, name: str = "a", **options: Any) -> None:
         self.out = folder / f"{name} out.pickle"
@@ -67,13 +67,13 @@ class Child:
         )
 
     def steps(self) -> list[tuple[int, int]]:
-        """Read on to the end, and return what is left of (done, cached); a killed process leaves half a line."""
+        """Read to the end and return the remaining (done, cached); a killed process may leave half a line."""
         out, self.said = self.process.communicate()
         whole = out[: out.rfind("\n") + 1]
         return [(int(done), int(cached)) for done, cached in map(str.split, whole.splitlines())]
 
     def until(self, wanted: Callable[[int, int], bool]) -> tuple[int, int]:
-        """Read until (done, cached) is as `wanted`, or to the end; return the last one."""
+        """Read until `wanted` accepts (done, cached), or to the end; return the last pair."""
         assert self.process.stdout
         last = (0, 0)
         for line in self.process.stdout:
@@ -113,7 +113,7 @@ def test_a_process_killed_at_any_moment_costs_what_was_in_flight(
 
 
 def test_processes_at_once_are_all_right(photos: pd.DataFrame, expected: pd.DataFrame, tmp_path: Path) -> None:
-    """Two with much in common; six that all make the cache."""
+    """Run six processes that all create the cache, and two with many images in common."""
     for frames in ([photos.iloc[:50]] * 6, [photos.iloc[:3500], photos.iloc[1500:]]):
         shutil.rmtree(nbfeat.storage.folder / "features", ignore_errors=True)
         children = [Child(frame, tmp_path, f"child {number}") for number, frame in enumerate(frames)]
@@ -127,7 +127,7 @@ def test_processes_at_once_are_all_right(photos: pd.DataFrame, expected: pd.Data
 def test_a_full_disk_stops_the_keeping_and_not_the_run(
     photos: pd.DataFrame, expected: pd.DataFrame, tmp_path: Path
 ) -> None:
-    limit = 700_000  # bytes of one file; as where a disk is full, writing fails
+    limit = 700_000  # bytes per file; beyond it, writing fails as on a full disk
 
     def set_limit() -> None:
         import resource
@@ -137,7 +137,7 @@ def test_a_full_disk_stops_the_keeping_and_not_the_run(
     child = Child(photos.iloc[:600], tmp_path, preexec_fn=set_limit)
     output, said = child.process.communicate()
     assert "cannot be written" in said
-    assert "features are not kept from here on. Free some disk" in said
+    assert "features are no longer cached. Free some disk space" in said
     assert "600 0" in output, "every image was computed"
     again = nbfeat.extract(photos.iloc[:600], BLOCK, images="path")
     assert 50 < again.cached < 600
@@ -147,7 +147,7 @@ def test_a_full_disk_stops_the_keeping_and_not_the_run(
 def test_networks_that_are_not_what_they_should_be_are_not_used(
     photos: pd.DataFrame, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those half built, those whose bytes are not what their digest says, those of somebody else."""
+    """Networks that are half built, that don't match their hash, or that belong to another user."""
     (own_cache / "networks").unlink()
     old, new = (paths.keep("networks") / name for name in (".half-built", ".being-built"))
     for folder in (old, new):
@@ -169,7 +169,7 @@ def test_networks_that_are_not_what_they_should_be_are_not_used(
     with pytest.raises(paths.HomeError, match="belongs to another user"):
         paths.keep("networks")
     after = nbfeat.extract(few, BLOCK, images="path")
-    assert any("belongs to another user" in note and "for this run only" in note for note in after.notes)
+    assert any("belongs to another user" in note and "only for this run" in note for note in after.notes)
     assert after.cached == 0
     same(after.features, before.features)
     assert str(own_cache) in after.notes[0]

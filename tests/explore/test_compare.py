@@ -335,7 +335,7 @@ def test_what_a_target_is_taken_for_is_said_where_it_is_a_guess(extracted: Extra
         ("label", {"cv": PredefinedSplit([0, -1])}, r"is of 2 rows, not of the frame's 20"),
         ("label", {"scoring": "acuracy"}, r"not 'acuracy'. Did you mean accuracy"),
         ("label", {"scoring": "f1"}, r"scikit-learn cannot score mobilenet.*multiclass"),
-        ("label", {"rows": 8}, r"fewer rows than the 5 folds"),
+        ("label", {"rows": 8}, r"rows=8 is too few.*rows=20"),
         (np.arange(20) / 7, {"cv": 15}, r"20 rows are too few for 15 folds.*Take cv=10"),
         (np.arange(20) / 7, {"model": SVC()}, r"holds fractions, which a classifier cannot learn"),
         ("label", {"cv": PredefinedSplit(np.where(np.arange(20) % 4, 0, -1))}, r"A fold has one class alone of label"),
@@ -364,7 +364,7 @@ def test_only_a_finished_extraction_can_be_compared_and_a_fold_may_have_too_few_
 
 def test_whether_there_is_a_winner_goes_by_what_the_lead_varies() -> None:
     def told(*rows: list[float]) -> str:
-        return verdict(pd.DataFrame(list(rows), index=list("abcdefg"[: len(rows)])), "accuracy")
+        return verdict(pd.DataFrame(list(rows), index=list("abcdefg"[: len(rows)])), "accuracy", 1 / 2)
 
     assert told([0.9, 0.8, 0.85], [0.8, 0.7, 0.74]).startswith("a is best: it leads b by 0.103 ± 0.006")
     no_winner = told([0.9, 0.7, 0.8], [0.7, 0.8, 0.8])
@@ -373,6 +373,40 @@ def test_whether_there_is_a_winner_goes_by_what_the_lead_varies() -> None:
     assert "a, b, c, d and 2 more" in told(*[[0.5, 0.6]] * 6)
     assert told([0.9, 0.8]) == ""
     assert "One fold" in told([0.9], [0.8])
+
+
+@pytest.mark.parametrize("cv", [2, 3, 5, 10])
+def test_equally_good_blocks_rarely_have_a_winner_at_any_number_of_folds(cv: int) -> None:
+    # Leads of equally good blocks: as folds share training rows, their leads correlate.
+    random, trials, found, correlation = np.random.default_rng(cv), 1000, 0, 1 / cv
+    for _ in range(trials):
+        leads = np.sqrt(correlation) * random.normal() + np.sqrt(1 - correlation) * random.normal(size=cv)
+        scores = pd.DataFrame(
+            [0.5 + abs(leads.mean()) / leads.mean() * leads / 100, np.full(cv, 0.5)], index=["a", "b"]
+        )
+        found += verdict(scores, "accuracy", 1 / (cv - 1)).startswith("a is best")
+    assert 0.05 < found / trials < 0.14  # either of the two may lead: about twice 5 %
+
+
+def test_a_rare_class_is_drawn_or_named(photos: pd.DataFrame) -> None:
+    labels = np.repeat(["rare", "common"], [40, 5960])
+    assert np.count_nonzero(labels[drawn(6000, 300, labels, 5)] == "rare") == 5
+    photos["label"] = ["rare"] * 3 + ["common"] * (len(photos) - 3)
+    result = nbfeat.extract(photos, END, images="path")
+    assert nbfeat.compare(result, "label", rows=8, cv=2, speed=False).scores.shape == (1, 2)
+    with pytest.raises(RequestError, match=r"fewer rows than the 5 folds: 'rare' \(3\)"):
+        nbfeat.compare(result, "label", rows=8, speed=False)
+    with pytest.raises(RequestError, match=r"rows=3.*rows=4"):
+        nbfeat.compare(result, "label", rows=3, cv=2, speed=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rows": -1}, {"rows": 0}, {"rows": "x"}, {"scoring": "roc_auc_ovr"}, {"groups": [1, "a", 2.5, None] * 5}],
+)
+def test_what_cannot_be_scored_is_one_sentence(extracted: Extraction, options: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=r"rows|roc_auc|score|split|groups"):
+        nbfeat.compare(extracted, "label", speed=False, **options)
 
 
 def test_warnings_are_counted_neither_shown_nor_lost(extracted: Extraction) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 from itertools import islice
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
 import pytest
 
+import nbfeat
 from nbfeat import Extraction, ExtractionError, FeatureBlock, RequestError
+from nbfeat.extraction import columns
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import read_pixels
 from nbfeat.inference.spec import Cut
@@ -222,6 +225,46 @@ def test_components_project_and_whiten(extract: Face, photos: pd.DataFrame) -> N
         extract(photos, BLOCK, images="path", normalize="whiten")
 
 
+def test_whitening_leaves_out_what_has_no_variance(photos: pd.DataFrame) -> None:
+    paths = photos["path"].tolist()[:6] * 2
+    result = nbfeat.extract(pd.DataFrame({"path": paths}), f"{BLOCK} --normalize whiten --components 8", images="path")
+    assert "mobilenet: 5 of 8 components have variance. Use `components=5`." in repr(result)
+    new = result.like(photos).features
+    assert np.abs(new.to_numpy()).max() < 1e3  # it was in the millions
+    assert (new.iloc[:, 5:] == 0).all(axis=None)
+    assert new.iloc[:, :5].std().min() > 0
+    again = nbfeat.extract(photos, f"{BLOCK} --normalize whiten --components 5", images="path")
+    assert "have variance" not in repr(again)
+
+
+def test_more_components_than_rows_are_refused_before_an_image_is_read(photos: pd.DataFrame) -> None:
+    before = fake.FakeEngine.computed
+    for options in ({"components": 21}, {"components": 7, "fit_on": "split == 'test'"}):
+        with pytest.raises(RequestError, match="components"):
+            nbfeat.extract(photos, BLOCK, images="path", **options)
+    assert fake.FakeEngine.computed == before
+
+
+def test_columns_are_looked_for_once(photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = Mock(wraps=columns.made_columns)
+    monkeypatch.setattr(columns, "made_columns", look)
+    blocks = [f"{BLOCK} --prefix {name}" for name in "abcd"]
+    nbfeat.extract(photos, blocks, images="path")
+    assert look.call_count == 3  # when it is requested, when widths are known, and when columns are attached
+
+
+def test_a_column_beside_those_of_a_narrow_layer_is_no_clash(photos: pd.DataFrame) -> None:
+    photos["mobilenet_conv1_relu_0400"] = 1.0
+    result = nbfeat.extract(photos, f"{BLOCK} --layer conv1_relu", images="path")
+    assert "mobilenet_conv1_relu_0400" in result.frame
+    assert len(result.columns) < 400
+
+
+def test_the_default_width_multiplier_is_no_other_network(photos: pd.DataFrame) -> None:
+    nbfeat.extract(photos, BLOCK, images="path")
+    assert nbfeat.extract(photos, f"{BLOCK} --alpha 1.0", images="path").cached == len(photos)
+
+
 def test_l2_gives_unit_rows(extract: Face, photos: pd.DataFrame) -> None:
     rows = extract(photos, BLOCK, images="path", normalize="l2").features.to_numpy()
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-6)
@@ -272,6 +315,21 @@ def test_nothing_happens_before_the_first_step(photos: pd.DataFrame) -> None:
     assert extraction.state == "new"
     with pytest.raises(ExtractionError, match="0 of 20 images"):
         _ = extraction.frame
+
+
+def test_files_that_change_during_a_stop_give_their_features_to_no_other_row(
+    photos: pd.DataFrame, tmp_path: Path
+) -> None:
+    files = [str(shutil.copy(path, tmp_path)) for path in photos["path"]]
+    shutil.copy(files[5], files[19])
+    work = Extraction(photos.assign(path=files), BLOCK, images="path", batch_size=2, cache=False)
+    steps = work.steps()
+    while next(steps).done < 2:
+        pass
+    steps.close()  # with row 5 read ahead, and not finished
+    assert work.done < 5
+    shutil.copy(files[7], files[5])
+    same(work.run().features, nbfeat.extract(photos.assign(path=files), BLOCK, images="path", cache=False).features)
 
 
 def test_leaving_the_loop_stops_and_asking_again_goes_on(photos: pd.DataFrame) -> None:

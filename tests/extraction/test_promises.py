@@ -109,7 +109,7 @@ def test_a_home_folder_that_cannot_be_used_is_told_and_the_run_goes_on(
     monkeypatch.setenv("NBFEAT_HOME", str(home))
     result = nbfeat.extract(photos, SMALL, images="path")
     same(result.features, before.features)
-    assert "built for this run only" in repr(result)
+    assert "built only for this run" in repr(result)
     assert home.is_file() or not list(home.iterdir())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import shutil
 import subprocess
 import sys
 import warnings
@@ -217,6 +216,22 @@ def test_parameters_are_checked_by_fit_alone(photos: pd.DataFrame, parameters: d
         check_is_fitted(model, "recipe_")
 
 
+def test_a_fit_that_fails_leaves_what_an_earlier_one_made(photos: pd.DataFrame) -> None:
+    model = ImageFeatures(BLOCK, normalize="standard").fit(photos[["path"]])
+    before, features = (
+        {name: vars(model)[name] for name in vars(model) if name.endswith("_")},
+        model.transform(photos[["path"]]),
+    )
+    model.set_params(images="path", cache=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeEngine, "submit", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.fit(photos[["label", "path"]])
+    model.set_params(images=None, cache=True)
+    assert all(vars(model)[name] is value for name, value in before.items())
+    np.testing.assert_array_equal(model.transform(photos[["path"]]), features)
+
+
 # Fitting on the rows of fit only
 
 
@@ -349,12 +364,10 @@ def test_options_can_be_searched_over(photos: pd.DataFrame) -> None:
     assert FakeEngine.computed == 3 * 20  # the ends of both and one layer, since the fake network has one pooling
 
 
-def test_the_example_of_the_readme_runs(photos: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## In scikit-learn")[2]
-    code = section.partition("```python")[2].partition("```")[0]
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(photos["path"].iloc[0], "new.jpg")
-    known: dict[str, Any] = {"photos": photos}
+def test_the_search_in_the_guide_decodes_each_image_once_for_each_network(photos: pd.DataFrame) -> None:
+    page = (ROOT / "notebooks" / "guide" / "scikit-learn.md").read_text(encoding="utf-8")
+    code = page.partition("```python")[2].partition("```")[0]
+    known: dict[str, Any] = {"photos": photos, "nbfeat": nbfeat}
     exec(code, known)  # noqa: S102 - our own
     assert 0.25 < known["search"].best_score_ <= 1
     assert known["search"].best_params_["images__blocks"] in {"Pocket", "MobileNetV2"}

@@ -1,6 +1,6 @@
-"""Programs about devices: a process pretends to have two. ``python -m tests.inference.devices_child NAME[,NAME] …``.
+"""Programs that pretend to have two devices: ``python -m tests.inference.devices_child NAME[,NAME] …``.
 
-One process has one backend. TensorFlow and JAX divide the CPU into two; of PyTorch's there is one, taken twice.
+A process has one backend. TensorFlow and JAX split the CPU into two devices; PyTorch uses its only one twice.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Rows = dict[str, np.ndarray]
 
 
 def pretend_two() -> None:
-    """Divide TensorFlow's CPU; JAX was told by its variable."""
+    """Split TensorFlow's CPU; an environment variable has split JAX's."""
     if BACKEND == "tensorflow":
         config: Any = importlib.import_module("tensorflow").config
         halves = [config.LogicalDeviceConfiguration()] * 2
@@ -53,7 +53,7 @@ def pretend_two() -> None:
 
 
 def small(size: int) -> Any:
-    """Build a network with layers of several kinds, named by Keras, and with the same weights each time."""
+    """Build a network with several kinds of layers, names from Keras and the same weights each time."""
     keras: Any = importlib.import_module("keras")
     k, drawn = keras.layers, functools.partial(keras.initializers.HeNormal, seed=1)
     image = keras.Input((size, size, 3))
@@ -89,7 +89,7 @@ def equal(left: Rows, right: Rows) -> bool:
 
 
 def out_of_memory() -> Exception:
-    """Return what the backend raises where memory does not do."""
+    """Return the error that the backend raises if memory runs out."""
     if BACKEND == "tensorflow":
         error = importlib.import_module("tensorflow").errors.ResourceExhaustedError
         return error(None, None, "failed to allocate")  # type: ignore[no-any-return]
@@ -100,14 +100,14 @@ def out_of_memory() -> Exception:
 
 
 class Late(dict[str, Any]):
-    """A result whose error comes when it is fetched, as of backends that do not wait."""
+    """A result that raises only when it is fetched, as with asynchronous backends."""
 
     def __getitem__(self, key: str) -> Any:
         raise out_of_memory()
 
 
 def with_room_for(images: int, replica: keras_engine.Replica, *, late: bool, ran: list[int]) -> None:
-    """Let a replica run no more than so many images at once."""
+    """Limit the number of images that a replica can run at once."""
     run = replica.run
 
     def limited(batch: np.ndarray) -> Any:
@@ -122,7 +122,7 @@ def with_room_for(images: int, replica: keras_engine.Replica, *, late: bool, ran
 
 
 def note_turns(engine: KerasEngine) -> list[int]:
-    """Return the list in which replicas write down their numbers when they run."""
+    """Return a list to which each replica adds its number when it runs."""
     turns: list[int] = []
     for number, replica in enumerate(engine._replicas):
         replica.run = functools.partial(_noting, turns, number, replica.run)
@@ -136,7 +136,7 @@ def _noting(turns: list[int], number: int, run: Callable[[Any], Any], batch: np.
 
 
 def replicas(*_: str) -> dict[str, Any]:
-    """Run two replicas, and one."""
+    """Compare two replicas with one."""
     engine, images = engine_on(TWO), pixels()
     first, second = engine._replicas
     numpy = importlib.import_module("keras").ops.convert_to_numpy
@@ -167,7 +167,7 @@ def replicas(*_: str) -> dict[str, Any]:
 
 
 def memory(*_: str) -> dict[str, Any]:
-    """Let memory fail for batches of more than a few images, when they are started and when they are fetched."""
+    """Let memory run out for batches of more than a few images, on starting and on fetching."""
     images = pixels()
     found: dict[str, Any] = {}
     enough = vectors_of(engine_on(TWO, batch_size=16), images)
@@ -205,7 +205,7 @@ def broken(_: np.ndarray) -> Any:
 
 
 def whole(*paths: str) -> dict[str, Any]:
-    """Extract on two devices whose memory does not do, on one that has enough, and with a stop in between."""
+    """Extract on two devices with too little memory, on one with enough, and with an interruption."""
     one = extracted(paths, BLOCK)
     replicate = keras_engine.replicate
 
@@ -220,7 +220,7 @@ def whole(*paths: str) -> dict[str, Any]:
         mock.patch.object(keras_engine, "replicate", limited),
     ):
         two = extracted(paths, BLOCK, batch_size=16)
-    # Batches that do not divide the images, and a stop.
+    # A partial last batch, and an interruption.
     frame = pd.DataFrame({"image": paths})
     parts = nbfeat.Extraction(frame, BLOCK, images="image", batch_size=3, cache=False)
     steps = parts.steps()
@@ -238,7 +238,7 @@ def whole(*paths: str) -> dict[str, Any]:
 
 
 def precisions(*_: str) -> dict[str, Any]:
-    """Run in fewer bits, and what cannot."""
+    """Run at lower precision, with layers that can and layers that cannot."""
     keras: Any = importlib.import_module("keras")
     keras.config.set_dtype_policy("mixed_float16")
     images = pixels(4)
@@ -262,14 +262,14 @@ def precisions(*_: str) -> dict[str, Any]:
 
 
 def refused(layer: Any) -> str:
-    """Tell why a network that ends in `layer` cannot be run in fewer bits; in float32 it can be."""
+    """Return the error of a network that ends in `layer` and runs only in float32."""
     nbfeat.register_backbone("Mine", network_of(layer), input_size=SIZE, scaling="none")
     extracted(pixels(2), "Mine")
     return error_of(lambda: extracted(pixels(2), "Mine", precision="bfloat16"))
 
 
 def network_of(layer: Callable[[], Any]) -> Callable[[int], Any]:
-    """Return what builds a network with a layer at the end."""
+    """Return a function that builds a network with a layer at its end."""
     keras: Any = importlib.import_module("keras")
 
     def build(size: int) -> Any:
@@ -280,7 +280,7 @@ def network_of(layer: Callable[[], Any]) -> Callable[[int], Any]:
 
 
 def own_layers() -> list[Callable[[], Any]]:
-    """Define layers as users do: one that insists on float32, one that is copied wrongly, one that cannot be."""
+    """Define custom layers: one that stays in float32, one that copies wrongly, one that cannot be copied."""
     keras: Any = importlib.import_module("keras")
 
     class Stubborn(keras.layers.Layer):  # type: ignore[misc]
@@ -302,7 +302,7 @@ def own_layers() -> list[Callable[[], Any]]:
             return keras.layers.Layer.get_config(self)
 
     class Nameless(keras.layers.Layer):  # type: ignore[misc]
-        def __init__(self, by: float, *more: float) -> None:  # what Keras cannot write down
+        def __init__(self, by: float, *more: float) -> None:  # Keras cannot serialize this
             super().__init__()
             self.by = by
 
@@ -313,13 +313,13 @@ def own_layers() -> list[Callable[[], Any]]:
 
 
 def huge(size: int) -> Any:
-    """Build a network whose numbers float16 does not hold."""
+    """Build a network that overflows in float16."""
     keras: Any = importlib.import_module("keras")
     return network_of(lambda: keras.layers.Conv2D(4, 1, kernel_initializer=keras.initializers.Constant(1e3)))(size)
 
 
 def scaled_and_normed(*_: str) -> dict[str, Any]:
-    """Tell what becomes of layers that prepare pixels, and of a norm at the end, in fewer bits."""
+    """Report the dtypes of pixel scaling and of a final normalization in mixed precision."""
     keras: Any = importlib.import_module("keras")
     k = keras.layers
     image = keras.Input((SIZE, SIZE, 3))
@@ -343,7 +343,7 @@ def scaled_and_normed(*_: str) -> dict[str, Any]:
 
 
 def settings() -> dict[str, Any]:
-    """Return everything of this process that could decide a result."""
+    """Return all settings of this process that could affect a result."""
     keras: Any = importlib.import_module("keras")
     found = {
         "policy": keras.config.dtype_policy().name,
@@ -381,7 +381,7 @@ def _or_error(torch: Any) -> list[Any]:
 
 
 def make_hostile(way: str) -> None:
-    """Set everything as a user might, so that it would change the numbers or make the run fail."""
+    """Change all settings that could affect the features or make the run fail."""
     keras: Any = importlib.import_module("keras")
     keras.config.set_dtype_policy("mixed_float16")
     keras.config.set_image_data_format("channels_first")
@@ -411,13 +411,13 @@ def make_hostile(way: str) -> None:
 
 
 def switches(way: str, *paths: str) -> dict[str, Any]:
-    """Run under hostile settings; tell what the network saw, what the user saw in between, and what changed."""
+    """Run with hostile settings; return those that the network saw, those between steps, and the changes."""
     keras: Any = importlib.import_module("keras")
     seen: list[dict[str, Any]] = []
     call, noting = keras_engine._call, [False]
 
     def watched(model: Any) -> Callable[..., Any]:
-        """Note the settings where the model is traced, or with PyTorch run."""
+        """Record the settings when the model is traced or, with PyTorch, run."""
         inner = call(model)
 
         def noted(*args: Any) -> Any:
@@ -445,7 +445,7 @@ def switches(way: str, *paths: str) -> dict[str, Any]:
     steps: list[dict[str, Any]] = []
     hostile = [features(block, steps) for block in blocks]
     after = settings()
-    if BACKEND == "torch" and way == "newer":  # what the parts inherit shows when it is taken back
+    if BACKEND == "torch" and way == "newer":  # shows what the other settings inherited
         importlib.import_module("torch").backends.fp32_precision = "none"
     return {
         "left": settings(),
@@ -459,7 +459,7 @@ def switches(way: str, *paths: str) -> dict[str, Any]:
 
 
 def pretended_gpus(*_: str) -> dict[str, Any]:
-    """Pretend that the backend has two GPUs of one kind, and tell what is made of that."""
+    """Pretend that the backend has two identical GPUs."""
     module: Any = importlib.import_module(BACKEND)
     grown: list[str] = []
 
@@ -490,7 +490,7 @@ def pretended_gpus(*_: str) -> dict[str, Any]:
 
 
 def on_gpu(*paths: str) -> dict[str, Any]:
-    """Extract on every GPU that there is, and on the CPU."""
+    """Extract on every available GPU, and on the CPU."""
     count = devices.count_gpus()
     if not count:
         return {"gpus": 0}
@@ -517,6 +517,6 @@ if __name__ == "__main__":
     names = sys.argv[1].split(",")
     if names != ["on_gpu"]:
         pretend_two()
-        devices.openvino_works = lambda: False  # as where it is not installed
+        devices.openvino_works = lambda: False  # as if it were not installed
     nbfeat.register_backbone("Small", small, input_size=SIZE, scaling="tf")
     print(json.dumps({name: PROGRAMS[name](*sys.argv[2:]) for name in names}))

@@ -1,7 +1,6 @@
 """The process for each architecture by name: load pretrained → remove the classifier → extract → normalize → model.
 
-Published weights are on this machine for MobileNet at most; the others take a file of the published kind, or weights
-from a seed, and go the same way from there.
+At most MobileNet's published weights are available; the others use a file in the published format or seeded weights.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from tests.backbones.test_alexnet_googlenet import googlenets
 from tests.backbones.test_weights import drawn
 from tests.backbones.torch_files import checkpoint
 
-# The layers to cut at, and how many features they give.
+# The layers to cut at, with their numbers of features.
 LAYERS = {
     "AlexNet": {"pool2": 192, "fc6": 4096},
     "VGG16": {"block3_pool": 256, "block5_pool": 512},
@@ -34,7 +33,7 @@ LAYERS = {
 
 
 def words(name: str, folder: Path, keras_home: Path) -> str:
-    """Return the backbone with the options that say which weights."""
+    """Return the backbone with the options for its weights."""
     if name == "GoogLeNet":
         file = folder / "googlenet.pth"
         file.write_bytes(checkpoint(drawn(googlenets())))

@@ -1,4 +1,4 @@
-"""How many cores a run takes for its own."""
+"""How many cores a run uses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nbfeat.extraction.columns import free_bytes
 from nbfeat.inference.engines import cpu_count
 from nbfeat.inference.engines.cpu_count import available_cores, quotas
 
@@ -29,6 +30,20 @@ def test_a_container_has_its_quota(tmp_path: Path) -> None:
     assert list(quotas(tmp_path / "root", groups(tmp_path, "0::/\n"))) == [1.5]
     write(tmp_path / "root/cpu.max", "max 100000\n")
     assert list(quotas(tmp_path / "root", groups(tmp_path, "0::/\n"))) == []
+
+
+def test_memory_is_that_of_the_container(tmp_path: Path) -> None:
+    host = free_bytes(tmp_path / "root", groups(tmp_path, "0::/\n"))
+    assert host is not None
+    for kind, limit, used, cached in (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory/", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        for name, text in ((limit, "3000\n"), (used, "2500\n"), ("memory.stat", f"{cached} 700\nanon 5\n")):
+            write(tmp_path / f"root/{kind}{name}", text)
+        assert free_bytes(tmp_path / "root", groups(tmp_path, "5:memory:/\n0::/\n")) == 1200
+        write(tmp_path / f"root/{kind}{limit}", "max\n")
+        assert (free_bytes(tmp_path / "root", groups(tmp_path, "5:memory:/\n0::/\n")) or 0) >= host / 2
 
 
 def test_groups_around_this_one_count_too(tmp_path: Path) -> None:

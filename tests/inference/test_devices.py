@@ -1,4 +1,4 @@
-"""The Keras engine on several devices: TensorFlow and JAX are made to see two CPUs, since most machines have no GPU."""
+"""The Keras engine on several devices: TensorFlow and JAX see two CPUs, because most machines have no GPU."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def ran(backend: str, programs: str, paths: tuple[str, ...]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=["tensorflow", "jax", "torch"])
 def on(request: pytest.FixtureRequest, paths: tuple[str, ...]) -> dict[str, Any]:
-    """Return what the programs found on each backend, and its name."""
+    """Return the results of the programs on each backend, with its name."""
     return {"backend": request.param, **ran(request.param, PROGRAMS, paths)}
 
 
 @pytest.fixture(scope="module")
 def newer(paths: tuple[str, ...]) -> dict[str, Any]:
-    """Return what was found with the settings that only PyTorch has."""
+    """Return the results with the settings that only PyTorch has."""
     found: dict[str, Any] = ran("torch", "newer", paths)["newer"]
     return found
 
@@ -51,13 +51,13 @@ def test_replicas_are_equal_and_take_batches_in_turn(on: dict[str, Any]) -> None
     assert found["apart"], "both run on the same variables"
     assert found["bit-equal"]
     assert found["turns"] == [0, 1, 0, 1, 0, 1]
-    assert found["as one"], "two devices give other rows, or another order, than one"
-    if on["backend"] != "torch":  # which has one CPU
+    assert found["as one"], "two devices give different rows or a different order"
+    if on["backend"] != "torch":  # PyTorch has one CPU
         assert len(set(found["devices"])) == 2
         assert found["name"].endswith(", CPU:0 and CPU:1")
-    # Which devices, and how many, does not change the numbers, so the cache does not ask.
+    # The number of devices doesn't change features, so it isn't in the cache key.
     assert found["kind"] == found["one's kind"]
-    # The window is two for each device, and closing drops it.
+    # Two batches are in flight per device, and closing drops them.
     assert found["window"] == 4
     assert found["in flight"] == 0
     assert found["after closing"]
@@ -70,18 +70,18 @@ def test_a_batch_that_memory_does_not_do_for_runs_in_parts(on: dict[str, Any], w
     assert found["rows"] == 22
     assert found["worst"] > 0.99999
     assert found["ran"] == [2]
-    assert [sentence.partition(" had not ")[2] for sentence in found["notes"]] == [
-        "enough memory for 10 images at once, so 5 ran at once.",
-        "enough memory for 5 images at once, so 2 ran at once.",
+    assert [sentence.partition(" ran out of ")[2] for sentence in found["notes"]] == [
+        "memory for 10 images at once, so it ran 5 at a time.",
+        "memory for 5 images at once, so it ran 2 at a time.",
     ]
 
 
 @pytest.mark.slow
 def test_the_search_stops_where_memory_ends_and_none_for_one_image_is_an_error(on: dict[str, Any]) -> None:
     found = on["memory"]
-    sentence = "CPU:0 had not enough memory for 128 images at once, so 64 ran at once."
+    sentence = "CPU:0 ran out of memory for 128 images at once, so it ran 64 at a time."
     assert found["searched"] == {"size": 64, "notes": [sentence]}
-    assert "not enough memory for the network and one image. Close" in found["none"]
+    assert "have enough memory for the network and one image. Close" in found["none"]
     assert found["another error"] == "not about that"
     assert found["recognized"] == [True, True, False, False]
 
@@ -92,7 +92,7 @@ def test_a_run_that_stops_or_lacks_memory_loses_no_image_and_says_so(on: dict[st
     assert found["worst"] > 0.99999
     assert found["failures"] == 0
     assert 0 < found["stopped"] < 20
-    assert "had not enough memory for 8 images at once, so 4 ran at once." in found["report"]
+    assert "ran out of memory for 8 images at once, so it ran 4 at a time." in found["report"]
     assert {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}[on["backend"]] in found["report"]
 
 
@@ -109,11 +109,11 @@ def test_fewer_bits_give_nearly_the_same(on: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_what_cannot_be_turned_to_fewer_bits_is_told(on: dict[str, Any]) -> None:
     found = on["precisions"]
-    for refused, reason in zip(found["refused"], ("stays in float32", "gives other numbers", "Nameless"), strict=True):
-        assert refused.startswith("Mine cannot be turned to bfloat16 (")
+    for refused, reason in zip(found["refused"], ("stays in float32", "different values", "Nameless"), strict=True):
+        assert refused.startswith("Mine cannot be converted to bfloat16 (")
         assert reason in refused
-        assert refused.endswith("Use --precision float32.")
-    assert "Use --precision bfloat16" in found["huge in float16"]
+        assert refused.endswith("Use `precision='float32'`.")
+    assert "Use `precision='bfloat16'`" in found["huge in float16"]
     assert found["huge in bfloat16"] == ""
 
 
@@ -160,11 +160,11 @@ def test_nor_does_one_that_is_inherited(newer: dict[str, Any]) -> None:
     assert newer["left"]["products"] == "bf16"
 
 
-# The size of a batch
+# Batch size
 
 
 def measured(times: dict[int, float], *, room: int = 10_000) -> Callable[[int], float]:
-    """Return what takes `times` for batches, and has memory for `room` images."""
+    """Return a function that gives `times` for batches, and has memory for `room` images."""
 
     def seconds(size: int) -> float:
         if size > room:
@@ -177,7 +177,7 @@ def measured(times: dict[int, float], *, room: int = 10_000) -> Callable[[int], 
 @pytest.mark.parametrize(
     ("times", "room", "largest", "expected", "sentences"),
     [
-        ({32: 1.0, 64: 1.2, 128: 1.8, 256: 3.5}, 10_000, 1024, 128, 0),  # from 128 to 256 it gains 3 %
+        ({32: 1.0, 64: 1.2, 128: 1.8, 256: 3.5}, 10_000, 1024, 128, 0),  # from 128 to 256 it gains 3%
         ({32: 1.0, 64: 2.0}, 10_000, 1024, 32, 0),
         (dict.fromkeys((32, 64, 128, 256, 512, 1024, 2048), 1.0), 10_000, 1024, 1024, 0),
         (dict.fromkeys((32, 64, 128, 256), 1.0), 10_000, 200, 128, 0),
@@ -194,11 +194,11 @@ def test_a_batch_grows_while_it_gets_faster(
     size.grow("gpu:0", measured(times, room=room), largest)
     assert size.size == expected
     assert len(notes) == sentences
-    assert all(note.startswith("GPU:0 had not enough memory for ") for note in notes)
+    assert all(note.startswith("GPU:0 ran out of memory for ") for note in notes)
 
 
 def test_a_gpu_without_memory_is_told_with_the_way_out() -> None:
-    with pytest.raises(NetworkError, match=r"GPU:1 has not enough memory .* use --device cpu\.$"):
+    with pytest.raises(NetworkError, match=r"GPU:1 doesn't have enough memory .* or `device='cpu'`\.$"):
         devices.Room(32).grow("gpu:1", measured({32: 1.0}, room=0), 1024)
 
     def broken(_: int) -> float:

@@ -59,8 +59,8 @@ def test_rows_are_the_same_to_the_bit_for_any_batch_size_order_and_company(
         same(nbfeat.extract(photos, SMALL, batch_size=size, **options).features, whole)
     some = photos.sample(7, random_state=0)
     same(nbfeat.extract(some, SMALL, **options).features, whole.loc[some.index])
-    others = [f"{SMALL} --resize crop --prefix another"]  # a network of its own
-    if precision == "float32":  # the cache takes a cut for the same beside any others
+    others = [f"{SMALL} --resize crop --prefix another"]  # a different network
+    if precision == "float32":  # the cache key of a cut doesn't depend on other cuts
         others.append(f"{SMALL} --layer block1_out --pooling max")
     same(nbfeat.extract(photos, SMALL, *others, **options)["pocket"], whole)
 
@@ -110,7 +110,7 @@ def test_two_that_build_the_same_network_at_once_both_have_it(
 
 def test_precision_and_device_are_words_that_exist() -> None:
     assert devices.check_precision("auto") == "auto"
-    with pytest.raises(RequestError, match="auto, float32, bfloat16, float16"):
+    with pytest.raises(RequestError, match="auto, float32, bfloat16 or float16"):
         devices.check_precision("int8")
     for asked in ("cpu:1", "tpu", "gpu:x", ""):
         with pytest.raises(RequestError):
@@ -128,7 +128,7 @@ def test_a_gpu_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(RequestError, match="sees 2 GPUs"):
         devices.choose_devices("gpu:2")
     monkeypatch.setattr(devices, "count_gpus", lambda: 0)
-    with pytest.raises(RequestError, match=r"sees no GPU.*--device cpu"):
+    with pytest.raises(RequestError, match=r"sees no GPU.*`device='cpu'`"):
         devices.choose_devices("gpu")
 
 
@@ -149,7 +149,7 @@ def test_a_driver_s_files_are_the_sign_of_a_gpu(
 
 @pytest.mark.slow
 def test_nothing_is_sent_and_nothing_is_written_elsewhere(photos: pd.DataFrame, tmp_path: Path) -> None:
-    """Cold and warm, in a fresh home, with a hook in every process that notes connections and look-ups."""
+    """Run cold and warm in a fresh home, with a hook in every process that records connections and lookups."""
     hook = tmp_path / "hook"
     hook.mkdir()
     notes = tmp_path / "connections.txt"
@@ -162,12 +162,12 @@ def test_nothing_is_sent_and_nothing_is_written_elsewhere(photos: pd.DataFrame, 
     )
     home, networks, keras = (tmp_path / name for name in ("home", "networks", "keras"))
     home.mkdir()
-    unset = {"CI", "TF_BUILD", "JENKINS_URL"}  # where OpenVINO's telemetry switches itself off
+    unset = {"CI", "TF_BUILD", "JENKINS_URL"}  # these switch OpenVINO's telemetry off
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment |= {"HOME": str(home), "NBFEAT_HOME": str(networks), "KERAS_HOME": str(keras), "PYTHONPATH": str(hook)}
     for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
         environment.pop(name, None)
-    # The child that exports sets PYTHONPATH itself, so it is started by a wrapper that puts the hook back.
+    # The child process sets PYTHONPATH itself, so a wrapper adds the hook again.
     wrapper = hook / "python"
     wrapper.write_text(f'#!/bin/sh\nPYTHONPATH="{hook}:$PYTHONPATH" exec "{sys.executable}" "$@"\n', encoding="utf-8")
     wrapper.chmod(0o755)
@@ -209,7 +209,7 @@ def test_a_precision_is_obeyed_or_refused_and_never_swapped(stored: Stored, prec
     try:
         engine = OpenVINOEngine(stored, precision=precision, batch_size=2)
     except NetworkError as error:
-        with pytest.raises(NetworkError, match=r"--precision float32|cannot run the network"):
+        with pytest.raises(NetworkError, match=r"`precision='float32'`|cannot run the network"):
             raise error from None
         return
     pixels = np.random.default_rng(0).integers(0, 256, engine.buffer().shape, np.uint8)

@@ -1,4 +1,4 @@
-"""The networks against Keras itself: one of each kind on Keras and on OpenVINO, real weights on both."""
+"""Compare networks with Keras itself: one of each kind on Keras and on OpenVINO, both with real weights."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ pytestmark = pytest.mark.slow
 
 
 def one_of_each_module() -> list[str]:
-    """Return the smallest network of each module of Keras'; the catalog's own test compares all with its table."""
+    """Return the smallest network of each Keras module; the catalog's test checks the rest."""
     smallest: dict[str, str] = {}
     for name, backbone in sorted(CATALOG.items(), key=lambda item: item[1].parameters):
-        if backbone.package == "keras.applications" and backbone.module != "vgg19":  # as VGG16
+        if backbone.package == "keras.applications" and backbone.module != "vgg19":  # like VGG16
             smallest.setdefault(backbone.module, name)
     return list(smallest.values())
 
 
 @pytest.fixture(scope="module")
 def on_keras(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Compute on Keras; return the folder of what Keras' own networks give, and how nbfeat's models agree with it."""
+    """Run on Keras; return the folder with the output of Keras' networks, and its similarity to nbfeat's."""
     folder = tmp_path_factory.mktemp("vectors")
     return folder, keras("vectors", str(folder), *one_of_each_module())
 
@@ -63,7 +63,7 @@ def test_pixels_are_normalized_by_the_networks_own_numbers(tmp_path: Path) -> No
 def test_photographs_give_what_keras_own_way_gives_on_both_engines(flowers: pd.DataFrame, tmp_path: Path) -> None:
     some = flowers.iloc[::30]
     on_tensorflow = keras("photographs", str(tmp_path), *some["path"])
-    assert "OpenVINO cannot be imported here, so Keras runs the network" in on_tensorflow.pop("report")
+    assert "OpenVINO cannot be imported, so Keras runs the network" in on_tensorflow.pop("report")
     assert min(on_tensorflow.values()) >= 0.99999, on_tensorflow
     for name, block, _, how in keras_child.PHOTOGRAPHED:
         ours = nbfeat.extract(some, block, images="path", interpolation=how, cache=False).features.to_numpy()

@@ -1,4 +1,4 @@
-"""What a network computes in: measured on the user's own images, decided once, told, and repeated."""
+"""Precision: measured on the user's own images, chosen once, reported and repeated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BLOCK = "MobileNet --size 32"
 
 
 class Hardware:
-    """Say how exactly, and how fast, the pretended hardware computes in fewer bits; its own clock tells."""
+    """Pretended hardware with an error and a speed for lower precision, and with its own clock."""
 
     def __init__(self) -> None:
         self.error = 0.0  # of the last image's first feature, relative to its length
@@ -36,7 +36,7 @@ class Hardware:
         self.started: list[Precision] = []
 
     def spoil(self, engine: FakeEngine, vectors: Vectors) -> None:
-        """Change what is computed in fewer bits."""
+        """Add the error to features computed at lower precision."""
         for features in vectors.values():
             features[-1, 0] += self.error * np.linalg.norm(features[-1])
 
@@ -71,7 +71,7 @@ def hardware(fake_network: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(scope="session")
 def enough(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
-    """Draw as many images as `auto` needs to compare anything."""
+    """Draw as many images as `auto` needs for a comparison."""
     folder, generator = tmp_path_factory.mktemp("enough"), np.random.default_rng(1)
     paths = [folder / f"{number:03d}.png" for number in range(precision.FROM_IMAGES)]
     for path in paths:
@@ -87,15 +87,15 @@ def kept() -> list[Path]:
     return sorted((nbfeat.storage.folder / "precisions").glob("*.json"))
 
 
-# What auto takes
+# Choosing automatically
 
 
 @pytest.mark.parametrize(
     ("error", "speedup", "taken", "words"),
     [
-        (0.0, 2.0, "bfloat16", r"bfloat16, which agrees with float32 to 1\.0000 on 64 of .*, 2\.0 times as fast\."),
-        (0.3, 2.0, "float32", r"float32: bfloat16 agrees .* only to 0\.9\d* on 16 of .*, and 0\.999 is asked for\."),
-        (0.0, 1.05, "float32", r"float32: bfloat16 would agree to 1\.0000 on 64 of .*, but is only 1\.05 .*"),
+        (0.0, 2.0, "bfloat16", r"MobileNet .* bfloat16: similarity .* 1\.0000 on 64 of .*, 2\.0 times as fast\."),
+        (0.3, 2.0, "float32", r"bfloat16 .*: similarity 0\.9\d* on 16 .* below the 0\.999 threshold, so MobileNet .*"),
+        (0.0, 1.05, "float32", r"bfloat16 .*: it is only 1\.05 .* \(similarity 1\.0000 on 64 .*\), so .* float32\."),
     ],
 )
 def test_auto_takes_fewer_bits_that_agree_and_are_faster(
@@ -104,9 +104,9 @@ def test_auto_takes_fewer_bits_that_agree_and_are_faster(
     hardware.error, hardware.speedup = error, speedup
     result = run(enough)
     assert result.precision == result.recipe["precision"] == taken
-    assert re.fullmatch(f"MobileNet computes in {words}", result.notes[0])
+    assert re.fullmatch(words, result.notes[0])
     assert f"· {taken}" in repr(result)
-    assert hardware.started == ["float32", "bfloat16"]  # the one that was compared goes on
+    assert hardware.started == ["float32", "bfloat16"]  # the compared engine is reused
     if taken == "float32":
         pd.testing.assert_frame_equal(result.features, run(enough, precision="float32", cache=False).features)
 
@@ -121,7 +121,7 @@ def test_an_image_off_among_those_that_come_later_is_found(
         vectors["end:default"][-1, 0] += 1e3 * (len(seen) == 7)  # the fifth batch of eight after the first sixteen
 
     monkeypatch.setattr(hardware, "spoil", spoil)
-    assert " on 64 of your images, and" in run(enough).notes[0]
+    assert " on 64 of your images is below" in run(enough).notes[0]
 
 
 def test_what_the_hardware_has_not_is_not_spoken_of(enough: pd.DataFrame, hardware: Hardware) -> None:
@@ -130,7 +130,7 @@ def test_what_the_hardware_has_not_is_not_spoken_of(enough: pd.DataFrame, hardwa
     assert (result.precision, result.notes) == ("float32", [])
     hardware.started.clear()
     hardware.refuses = ()
-    assert run(enough, cache=False).precision == "float32"  # it was found out once
+    assert run(enough, cache=False).precision == "float32"  # cached from the first run
     assert hardware.started == ["float32"]
 
 
@@ -147,7 +147,7 @@ def test_few_images_are_not_worth_comparing(enough: pd.DataFrame, hardware: Hard
     result = run(some)
     assert (result.precision, result.notes, hardware.started) == ("float32", [], ["float32"])
     run(enough)
-    assert run(some).precision == "bfloat16"  # what was found on more images holds for few
+    assert run(some).precision == "bfloat16"  # a check of more images is valid for fewer
 
 
 def test_every_output_counts(enough: pd.DataFrame, hardware: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_images_that_cannot_be_read_are_left_out_of_it(enough: pd.DataFrame, har
     assert not kept()
 
 
-# Once
+# Caching the choice
 
 
 def test_it_is_decided_once(enough: pd.DataFrame, hardware: Hardware) -> None:
@@ -241,7 +241,7 @@ def test_where_nothing_can_be_kept_it_is_decided_all_the_same(
     assert hardware.started == ["float32", "bfloat16"] * 2
 
 
-# What is asked for
+# Requested precisions
 
 
 def test_what_is_asked_for_is_obeyed_and_compared(photos: pd.DataFrame, hardware: Hardware) -> None:
@@ -249,7 +249,7 @@ def test_what_is_asked_for_is_obeyed_and_compared(photos: pd.DataFrame, hardware
     result = run(photos, precision="bfloat16")
     assert result.precision == "bfloat16"
     (note,) = result.notes
-    assert "MobileNet computes in bfloat16, as asked for, which agrees with float32 to 0.9" in note
+    assert "MobileNet runs in bfloat16, as requested: similarity to float32 is at least 0.9" in note
     assert note.endswith("on 20 of your images.")
     hardware.started.clear()
     assert run(photos, precision="bfloat16", cache=False).notes == [note]
@@ -266,7 +266,7 @@ def test_more_images_are_compared_again_where_few_do_not_suffice(
     hardware.started.clear()
     assert "on 64 of your images" in run(enough).notes[0]
     assert hardware.started == ["float32", "bfloat16"]
-    # For auto few that refuse suffice, for what is asked for they do not.
+    # A rejection by a few images is enough for auto, but not for a requested precision.
     hardware.error = 0.3
     nbfeat.storage.clear("precisions")
     run(enough)
@@ -298,7 +298,7 @@ def test_it_is_repeated_without_comparing(
         repeated = nbfeat.extract(photos, like=like, images="path", cache=False)
         assert repeated.precision == "bfloat16"
         assert hardware.started == ["bfloat16", "bfloat16"]
-        assert not any("computes in" in note for note in repeated.notes)
+        assert not any("runs in" in note for note in repeated.notes)
     with pytest.raises(RequestError, match=r"computed in bfloat16.*in float32: drop `precision`"):
         result.like(photos, precision="float32")
 
@@ -315,7 +315,8 @@ def test_networks_of_one_run_may_differ(
     result = run(enough, *blocks)
     assert [part.network.precision for part in result.parts if part.network] == ["float32", "bfloat16"]
     assert result.precision == "float32 and bfloat16"
-    assert [note.partition(" computes in ")[0] for note in result.notes[:2]] == ["MobileNet", "MobileNetV2"]
+    assert [note.endswith("so MobileNet runs in float32.") for note in result.notes[:2]] == [True, False]
+    assert result.notes[1].startswith("MobileNetV2 runs in bfloat16: ")
     assert [part.precision for part in result.fitted.parts] == ["float32", "bfloat16"]
     raw = result.before_normalization().run()
     assert (raw.precision, raw.cached) == ("float32 and bfloat16", len(enough))
@@ -326,7 +327,7 @@ def test_networks_of_one_run_may_differ(
     np.testing.assert_array_equal(model.transform(photos["path"]), repeated.features)
 
 
-# How it is measured
+# Measuring
 
 
 @pytest.mark.parametrize(
@@ -345,18 +346,19 @@ def test_agreement_is_that_of_the_worst_image(exact: Any, other: Any, agreement:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.9444, "0.9444"), (0.99899, "0.9990"), (0.99996, "0.99996"), (0.999999, "1.0000")]
+    ("value", "text"), [(0.9444, "0.9444"), (0.99899, "0.9989"), (0.99996, "0.9999"), (0.999999, "1.0000")]
 )
-def test_agreement_is_told_in_digits_that_tell_it_from_one(value: float, text: str) -> None:
-    assert precision.PrecisionCheck("bfloat16", 64, value, 0.0).message(asked=True).count(f"to {text} on") == 1
+def test_agreement_is_rounded_down(value: float, text: str) -> None:
+    check = precision.PrecisionCheck("bfloat16", 64, value, 0.0)
+    assert f"at least {text} on" in check.message("Pocket", asked=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "words"),
     [
-        ("MobileNetV2 --alpha 0.35", "float32: bfloat16 agrees with it only to 0.9"),
-        ("Pocket", "agree(s with float32)? to 0.999"),
+        ("MobileNetV2 --alpha 0.35", "bfloat16 was rejected: similarity 0.9"),
+        ("Pocket", "similarity (to float32 is at least )?0.999"),
     ],
 )
 def test_a_pretrained_network_takes_bfloat16_only_where_it_agrees(
@@ -373,7 +375,9 @@ def test_a_pretrained_network_takes_bfloat16_only_where_it_agrees(
     assert abs(scores[0] - scores[1]) <= 0.01  # the folds are seeded
 
 
-def test_the_readme_says_what_is_asked_of_a_precision() -> None:
-    told = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"to a cosine of {precision.AGREES}, and it has to be at least {precision.IS_FASTER} times as fast" in told
-    assert f"where there are at least {precision.FROM_IMAGES} images: on up to {precision.MOST_IMAGES} of yours" in told
+def test_the_guide_says_what_a_precision_must_achieve() -> None:
+    page = " ".join((ROOT / "notebooks" / "guide" / "precision.md").read_text(encoding="utf-8").split())
+    assert f"a cosine similarity of at least {precision.AGREES} with float32" in page
+    assert f"at least {precision.IS_FASTER} times as fast" in page
+    assert f"if there are at least {precision.FROM_IMAGES} images" in page
+    assert f"On up to {precision.MOST_IMAGES} of your images" in page

@@ -1,4 +1,4 @@
-"""Programs that write features to files with a pretended network: ``python -m tests.parquet.parts_child NAME …``."""
+"""Programs that write features to files with a fake network: ``python -m tests.parquet.parts_child NAME …``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WIDTH = 1280
 
 
 class WideEngine(fake.FakeEngine):
-    """Give `WIDTH` features that tell the image: its mean color, at frequencies that differ."""
+    """Give `WIDTH` features that identify the image: sines of its mean color at different frequencies."""
 
     def collect(self) -> Vectors:
         buffer, count = self._busy.popleft()
@@ -36,18 +36,18 @@ class WideOpening(fake.FakeNetwork):
         super().__init__(spec, devices=devices, batch_size=batch_size)
         self.outputs = {cut.key: Output(WIDTH, "avg", (2, 2, WIDTH), negative=False) for cut in spec.cuts}
 
-    def start(self, precision: str, only: str | None = None) -> WideEngine:  # as the real one takes it
+    def start(self, precision: str, only: str | None = None) -> WideEngine:  # same signature as the real one
         return WideEngine(self.spec, self.batch_size)
 
 
 def wide(pixels: Pixels) -> NDArray[np.float32]:
-    """Compute what the pretended network computes."""
+    """Compute the features of the fake network."""
     colors = fake.features(pixels, Cut(layer="any"))
     return np.asarray(np.sin(colors.mean(axis=1, keepdims=True) * np.linspace(0.1, 3, WIDTH, dtype=np.float32)))
 
 
 def write(frame: str, folder: str, block: str, rows: str) -> dict[str, object]:
-    """Write features of a frame, and say after each step how far it is."""
+    """Write features of a frame, and print the progress after each step."""
     prepared.PreparedNetwork = fake.FakeNetwork  # type: ignore[misc,assignment]
     sink.MOST_ROWS = int(rows)
     extraction = nbfeat.Extraction(pd.read_pickle(frame), block, images="path", parquet=folder)  # noqa: S301 - the test's
@@ -57,7 +57,7 @@ def write(frame: str, folder: str, block: str, rows: str) -> dict[str, object]:
 
 
 def peak(folder: str, rows: str, block: str) -> dict[str, object]:
-    """Write as many rows of `WIDTH` features, and measure by how much memory grew at most from the first file on."""
+    """Write this many rows of `WIDTH` features, and return the peak memory before and after."""
     prepared.PreparedNetwork = WideOpening  # type: ignore[misc,assignment]
     generator = np.random.default_rng(0)
     images = [generator.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(int(rows))]

@@ -1,4 +1,4 @@
-"""Results larger than memory: files in a folder, whatever stops the run, and the same numbers as in memory."""
+"""Results larger than memory: the files survive any interruption and have the same features as in memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ both = pytest.mark.parametrize("block", [BLOCK, STANDARD], ids=["plain", "standa
 
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let files have six rows, in batches of three: four files for twenty photos."""
+    """Limit files to six rows, in batches of three: twenty photos give four files."""
     monkeypatch.setattr(sink, "MOST_ROWS", 6)
 
 
@@ -59,7 +59,7 @@ def written(frame: pd.DataFrame, *blocks: Any, parquet: Path | str, **options: A
 
 
 def begun(frame: pd.DataFrame, folder: Path | str, steps: int, *blocks: Any, **options: Any) -> Extraction:
-    """Let so many steps be, and stop."""
+    """Run this many steps, and stop."""
     extraction = Extraction(frame, *(blocks or [BLOCK]), images="path", batch_size=3, parquet=folder, **options)
     for _ in islice(extraction.steps(), steps):
         pass
@@ -71,7 +71,7 @@ def names(folder: Path) -> list[str]:
 
 
 def nearly(one: pd.DataFrame, other: pd.DataFrame) -> None:
-    """Assert that frames are equal but for the last bits of what was learned in another order."""
+    """Assert equality up to the last bits, which depend on the order in which normalization was fitted."""
     pd.testing.assert_frame_equal(one, other, rtol=1e-5, atol=1e-5)
 
 
@@ -131,7 +131,7 @@ def test_like_gives_the_same_to_the_bit(photos: pd.DataFrame, folder: Path) -> N
     assert back.recipe["blocks"] == usual.recipe["blocks"]
 
 
-# Going on
+# Resuming
 
 
 @both
@@ -143,7 +143,7 @@ def test_a_stopped_run_goes_on_where_its_files_end(photos: pd.DataFrame, folder:
         _ = stopped.frame
     there = FILES[:2] if block == BLOCK else [".raw/part-00000.npz", ".raw/part-00001.npz"]
     assert names(folder) == sorted([".nbfeat.json", *there])
-    with pytest.raises(RequestError, match=r"not finished: .*Run again what writes it"):
+    with pytest.raises(RequestError, match=r"not finished: .*Rerun its extraction to resume it"):
         nbfeat.read(folder)
     before = FakeEngine.computed
     result = written(photos, block, parquet=folder)
@@ -250,7 +250,7 @@ def test_what_a_killed_run_left_is_removed(photos: pd.DataFrame, folder: Path) -
     (folder / ".nbfeat.lock").write_text("process 1 of nowhere")
     written(photos, STANDARD, parquet=folder)
     usual = nbfeat.read(folder).frame
-    for _ in range(2):  # a file was written, and what it was made of not removed; then one file is gone, too
+    for _ in range(2):  # raw files remain next to finished ones; then one finished file is missing
         shutil.copytree(folder.with_name("raw"), folder / ".raw")
         written(photos, STANDARD, parquet=folder)
         assert names(folder) == FILES
@@ -307,32 +307,32 @@ def test_what_was_computed_otherwise_is_gone_on_with_or_refused(
     changed = {"engine": "fake", "precision": "bfloat16", "x": 1}
     monkeypatch.setattr(FakeNetwork, "key_fields", lambda *_: changed)
     (folder / FILES[3]).unlink()
-    with pytest.raises(RequestError, match=r"mobilenet was made with x None, but now has 1.*replace"):
+    with pytest.raises(RequestError, match=r"mobilenet was made with x None, but now has 1.*`replace=True`"):
         written(photos, BLOCK, parquet=folder)
     written(photos, BLOCK, parquet=folder, replace=True)
     assert nbfeat.read(folder).fitted.parts[0].key_fields["x"] == 1
 
 
-# What is refused
+# Errors
 
 
 def test_a_folder_of_another_request_is_refused_naming_the_difference(photos: pd.DataFrame, folder: Path) -> None:
     begun(photos, folder, 7, fit_on=None)
     others: dict[str, tuple[Any, dict[str, Any]]] = {
-        r"they are of `MobileNet --size 32`, and `MobileNet --pooling max --size 32` is asked": (
+        r"it has features of `MobileNet --size 32`, but the request is for `MobileNet --pooling max --size 32`": (
             photos, {"pooling": "max"}),
-        r"they are of 20 rows, and the frame has 19": (photos.iloc[1:], {}),
-        r"column path has other images by now": (photos.assign(path=photos["path"].iloc[::-1].tolist()), {}),
-        r"column label has other values by now": (photos.assign(label="x"), {}),
-        r"column name has other values by now": (photos.rename(index=lambda name: f"{name}!"), {}),
-        r"they have a column label, and the frame has none": (photos.drop(columns="label"), {}),
-        r"they have no column more, and the frame has one": (photos.assign(more=1), {}),
-        r"the columns are in another order": (photos[["label", "path", "split"]], {}),
+        r"it has 20 rows, but the frame has 19": (photos.iloc[1:], {}),
+        r"column path now has different images": (photos.assign(path=photos["path"].iloc[::-1].tolist()), {}),
+        r"column label now has different values": (photos.assign(label="x"), {}),
+        r"column name now has different values": (photos.rename(index=lambda name: f"{name}!"), {}),
+        r"it has a column label, but the frame doesn't": (photos.drop(columns="label"), {}),
+        r"the frame has a column more, but the dataset doesn't": (photos.assign(more=1), {}),
+        r"its columns are in a different order": (photos[["label", "path", "split"]], {}),
         r"they were computed in float32, not bfloat16": (photos, {"precision": "bfloat16"}),
     }  # fmt: skip
     before = names(folder)
     for words, (frame, options) in others.items():
-        with pytest.raises(RequestError, match=f"{words}.*Write to another folder, or start anew .*--replace"):
+        with pytest.raises(RequestError, match=f"{words}.*Write to another folder, or replace this one"):
             written(frame, BLOCK, parquet=folder, **options)
         assert names(folder) == before
     for frame, options in list(others.values())[::4]:
@@ -344,13 +344,13 @@ def test_a_folder_of_another_request_is_refused_naming_the_difference(photos: pd
 def test_rows_to_learn_from_and_results_to_repeat_are_part_of_the_request(photos: pd.DataFrame, folder: Path) -> None:
     written(photos, STANDARD, parquet=folder, fit_on="split == 'train'")
     for fit_on in (None, "split == 'test'"):
-        with pytest.raises(RequestError, match=r"learned from other rows \(--fit-on\)"):
+        with pytest.raises(RequestError, match=r"fitted on different rows \(`fit_on`\)"):
             written(photos, STANDARD, parquet=folder, fit_on=fit_on)
     trains = [extract(photos.iloc[:many], STANDARD, images="path") for many in (14, 15)]
-    with pytest.raises(RequestError, match=r"they repeat another result, or none"):
+    with pytest.raises(RequestError, match=r"it repeats a different result \(`like`\), or none"):
         extract(photos, like=trains[0], parquet=folder)
     extract(photos, like=trains[0], parquet=folder, replace=True)
-    with pytest.raises(RequestError, match=r"they repeat another result"):
+    with pytest.raises(RequestError, match=r"it repeats a different result"):
         extract(photos, like=trains[1], parquet=folder)
 
 
@@ -359,7 +359,7 @@ def test_a_folder_with_other_files_is_left_alone(photos: pd.DataFrame, folder: P
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         photos.to_parquet(folder / name)
         for replace in (False, True):
-            with pytest.raises(RequestError, match=r"not of a dataset of nbfeat: .*folder that is empty"):
+            with pytest.raises(RequestError, match=r"don't belong to an nbfeat dataset: .*empty or new folder"):
                 written(photos, BLOCK, parquet=folder, replace=replace)
         assert pd.read_parquet(folder / name).shape == (20, 3)
         shutil.rmtree(folder)
@@ -368,12 +368,12 @@ def test_a_folder_with_other_files_is_left_alone(photos: pd.DataFrame, folder: P
     written(photos, BLOCK, parquet=folder)
     with pytest.raises(RequestError, match="is a file"):
         written(photos, BLOCK, parquet=folder / FILES[0])
-    with pytest.raises(RequestError, match=r"no folder .*nowhere: make it first"):
+    with pytest.raises(RequestError, match=r"folder .*nowhere doesn't exist: create it"):
         written(photos, BLOCK, parquet=folder / "nowhere" / "there")
 
 
 def rewritten(file: Path, rows: slice = slice(None), **entries: Any) -> None:
-    """Write a part anew with other entries in what it says of itself, its checksum right, or of fewer rows."""
+    """Rewrite a part with different metadata or fewer rows, and a correct checksum."""
     table, old = parquet.read_table(file)[rows], parquet.read_metadata(file).metadata
     resealed(file, table, {RECIPE: old[RECIPE], PART: json.dumps({**json.loads(old[PART]), **entries}).encode()})
 
@@ -410,11 +410,11 @@ def test_damages_are_told_or_no_matter(photos: pd.DataFrame, folder: Path) -> No
     chunk = parquet.read_metadata(file).row_group(0).column(4)
     assert chunk.path_in_schema.startswith("mobilenet")
     file.write_bytes(flipped(data, chunk.data_page_offset + chunk.total_compressed_size - 9))  # in a feature
-    told = r"part-00000\.parquet is damaged .*remove that file, and run again .* only its rows are computed anew"
+    told = r"part-00000\.parquet is damaged .*remove that file, and rerun .* only its rows are computed again"
     with pytest.raises(RequestError, match=told):
         nbfeat.read(folder)
     refused = 0
-    for place in range(chunk.data_page_offset, chunk.data_page_offset + 60):  # heads of pages have no checksum
+    for place in range(chunk.data_page_offset, chunk.data_page_offset + 60):  # page headers have no checksum
         file.write_bytes(flipped(data, place))
         try:
             same(nbfeat.read(folder).frame, good)
@@ -432,7 +432,7 @@ def test_a_file_that_another_tool_wrote_anew_is_as_good(photos: pd.DataFrame, fo
     rows = table.column("mobilenet").combine_chunks().flatten().to_numpy()[::-1].copy()
     others = pa.FixedSizeListArray.from_arrays(pa.array(rows), 48)
     parquet.write_table(table.set_column(table.column_names.index("mobilenet"), "mobilenet", others), folder / FILES[1])
-    with pytest.raises(RequestError, match=r"part-00001\.parquet is damaged \(column mobilenet does not agree"):
+    with pytest.raises(RequestError, match=r"part-00001\.parquet is damaged \(column mobilenet doesn't match"):
         nbfeat.read(folder)
 
 
@@ -442,7 +442,7 @@ def test_damaged_features_that_wait_are_remade_or_told(photos: pd.DataFrame, fol
     begun(photos, folder, 9, block)
     raw, outcomes = folder / ".raw" / "part-00001.npz", []
     data = raw.read_bytes()
-    for place in (-500, 60, 0, -10):  # a feature, what the file says of itself, the file's heads
+    for place in (-500, 60, 0, -10):  # a feature, the metadata, the zip headers
         raw.write_bytes(flipped(data, place % len(data)))
         try:
             written(photos, block, parquet=folder)
@@ -450,7 +450,7 @@ def test_damaged_features_that_wait_are_remade_or_told(photos: pd.DataFrame, fol
             outcomes.append("remade")
             begun(photos, folder, 9, block, replace=True)
         except RequestError as error:
-            found = re.search(r"part-00001\.npz is damaged .*remove that file, and run again", str(error))
+            found = re.search(r"part-00001\.npz is damaged .*remove that file, and rerun", str(error))
             outcomes.append("told" if found else str(error))
     assert set(outcomes) == {"remade", "told"}
 
@@ -462,7 +462,7 @@ def test_a_manifest_that_nbfeat_did_not_write_is_refused(photos: pd.DataFrame, f
     newer = json.dumps({**json.loads((folder / ".nbfeat.json").read_text()), "format": 3})
     for text in ("", "{}", "[1]", '{"format": "1"}', "\xff", newer):
         (folder / ".nbfeat.json").write_text(text, encoding="latin-1")
-        with pytest.raises(RequestError, match=r"\.nbfeat\.json was changed.*remove that file|begun by a newer nbfeat"):
+        with pytest.raises(RequestError, match=r"\.nbfeat\.json was changed.*remove that file|started by a newer nb"):
             written(photos, BLOCK, parquet=folder)
     (folder / ".nbfeat.json").unlink()
     before = FakeEngine.computed
@@ -474,7 +474,7 @@ def test_two_at_once_on_one_folder_are_refused(photos: pd.DataFrame, folder: Pat
     steps = Extraction(photos, BLOCK, images="path", batch_size=3, parquet=folder).steps()
     for _ in range(6):
         next(steps)
-    with pytest.raises(ExtractionError, match=rf"being written by process {os.getpid()} of .*wait until it is done"):
+    with pytest.raises(ExtractionError, match=rf"being written by process {os.getpid()} of .*wait until it finishes"):
         written(photos, BLOCK, parquet=folder)
     list(steps)
     assert names(folder) == FILES
@@ -551,20 +551,20 @@ def test_columns_that_cannot_travel_are_left_out_and_told(photos: pd.DataFrame, 
     photos["file"] = photos["path"].map(Path)
     photos[7] = 1
     photos["kind"] = pd.Categorical(["a", "b"] * 10)
-    photos["late"] = [None] * 15 + ["text"] * 5  # of which the first files have no value
+    photos["late"] = [None] * 15 + ["text"] * 5  # the first files have no values
     photos.insert(0, "label", "twice", allow_duplicates=True)
     result = written(photos, BLOCK, parquet=folder, images="image")
     back = nbfeat.read(folder).frame
     assert list(back.columns[:4]) == ["path", "split", "kind", "late"]
-    told = next(note for note in result.notes if note.startswith("Left out"))
+    told = next(note for note in result.notes if note.startswith("Not written"))
     for words in (
-        "'image' (images that are no text)", "'file' (values of type PosixPath)", "7 (only text names columns)",
-        "'label' (each name stands for one column)",
+        "'image' (images that are not text)", "'file' (values of type PosixPath)", "7 (column names must be text)",
+        "'label' (column names must be unique)",
     ):  # fmt: skip
         assert words in told
     pd.testing.assert_series_equal(back["kind"], photos["kind"])
     pd.testing.assert_series_equal(back["late"], photos["late"], check_dtype=False)
-    frame = photos[["image"]].reset_index(drop=True)  # nothing of which can travel
+    frame = photos[["image"]].reset_index(drop=True)  # without any column that can be stored
     written(frame, BLOCK, parquet=folder, images="image", replace=True)
     assert nbfeat.read(folder).frame.shape == (20, 48)
     same(nbfeat.read(folder, frame=frame).frame, extract(frame, BLOCK, images="image").frame)
@@ -573,7 +573,7 @@ def test_columns_that_cannot_travel_are_left_out_and_told(photos: pd.DataFrame, 
 def test_names_that_are_taken_are_refused_and_features_of_an_earlier_run_made_anew(
     photos: pd.DataFrame, folder: Path
 ) -> None:
-    for name, words in {"mobilenet": "--prefix", "failure": "rename it"}.items():
+    for name, words in {"mobilenet": "`prefix`", "failure": "rename it"}.items():
         for frame in (photos.assign(**{name: 1}), photos.rename_axis(name)):
             with pytest.raises(RequestError, match=words):
                 written(frame, BLOCK, parquet=folder)
@@ -599,7 +599,7 @@ def test_equal_images_in_several_files_are_all_there(photos: pd.DataFrame, folde
     photos["path"] = [photos["path"].iloc[number % 5] for number in range(20)]
     result = written(photos, BLOCK, parquet=folder)
     same(nbfeat.read(folder).frame, extract(photos, BLOCK, images="path").frame)
-    assert (result.done, result.progress.equal) == (20, 3)  # those in one file
+    assert (result.done, result.progress.equal) == (20, 3)  # only duplicates in the same file count
 
 
 def test_the_cache_is_used_only_when_asked_for(photos: pd.DataFrame, folder: Path) -> None:
@@ -608,11 +608,11 @@ def test_the_cache_is_used_only_when_asked_for(photos: pd.DataFrame, folder: Pat
     assert written(photos, BLOCK, parquet=folder, replace=True).cached == 0
     assert written(photos, BLOCK, parquet=folder, replace=True, cache=True).cached == 20
     other = folder.with_name("other")
-    assert begun(photos, other, 6, f"{BLOCK} --layer conv1", cache=True).kept == 12  # of which six are in a file
+    assert begun(photos, other, 6, f"{BLOCK} --layer conv1", cache=True).kept == 12  # six of them are in a file
     assert written(photos, f"{BLOCK} --layer conv1", parquet=other, cache=True).cached == 12
 
 
-# Other readers, other places
+# Other readers and file systems
 
 
 @pytest.mark.parametrize("reader", ["pandas", "polars", "duckdb"])
@@ -651,7 +651,7 @@ def test_an_address_is_as_good_as_a_folder(photos: pd.DataFrame, folder: Path, a
     begun(photos, address, 7, block)
     with pytest.raises(RequestError, match="not finished"):
         nbfeat.read(address)
-    with pytest.raises(RequestError, match=r"memory://bucket/features has features of another request"):
+    with pytest.raises(RequestError, match=r"memory://bucket/features was written for a different request"):
         written(photos, f"{BLOCK} --pooling max", parquet=address)
     before = FakeEngine.computed
     result = written(photos, block, parquet=address)
@@ -664,7 +664,7 @@ def test_an_address_is_as_good_as_a_folder(photos: pd.DataFrame, folder: Path, a
     assert "nbfeat.read('memory://bucket/features')" in repr(result)
     same(extract(photos, like=address).features, nbfeat.read(folder).features)
     assert "already computed" in repr(written(photos, block, parquet=address))
-    with pytest.raises(RequestError, match=r"No file system here knows 'nosuch://bucket/x'.*or take a folder"):
+    with pytest.raises(RequestError, match=r"Cannot open 'nosuch://bucket/x'.*or use a local folder"):
         written(photos, block, parquet="nosuch://bucket/x")
 
 
@@ -672,7 +672,7 @@ def test_reading_what_is_not_there_or_too_large_is_refused(
     photos: pd.DataFrame, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder.mkdir()
-    with pytest.raises(RequestError, match="no dataset of nbfeat in"):
+    with pytest.raises(RequestError, match="has no nbfeat dataset"):
         nbfeat.read(folder)
     written(photos, BLOCK, parquet=folder)
     monkeypatch.setattr("nbfeat.extraction.columns.free_bytes", lambda: 1000)
@@ -730,7 +730,7 @@ def child(*words: object) -> subprocess.Popen[str]:
 
 
 def killed(process: subprocess.Popen[str], lines: int, pause: float) -> bool:
-    """Kill a process some time after so many lines; tell whether it was not through by then."""
+    """Kill a process some time after `lines` lines; tell whether it was still running."""
     assert process.stdout
     for _ in zip(range(lines), process.stdout, strict=False):
         pass
@@ -755,7 +755,7 @@ def test_a_process_killed_at_any_moment_loses_no_row_and_leaves_nothing(
         process = child("write", tmp_path / "frame.pickle", folder, block, 16)
         kills += killed(process, int(chance.integers(0, 40)), chance.random() / 20)
         if process.returncode == 0:
-            shutil.rmtree(folder)  # it was through; from the start again
+            shutil.rmtree(folder)  # it had finished, so start again
     process = child("write", tmp_path / "frame.pickle", folder, block, 16)
     out, said = process.communicate()
     assert process.returncode == 0, said

@@ -1,1 +1,1 @@
-"""The engines that run networks: their protocol in `base`, one for CPUs, one for whatever Keras can use."""
+"""The engines that run networks: their protocol in `base`, OpenVINO for CPUs, and Keras for its other devices."""

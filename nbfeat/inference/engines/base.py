@@ -1,11 +1,11 @@
-"""Run a network on the hardware: the protocol of engines, one for the CPU and one for whatever Keras can use.
+"""Define the protocol of the engines that run a network: OpenVINO on the CPU, Keras on any device that it supports.
 
-An engine lends buffers, runs them in the background and gives results back oldest first::
+An engine lends buffers, runs them in the background and returns results in order::
 
     buffer = engine.buffer()        # (batch, size, size, 3) uint8, to fill
-    if engine.is_full:              # the window of batches in flight
-        vectors = engine.collect()  # {cut: (count, width) float32}, the oldest
-    engine.submit(buffer, count)    # the first `count` images of the buffer count
+    if engine.is_full:              # as many batches in flight as possible
+        vectors = engine.collect()  # {cut: (count, width) float32} of the oldest batch
+    engine.submit(buffer, count)    # runs the first `count` images of the buffer
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ Vectors = dict[str, NDArray[np.float32]]
 
 @dataclass(slots=True)
 class Work:
-    """How long an engine was at work."""
+    """How long an engine was busy."""
 
     seconds: float = 0.0
     _until: float = 0.0
 
     def add(self, started: float, ended: float) -> None:
-        """Count a batch; what ran beside others counts once. Batches come in the order of their start."""
+        """Add a batch, counting overlapping time once. Batches must come in the order in which they started."""
         self.seconds += max(0.0, ended - max(started, self._until))
         self._until = max(ended, self._until)
 
 
 class Engine(Protocol):
-    """What runs one network."""
+    """Run one network."""
 
     name: str  # what the report shows: library, version, device
     outputs: dict[str, Output]
@@ -54,10 +54,10 @@ class Engine(Protocol):
         """Lend a buffer of a whole batch."""
 
     def submit(self, buffer: Pixels, count: int) -> None:
-        """Start the network on the first `count` images of a lent buffer; returns at once."""
+        """Start the network on the first `count` images of a lent buffer, without waiting."""
 
     def collect(self) -> Vectors:
         """Wait for the oldest batch and return its rows."""
 
     def close(self) -> None:
-        """Stop what is in flight, wait until nothing reads from the buffers, and take them all back."""
+        """Stop all batches in flight, wait until no buffer is in use, and take back all buffers."""

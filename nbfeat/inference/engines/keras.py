@@ -1,12 +1,10 @@
-"""The engine for GPUs, and for a CPU without OpenVINO: the same model on whatever backend Keras has here.
+"""The engine for GPUs, and for CPUs without OpenVINO: it runs the model on the current Keras backend.
 
-A model is built once. Each device has a replica: a copy of its variables, and a function that runs the model with
-these, so that replicas are equal to the bit. Batches go to them in turn; the next ones are dispatched before the oldest
-is fetched. Where memory does not do, a batch is run in smaller parts, and no image is lost.
+The model is built once. Each device has a replica: a copy of the variables, and a function that runs the model with
+them. Batches go to the replicas in turn. If memory runs out, a batch is run in smaller parts, so no image is lost.
 
-Keras runs in a session of its own, in full float32, which neither obeys nor changes the user's settings. The switches
-by which TensorFlow and PyTorch compute float32 in fewer bits belong to the whole process, so they are off for short
-blocks: around tracing, dispatching and fetching, and never around what the user runs in between.
+Keras runs in its own session, in full float32, independent of the user's settings. TensorFlow's and PyTorch's switches
+for reduced float32 precision are process-wide, so they are off only while nbfeat traces, dispatches and fetches.
 """
 
 from __future__ import annotations
@@ -34,14 +32,14 @@ from nbfeat.inference.model import Base, Built, build, load_base, mixed_precisio
 from nbfeat.inference.spec import NetworkSpec
 
 BATCH = 32
-FASTER_ON_GPUS: tuple[Precision, ...] = ("bfloat16", "float16")  # than float32; numbers in the first cannot overflow
+FASTER_ON_GPUS: tuple[Precision, ...] = ("bfloat16", "float16")  # than float32; only float16 can overflow
 WINDOW = 2  # batches in flight on each device
 _LIBRARIES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch", "openvino": "OpenVINO backend"}
 Call = Callable[[list[Any], list[Any], Any], Any]  # a model as a function of its variables and the pixels
 
 
 class KerasEngine:
-    """Run the network of `spec` on `devices` (``cpu`` or ``gpu:N``); what comes up is given to `tell` as sentences."""
+    """Run the network of `spec` on `devices` (``cpu`` or ``gpu:N``), and pass notes for the report to `tell`."""
 
     def __init__(
         self,
@@ -57,7 +55,7 @@ class KerasEngine:
         backend, shape = keras.backend.backend(), (spec.size, spec.size, 3)
         library = f"Keras {keras.__version__} on {_LIBRARIES.get(backend, backend)}"
         self.name = f"{library}, {listing(device.upper() for device in devices)}"
-        self.kind = f"{library}, {hardware.kinds(devices)}"  # all of the name that decides numbers
+        self.kind = f"{library}, {hardware.kinds(devices)}"  # the parts of the name that affect features
         self.backend = f"{backend} {importlib.import_module(backend).__version__}"
         self._precision, self.work = precision, Work()
 
@@ -72,7 +70,7 @@ class KerasEngine:
         self._room = hardware.Room(batch_size or BATCH, tell)
         if batch_size is None and devices[0].startswith("gpu"):
             self._find_size(shape)
-        for replica in self._replicas:  # compiled for the size that is used, which takes memory, too
+        for replica in self._replicas:  # compiling for the final size takes memory
             self._room.fit(replica.device, replica.prepare)
         self.batch_size = batch_size or self._room.size
         lent = WINDOW * len(devices) + 1
@@ -82,7 +80,7 @@ class KerasEngine:
         self._turns = itertools.cycle(self._replicas)
 
     def _find_size(self, shape: tuple[int, ...]) -> None:
-        """Measure how many images should run at once; all devices are taken for equal."""
+        """Measure the best batch size on the first device; all are assumed to be equal."""
         replica = self._replicas[0]
 
         def run(pixels: Pixels) -> None:
@@ -95,7 +93,7 @@ class KerasEngine:
 
     @property
     def is_full(self) -> bool:
-        """Whether the window of batches in flight is full."""
+        """Whether the maximum number of batches is in flight."""
         return len(self._busy) >= WINDOW * len(self._replicas)
 
     def buffer(self) -> Pixels:
@@ -103,7 +101,7 @@ class KerasEngine:
         return self._free.pop()
 
     def submit(self, buffer: Pixels, count: int) -> None:
-        """Dispatch the batch to the device whose turn it is."""
+        """Dispatch the batch to the next device in turn."""
         flight = _Flight(buffer, count, next(self._turns))
         self._fitting(flight, lambda: None)
         self._busy.append(flight)
@@ -117,12 +115,12 @@ class KerasEngine:
             self._free.append(flight.buffer)
             self.work.add(flight.started, time.perf_counter())
         if self._precision == "float16" and not all(np.isfinite(rows).all() for rows in vectors.values()):
-            too_large = "In float16 the network's numbers grow too large for some images."
-            raise NetworkError(f"{too_large} Use --precision bfloat16, or --precision float32.")
+            overflow = "float16 overflows for some images: the network gives infinite or NaN values."
+            raise NetworkError(f"{overflow} Use `precision='bfloat16'` or `precision='float32'`.")
         return vectors
 
     def _fitting(self, flight: _Flight, then: Callable[[], Any]) -> Any:
-        """Start a batch unless that was done, and do `then`; whenever memory does not do, again in smaller parts."""
+        """Start a batch if not yet started, and call `then`; each time memory runs out, retry in smaller parts."""
         while True:
             try:
                 with full_float32():
@@ -134,17 +132,17 @@ class KerasEngine:
                 self._room.shrink(flight.size, flight.replica.device, error)
 
     def close(self) -> None:
-        """Wait for what is in flight, drop it, and take back every buffer; the engine can be used again."""
+        """Wait for the batches in flight, drop them, and take back all buffers; the engine stays usable."""
         while self._busy:
             flight = self._busy.popleft()
-            with suppress(Exception), full_float32():  # what is dropped may have failed
+            with suppress(Exception), full_float32():  # a dropped batch may have failed
                 flight.fetch(self.outputs)
         self._free = list(self._buffers)
 
 
 @dataclass(slots=True)
 class _Flight:
-    """A batch on its way, in parts."""
+    """A batch in flight, in parts."""
 
     buffer: Pixels
     count: int
@@ -167,7 +165,7 @@ class _Flight:
         return {key: np.concatenate(parts)[: self.count] for key, parts in rows.items()}
 
 
-# Replicas, in the way of each backend
+# Replicas, for each backend
 
 
 @dataclass(slots=True)
@@ -176,18 +174,18 @@ class Replica:
 
     device: str
     variables: list[Any]  # tensors of the backend, on the device
-    run: Callable[[Pixels], Any]  # takes a whole batch; returns before it is done, where the backend can
-    prepare: Callable[[int], object] = lambda _: None  # compiles for batches of so many images, where that is needed
+    run: Callable[[Pixels], Any]  # takes a whole batch; doesn't wait if the backend is asynchronous
+    prepare: Callable[[int], object] = lambda _: None  # compiles for a batch size, if needed
 
 
 def replicate(model: Any, devices: tuple[str, ...]) -> list[Replica]:
-    """Put `model`, built on the first of `devices`, on each of them."""
+    """Copy `model`, built on the first of `devices`, to each of them."""
     backend = importlib.import_module("keras").backend.backend()
     if backend == "openvino":
         return [Replica(device, [], model.predict_on_batch) for device in devices]
     make = {"tensorflow": _on_tensorflow, "jax": _on_jax, "torch": _on_torch}.get(backend)
     if make is None:
-        raise NetworkError(f"Keras' backend {backend!r} is not one that nbfeat can run: use tensorflow, jax or torch.")
+        raise NetworkError(f"nbfeat cannot run Keras' backend {backend!r}: use tensorflow, jax or torch.")
     return [make(model, device, _call(model), device == devices[0]) for device in devices]
 
 
@@ -208,7 +206,7 @@ def _on_tensorflow(model: Any, device: str, call: Call, is_first: bool) -> Repli
         copied = functools.partial(tensorflow.Variable, trainable=False)
         trained, others = _values(model, (lambda value: value) if is_first else copied)
         traced = tensorflow.function(lambda pixels: call(trained, others, pixels), autograph=False)
-        # Traced now: at the first batch it would count operations in the user's session, and warn of retracing.
+        # Tracing later would count operations in the user's session and warn about retracing.
         concrete = traced.get_concrete_function(tensorflow.TensorSpec((None, *model.input_shape[1:]), "uint8"))
 
     def run(pixels: Pixels) -> Any:
@@ -222,13 +220,13 @@ def _on_jax(model: Any, device: str, call: Call, is_first: bool) -> Replica:
     jax: Any = importlib.import_module("jax")
     kind, _, number = device.partition(":")
     target = jax.devices(kind)[int(number or 0)]
-    # Not the model's own: what Keras' `predict` is given of those on JAX, it deletes.
+    # A copy, because Keras' `predict` deletes the model's own arrays on JAX.
     trained, others = _values(model, lambda value: jax.device_put(value, target, may_alias=False))
     there = jax.sharding.SingleDeviceSharding(target)
 
     @functools.cache
     def compiled(size: int) -> Callable[..., Any]:
-        """Compile for one size: what was compiled does not ask for any settings when it runs."""
+        """Compile for one batch size; compiled code ignores the settings in force when it runs."""
 
         def work() -> Callable[..., Any]:
             with full_float32():
@@ -250,18 +248,18 @@ def _on_torch(model: Any, device: str, call: Call, is_first: bool) -> Replica:
     trained, others = _values(model, lambda value: value.detach() if is_first else value.detach().to(place, copy=True))
 
     def run(pixels: Pixels) -> Any:
-        # Nothing is compiled, so the settings of the moment count.
+        # Nothing is compiled, so the settings in force now apply.
         with torch.inference_mode(), isolation.keras_defaults(), keras.device(device):
             return call(trained, others, torch.from_numpy(pixels).to(place))
 
     return Replica(device, [*trained, *others], run)
 
 
-# A session of its own, in full float32
+# A separate session, in full float32
 
 
 def in_a_fresh_session(work: Callable[[], Result], device: str) -> Result:
-    """Do `work` in a thread of its own: Keras counts by thread, so neither side sees the other's names."""
+    """Run `work` in a new thread: Keras counts names per thread, so this doesn't affect the user's models."""
     result: Future[Result] = Future()
 
     def do() -> None:
@@ -279,7 +277,7 @@ def in_a_fresh_session(work: Callable[[], Result], device: str) -> Result:
 
 
 def grow_memory() -> None:
-    """Let TensorFlow take the memory of GPUs as it needs it, unless it has started or the user has said how to."""
+    """Let TensorFlow allocate GPU memory as needed, unless it has already started or the user configured it."""
     if importlib.import_module("keras").backend.backend() != "tensorflow":
         return
     config: Any = importlib.import_module("tensorflow").config
@@ -290,7 +288,7 @@ def grow_memory() -> None:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Compute in all bits of float32 on the backend that Keras has here; every switch is put back after the block."""
+    """Compute in full float32 on the current Keras backend, and restore every setting after the block."""
     switches = {"tensorflow": _full_tensorflow, "jax": _full_jax, "torch": _full_torch}
     backend = importlib.import_module("keras").backend.backend()
     with isolation.without_fast_math(), ExitStack() as stack:
@@ -300,7 +298,7 @@ def full_float32() -> Iterator[None]:
 
 
 def _full_tensorflow(tensorflow: Any, stack: ExitStack) -> None:
-    """Switch off TF32, and the optimizer that turns graphs into mixed precision."""
+    """Switch off TF32 and automatic mixed precision."""
     experimental, optimizer = tensorflow.config.experimental, tensorflow.config.optimizer
     options = optimizer.get_experimental_options().items()
     mixed = [name for name, is_on in options if name.startswith("auto_mixed_precision") and is_on is True]
@@ -313,7 +311,7 @@ def _full_tensorflow(tensorflow: Any, stack: ExitStack) -> None:
 
 
 def _full_jax(jax: Any, stack: ExitStack) -> None:
-    """Ask for full precision, and JAX's own rules for types; what is compiled in the block keeps them."""
+    """Set full precision and JAX's default type rules; code compiled in the block keeps them."""
     enable_x64 = (jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")).enable_x64
     stack.enter_context(jax.default_matmul_precision("highest"))
     stack.enter_context(jax.numpy_dtype_promotion("standard"))
@@ -322,7 +320,7 @@ def _full_jax(jax: Any, stack: ExitStack) -> None:
 
 
 def _full_torch(torch: Any, stack: ExitStack) -> None:
-    """Switch off TF32 and bfloat16 products, automatic casts, and the search for algorithms by their speed."""
+    """Switch off TF32, bfloat16 products, autocast and cuDNN's benchmark mode."""
     _full_torch_products(torch, stack)
     for kind in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         stack.enter_context(torch.autocast(kind, enabled=False))
@@ -333,19 +331,18 @@ def _full_torch(torch: Any, stack: ExitStack) -> None:
 
 
 def _full_torch_products(torch: Any, stack: ExitStack) -> None:
-    """Compute products and convolutions in all bits, by the older switches and by those of PyTorch 2.9.
+    """Compute products and convolutions in full float32, with both the older and the PyTorch 2.9 settings.
 
-    The older ones are both set and put back first: they change the newer ones too, and PyTorch refuses to run where the
-    two disagree. Where the user has made them disagree, the older ones cannot be read, and are left alone.
+    The older ones come first: they change the newer ones, and PyTorch raises if the two disagree, even on reading.
     """
     backends, cudnn = torch.backends, torch.backends.cudnn
-    switches: list[Any] = []  # the more general before what it holds for
+    switches: list[Any] = []  # from general to specific
     if hasattr(backends, "fp32_precision"):
         switches += [backends, backends.cuda.matmul, cudnn, cudnn.conv, cudnn.rnn]
         switches += [backends.mkldnn, backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
     own: list[str] = []
     stack.callback(_set, switches, own)
-    for switch in switches:  # from the most general down: one that was not set shows what is set above it
+    for switch in switches:  # a setting that is not set shows the more general one
         own.append(switch.fp32_precision)
         switch.fp32_precision = "none"
     _set(switches, own)
@@ -359,6 +356,6 @@ def _full_torch_products(torch: Any, stack: ExitStack) -> None:
 
 
 def _set(switches: list[Any], values: list[str]) -> None:
-    """Set switches from the most special up: in PyTorch 2.13 mkldnn's own sets the most general one."""
-    for switch, value in reversed(list(zip(switches, values, strict=False))):  # an interrupt leaves some unread
+    """Set switches from specific to general: in PyTorch 2.13 setting mkldnn's changes the most general one."""
+    for switch, value in reversed(list(zip(switches, values, strict=False))):  # an interrupt may leave some unread
         switch.fp32_precision = value

@@ -1,8 +1,8 @@
-"""The CPU engine: a network on disk, run by OpenVINO.
+"""The CPU engine: OpenVINO runs a compiled network from disk.
 
-A first-in first-out window of requests over shared buffers. The batch is fixed, since a dynamic one is slower and
-changes numbers; the last, partial batch runs the whole buffer and its first rows are taken. Rows are then the same to
-the bit for any batch size, order and company.
+Requests run first in, first out over shared buffers. The batch size is fixed, because a dynamic one is slower and
+changes results; a partial batch runs the whole buffer, and only its first rows are used. An image's features are thus
+identical to the bit for any batch size, order and neighbors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -22,30 +21,30 @@ from nbfeat.inference.compiled_models import Stored
 from nbfeat.inference.engines.base import Pixels, Precision, Vectors, Work
 from nbfeat.inference.engines.cpu_count import available_cores
 
-BATCH = 4  # 8 is no faster and takes 50 MB more; 16 and 32 are slower, and answer an interrupt later
-FASTER: tuple[Precision, ...] = ("bfloat16",)  # than float32, on some CPUs; float16 is on none
+BATCH = 4  # 8 isn't faster and takes 50 MB more; 16 and 32 are slower and delay interrupts
+FASTER: tuple[Precision, ...] = ("bfloat16",)  # than float32, on some CPUs; float16 isn't on any
 _TYPES: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _WAIT_MS = 100
 
 
 def name(*, threads: bool = True) -> str:
-    """Name this engine, without importing it: library, version, device and, unless left away, threads."""
-    cores, library = available_cores(), f"OpenVINO {version('openvino')}, CPU"
+    """Name the engine without importing it: library, version, device and, optionally, threads."""
+    cores, library = available_cores(), f"OpenVINO {isolation.version_of('openvino')}, CPU"
     return f"{library}, {cores} thread{'s' if cores > 1 else ''}" if threads else library
 
 
 def _compiled(core: Any, graph: Any, precision: Precision) -> Any:
-    """Compile `graph`, in a thread that ends then, for what OpenVINO does to the thread that compiles would stay.
+    """Compile `graph` in a temporary thread, because OpenVINO permanently changes the thread that compiles.
 
-    It makes that thread take tiny numbers for zero, which the threads that it starts inherit, and it gives that thread
-    a stack for signals, which is gone when the network is: an interrupt after that would end the process.
+    It makes that thread flush denormals to zero, and frees the thread's signal stack with the network, after which an
+    interrupt would kill the process.
     """
     settings = {
-        # Always said: OpenVINO's own default is bfloat16 where the CPU has it.
+        # Always set: OpenVINO's default is bfloat16 if the CPU supports it.
         "INFERENCE_PRECISION_HINT": _TYPES[precision],
         "INFERENCE_NUM_THREADS": available_cores(),
         "NUM_STREAMS": available_cores(),
-        # Numbers below 1e-38 are taken for zero: some CPUs are a hundred times slower with them.
+        # Flush numbers below 1e-38 to zero: they make some CPUs a hundred times slower.
         "CPU_DENORMALS_OPTIMIZATION": True,
     }
     try:
@@ -55,14 +54,14 @@ def _compiled(core: Any, graph: Any, precision: Precision) -> Any:
         last = str(error).strip().splitlines()[-1]
         raise NetworkError(f"This CPU cannot run the network in {precision}: {last}") from error
     runs_in = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
-    if runs_in != _TYPES[precision]:  # OpenVINO takes another one without a word
-        instead = f"OpenVINO would compute in {runs_in}. Use --precision float32."
-        raise NetworkError(f"This CPU has no {precision}: {instead}")
+    if runs_in != _TYPES[precision]:  # OpenVINO changes it silently
+        instead = f"OpenVINO would use {runs_in} instead. Use `precision='float32'`."
+        raise NetworkError(f"This CPU doesn't support {precision}: {instead}")
     return compiled
 
 
 class OpenVINOEngine:
-    """Run `stored` on this machine's CPU, or of its outputs `only` one."""
+    """Run `stored` on this machine's CPU, for all outputs or `only` one."""
 
     def __init__(
         self, stored: Stored, *, precision: Precision, batch_size: int | None, only: str | None = None
@@ -72,7 +71,7 @@ class OpenVINOEngine:
         self._tensor, self._stored = openvino.Tensor, stored
         core = openvino.Core()
         graph = core.read_model(stored.folder / "network.xml")
-        if only is not None:  # what leads to other outputs alone is not run then
+        if only is not None:  # skips layers that only other outputs need
             self.outputs = {only: stored.outputs[only]}
             for other in [output for output in graph.outputs if only not in output.get_names()]:
                 graph.remove_result(other.get_node())
@@ -80,9 +79,9 @@ class OpenVINOEngine:
         compiled = _compiled(core, graph, precision)
         count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") + 1
         self._idle: list[Any] = [compiled.create_infer_request() for _ in range(count)]
-        self._busy: deque[tuple[Any, Pixels, int, float]] = deque()  # with the time that each was started
+        self._busy: deque[tuple[Any, Pixels, int, float]] = deque()  # the last is the start time
         shape = tuple(graph.input().get_shape())
-        # A request does not keep its buffer alive; these live as long as the engine. One more than can be in flight.
+        # The engine keeps the buffers alive, since requests don't; one more than can be in flight.
         self._buffers: list[Pixels] = [np.zeros(shape, np.uint8) for _ in range(count + 1)]
         self._free = list(self._buffers)
 
@@ -104,7 +103,7 @@ class OpenVINOEngine:
         self._busy.append((request, buffer, count, started))
 
     def collect(self) -> Vectors:
-        """Wait for the oldest batch, in slices, so that an interrupt is answered at once."""
+        """Wait for the oldest batch, in slices that keep interrupts responsive."""
         request, buffer, count, started = self._busy[0]
         while not request.wait_for(_WAIT_MS):
             pass
@@ -116,12 +115,12 @@ class OpenVINOEngine:
         return vectors
 
     def close(self) -> None:
-        """Cancel what is in flight, wait for it, and take back every buffer; the engine can be used again."""
+        """Cancel the batches in flight, wait for them, and take back all buffers; the engine stays usable."""
         for request, *_ in self._busy:
             request.cancel()
         while self._busy:
             request, *_ = self._busy.popleft()
-            with contextlib.suppress(RuntimeError):  # "canceled", as asked
+            with contextlib.suppress(RuntimeError):  # "canceled", as requested
                 request.wait()
             self._idle.append(request)
         self._free = list(self._buffers)
