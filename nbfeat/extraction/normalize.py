@@ -102,7 +102,7 @@ class Learner:
         self._count += len(rows)
 
     def learned(self) -> Normalizer:
-        """Return the fitted normalization; raise RequestError if there were no rows."""
+        """Return the fitted normalization; raise RequestError if it had no rows to fit on."""
         check(self._block, self._width, self._count)
         if self._block.normalize == "standard":
             return Normalizer(shift=_f32(self._scaler.mean_), stretch=_f32(1 / self._scaler.scale_))

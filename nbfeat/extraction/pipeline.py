@@ -42,7 +42,7 @@ class Item:
     row: int
     image: bytes = b""  # content hash
     state: bytes | None = None  # of its file
-    reason: str = ""  # why there are no pixels
+    reason: str = ""  # why it has no pixels
     is_lasting: bool = False  # whether the reason lies in the content and won't change
     equal_to: int | None = None  # a row with the same content
     cached: dict[int, Vectors] = field(default_factory=dict)  # index of a network → its cached features
