@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 
 _VERBS = (
-    "bring check choose close compare delete extract free give install keep leave let lists make move name needs? put "
-    "remove rename run say set takes? try update use write"
+    "bring call change check choose close compare delete drop extract free give install keep leave let lists make move "
+    "name needs? pass put remove rename restore run say select set takes? try update use write"
 )
 _STEP = re.compile(
     rf"""
     Did\ you\ mean\ .+\?$
     | ^Relative\ paths\ start
+    | \bmust\ be\ .+,\ not\b
     | ^(?:Columns\ that\ look\ like\ images|Its\ columns):  # to choose from
     | (?i:\b(?:{_VERBS.replace(" ", "|")})\b)
     """,

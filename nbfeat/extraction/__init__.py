@@ -1,1 +1,1 @@
-"""A frame and blocks to columns."""
+"""From a frame and feature blocks to feature columns."""

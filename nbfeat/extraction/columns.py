@@ -1,4 +1,4 @@
-"""Columns of a frame that blocks make: where they go, their memory, what is learned for them, attaching."""
+"""Feature columns: their names, position in the frame, memory and normalization."""
 
 from __future__ import annotations
 
@@ -29,98 +29,98 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SHOWN = 3
-SHARE = 0.5  # of the free memory; the rest is for the frame that is made of it, and for whatever else runs
+SHARE = 0.5  # of free memory; the rest is for the resulting frame and for other programs
 _MADE = re.compile(r"(.*)_(\d{4,})", re.DOTALL)
 
 
 @dataclass(slots=True, eq=False)
 class FeatureColumns:
-    """The columns of one block for one image column: first their names, then normalized features."""
+    """The columns of one block for one image column: at first only their names, later normalized features."""
 
     block: FeatureBlock
     column: Hashable  # of the frame
     prefix: str
-    network_index: int = 0  # which of the networks of the run its features come from
-    network: NetworkState | None = None  # that network, once it is open
-    repeats: PartRecipe | None = None  # of an earlier result, whose normalizer it takes
+    network_index: int = 0  # index of its network in the run
+    network: NetworkState | None = None  # that network, once it is loaded
+    repeats: PartRecipe | None = None  # the part of an earlier result whose normalizer is used
     normalizer: normalize.Normalizer | None = None
     rows: NDArray[np.float32] | None = None  # normalized
-    replaced: bool = False  # whether the columns stood in the frame before
+    replaced: bool = False  # whether the frame already had these columns
 
     @property
     def output(self) -> Output | None:
-        """What the cut turned out to be; None where no network was needed (an empty frame)."""
+        """The output of the network; None if no network was needed (empty frame)."""
         return self.network.outputs[self.block.cut.key] if self.network else None
 
     @property
     def raw_width(self) -> int:
-        """Features per image before a projection."""
+        """Features per image before PCA."""
         if self.output:
             return self.output.width
         return self.repeats.width if self.repeats else find(self.block.backbone).width_at(self.block.alpha)
 
     @property
     def is_sized(self) -> bool:
-        """Whether its width is known, as that of a layer or of a user's network is not before the network is built."""
+        """Whether its width is known; that of a layer or a user's network is known only once the network is built."""
         return bool(self.network or self.repeats) or not (self.block.layer or find(self.block.backbone).is_user_model)
 
     @property
     def names(self) -> list[str]:
-        """The names of the columns."""
+        """Names of the columns."""
         return column_names(self.prefix, self.block.components or self.raw_width)
 
     @property
     def source(self) -> tuple[int, str, Hashable]:
-        """What its raw features are: those of one source differ in normalization alone."""
+        """Identity of its raw features: parts with the same source differ only in normalization."""
         return self.network_index, self.block.cut.key, self.column
 
     @property
     def recipe(self) -> PartRecipe:
-        """What it takes to repeat them, once the network is open; what they learn need not be known yet."""
-        if self.repeats is not None:  # whatever it ran on, it repeated this
+        """The recipe to repeat these columns, available once the network is loaded, even before fitting."""
+        if self.repeats is not None:  # even if it ran on a different engine
             return replace(self.repeats, column=self.column)
         assert self.network is not None
-        learned = self.normalizer or normalize.Normalizer()
+        fitted = self.normalizer or normalize.Normalizer()
         fields = self.network.cache_keys[self.block.cut.key].key_fields
-        return PartRecipe(self.block, self.column, self.prefix, self.raw_width, self.network.weights, fields, learned)
+        return PartRecipe(self.block, self.column, self.prefix, self.raw_width, self.network.weights, fields, fitted)
 
     def make_room(self, images: int) -> None:
-        """Take memory for the features of `images`, unless other columns of the same source did."""
+        """Allocate memory for the features of `images`, unless columns of the same source already did."""
         if self.network is not None and self.block.cut.key not in self.network.features:
             size, free = 4 * images * self.raw_width, free_bytes()
             if free is not None and size > SHARE * free:
                 raise RequestError(
-                    f"`{self.block}` gives {self.raw_width:,} features per image: {images:,} rows of them take "
-                    f"{format_bytes(size)}, more than half of the {format_bytes(free)} of free memory. Pool the map "
-                    "with --pooling avg or max, cut at a later layer, or take fewer rows."
+                    f"`{self.block}` gives {self.raw_width:,} features per image: {images:,} images take "
+                    f"{format_bytes(size)}, more than half of the {format_bytes(free)} of free memory. Use "
+                    "`pooling='avg'` or `pooling='max'`, cut at a later layer, or extract fewer rows."
                 )
             self.network.features[self.block.cut.key] = np.full((images, self.raw_width), np.nan, np.float32)
 
     def raw(self, images: slice) -> NDArray[np.float32]:
-        """Return the features as the network gave them, of these `images` of its window: a view."""
+        """Return a view of the network's features for these `images` of its window."""
         none = np.empty((0, self.raw_width), np.float32)
         return self.network.features[self.block.cut.key][images] if self.network else none
 
     def learn(self, rows: NDArray[np.float32], chosen: NDArray[np.bool_]) -> None:
-        """Learn the normalization from the `chosen` ones of the raw `rows`, or take what was learned before."""
+        """Fit the normalization on the `chosen` raw `rows`, or use the one of the repeated result."""
         if self.repeats:
             self.normalizer = self.repeats.normalizer
         else:
             self.normalizer = normalize.learn(self.block, rows, chosen) if len(rows) else None
 
     def normalized(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the raw `rows` normalized, in their own memory where the width stays."""
+        """Return the raw `rows` normalized, in place unless the width changes."""
         return self.normalizer.apply(rows) if self.normalizer else np.empty((0, len(self.names)), np.float32)
 
     def frame(self, index: pd.Index) -> pd.DataFrame:
-        """Return the columns as a frame that shares their memory."""
+        """Return the columns as a frame without copying."""
         import pandas as pd
 
         return pd.DataFrame(self.rows, index=index, columns=self.names, copy=False)
 
 
 def plan(blocks: Sequence[FeatureBlock], image_columns: Sequence[Hashable]) -> list[FeatureColumns]:
-    """Return the columns that `blocks` make of `image_columns`; two with one prefix are an error."""
+    """Plan the columns of `blocks` for `image_columns`; raise RequestError if two get the same prefix."""
     several = len(image_columns) > 1
     planned: dict[str, FeatureColumns] = {}
     for block in blocks:
@@ -128,26 +128,26 @@ def plan(blocks: Sequence[FeatureBlock], image_columns: Sequence[Hashable]) -> l
             prefix = column_prefix(block, find(block.backbone).column, str(column) if several else None)
             if prefix in planned:
                 raise RequestError(
-                    f"Two blocks would make columns {prefix}_0000 …: `{planned[prefix].block}` and `{block}`. "
-                    "Give one of them a --prefix."
+                    f"Two blocks would make the same columns {prefix}_0000 …: `{planned[prefix].block}` and `{block}`. "
+                    "Set a different `prefix` for one of them."
                 )
             planned[prefix] = FeatureColumns(block, column, prefix)
     return list(planned.values())
 
 
 def plan_again(recipe: Recipe, image_columns: Sequence[Hashable]) -> list[FeatureColumns]:
-    """Return the columns of an earlier result, made of `image_columns` in place of its own, in their order."""
+    """Plan the columns of an earlier result, with `image_columns` instead of its own in the same order."""
     if len(image_columns) != len(recipe.columns):
         raise RequestError(
-            f"{recipe.source} has features of {listing(map(str, recipe.columns))}, and {len(image_columns):,} columns "
-            f"are named: give --images {len(recipe.columns):,} times, in that order."
+            f"{recipe.source} has features of {listing(map(str, recipe.columns))}, but `images` names "
+            f"{len(image_columns):,}. Name {len(recipe.columns):,} columns, in that order."
         )
     now = dict(zip(recipe.columns, image_columns, strict=True))
     return [FeatureColumns(part.block, now[part.column], part.prefix, repeats=part) for part in recipe.parts]
 
 
 def normalized(parts: Sequence[FeatureColumns], raw: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
-    """Return the `raw` rows of all parts normalized, in their own memory where no later part needs them."""
+    """Return the `raw` rows of all parts normalized, in place unless a later part needs them."""
     sources = [part.source for part in parts]
     return [
         part.normalized(rows.copy() if part.source in sources[number + 1 :] else rows)
@@ -156,10 +156,7 @@ def normalized(parts: Sequence[FeatureColumns], raw: Sequence[NDArray[np.float32
 
 
 def places(frame: pd.DataFrame, parts: Iterable[FeatureColumns | PartRecipe], *, replace: bool) -> list[list[int]]:
-    """Find the positions in `frame` of the columns that `parts` replace; none for those that go to its end.
-
-    A block replaces the columns that one of its prefix made. Others are an error, unless `replace` is true.
-    """
+    """Return the positions that the columns of `parts` replace; `replace` includes columns that no block made."""
     made = made_columns(frame)
     return [_places(frame, set(made.get(part.prefix, ())), set(part.names), replace=replace) for part in parts]
 
@@ -170,19 +167,18 @@ def _places(frame: pd.DataFrame, own: set[int], names: set[str], *, replace: boo
         shown = listing(frame.columns[sorted(taken)[:SHOWN]])
         more = f" and {len(taken) - SHOWN:,} more" if len(taken) > SHOWN else ""
         raise RequestError(
-            f"The frame already has columns {shown}{more}, which this block did not make. "
-            f"Choose other names with --prefix, or overwrite them with --replace."
+            f"The frame already has columns {shown}{more}, which this block didn't make. "
+            "Set a different `prefix`, or pass `replace=True` to overwrite them."
         )
     return sorted(own | taken)
 
 
 def made_columns(frame: pd.DataFrame) -> dict[str, list[int]]:
-    """Return the positions of the columns that blocks made before, by prefix: 0 … width-1, each once, float32."""
+    """Return the positions of complete sets of feature columns by prefix: 0 … width-1, each once, float32."""
     found: dict[str, list[tuple[int, int]]] = {}
     for position, (column, kind) in enumerate(zip(frame.columns, frame.dtypes, strict=True)):
         if isinstance(column, str) and (match := _MADE.fullmatch(column)):
-            # A column that no block made spoils the set: -1 is the number of none.
-            number = int(match[2]) if kind == np.float32 else -1
+            number = int(match[2]) if kind == np.float32 else -1  # -1, so that no block made this set
             found.setdefault(match[1], []).append((number, position))
     made = {}
     for prefix, numbered in found.items():
@@ -193,7 +189,7 @@ def made_columns(frame: pd.DataFrame) -> dict[str, list[int]]:
 
 
 def attach(frame: pd.DataFrame, blocks: Sequence[pd.DataFrame], places: Sequence[Sequence[int]]) -> pd.DataFrame:
-    """Return a new frame with `blocks` in place of the columns at `places`, at its end where there are none."""
+    """Return a new frame with `blocks` in place of the columns at `places`, or at its end."""
     import pandas as pd
 
     gone, start, end = set(chain(*places)), 0, frame.shape[1]
@@ -223,11 +219,10 @@ def _left_in_groups(root: Path, groups: Path) -> Iterator[int]:
 def free_bytes(root: Path = ROOT, groups: Path = GROUPS) -> int | None:
     """Return the memory available without swapping, of the machine or the container; None if the system doesn't say."""
     with suppress(OSError, ValueError):
-        if available := re.search(
-            r"^MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="ascii"), re.MULTILINE
-        ):
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        if available := re.search(r"^MemAvailable:\s*(\d+)", text, re.MULTILINE):
             return min(1024 * int(available[1]), *_left_in_groups(root, groups), sys.maxsize)
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # macOS: half of what is built in
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # macOS: half of physical memory
     except (AttributeError, ValueError, OSError):
         return None

@@ -1,9 +1,9 @@
-"""FeatureTable: what can be read from a finished result, whether it was just extracted or read from a file."""
+"""FeatureTable: the part that extractions and results read from a file share: features, failures, recipe."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 
 class FeatureTable:
-    """The given columns, then the features; the images that failed; and what it takes to repeat them."""
+    """The given columns and the features, the images that failed, and the recipe."""
 
     def __init__(self, frame: pd.DataFrame, failures: pd.DataFrame, fitted: Recipe) -> None:
         self._frame, self._failures, self._fitted = frame, failures, fitted
 
     @property
     def frame(self) -> pd.DataFrame:
-        """The given columns, then the features: same index, same order, same rows."""
+        """The given columns, then the features, with the same rows and index."""
         return self._frame
 
     @property
     def failures(self) -> pd.DataFrame:
-        """The images that gave no features: position, column, image and reason, indexed like the frame."""
+        """Images without features: position (row number), column, image and reason, indexed like the frame."""
         return self._failures
 
     @property
     def fitted(self) -> Recipe:
-        """What `like` repeats: the blocks with all that decides their numbers, and what they learned."""
+        """The recipe that `like` repeats: blocks, fitted normalization and everything that decides the features."""
         return self._fitted
 
     @abstractmethod
@@ -45,27 +45,27 @@ class FeatureTable:
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        """Everything needed to repeat this result: blocks, versions, hashes of weights, precision, decoding."""
+        """Everything needed to repeat this result: blocks, versions, weight hashes, engines and precision."""
         return self.fitted.provenance
 
     @property
     def columns(self) -> list[str]:
-        """The names of all columns that were made."""
+        """Names of the new columns."""
         return [name for part in self.fitted.parts for name in part.names]
 
     @property
     def features(self) -> pd.DataFrame:
-        """Only the columns that were made, float32; rows that failed are NaN."""
+        """Only the new columns, float32; rows that failed are NaN."""
         return self.frame.loc[:, self.columns]
 
     def __getitem__(self, prefix: str) -> pd.DataFrame:
-        """Return one block's columns."""
+        """Return one block's columns by their prefix."""
         parts = {part.prefix: part for part in self.fitted.parts}
         return self.frame.loc[:, parts[block_called(prefix, parts)].names]
 
     @property
     def ok(self) -> pd.Series:
-        """Whether a row has all its features; indexed like the frame."""
+        """Whether each row has all its features: a Series of bool, indexed like the frame."""
         import pandas as pd
 
         good = np.ones(len(self.frame), bool)
@@ -73,27 +73,27 @@ class FeatureTable:
         return pd.Series(good, index=self.frame.index, name="ok")
 
     def to_parquet(self, path: str | Path, without: Collection[Hashable] = ()) -> None:
-        """Write the frame to a Parquet file, with the recipe and what was learned, so that it can be repeated.
+        """Write the frame, recipe, fitted normalization and failures to a Parquet file.
 
-        Any reader of Parquet reads it as a table; `nbfeat.read` and `like` read the rest, too. It is written whole or
-        not at all.
+        Any Parquet reader reads it as a table; `nbfeat.read` and `like` also read the rest. An interrupted write leaves
+        no partial file.
 
         Parameters
         ----------
-        path
-            The file; one that is there is replaced.
-        without
-            Columns of the given frame to leave out, e.g. one of PIL images, which Parquet cannot hold.
+        path : str or Path
+            The file; an existing one is replaced.
+        without : collection of column names, default ()
+            Columns of the given frame to omit, e.g. PIL images, which Parquet can't store.
 
         Raises
         ------
         RequestError
-            Where Parquet cannot hold a column, naming it, or what was learned is too large to travel.
+            Parquet can't store a column, or the fitted normalization is too large.
 
         Examples
         --------
-        >>> result.to_parquet("train.parquet")  # doctest: +SKIP
-        >>> nbfeat.extract(others, like="train.parquet")  # doctest: +SKIP
+        >>> result.to_parquet("train.parquet")
+        >>> test = nbfeat.extract(photos, like="train.parquet", replace=True)
         """
         frame, recipe, failures = self.frame, self.fitted, self.failures
         rows = failures.assign(column=failures["column"].map(str)).itertuples(index=False)
@@ -109,9 +109,17 @@ class FeatureTable:
 
 
 def block_called(prefix: str, prefixes: Collection[str]) -> str:
-    """Return `prefix` if it is one of the `prefixes` of a result, or raise RequestError with near ones."""
+    """Return `prefix` if it is one of `prefixes`, or raise RequestError with similar ones."""
     if prefix in prefixes:
         return prefix
     raise RequestError(
-        sentences(f"There is no block {prefix!r}.", near(prefix, prefixes), f"Blocks: {listing(prefixes)}.")
+        sentences(f"The result has no block {prefix!r}.", near(prefix, prefixes), f"Choose {listing(prefixes, 'or')}.")
     )
+
+
+def failure_table(failures: Iterable[tuple[int, Hashable, str, str]], index: pd.Index) -> pd.DataFrame:
+    """Return failures as a frame, indexed like the frame with this `index`."""
+    import pandas as pd
+
+    table = pd.DataFrame(failures, columns=list(Failure._fields))
+    return table.set_axis(index.take(table["position"].to_numpy(int)))

@@ -1,7 +1,4 @@
-"""Normalize features (L2, standard, min-max, PCA, whitening): learn on some rows, apply to all.
-
-Every normalization, L2 too, happens here on rows, so that networks and what is kept of them do not depend on it.
-"""
+"""Normalize features (L2, standard, min-max, PCA, whitening), outside the network, so that the cache holds raw ones."""
 
 from __future__ import annotations
 
@@ -16,14 +13,14 @@ from nbfeat.errors import RequestError
 from nbfeat.extraction.options import FeatureBlock
 
 Rows = NDArray[np.floating[Any]]
-CHUNK = 4096  # rows normalized at a time, so that no second matrix of full height is needed
-NOISE = 4 * np.finfo(np.float32).eps  # of singular values, beside the largest, times the root of the longer side
-LEARNED_AT_ONCE = 1024  # rows in float64, of which scikit-learn takes several copies
+CHUNK = 4096  # rows normalized at a time, to avoid a second matrix of full height
+NOISE = 4 * np.finfo(np.float32).eps  # of singular values, relative to the largest, times the root of the longer side
+FITTED_AT_ONCE = 1024  # rows in float64, which scikit-learn copies several times
 
 
 @dataclass(frozen=True, slots=True)
 class Normalizer:
-    """L2, then an affine map per column, then a projection; each of them may be absent."""
+    """L2, then an affine map per column, then a projection; each is optional."""
 
     unit_length: bool = False
     shift: Rows | None = None
@@ -32,7 +29,7 @@ class Normalizer:
     axes: Rows | None = None  # (components, width)
 
     def apply(self, rows: Rows) -> Rows:
-        """Return normalized rows: written over `rows` where the width stays, else in a new matrix."""
+        """Return normalized rows, in place unless the width changes."""
         out = rows if self.axes is None else np.empty((len(rows), len(self.axes)), np.float32)
         for start in range(0, len(rows), CHUNK):
             part = slice(start, start + CHUNK)
@@ -62,7 +59,7 @@ class Normalizer:
 
 
 def learn(block: FeatureBlock, rows: Rows, chosen: NDArray[np.bool_]) -> Normalizer:
-    """Learn what `block` asks for from the `chosen` rows, by scikit-learn; PCA is seeded."""
+    """Fit the normalization of `block` on the `chosen` rows with scikit-learn; PCA is seeded."""
     base = Normalizer(unit_length=block.normalize == "l2")
     if not block.is_learned:
         return base
@@ -84,7 +81,7 @@ def learn(block: FeatureBlock, rows: Rows, chosen: NDArray[np.bool_]) -> Normali
 
 
 class Learner:
-    """Learn the normalization of a `block` without components from rows that come in turn, never all at once."""
+    """Fits the normalization of a `block` without components, on rows that come in chunks."""
 
     def __init__(self, block: FeatureBlock, width: int) -> None:
         from sklearn.preprocessing import MinMaxScaler, StandardScaler
@@ -93,19 +90,19 @@ class Learner:
         self._scaler: Any = StandardScaler() if block.normalize == "standard" else MinMaxScaler()
 
     def fit(self, rows: Rows) -> Normalizer:
-        """Learn from these rows alone."""
+        """Fit on these rows only."""
         self._scaler.fit(rows)
         self._count = len(rows)
         return self.learned()
 
     def see(self, rows: Rows) -> None:
-        """Learn from some more rows."""
-        for start in range(0, len(rows), LEARNED_AT_ONCE):
-            self._scaler.partial_fit(rows[start : start + LEARNED_AT_ONCE].astype(np.float64))
+        """Add rows to fit on."""
+        for start in range(0, len(rows), FITTED_AT_ONCE):
+            self._scaler.partial_fit(rows[start : start + FITTED_AT_ONCE].astype(np.float64))
         self._count += len(rows)
 
     def learned(self) -> Normalizer:
-        """Return what was learned; raise RequestError where there were no rows."""
+        """Return the fitted normalization; raise RequestError if it had no rows to fit on."""
         check(self._block, self._width, self._count)
         if self._block.normalize == "standard":
             return Normalizer(shift=_f32(self._scaler.mean_), stretch=_f32(1 / self._scaler.scale_))
@@ -116,12 +113,12 @@ def check(block: FeatureBlock, width: int, count: int) -> None:
     """Raise RequestError if `count` rows of features of that `width` are too few for what `block` fits."""
     if not count:
         raise RequestError(
-            f"--normalize {block.normalize} has no rows to learn from: --fit-on selects none that has features."
+            f"`{block}` can't be fitted: none of the rows to fit on has features. Select other rows with `fit_on`."
         )
-    if (block.components or 0) > min(count, width):
+    if (block.components or 0) > (most := min(count, width)):
         raise RequestError(
-            f"--components {block.components:,} is more than {block.backbone} can give: {width:,} features were "
-            f"learned from {count:,} rows. Use --components {min(count, width):,} or fewer."
+            f"`components={block.components}` is too many for {width:,} features of {block.backbone} and {count:,} "
+            f"rows to fit on. Use `components={most}` or fewer."
         )
 
 

@@ -1,11 +1,4 @@
-"""Decode ahead, batch, run, collect, in this process: bounded memory, whatever the number of images.
-
-A pool of threads reads and decodes a little ahead of the networks. What is equal to an image before, or has its
-features in the cache, is not decoded; what cannot be read is dropped before batching, so that batches stay full; and
-each network gets only the images whose features it lacks. Everything else happens in the calling thread, in order.
-
-Images by address are waited for in more threads, which take turns to decode: no more do at once than there are cores.
-"""
+"""Decode images in threads a little ahead of the networks, batch them and run the networks, in bounded memory."""
 
 from __future__ import annotations
 
@@ -38,28 +31,27 @@ from nbfeat.inference.engines.devices import timed
 from nbfeat.inference.precision import readable_sample
 
 BATCHES_AHEAD = 3  # decoded and waiting; more only costs memory
-# Of images whose speed is measured: those that warm up, rounds of which the fastest counts, seconds of a round.
-FIRST_IMAGES, ROUNDS, SECONDS = 8, 3, 0.3
-SETTLED_AT_ONCE = 64  # rows that need no network, told of together
+FIRST_IMAGES, ROUNDS, SECONDS = 8, 3, 0.3  # to measure speed: images to warm up, rounds, seconds of a round
+SETTLED_AT_ONCE = 64  # rows without a network, reported together
 
 
 @dataclass(slots=True)
 class Item:
-    """What a decoder thread found out about one row."""
+    """The findings of a decoder thread about one row."""
 
     row: int
-    image: bytes = b""  # its content
+    image: bytes = b""  # content hash
     state: bytes | None = None  # of its file
-    reason: str = ""  # why there are no pixels
-    is_lasting: bool = False  # whether the reason is one of the content, and will be the same tomorrow
-    equal_to: int | None = None  # a row of the same content
-    cached: dict[int, Vectors] = field(default_factory=dict)  # features that a network, by its place, need not compute
+    reason: str = ""  # why it has no pixels
+    is_lasting: bool = False  # whether the reason lies in the content and won't change
+    equal_to: int | None = None  # a row with the same content
+    cached: dict[int, Vectors] = field(default_factory=dict)  # index of a network → its cached features
     pixels: dict[PixelSpec, Pixels] = field(default_factory=dict)
     reading: float = 0.0  # seconds
-    decoding: float = 0.0  # and resizing
+    decoding: float = 0.0  # seconds, including resizing
 
     def settle(self, batch: Batch) -> None:
-        """Take down in `batch` what is known of the row without any network."""
+        """Record in `batch` everything known without a network."""
         if self.equal_to is not None:
             batch.equal[self.row] = self.equal_to
         elif self.reason:
@@ -71,7 +63,7 @@ class Item:
 
 
 class BatchQueue:
-    """A network at work: the batch that is being filled, those in flight, and what the cache had meanwhile."""
+    """The batches of one network: the one being filled, those in flight, and cached features."""
 
     def __init__(self, network: NetworkState, timings: Timings) -> None:
         self.network, self.timings = network, timings
@@ -82,7 +74,7 @@ class BatchQueue:
         self._found: dict[int, Vectors] = {}
 
     def take(self, item: Item, cached: Vectors | None) -> Iterator[Batch]:
-        """Take an image where the network lacks it, or what the cache has of it; yield what is finished by then."""
+        """Take an image that the network lacks, or its cached features; yield finished batches."""
         if cached is not None:
             self._found[item.row] = cached
             if len(self._found) == SETTLED_AT_ONCE:
@@ -106,14 +98,14 @@ class BatchQueue:
             self.submit()
 
     def submit(self) -> None:
-        """Start the network on what is in the batch."""
+        """Start the network on the current batch."""
         if self.engine is not None and self._buffer is not None:
             self.engine.submit(self._buffer, len(self._batch.rows))
             self._flight.append(self._batch)
             self._batch, self._buffer = Batch(self.network), None
 
     def rest(self) -> Iterator[Batch]:
-        """Yield all that is left."""
+        """Yield the remaining batches."""
         while self._flight:
             yield self._collect()
         if self._found:
@@ -141,39 +133,26 @@ class LocalExecutor(nullcontext[None]):
     starts_workers = False
 
     def run(self, run: Run, rows: Sequence[int]) -> Generator[Batch, None, None]:
-        """Yield batches until every row was in one for each network that lacks it, or has failed, or equals another."""
+        """Yield batches until every row has its features, failed, or is a duplicate of another."""
         pipeline = Pipeline(run.images, run.networks, run.root, run.timings, run.cache, run.seen, remote=run.remote)
         return pipeline.run(rows)
 
 
 class Pipeline:
-    """Run `images` through all `networks`; each image is read once, and decoded once for all of them.
-
-    `seen` remembers from run to run which row had a content first; `remote` images are fetched.
-    """
+    """Runs `images` through all `networks`; reads and decodes each image once. `seen` maps contents to first rows."""
 
     def __init__(
-        self,
-        images: Sequence[object],
-        networks: Sequence[NetworkState],
-        root: Path,
-        timings: Timings,
-        cache: Cache,
-        seen: dict[bytes, int],
-        *,
-        remote: Access | None = None,
-    ) -> None:
+        self, images: Sequence[object], networks: Sequence[NetworkState], root: Path, timings: Timings, cache: Cache,
+        seen: dict[bytes, int], *, remote: Access | None = None,
+    ) -> None:  # fmt: skip
         self.images, self.networks, self.root, self.timings = images, networks, root, timings
         self.cache, self.seen = cache, seen
-        self._decoders = available_cores()
+        self._decoders = available_cores()  # more threads may wait for remote images, but no more decode at a time
         self._turns = threading.Semaphore(self._decoders)
         self._fetch = Fetcher(root, remote) if remote else None
 
     def run(self, rows: Sequence[int]) -> Generator[Batch, None, None]:
-        """Yield batches until every row was in one for each network that lacks it, or has failed, or equals another.
-
-        Close it to stop and clean up. It can be run once.
-        """
+        """Yield batches until every row has its features, failed, or is a duplicate; close it to stop and clean up."""
         threads = self._decoders + (self._fetch.limits.at_once if self._fetch else 0)
         ahead = threads + BATCHES_AHEAD * max(network.prepared.batch_size for network in self.networks)
         executor = ThreadPoolExecutor(threads, thread_name_prefix="nbfeat-decode")
@@ -185,14 +164,13 @@ class Pipeline:
                 settled.clear()
         finally:
             if self._fetch:
-                self._fetch.close()  # no thread waits for an answer any more
+                self._fetch.close()  # so that no thread keeps waiting for a server
             executor.shutdown(wait=True, cancel_futures=True)
             for queue in queues:
                 if queue.engine is not None:
                     queue.engine.close()
 
     def _batches(self, items: Iterator[Item], queues: Sequence[BatchQueue], settled: Batch) -> Iterator[Batch]:
-        """Yield what is finished, and now and then a batch without features, for what is `settled` without them."""
         for item in items:
             item.settle(settled)
             for number, queue in enumerate(queues):
@@ -249,7 +227,6 @@ class Pipeline:
         item.decoding = time.perf_counter() - start
 
     def _lacking(self, item: Item) -> list[PixelSpec]:
-        """Return the pixels that are needed, after taking what the cache has."""
         specs: dict[PixelSpec, None] = {}
         for number, network in enumerate(self.networks):
             if network.done[item.row]:
@@ -264,14 +241,10 @@ class Pipeline:
 def images_per_second(
     network: NetworkState, key: str, images: Sequence[object], root: Path, *, remote: Access | None = None
 ) -> float:
-    """Measure the output `key` of `network` alone on up to 64 of `images`, spread over them, without the cache.
-
-    Opening the network does not count, nor does the disk: the files are read once before, and `remote` images fetched.
-    Images of the same content run once, as ever. Returns NaN where none can be read.
-    """
+    """Measure the output `key` of `network` on up to 64 evenly sampled images, read beforehand; NaN if none is read."""
 
     def read(image: object, fetch: Fetch | None) -> object:
-        """Read the image; give what was fetched in place of its address."""
+        """Read the image; return the fetched content in place of a URL."""
         source, _ = load_image(image, root, fetch)
         return image if address_of(image) is None else source
 

@@ -1,8 +1,4 @@
-"""A run on a Ray cluster: which cluster, what travels to its workers, what each of them does, and what comes back.
-
-Ray Data owns scheduling, retries and back-pressure. Each worker opens the networks once, and runs a pipeline over each
-table of rows that it gets.
-"""
+"""Runs on a Ray cluster: Ray Data schedules and retries; workers load the networks once and compute tables of rows."""
 
 from __future__ import annotations
 
@@ -38,48 +34,48 @@ from nbfeat.images import fingerprint, remote, sources
 from nbfeat.inference import prepared
 from nbfeat.inference.engines import cpu_count, devices as hardware
 
-ROWS_AT_ONCE = 128  # fewer, and a worker waits more often; more, and a step comes seldom
-FETCHED_AT_ONCE = 512  # where images are fetched, for which each table opens connections of its own
+ROWS_AT_ONCE = 128  # with fewer, workers wait more often; with more, steps are rare
+FETCHED_AT_ONCE = 512  # for remote images, since each table opens its own connections
 FEWEST_AT_ONCE = 8
-ROUNDS = 4  # so many tables for each worker at least, so that the last ones are not waited for alone
+ROUNDS = 4  # minimum number of tables per worker, so that all finish at about the same time
 BYTES_AT_ONCE = 32 << 20  # of features
-MOST_BYTES = 1 << 30  # of images that travel themselves
-MOST_CORES = 4  # of a worker: with more, its one thread that is not decoding bounds it
-STORE = 512 << 20  # bytes of shared memory of a cluster that is started here; beyond it, Ray writes to disk
-DEATHS = 3  # of workers before they are ready, in a row; later ones are replaced without end, and their rows retried
+MOST_BYTES = 1 << 30  # of images sent by content
+MOST_CORES = 4  # per worker; with more, its one thread that doesn't decode is the bottleneck
+STORE = 512 << 20  # bytes of shared memory of a cluster started here; beyond that, Ray writes to disk
+DEATHS = 3  # of workers in a row before they are ready; later ones are always replaced and their rows retried
 
 
 def executor_for(on: str | None, images: Sequence[object], networks: Sequence[tuple[Any, Any]]) -> RayExecutor | None:
-    """Return what computes on Ray, None for this process; raise RequestError where that cannot be."""
+    """Return the executor for a Ray cluster, or None for this process; raise RequestError if Ray can't be used."""
     if on is None:
         return None
-    one_of(PLACES, "--on", on)
+    one_of(PLACES, "on", on)
     if importlib.util.find_spec("ray") is None:
-        raise RequestError("--on ray needs Ray Data, which is not installed: pip install 'nbfeat[ray]'.")
+        raise RequestError("`on='ray'` needs Ray Data, which isn't installed: pip install 'nbfeat[ray]'.")
     if title := next((spec.network.title for spec, _ in networks if spec.network.package == "registered"), None):
         raise RequestError(
-            f"{title} is built by a function in this process, which workers do not have: save it as a .keras file that "
-            "all machines can read, and name that, or leave --on away."
+            f"{title} is built by a function in this process, which workers don't have. Save it as a .keras file that "
+            "all machines can read and use its path, or drop `on`."
         )
     size = 0
     for image in map(sources.held, images):
         if (is_file := hasattr(image, "read")) or isinstance(image, (Image.Image, np.ndarray)):
             what = "an open file" if is_file else sources.name_of(image).strip("<>")
             raise RequestError(
-                f"Only paths and bytes travel to workers, and there is {what}: save the images as files that all "
-                "machines can read, and give their paths, or leave --on away."
+                f"Only paths and bytes can be sent to workers, not {what}. Save the images as files that all machines "
+                "can read and use their paths, or drop `on`."
             )
         size += len(image) if isinstance(image, (bytes, bytearray, memoryview)) else 0
     if size > MOST_BYTES:
         raise RequestError(
-            f"{format_bytes(size)} of images would have to travel to workers, and {format_bytes(MOST_BYTES)} is the "
-            "most: save them as files that all machines can read, and give their paths."
+            f"{format_bytes(size)} of images can't be sent to workers: the limit is {format_bytes(MOST_BYTES)}. Save "
+            "them as files that all machines can read, and use their paths."
         )
     return RayExecutor()
 
 
 class Share(NamedTuple):
-    """What each of so many workers gets."""
+    """The number of workers, and the cores and GPUs of each."""
 
     workers: int
     cores: int
@@ -87,14 +83,14 @@ class Share(NamedTuple):
 
 
 class RayExecutor(ExitStack):
-    """Computes rows by workers. Ray stays from when it is first needed to the end of the block, for all runs in it."""
+    """Computes rows with workers; joins or starts Ray when first needed, and leaves it on exit."""
 
     starts_workers = True
     _ray: Any = None
-    _folder = ""  # of a cluster that was started for the block
+    _folder = ""  # of a cluster started here
 
     def run(self, run: Run, rows: Sequence[int]) -> Generator[Batch, None, None]:
-        """Yield batches until all `rows` are finished; close it to cancel what is under way."""
+        """Yield batches until all `rows` are finished; close it to cancel."""
         cells, failures = _cells(run, rows)
         if failures:
             yield Batch(failures=failures)
@@ -110,20 +106,18 @@ class RayExecutor(ExitStack):
             (*spec, network.precision, {key: dict(kept.key_fields) for key, kept in network.cache_keys.items()})
             for spec, network in zip(run.specs, run.networks, strict=True)
         ]
-        device = "cpu" if is_cpu else "gpu:0"  # the one that Ray lets the worker see
+        device = "cpu" if is_cpu else "gpu:0"  # the only one that Ray shows the worker
         left, arguments = set(cells), (order, device, run.batch_size, share.cores, run.remote)
         with closing(self.mapped(list(_tables(run, cells, share)), arguments, share)) as answers:
             for found in answers:
-                if left.issuperset(found.rows):  # else it came before, and again after a retry
+                if left.issuperset(found.rows):  # otherwise a repeat after a retry
                     left.difference_update(found.rows)
                     yield from _batches(run, found, share)
         if left:
-            raise ExtractionError(
-                f"Ray gave back {len(cells) - len(left):,} of {len(cells):,} rows. Run it again to go on."
-            )
+            raise ExtractionError(f"Ray didn't return {len(left):,} of {len(cells):,} rows. Run it again to resume.")
 
     def _begin(self) -> None:
-        """Join the cluster that is there; else start one, which listens to nobody else."""
+        """Join the existing cluster, or start a private one."""
         self._ray, call = self.enter_context(isolation.quiet_ray())
         self.callback(setattr, self, "_ray", None)
         if self._ray.is_initialized():
@@ -131,7 +125,7 @@ class RayExecutor(ExitStack):
         address = address_of_cluster()
         options: dict[str, Any] = {"address": address or "local", "log_to_driver": False, "configure_logging": False}
         if not address:
-            # Private, as Ray opens its own to all. Its sockets lie there, whose paths the system allows 100 characters.
+            # Private, because Ray's own folder is open to all; short, because paths of sockets have a length limit.
             short = "/tmp" if Path("/tmp").is_dir() else None  # noqa: S108 - mkdtemp makes a private folder there
             self._folder = tempfile.mkdtemp(prefix="nbfeat-", dir=short)
             options |= {"num_cpus": cpu_count.available_cores(), "object_store_memory": STORE}
@@ -139,52 +133,44 @@ class RayExecutor(ExitStack):
         self.callback(call, self._end)
         try:
             call(self._ray.init, **options)
-        except Exception as error:  # Ray raises nothing else where a busy machine took more than half a minute
+        except Exception as error:  # Ray raises a plain Exception if a busy machine takes over half a minute
             if address:
                 raise RequestError(
-                    f"The Ray cluster at {address} cannot be joined: {_line(error, 0)}. If it asks for a token, set "
-                    "RAY_AUTH_MODE=token; RAY_ADDRESS=local starts a cluster of this machine alone."
+                    f"Can't connect to the Ray cluster at {address}: {_line(error, 0)}. If it requires a token, set "
+                    "RAY_AUTH_MODE=token; set RAY_ADDRESS=local to start a cluster on this machine only."
                 ) from error
-            raise NetworkError(
-                f"No Ray cluster could be started here: {_line(error)}. Run it again, or leave --on away."
-            ) from error
+            raise NetworkError(f"Ray didn't start: {_line(error)}. Run it again, or drop `on`.") from error
 
     def _end(self) -> None:
-        self._ray.shutdown(wait_for_processes=True)  # one that was joined stays as it is
+        self._ray.shutdown(wait_for_processes=True)  # leaves an existing cluster running
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder = ""
 
     def share(self, *, gpu: bool) -> Share:
-        """Share what the cluster has: a worker for each GPU, else at least two on each node that has as many cores."""
+        """Divide the cluster: one worker per GPU, or at least two per node if it has two cores."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         sizes = [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
         sizes = [(cpus, gpus) for cpus, gpus in sizes if cpus and (gpus or not gpu)]
         if not sizes:
-            raise RequestError(
-                f"The Ray cluster has no {'GPU' if gpu else 'CPU'}. Use another --device, or leave --on away."
-            )
+            raise RequestError(f"The Ray cluster has no {'GPU' if gpu else 'CPU'}. Change `device`, or drop `on`.")
         if gpu:
             return Share(sum(gpus for _, gpus in sizes), max(1, min(cpus // gpus for cpus, gpus in sizes)), 1)
         cores = max(1, min(MOST_CORES, min(cpus for cpus, _ in sizes) // 2))
         return Share(sum(cpus // cores for cpus, _ in sizes), cores)
 
     def describe(self, share: Share) -> str:
-        """Say where it runs."""
+        """Describe the cluster for the report."""
         machines = sum(bool(node["Alive"]) for node in self._ray.nodes())
-        where = "started here" if self._folder else f"of {machines:,} machine{'s' if machines > 1 else ''}"
+        where = "started on this machine" if self._folder else f"of {machines:,} machine{'s' if machines > 1 else ''}"
         cores = f"{share.cores} core{'s' if share.cores > 1 else ''}"
-        return f"Ran on Ray {self._ray.__version__}, a cluster {where}: {share.workers:,} workers of {cores} each."
+        return f"Ran on a Ray {self._ray.__version__} cluster {where}: {share.workers:,} workers with {cores} each."
 
     def mapped(self, tables: Sequence[Table], order: tuple[Any, ...], share: Share) -> Generator[Found, None, None]:
-        """Yield what workers find out about `tables`, in any order; close it to cancel what is under way."""
+        """Yield the findings of workers about `tables`, in any order; close it to cancel."""
         made = self._ray.data.from_items(tables, override_num_blocks=len(tables)).map_batches(
-            Worker,
-            fn_constructor_args=order,
-            batch_size=1,
+            Worker, fn_constructor_args=order, batch_size=1, num_cpus=share.cores, num_gpus=share.gpus,
             compute=self._ray.data.ActorPoolStrategy(min_size=1, max_size=share.workers, initial_size=share.workers),
-            num_cpus=share.cores,
-            num_gpus=share.gpus,
-        )
+        )  # fmt: skip
         made.context.enable_progress_bars = False
         made.context.max_consecutive_actor_init_deaths = DEATHS
         try:
@@ -193,21 +179,19 @@ class RayExecutor(ExitStack):
                     yield from batch["item"]
         except (self._ray.exceptions.RayError, RuntimeError, OSError) as error:
             raise NetworkError(
-                f"The Ray cluster gave up: {_line(error)}. Run it again to go on, or leave --on away."
+                f"The Ray cluster failed: {_line(error)}. Run it again to resume, or drop `on`."
             ) from error
 
 
 def address_of_cluster() -> str | None:
-    """Return the address that RAY_ADDRESS names, or that of a cluster which this user began here with `ray start`."""
-    # Others on this machine are not joined: they were started by a program for itself, and may end with it.
+    """Return the address in RAY_ADDRESS, or that of a cluster that this user started here with `ray start`."""
+    # Other clusters on this machine belong to a program and may end with it.
     if named := os.environ.get("RAY_ADDRESS", ""):
         if re.fullmatch(r"[^/]+:\d+", named) and not _answers(named):
-            raise RequestError(
-                f"Nothing answers at {named}, which RAY_ADDRESS names. Start Ray there, or unset RAY_ADDRESS."
-            )
-        return None if named == "local" else named  # Ray's word for a cluster of one's own
-    file = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", "ray_current_cluster")  # where Ray has it
-    with suppress(OSError, AttributeError):  # none, or no Unix
+            raise RequestError(f"Nothing responds at RAY_ADDRESS={named}. Start Ray there, or unset RAY_ADDRESS.")
+        return None if named == "local" else named  # Ray's word for a new cluster
+    file = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray", "ray_current_cluster")  # written by Ray
+    with suppress(OSError, AttributeError):  # no cluster, or not Unix
         if file.stat().st_uid == os.getuid() and _answers(written := file.read_text(encoding="utf-8").strip()):
             return written
     return None
@@ -227,16 +211,16 @@ def _line(error: Exception, number: int = -1) -> str:
 
 @dataclass(slots=True)
 class Table:
-    """A few rows: absolute paths, addresses or what images hold."""
+    """A few rows: absolute paths, URLs or the content of images."""
 
     rows: list[int]
     images: list[str | bytes]
-    files: list[bytes]  # which file a path was where it comes from, else b""
-    done: list[NDArray[np.bool_]]  # for each network, which rows it need not run over
+    files: list[bytes]  # fingerprint of the file of a path on the sending machine, else b""
+    done: list[NDArray[np.bool_]]  # for each network, the rows that it can skip
 
 
 def _cells(run: Run, rows: Sequence[int]) -> tuple[dict[int, tuple[str | bytes, bytes]], dict[int, str]]:
-    """Return images as they travel, with which file each was; and why others need not travel."""
+    """Return images as they are sent, each with the fingerprint of its file; and failures of others."""
     cells: dict[int, tuple[str | bytes, bytes]] = {}
     failures = {}
     for row in rows:
@@ -265,23 +249,23 @@ def _tables(run: Run, cells: Mapping[int, tuple[str | bytes, bytes]], share: Sha
 
 @dataclass(slots=True)
 class Found:
-    """What a worker found out about the rows of a table: batches, each with the place of its network."""
+    """The findings of a worker about the rows of a table: batches, each with the index of its network."""
 
     rows: list[int]
-    differs: list[str]  # what is another there than here
-    error: NbfeatError | None = None  # that stops the run: a worker that raises would be started again
+    differs: list[str]  # names of what differs between the worker and this machine
+    error: NbfeatError | None = None  # that stops the run; Ray would restart a worker that raises
     timings: Timings = field(default_factory=Timings)
     batches: list[tuple[int | None, Batch]] = field(default_factory=list)
 
 
 def _batches(run: Run, found: Found, share: Share) -> Iterator[Batch]:
-    """Yield the batches that were `found`, without images that another table had first."""
+    """Yield the batches that were `found`, without duplicates of images from other tables."""
     if found.error:
         raise found.error
     if found.differs:
         run.note(
-            f"Workers have another {listing(found.differs)} than this machine: the same image may give slightly other "
-            "numbers here, and what they computed is not kept in the cache."
+            f"Workers have a different {listing(found.differs)} from this machine: the same image may give slightly "
+            "different numbers here, and their features are not cached."
         )
     for name, seconds in asdict(found.timings).items():
         setattr(run.timings, name, getattr(run.timings, name) + seconds / share.workers)
@@ -301,16 +285,13 @@ def _batches(run: Run, found: Found, share: Share) -> Iterator[Batch]:
 
 
 class Worker:
-    """What runs in each process of a cluster: networks that are opened once, and rows that come in tables.
-
-    Of each network it gets the spec, the pixels, the precision, and the fields of its cache keys where the run is.
-    """
+    """Computes tables of rows with `networks`: for each, spec, pixels, precision, and cache-key fields of the run."""
 
     def __init__(
         self, networks: Sequence[Any], device: str, batch_size: int | None, cores: int, access: remote.Access | None
     ) -> None:
         cpu_count.take(cores)
-        self._access = access  # what may be fetched, whatever the environment here says
+        self._access = access  # from the machine of the run, not from the environment here
         self._networks, self._differs = list[NetworkState](), dict[str, None]()
         self._error: NbfeatError | None = None
         try:
@@ -326,18 +307,18 @@ class Worker:
             self._error = error
 
     def _compare(self, network: NetworkState, here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
-        """Take down what differs in ways that change numbers slightly; raise NetworkError for all else."""
+        """Record differences that change numbers slightly; raise NetworkError for others."""
         here, there = json.loads(json.dumps([dict(here), there]))  # lists, not tuples
         for name in sorted(name for name in {*here, *there} if here.get(name) != there.get(name)):
             if name not in SLIGHT:
                 raise NetworkError(
-                    f"{network.spec.network.title} would give other features on a worker, whose {name} is "
-                    f"{here.get(name)!r}, not {there.get(name)!r}. Give all machines the same nbfeat and files."
+                    f"{network.spec.network.title} would give different features on a worker: it has {name} "
+                    f"{here.get(name)!r}, not {there.get(name)!r}. Install the same nbfeat and files on all machines."
                 )
             self._differs[{"cpu": "CPU", "backend": "Keras backend", "keras": "Keras"}.get(name, name)] = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return what is found out about the one table in `batch`."""
+        """Compute the one table in `batch`."""
         table: Table = batch["item"][0]
         found = Found(table.rows, list(self._differs))
         try:
@@ -349,11 +330,10 @@ class Worker:
         return {"item": np.array([found], object)}
 
     def _compute(self, table: Table, found: Found) -> None:
-        """Run the networks that lack the rows of `table` over their images."""
         rows, length, there = table.rows, fingerprint.LENGTH, {}
         for image, file in zip(table.images, table.files, strict=True):
             here = fingerprint.seen(str(image)) if file else b""
-            if here[length:] == file[length:]:  # the same file, whose state is another one on each machine
+            if here[length:] == file[length:]:  # the same file, though its state differs between machines
                 there[here[:length]] = file[:length]
         for network, done in zip(self._networks, table.done, strict=True):
             network.done = done

@@ -1,4 +1,4 @@
-"""Recipe: all that it takes to repeat a result on other images, what its normalizations learned included."""
+"""Recipe: everything needed to repeat a result on other images, including its fitted normalization."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ from nbfeat.parquet import dataset, result_file
 from nbfeat.parquet.location import Location
 from nbfeat.parquet.result_file import AGAIN, RECIPE, Failure
 
-FORMAT = 1  # raised whenever what older versions of nbfeat read would mean something else
-LARGEST = 64_000_000  # bytes; readers of Parquet refuse 100 million in one entry of the footer
-# Another engine, machine or release gives the same features up to small differences; anything else gives others.
+FORMAT = 1  # raised whenever older versions of nbfeat would misread the recipe
+LARGEST = 64_000_000  # bytes; Parquet readers refuse 100 million in one entry of the footer
+# Fields that change the features only slightly (engine, machine, release); all others change them entirely.
 SLIGHT = frozenset({"engine", "backend", "keras", "decoders", "cpu", "beside"})
-_WORDS = {"engine": "", "backend": "", "keras": "Keras ", "decoders": ""}  # of those, with the words before the value
+_WORDS = {"engine": "", "backend": "", "keras": "Keras ", "decoders": ""}  # slight field → words before its value
 _HASH = 64  # hexadecimal digits of a SHA-256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PartRecipe:
-    """What it takes to repeat the columns that one block made of one image column."""
+    """Everything needed to repeat the columns of one block for one image column."""
 
     block: FeatureBlock
     column: Hashable  # of images
     prefix: str
-    width: int  # features per image before a projection
+    width: int  # features per image before PCA
     weights: Loaded
-    key_fields: Mapping[str, Any]  # everything that decides the features before any normalization, as plain values
+    key_fields: Mapping[str, Any]  # everything that decides the features before normalization, as plain values
     normalizer: Normalizer
 
     @property
     def precision(self) -> Precision:
-        """What the network computed in."""
+        """Number format that the network computed in."""
         return cast("Precision", self.key_fields["precision"])
 
     @property
     def names(self) -> list[str]:
-        """The names of the columns."""
+        """Names of the columns."""
         return column_names(self.prefix, self.block.components or self.width)
 
     def difference(self, network: NetworkState) -> str:
-        """Say why `network` would give other features; an empty string where it would not."""
+        """Say why `network` would give different features; empty if it wouldn't."""
         key = self.block.cut.key
         here = {**network.cache_keys[key].key_fields, "width": network.outputs[key].width}
         there = {**self.key_fields, "width": self.width}
@@ -64,35 +64,35 @@ class PartRecipe:
             was, now = _shown(there.get(name)), _shown(here.get(name))
             if name == "weights":
                 was, now = f"{self.weights.name} ({was})", f"{network.weights.name} ({now})"
-            return f"{self.prefix} was made with {name.replace('_', ' ')} {was}, and here it would be {now}"
+            return f"{self.prefix} was made with {name.replace('_', ' ')} {was}, but now has {now}"
         return ""
 
     def slight_differences(self, network: NetworkState) -> Iterator[str]:
-        """Say what is another here in ways that change the numbers slightly."""
+        """Name the differences that change the numbers slightly."""
         here, there = network.cache_keys[self.block.cut.key].key_fields, self.key_fields
         for name, words in _WORDS.items():
             if name in there and name in here and there[name] != here[name]:
                 yield f"{words}{there[name]} (here {here[name]})"
         if there.get("cpu") != here.get("cpu"):
-            yield "another CPU"
+            yield "a different CPU"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recipe:
-    """What an Extraction takes as `like`: parts with what they learned, and provenance for people."""
+    """A recipe for `like`: parts with fitted normalization, and provenance for people."""
 
     parts: tuple[PartRecipe, ...]
     provenance: Mapping[str, Any]  # `Extraction.recipe`, plain values
-    source: str = "the earlier result"  # what it is called in messages and reports
+    source: str = "the earlier result"  # its name in messages and reports
 
     @property
     def precision(self) -> str:
-        """What was computed in, in words where networks differ."""
+        """Number formats that the networks computed in, as text."""
         return listing(dict.fromkeys(part.precision for part in self.parts))
 
     @property
     def blocks(self) -> list[FeatureBlock]:
-        """What was extracted."""
+        """The feature blocks."""
         return list(dict.fromkeys(part.block for part in self.parts))
 
     @property
@@ -101,51 +101,48 @@ class Recipe:
         return list(dict.fromkeys(part.column for part in self.parts))
 
     def check(self, networks: list[NetworkState]) -> str:
-        """Say what differs slightly in `networks`, the open network of each part; raise RequestError for more."""
+        """Say what differs slightly in `networks`, one per part; raise RequestError if features would differ."""
         slight: dict[str, None] = {}
         for part, network in zip(self.parts, networks, strict=True):
             if difference := part.difference(network):
-                raise RequestError(
-                    f"{self.source} cannot be repeated: {difference}. Bring back what there was, or extract both "
-                    "frames anew."
-                )
+                way = "Restore the original, or extract both frames again."
+                raise RequestError(f"{self.source} can't be repeated: {difference}. {way}")
             slight |= dict.fromkeys(part.slight_differences(network))
-        here = "the same image may give slightly other numbers here"
+        here = "the same image may give slightly different numbers here"
         return f"{self.source} was made with {listing(slight)}: {here}." if slight else ""
 
 
 def _shown(value: object) -> str:
-    """Return a hash by its first digits, any other value as it is, unless it is long."""
     if isinstance(value, str) and len(value) == _HASH:
         return f"SHA-256 {value[:12]}…"
     return repr(value)[:_HASH] + ("…" if len(repr(value)) > _HASH else "")
 
 
-Like = Any  # a result that is done, a Recipe, or the path of a Parquet file
+Like = Any  # a finished result, a Recipe, or the path of a Parquet file
 
 
 def to_repeat(
     like: Like | None, *, blocks: Sequence[object], fit_on: object, precision: str, defaults: Mapping[str, Any]
 ) -> Recipe | None:
-    """Return the recipe that is to be repeated, or None; nothing else may be asked for that the recipe decides."""
+    """Return the recipe to repeat, or None; raise RequestError for options that the recipe already decides."""
     if like is None:
         return None
     recipe = recipe_of(like)
     if blocks or defaults:
-        named = listing([*map(str, blocks), *(f"--{name.replace('_', '-')}" for name in defaults)])
-        raise RequestError(f"--like repeats the blocks of {recipe.source}: leave {named} away.")
+        named = listing(f"`{name}`" for name in [*blocks, *defaults])
+        raise RequestError(f"`like` repeats the blocks of {recipe.source}: drop {named}.")
     if fit_on is not None:
-        raise RequestError(f"--like repeats what {recipe.source} learned, and learns nothing: leave --fit-on away.")
+        raise RequestError(f"`like` uses the fitted normalization of {recipe.source}: drop `fit_on`.")
     if precision not in {"auto", recipe.precision}:
         raise RequestError(
-            f"{recipe.source} was computed in {recipe.precision}, and would give other features in {precision}: "
-            "leave --precision away, or extract both frames anew."
+            f"{recipe.source} was computed in {recipe.precision} and would give different features in {precision}: "
+            "drop `precision`, or extract both frames again."
         )
     return recipe
 
 
 def recipe_of(like: object) -> Recipe:
-    """Return the recipe of a result that is done, or of one in a Parquet file that nbfeat wrote."""
+    """Return the recipe of a finished result, or of a Parquet file that nbfeat wrote."""
     if isinstance(like, Recipe):
         return like
     if isinstance(like, str | os.PathLike):
@@ -156,18 +153,18 @@ def recipe_of(like: object) -> Recipe:
     if is_result(like):
         return cast("Recipe", like.fitted)
     raise RequestError(
-        f"--like takes a result of nbfeat, or a Parquet file that one was written to, not {type(like).__name__}. "
-        "Keep a result with `result = %extract …` or `result = nbfeat.extract(…)`."
+        f"`like` must be a result of nbfeat or the path of a Parquet file that it wrote, not {type(like).__name__}. "
+        "Save a result with `result = %extract …` or `result = nbfeat.extract(…)`."
     )
 
 
 def is_result(value: object) -> TypeGuard[Any]:
-    """Tell whether `value` is a result: an Extraction, or what `nbfeat.read` gives."""
+    """Tell whether `value` is an Extraction or a Result."""
     return hasattr(type(value), "fitted") and type(value).__module__.startswith("nbfeat.")
 
 
 def recipe_in(file: Path) -> tuple[Recipe, list[Failure]]:
-    """Return what a Parquet file that nbfeat wrote says of its features, checked."""
+    """Return the recipe and failures in a Parquet file that nbfeat wrote, after checking them."""
     footer = result_file.look(file)
     recipe, failures = unpack(footer.entries.get(RECIPE, b""), file.name)
     check_columns(file, recipe, footer.columns)
@@ -175,49 +172,49 @@ def recipe_in(file: Path) -> tuple[Recipe, list[Failure]]:
 
 
 def existing_file(path: str | Path) -> Path:
-    """Return the file of this path, or raise RequestError with near names."""
+    """Return this path if it is a file, or raise RequestError with similar names."""
     file = Path(path).expanduser().absolute()
     if file.is_file():
         return file
     siblings = (one.name for one in file.parent.glob("*.parquet"))
-    way = near(file.name, siblings) or f"Relative paths start at {Path.cwd()}; check this one."
-    raise RequestError(f"There is no file {os.fspath(path)!r}. {way}")
+    way = near(file.name, siblings) or f"Check the path; relative paths start at {Path.cwd()}."
+    raise RequestError(f"File not found: {os.fspath(path)!r}. {way}")
 
 
 def check_columns(file: Path, recipe: Recipe, columns: Sequence[str]) -> None:
-    """Raise RequestError unless each of the recipe's columns is there once."""
+    """Raise RequestError unless each of the recipe's columns exists exactly once."""
     counts = Counter(columns)
     for part in recipe.parts:
-        width = part.block.components or part.width  # which may be any number: look before so many names are made
+        width = part.block.components or part.width  # untrusted, so compare before making that many names
         if width > len(columns) or any(counts[name] != 1 for name in part.names):
             raise RequestError(
-                f"{file.name} has not the {width:,} columns {part.prefix}_0000 … that it says it has: it was changed "
-                f"after nbfeat wrote it. {AGAIN}"
+                f"{file.name} doesn't have the {width:,} columns {part.prefix}_0000 … that its recipe lists: it was "
+                f"changed after nbfeat wrote it. {AGAIN}"
             )
 
 
 class UnreadableError(ValueError):
-    """A text is not what `pack` writes; the message names what of it."""
+    """A text that `pack` didn't write; the message names the invalid part."""
 
 
 def pack(recipe: Recipe, failures: Iterable[Failure]) -> str:
-    """Write a recipe and failures as text; raise RequestError where it is too long for a footer."""
+    """Write a recipe and failures as text; raise RequestError if it is too long for a footer."""
     parts, lost = [_packed(part) for part in recipe.parts], list(failures)
     text = json.dumps({"format": FORMAT, "recipe": dict(recipe.provenance), "parts": parts, "failures": lost})
     if len(text) > LARGEST:
         sizes = {part["prefix"]: len(json.dumps(part)) for part in parts}
         largest = max(sizes, key=sizes.__getitem__)
         raise RequestError(
-            f"What {listing(sizes)} learned and {len(lost):,} failures take {format_bytes(len(text))} "
-            f"({largest}: {format_bytes(sizes[largest])}), more than the {format_bytes(LARGEST)} that a Parquet file "
-            f"should carry beside its columns. Use fewer --components, or --pooling avg; or write result.frame without "
-            "the recipe: result.frame.to_parquet(path)."
+            f"The fitted normalization of {listing(sizes)} and {len(lost):,} failures take {format_bytes(len(text))} "
+            f"({largest}: {format_bytes(sizes[largest])}), more than the {format_bytes(LARGEST)} that fit next to the "
+            "columns of a Parquet file. Use fewer `components` or `pooling='avg'`, or write the frame without the "
+            "recipe: `result.frame.to_parquet(path)`."
         )
     return text
 
 
 def unpack(text: bytes | str, source: str) -> tuple[Recipe, list[Failure]]:
-    """Read what `pack` wrote, from the file `source`; raise RequestError where anything of it is not so."""
+    """Read text that `pack` wrote to the file `source`; raise RequestError if any part of it is invalid."""
     way = AGAIN
     try:
         whole = json.loads(text)
@@ -231,32 +228,27 @@ def unpack(text: bytes | str, source: str) -> tuple[Recipe, list[Failure]]:
         reason = f"it was written by a newer nbfeat (format {number}, this one reads {FORMAT})"
         way = "Install that version to read it."
     except UnreadableError as error:
-        reason = f"{error} cannot be what nbfeat wrote"
+        reason = f"{error} can't have been written by nbfeat"
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
-        reason = f"what it says of its features cannot be read ({type(error).__name__})"
-    raise RequestError(f"{source} cannot be read as a result of nbfeat: {reason}. {way}")
+        reason = f"its recipe can't be read ({type(error).__name__})"
+    raise RequestError(f"{source} can't be read as a result of nbfeat: {reason}. {way}")
 
 
 def _packed(part: PartRecipe) -> dict[str, Any]:
     arrays = {name: getattr(part.normalizer, name) for name in ("shift", "stretch", "center", "axes")}
     return {
-        "block": str(part.block),
-        "images": str(part.column),
-        "prefix": part.prefix,
-        "width": part.width,
-        "weights": {"name": part.weights.name, "sha256": part.weights.sha256},
-        "key_fields": dict(part.key_fields),
+        "block": str(part.block), "images": str(part.column), "prefix": part.prefix, "width": part.width,
+        "weights": {"name": part.weights.name, "sha256": part.weights.sha256}, "key_fields": dict(part.key_fields),
         "unit_length": part.normalizer.unit_length,
         "arrays": {
             name: {"shape": list(array.shape), "float32": base64.b64encode(array.astype("<f4").tobytes()).decode()}
-            for name, array in arrays.items()
-            if array is not None
+            for name, array in arrays.items() if array is not None
         },
-    }
+    }  # fmt: skip
 
 
 def _unpacked(values: dict[str, Any]) -> PartRecipe:
-    """Read a part, whose arrays are those that `normalize.learn` makes for its block; all has to be as written."""
+    """Read a part; raise UnreadableError unless writing it gives the same values."""
     [block], width, key_fields = FeatureBlock.parse(values["block"]), values["width"], dict(values["key_fields"])
     shapes: dict[str, tuple[int, ...]] = {}
     if block.normalize in {"standard", "minmax"}:

@@ -1,4 +1,4 @@
-"""Report: what a result says of itself, drawn as text and as html; the words that it is put together from."""
+"""Report: the summary of a result, as text and as HTML."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 _POOLED = {"avg": "average", "max": "maximum", "gem": "generalized mean", "flatten": "flattened"}
 _HEAD = ("columns", "width", "from")
 _FAILURES = ("row", "image", "reason")
-_BOUNDS = {"reading": "reading", "decoding": "decoding", "network": "the network"}
 FAILURES_SHOWN = 10
 LONGEST = 90  # characters of a reason in plain text
 
-Row = tuple[str, int, str]  # the names of columns, how many, and what they were made from
+Row = tuple[str, int, str]  # names of columns, their number, and the steps that made them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,13 +35,12 @@ class Report:
     headline: str
     footer: str
     blocks: Sequence[Row] = ()
-    planned: Sequence[str] = ()  # in place of `blocks`, before there are columns
+    planned: Sequence[str] = ()  # instead of `blocks`, before columns exist
     total: int  # images
     failures: pd.DataFrame
     notes: Sequence[str] = ()
 
     def _failed(self) -> tuple[str, list[list[Any]]]:
-        """Say how many images failed, and where to read why; return row, image and reason of the first."""
         first = self.failures[["position", "image", "reason"]].head(FAILURES_SHOWN).to_numpy().tolist()
         return f"{len(self.failures):,} of {self.total:,} images failed and are NaN: see result.failures", first
 
@@ -59,7 +57,7 @@ class Report:
         return "\n".join([*lines, *self.notes, self.footer])
 
     def html(self) -> Html:
-        """Draw the report as html that needs no script and follows the theme."""
+        """Draw the report as HTML without scripts, in the colors of the theme."""
         parts = [paragraph(self.headline, strong=True)]
         if self.blocks:
             joint = "\N{NO-BREAK SPACE}…\N{NO-BREAK SPACE}"
@@ -73,13 +71,10 @@ class Report:
 
 
 def made_row(part: FeatureColumns, cached: int) -> Row:
-    """Say what became what: the names of the columns, how many, and the steps from pixels to features.
-
-    `cached` images had everything from the cache; where one network had more, its blocks say so.
-    """
+    """Describe columns and the steps that made them; `cached` images came from the cache for all networks."""
     block, names, output = part.block, part.names, part.output
     alpha = "" if block.alpha is None else f" {block.alpha:g}"
-    # What a file of the user's holds may be another network by now, or gone.
+    # The spec first: a user's file may have changed or gone since.
     size = part.network.spec.size if part.network else block.size or find(block.backbone).size
     steps = [f"{size} px {block.resize}", f"{title_of(block)}{alpha}{_weights(part)}"]
     if output:
@@ -93,7 +88,7 @@ def made_row(part: FeatureColumns, cached: int) -> Row:
 
 
 def read_row(part: PartRecipe) -> Row:
-    """Say which columns were read, and what they were made from."""
+    """Describe columns that were read from a file."""
     return _spanned(part.names), len(part.names), f"{part.column}: {briefly(part.block)}"
 
 
@@ -102,43 +97,38 @@ def _spanned(columns: Sequence[str]) -> str:
 
 
 def title_of(block: FeatureBlock) -> str:
-    """Return what a block's backbone is called: of a file, the name without its folders."""
+    """Return the name of a block's backbone; for a file, without its folders."""
     return Path(block.backbone).name if block.backbone.endswith(SUFFIXES) else block.backbone
 
 
 def briefly(block: FeatureBlock) -> str:
-    """Write a block as %extract takes it, but a file without its folders."""
+    """Write a block as text, but a file without its folders."""
     return str(block).replace(quoted(block.backbone), quoted(title_of(block)), 1)
 
 
 def _weights(part: FeatureColumns) -> str:
-    """Say which weights, where the name of the network does not."""
-    if (
-        not part.network
-        or part.network.spec.backbone == NAME
-        or (name := part.network.weights.name) == title_of(part.block)
-    ):
+    name = part.network.weights.name if part.network and part.network.spec.backbone != NAME else ""
+    if name == title_of(part.block):
         return ""
     return " (bundled, small)" if name == "bundled" else f" ({name} weights)" if name else ""
 
 
 def normalization_notes(parts: Sequence[FeatureColumns], *, repeats: Recipe | None, fit_rows: int | None) -> list[str]:
-    """Say what learned normalizations learned from, and what GeM lost."""
+    """Say which rows normalization was fitted on, and where GeM pooling lost negative values."""
     notes = []
-    learned = [part.prefix for part in parts if part.block.is_learned]
+    fitted = [part.prefix for part in parts if part.block.is_learned]
     if repeats:
-        are = "is" if len(learned) == 1 else "are"
-        taken = f": {listing(learned)} {are} normalized by what was learned there, and" if learned else ";"
-        notes.append(f"Repeats {repeats.source}{taken} nothing was learned from these rows.")
-    elif learned and fit_rows is None:
+        names = f" Normalization of {listing(fitted)} was fitted there." if fitted else ""
+        notes.append(f"Repeats {repeats.source}; nothing was fitted on these rows.{names}")
+    elif fitted and fit_rows is None:
         notes.append(
-            f"{listing(learned)}: normalization learned from all rows, those you may test on included; "
-            "name the training rows with --fit-on."
+            f"{listing(fitted)}: Normalization was fitted on all rows, including any test rows; name the training rows "
+            "with `fit_on`."
         )
-    elif learned:
-        notes.append(f"{listing(learned)}: normalization learned from {fit_rows:,} rows.")
+    elif fitted:
+        notes.append(f"{listing(fitted)}: Normalization was fitted on {fit_rows:,} rows.")
     if lost := [part.prefix for part in parts if (cut := part.output) and cut.pooling == "gem" and cut.negative]:
-        notes.append(f"{listing(lost)}: GeM counts values below zero as zero, and this layer has some.")
+        notes.append(f"{listing(lost)}: GeM pooling treats negative values as zero, and this layer has some.")
     for part in parts:
         rank, count = part.normalizer.rank if part.normalizer else 0, len(part.names)
         if part.block.normalize == "whiten" and rank < count:
@@ -147,30 +137,28 @@ def normalization_notes(parts: Sequence[FeatureColumns], *, repeats: Recipe | No
 
 
 def headline(subject: str, step: Step, preparing: float) -> str:
-    """Say in one line how it went with `subject` of all images, up to `step`."""
+    """Summarize the run up to `step` in one line."""
     took = f"{subject} {step.total:,} images in {step.seconds:,.1f} s"
     computed = step.done - step.cached - step.failed
     if step.cached and not computed:
         return f"{took}, {'all' if step.cached == step.total else f'{step.cached:,}'} {step.kept}"
-    speed = f"({pace(step.images_per_second)})"
     if step.cached:
         took += f": {step.cached:,} {step.kept}, {computed:,} computed"
-    if preparing > 1:
-        speed += f", {preparing:,.1f} s of them to prepare the network"
-    return f"{took} {speed}"
+    loading = f"{preparing:,.1f} s to load the network, then " if preparing > 1 else ""
+    return f"{took} ({loading}{pace(step.images_per_second)})"
 
 
 def pace(rate: float) -> str:
-    """Return images per second as people read it; a large network on few images must not be told as none a second."""
+    """Write images per second, with two digits for slow networks."""
     return f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s"
 
 
 def footer(engines: Sequence[str], precision: str, bottleneck: str | None) -> str:
-    """Say what ran it, and what bounded its speed."""
-    bound = f" · bounded by {_BOUNDS[bottleneck]}" if bottleneck else ""
-    return f"{listing(engines) or 'nothing ran'} · {precision}{bound}"
+    """Name the engines, the precision and the bottleneck."""
+    limit = f" · bottleneck: {bottleneck}" if bottleneck else ""
+    return f"{listing(engines) or 'no network was run'} · {precision}{limit}"
 
 
 def indented(text: str) -> str:
-    """Set every line of `text` in by two spaces."""
+    """Indent every line of `text` by two spaces."""
     return "\n".join("  " + line for line in text.splitlines())

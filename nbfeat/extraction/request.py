@@ -1,4 +1,4 @@
-"""Read what was asked for, and check it before anything is started: frame, blocks, rows to learn from, and place."""
+"""Request: the arguments of an extraction, read and checked before anything is started."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ LARGEST_BATCH = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Request:
-    """What was asked for, checked."""
+    """The checked arguments of an extraction."""
 
     frame: pd.DataFrame
     blocks: list[FeatureBlock]
     columns: list[Hashable]  # of images
-    parts: list[FeatureColumns]  # of each block and image column
+    parts: list[FeatureColumns]  # for each block and image column
     specs: list[tuple[NetworkSpec, PixelSpec]]
     images: list[object]  # the cells of the first image column, then those of the next
-    fit_rows: NDArray[np.bool_] | None  # to learn normalizations from; None for all
+    fit_rows: NDArray[np.bool_] | None  # used to fit normalization; None for all
     repeats: Recipe | None
     root: Path
     replace: bool
@@ -57,63 +57,44 @@ class Request:
 
     @property
     def fit_count(self) -> int | None:
-        """How many rows normalizations learn from; None for all."""
+        """Number of rows used to fit normalization; None for all."""
         return None if self.fit_rows is None else int(self.fit_rows.sum())
 
     def images_of(self, column: Hashable) -> slice:
-        """Return which of all images are those of `column`."""
+        """Return the positions of the images of `column` among all images."""
         start = self.columns.index(column) * len(self.frame)
         return slice(start, start + len(self.frame))
 
 
 def read_request(
-    frame: Frame,
-    blocks: Sequence[Blocks],
-    defaults: Mapping[str, Any],
-    *,
-    images: Hashable | Sequence[Hashable] | None,
-    fit_on: str | Sequence[bool] | None,
-    like: Like | None,
-    root: str | Path | None,
-    replace: bool,
-    batch_size: int | str,
-    device: str,
-    precision: str,
-    on: str | None,
+    frame: Frame, blocks: Sequence[Blocks], defaults: Mapping[str, Any], *,
+    images: Hashable | Sequence[Hashable] | None, fit_on: str | Sequence[bool] | None, like: Like | None,
+    root: str | Path | None, replace: bool, batch_size: int | str, device: str, precision: str, on: str | None,
     remote: bool,
-) -> Request:
-    """Read and check what was asked for; nothing is started."""
+) -> Request:  # fmt: skip
+    """Read and check the arguments of an extraction; nothing is started."""
     frame, checked = read_frame(frame), hardware.check_precision(precision)
     repeats = to_repeat(like, blocks=blocks, fit_on=fit_on, precision=precision, defaults=defaults)
     of_blocks = repeats.blocks if repeats else read_blocks(blocks, defaults)
-    asked = images if isinstance(images, list | tuple) else [images]
-    columns = [image_column(frame, column) for column in (repeats.columns if repeats and images is None else asked)]
+    given = images if isinstance(images, list | tuple) else [images]
+    columns = [image_column(frame, column) for column in (repeats.columns if repeats and images is None else given)]
     parts = plan_again(repeats, columns) if repeats else plan(of_blocks, columns)
     networks = networks_of(of_blocks)
     places(frame, [part for part in parts if part.is_sized], replace=replace)
     for part in parts:
         part.network_index = next(number for number, group in enumerate(networks.values()) if part.block in group)
     return Request(
-        frame=frame,
-        blocks=of_blocks,
-        columns=columns,
-        parts=parts,
-        specs=list(networks),
+        frame=frame, blocks=of_blocks, columns=columns, parts=parts, specs=list(networks), repeats=repeats,
         images=[value for column in columns for value in frame[column].tolist()],
         fit_rows=None if fit_on is None else rows_selected(frame, fit_on),
-        repeats=repeats,
-        root=Path(root or "").expanduser().absolute(),
-        replace=replace,
-        batch_size=None if batch_size == "auto" else whole("--batch-size", LARGEST_BATCH)(batch_size),
-        device=hardware.check_device(device),
-        precision=checked,
-        on=on,
-        remote=remote,
-    )
+        root=Path(root or "").expanduser().absolute(), replace=replace,
+        batch_size=None if batch_size == "auto" else whole("batch_size", LARGEST_BATCH)(batch_size),
+        device=hardware.check_device(device), precision=checked, on=on, remote=remote,
+    )  # fmt: skip
 
 
 def read_blocks(blocks: Sequence[Blocks], defaults: Mapping[str, Any]) -> list[FeatureBlock]:
-    """Read blocks from text, FeatureBlocks, and sequences of either."""
+    """Read blocks from text, FeatureBlocks and sequences of them."""
     found: list[FeatureBlock] = []
     for block in blocks:
         if isinstance(block, FeatureBlock):
@@ -124,19 +105,19 @@ def read_blocks(blocks: Sequence[Blocks], defaults: Mapping[str, Any]) -> list[F
             found += read_blocks(block, defaults)
         else:
             raise RequestError(
-                f"A block is text such as 'ResNet50 --pooling max', or a FeatureBlock, not {type(block).__name__}."
+                f"A block must be text like 'ResNet50 --pooling max' or a FeatureBlock, not {type(block).__name__}."
             )
     if not found:
         found += FeatureBlock.from_options([], defaults)
-    # The catalog's spelling, so that equal blocks are equal however they were written.
+    # Use the catalog's spelling, so that equal blocks compare equal.
     return [replace(block, backbone=find(block.backbone).name) for block in found]
 
 
 def read_frame(frame: Frame) -> pd.DataFrame:
-    """Return the DataFrame that `frame` is, that a Parquet file or folder of this path holds, or a dataset of Ray's."""
+    """Return `frame` as a DataFrame: itself, read from a Parquet file or folder, or from a Ray dataset."""
     if isinstance(frame, str | Path):
         frame = _read_parquet(frame)
-    elif (ray := sys.modules.get("ray.data")) is not None and isinstance(frame, ray.Dataset):  # whoever has one has it
+    elif (ray := sys.modules.get("ray.data")) is not None and isinstance(frame, ray.Dataset):
         frame = frame.to_pandas()
     check_frame(frame)
     return frame
@@ -147,25 +128,23 @@ def _read_parquet(path: str | Path) -> Any:
     from pyarrow import parquet
 
     shown, file = short(str(path)), Path(path).expanduser()
-    way = "Name one with the images in a column, or give a pandas DataFrame."
+    way = "Pass the path of one with a column of images, or a pandas DataFrame."
     if "://" in str(path):
-        raise RequestError(
-            f"A frame is read from a path of this machine, not from {shown}: give pandas.read_parquet(…) of it."
-        )
+        raise RequestError(f"A frame can't be read from the URL {shown}. Pass `pandas.read_parquet(…)` of it.")
     try:
         if (table := parquet.read_table(file)).column_names:
             return table.to_pandas()
         reason = "has no columns" if file.is_file() else "is a folder without Parquet files"
     except (FileNotFoundError, NotADirectoryError):
-        raise RequestError(f"There is no Parquet file or folder {shown} to read the frame from. {way}") from None
+        raise RequestError(f"Parquet file or folder not found: {shown}. {way}") from None
     except (pa.ArrowException, OSError, ValueError) as error:
         message = f"{error}".partition("\n")[0].partition(". ")[0].rstrip(".")
-        reason = f"cannot be read as Parquet ({short(message)})"
+        reason = f"can't be read as Parquet ({short(message)})"
     raise RequestError(f"{shown} {reason}. {way}")
 
 
 def check_frame(frame: object) -> None:
-    """Raise RequestError where `frame` is not a DataFrame that columns can be attached to."""
+    """Raise RequestError unless `frame` is a DataFrame that columns can be attached to."""
     import pandas as pd
 
     if not isinstance(frame, pd.DataFrame):
@@ -174,25 +153,25 @@ def check_frame(frame: object) -> None:
         raise RequestError(f"The frame must be a pandas DataFrame, not {kind}: use {way}.")
     if frame.columns.nlevels > 1:
         way = "frame.columns = ['_'.join(map(str, names)) for names in frame.columns]"
-        raise RequestError(f"The frame has MultiIndex columns: flatten them first, e.g. {way}.")
+        raise RequestError(f"The frame has MultiIndex columns. Flatten them first, e.g. {way}.")
 
 
 def rows_selected(frame: pd.DataFrame, fit_on: str | Sequence[bool]) -> NDArray[np.bool_]:
     """Return the mask of the rows that `fit_on` selects."""
     try:
         mask = np.asarray(frame.eval(fit_on, local_dict={}, global_dict={}) if isinstance(fit_on, str) else fit_on)
-    except Exception as error:  # the query is the user's: whatever it raises is about it
-        raise RequestError(f"--fit-on {fit_on!r} could not be evaluated on the frame: {error}. {_QUERY}") from error
+    except Exception as error:  # the user's query may raise anything
+        raise RequestError(f"`fit_on` {fit_on!r} can't be evaluated on the frame: {error}. {_QUERY}") from error
     if mask.shape != (len(frame),) or mask.dtype != bool:
         given = f"{mask.dtype} of shape {mask.shape} for {len(frame):,} rows"
-        raise RequestError(f"--fit-on must give one True or False per row; it gave {given}. {_QUERY}")
+        raise RequestError(f"`fit_on` must give True or False for each row, not {given}. {_QUERY}")
     if not mask.any():
-        raise RequestError("--fit-on selects no row at all. Check the query against the frame's values.")
+        raise RequestError("`fit_on` selects no rows. Compare the query with the values in the frame.")
     return mask
 
 
 def networks_of(blocks: Sequence[FeatureBlock]) -> dict[tuple[NetworkSpec, PixelSpec], list[FeatureBlock]]:
-    """Group blocks by network and pixels: those that share everything but cut, normalization and prefix run as one."""
+    """Group blocks by network and pixels: blocks that differ only in cut, normalization and prefix run as one."""
     groups: dict[tuple[NetworkSpec, PixelSpec], list[FeatureBlock]] = {}
     for block in blocks:
         pixels = PixelSpec(block.size or find(block.backbone).size, block.resize, block.interpolation)
@@ -204,7 +183,7 @@ def networks_of(blocks: Sequence[FeatureBlock]) -> dict[tuple[NetworkSpec, Pixel
 
 
 def network_spec(block: FeatureBlock, cuts: tuple[Cut, ...] = ()) -> NetworkSpec:
-    """Describe the network of `block`, cut at `cuts`; raise RequestError where it cannot be had so."""
+    """Describe the network of `block`, cut at `cuts`; raise RequestError if it isn't available with these options."""
     backbone = find(block.backbone)
     alpha = None if backbone.alphas and block.alpha == 1 else block.alpha  # the same network, so one key in the cache
     scaling, is_file = block.scaling or backbone.scaling, backbone.package == "file"

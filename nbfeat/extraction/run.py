@@ -1,8 +1,4 @@
-"""The work of an extraction: open the networks, take what the cache has, compute the rest, keep what is new.
-
-It knows images and rows of features; what they are columns of, and how they are normalized, is not its business. It is
-given an executor, which computes what the cache lacks: in this process, or by workers on a cluster.
-"""
+"""Run: load the networks, read cached features, compute the other ones and save them."""
 
 from __future__ import annotations
 
@@ -34,40 +30,35 @@ FIRST_REASONS = 3
 
 
 class Executor(AbstractContextManager[Any], Protocol):
-    """What reads images and runs networks over them; what it holds meanwhile ends with its block."""
+    """Reads images and runs networks over them, in this process or on a cluster; frees its resources as it exits."""
 
-    starts_workers: bool  # for each window of a run, so that windows should be larger
+    starts_workers: bool  # for each window of a run, so windows should be larger
 
     def run(self, run: Run, rows: Sequence[int]) -> Generator[Batch, None, None]:
-        """Yield batches until every row was in one for each network that lacks it, or has failed, or equals another."""
+        """Yield batches until every row has its features, failed, or is a duplicate of another."""
 
 
 class Run:
-    """The features of the images of a request, from the networks that it needs.
-
-    It works on a window of the images at a time: on all of them, unless `look_at` says which.
-    """
+    """Computes the features of the images of a request: all at once, or the window that `look_at` sets."""
 
     def __init__(self, request: Request, executor: Executor, *, cache: bool) -> None:
         self.images, self.root, self.specs = request.images, request.root, request.specs
         self.device, self.precision, self.batch_size = request.device, request.precision, request.batch_size
         self.remote, self.executor = Access.here() if request.remote else None, executor
         self.progress = Progress(len(self.images), len(self.specs))
-        self.timings = Timings()
         self.notes: list[str] = []
         self.networks: list[NetworkState] = []
-        self.keeps = False  # whether what is finished is in the cache
-        self.uses_cache = cache and bool(self.images)
-        self.cache = Cache(None)
-        self.seen: dict[bytes, int] = {}  # which image of the window had a content first
-        self.computed_elsewhere = False  # whether some of it has no use for the cache
+        self.keeps = False  # whether finished features are in the cache
+        self.timings, self.cache, self.uses_cache = Timings(), Cache(None), cache and bool(self.images)
+        self.seen: dict[bytes, int] = {}  # content → first image of the window that has it
+        self.computed_elsewhere = False  # whether some features can't be cached
         self._window: NDArray[np.int64] | None = None
-        self._slots: NDArray[np.int32] | None = None  # of the images of the window, in it
+        self._slots: NDArray[np.int32] | None = None  # position of each image in the window
         self._repeated = {part.network_index: part.repeats.precision for part in request.parts if part.repeats}
 
     @contextmanager
     def caching(self) -> Iterator[None]:
-        """Open the cache for the block, and let it go after it."""
+        """Open the cache, and close it on exit."""
         if not self.uses_cache:
             yield
             return
@@ -80,7 +71,7 @@ class Run:
             self.cache.close()
 
     def open(self) -> Iterator[str]:
-        """Make the networks ready, yielding sentences to show meanwhile."""
+        """Load the networks, yielding sentences about the progress."""
         start = time.perf_counter()
         devices, networks = hardware.choose_devices(self.device), []
         for number, (spec, pixels) in enumerate(self.specs):
@@ -100,14 +91,14 @@ class Run:
         self.timings.preparing += time.perf_counter() - start
 
     def repeat(self, precisions: Mapping[int, Precision]) -> None:
-        """Compute in what an earlier run computed in, for each network by its number; nothing is compared."""
+        """Use the precisions of an earlier run, by index of the network, without comparing."""
         self._repeated = dict(precisions)
 
     def look_at(self, window: NDArray[np.int64]) -> None:
-        """Work on these images from now on; room for the features of so many is made by the caller."""
+        """Work on these images from now on; the caller allocates memory for their features."""
         self._window = window
-        self.seen.clear()  # features of the images before are not here any more
-        if self._slots is None:  # one for all windows: of other images nobody asks
+        self.seen.clear()  # features of the previous window are gone
+        if self._slots is None:  # reused by all windows
             self._slots = np.empty(len(self.images), np.int32)
         self._slots[window] = np.arange(len(window))
         for network in self.networks:
@@ -115,14 +106,14 @@ class Run:
             network.features.clear()
 
     def finished_before(self, images: NDArray[np.int64], reasons: dict[int, str]) -> None:
-        """Take these images for finished: an earlier run kept their features, or the `reasons` why there are none."""
+        """Mark images as finished whose features or failures (`reasons`) an earlier run saved."""
         for network in self.networks:
             network.done[images] = True
         self.progress.reasons.update(reasons)
         self.progress.recount([network.done for network in self.networks])
 
     def batches(self) -> Generator[Batch, None, None]:
-        """Yield what is in the cache already, then what has to be read; each batch was taken in before."""
+        """Yield cached features, then computed ones; each batch has been stored."""
         if not self.images:
             return
         self.cache.use(kept for network in self.networks for kept in network.cache_keys.values())
@@ -144,13 +135,12 @@ class Run:
                     yield batch
 
     def _take(self, batch: Batch) -> None:
-        """Put the features of a batch where they belong, and into the cache what is new."""
         if batch.network is not None:
             batch.network.take(batch.rows, batch.vectors, cached=batch.cached)
             self.note(batch.network.prepared.note)
         self.computed_elsewhere |= batch.computed_elsewhere
         for row in batch.failures:
-            for network in self.networks:  # which may have had its features from the cache
+            for network in self.networks:  # it may have cached features
                 network.forget(row)
         for row, first in self.progress.take(batch):
             for network in self.networks:
@@ -160,7 +150,7 @@ class Run:
         self.timings.keeping += time.perf_counter() - start
 
     def check_some_succeeded(self, columns: Sequence[Hashable]) -> None:
-        """Raise ExtractionError where all images failed, which are those of these `columns`."""
+        """Raise ExtractionError if all images, those of `columns`, failed."""
         reasons = self.progress.reasons
         if not self.images or len(reasons) < len(self.images):
             return
@@ -168,51 +158,50 @@ class Run:
         shown = "; ".join(f"{name_of(self.images[row])}: {reason}" for row, reason in first)
         way = f"Check the values of column {listing(map(repr, columns))}."
         if all(reason.startswith("no such file") for reason in reasons.values()):
-            way = f"Relative paths start at {self.root}: set another folder with --root."
+            way = f"Relative paths start at {self.root}: set a different folder with `root`."
         if set(reasons.values()) == {NOT_ALLOWED}:
-            way = "Say so where they are addresses that you trust."
+            way = "Pass `allow_remote=True` if you trust these URLs."
         raise ExtractionError(sentences(f"None of the {len(self.images):,} images could be read. {shown}.", way))
 
     def forget(self) -> None:
-        """Take no features for finished any more; the next batches bring them again, from the cache where they can."""
+        """Mark all images as unfinished, so that the next batches compute them again or read them from the cache."""
         for network in self.networks:
             network.done[:] = False
         self.progress.equal = 0
 
     def note(self, text: str) -> None:
-        """Take down what the report should say, once."""
+        """Add a sentence to the report, once."""
         if text and text not in self.notes:
             self.notes.append(text)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """How far a run is, after one batch of images."""
+    """Progress of a run after a batch of images."""
 
-    done: int  # images finished, failed ones and those from the cache too
+    done: int  # finished images, including failed and cached ones
     total: int
     failed: int
-    cached: int  # images whose features came from the cache, or were in files already
+    cached: int  # images whose features came from the cache or were already in files
     seconds: float  # of work so far
     images_per_second: float
     seconds_left: float | None
     bottleneck: Bottleneck | None
     note: str = ""  # what is being prepared, before the first batch
-    kept: str = "from the cache"  # where the cached ones were
+    kept: str = "from the cache"  # where the cached features came from
 
 
 class Progress:
-    """The count of a run over `images` images, each of which needs the features of several `networks`."""
+    """Counts the finished images of a run; each image needs the features of all `networks`."""
 
     def __init__(self, images: int, networks: int) -> None:
-        self.done = 0  # finished, failed ones too
-        self.cached = 0  # have all their features from the cache, or from files of an earlier run
-        self.equal = 0  # share the features of another of the same content
-        self.reasons: dict[int, str] = {}  # an image that failed → why
-        # How many networks' features are still to come.
-        self._lacking: NDArray[np.int32] = np.full(images, networks, np.int32)
+        self.done = 0  # including failed ones
+        self.cached = 0  # all features from the cache or from files of an earlier run
+        self.equal = 0  # duplicates, which share features
+        self.reasons: dict[int, str] = {}  # failed image → reason
+        self._lacking: NDArray[np.int32] = np.full(images, networks, np.int32)  # number of networks still to run
         self._computed = np.zeros(images, bool)
-        self._waiting: dict[int, int] = {}  # an image → the one of the same content that it waits for
+        self._waiting: dict[int, int] = {}  # image → the one with the same content that it waits for
 
     @property
     def ok(self) -> NDArray[np.bool_]:
@@ -222,7 +211,7 @@ class Progress:
         return good
 
     def recount(self, done: Sequence[NDArray[np.bool_]]) -> None:
-        """Count again from what each network has `done`: an interrupt may have come between placing and counting."""
+        """Count again from `done`, in case an interrupt came between storing and counting."""
         lacking = np.zeros(len(self._lacking), np.int32)
         for mask in done:
             lacking += ~mask
@@ -233,12 +222,12 @@ class Progress:
         self.done, self.cached = int(np.count_nonzero(lacking == 0)), int(np.count_nonzero(cached))
 
     def left(self, window: NDArray[np.int64] | None = None) -> list[int]:
-        """Return the images, of a `window` or of all, that are not finished, in order."""
+        """Return the unfinished images, or those of a `window`, in order."""
         left = np.flatnonzero(self._lacking) if window is None else window[self._lacking[window] > 0]
         return list(left.tolist())
 
     def take(self, batch: Batch) -> list[tuple[int, int]]:
-        """Count a batch; return pairs of images, of which the first now shares the features of the second."""
+        """Count a batch; return pairs of images where the first now shares the features of the second."""
         for row, reason in batch.failures.items():
             self._fail(row, reason)
         if batch.rows:
@@ -274,7 +263,7 @@ class Progress:
 def cache_lookup(
     images: Sequence[object], rows: Sequence[int], networks: Sequence[NetworkState], root: Path, cache: Cache
 ) -> Iterator[Batch]:
-    """Yield what `cache` has of those `rows` whose files have not changed: by their state, without reading them."""
+    """Yield cached features and failures of `rows` whose file state is unchanged, without reading the files."""
     for start in range(0, len(rows), ROWS_AT_ONCE):
         some = rows[start : start + ROWS_AT_ONCE]
         states = {row: state for row in some if (state := state_of(images[row], root))}
@@ -293,7 +282,6 @@ def cache_lookup(
 
 
 def _found(network: NetworkState, images: dict[int, bytes], cache: Cache) -> Batch:
-    """Return the features that all outputs of `network` have of `images`."""
     wanted = set(images.values())
     found = {key: cache.vectors(kept, wanted) for key, kept in network.cache_keys.items()}
     whole = {image for image in wanted if all(image in vectors for vectors in found.values())}

@@ -1,9 +1,4 @@
-"""Where the features of a run go, and when: into matrices that become columns, or into the parts of a dataset.
-
-A dataset is never all in memory: a frame is worked through part by part, each a file. What is in files is not computed
-again, whatever stopped the run before. Standardization and min-max, which learn from all rows, take two passes:
-features as the network gives them are set aside first, and then normalized.
-"""
+"""Sinks, where features go: MemorySink makes columns in memory, DatasetSink writes Parquet files part by part."""
 
 from __future__ import annotations
 
@@ -36,17 +31,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BYTES = 64_000_000  # of features in one part
-LEAST_ROWS, MOST_ROWS = 512, 8192  # in one part, which is what is lost at most when a process is killed
-LARGER = 3  # times as much in one part on a cluster, where each has new workers, which take seconds to start
+LEAST_ROWS, MOST_ROWS = 512, 8192  # in one part; at most one part is lost if the process is killed
+LARGER = 3  # times larger parts on a cluster, where each starts new workers, which takes seconds
 LONGEST = 10_000  # characters of a path
 
 
 class MemorySink:
-    """Take the features of all images of `run` in memory, and attach them to the frame when the last is there."""
+    """Collects the features of all images of `run` in memory, then attaches them to the frame."""
 
-    place = "of memory"  # where the features are, in words
-    kept_words = "from the cache"  # where those are that need not be computed
-    kept = 0  # images whose features it keeps for another run
+    place = "of memory"  # where the features are, for messages
+    kept_words = "from the cache"  # where existing features come from
+    kept = 0  # number of images whose features it saves for another run
 
     def __init__(self, run: Run, request: Request) -> None:
         self._run, self._request, self._parts = run, request, request.parts
@@ -59,20 +54,20 @@ class MemorySink:
         return self._frame
 
     def held(self) -> AbstractContextManager[None]:
-        """Keep others from writing there: nobody can."""
+        """Lock nothing: memory isn't shared."""
         return nullcontext()
 
     def make_room(self) -> None:
-        """Take the memory for all features."""
+        """Allocate memory for all features."""
         for part in self._parts:
             part.make_room(len(self._run.images))
 
     def batches(self) -> Generator[Batch, None, None]:
-        """Work until all images are finished, and yield each batch; ask no more to stop."""
+        """Work until all images are finished, yielding each batch."""
         yield from self._run.batches()
 
     def finish(self) -> None:
-        """Normalize, and attach the columns."""
+        """Normalize the features and attach the columns."""
         with self._run.timings.while_attaching():
             raw = [part.raw(self._request.images_of(part.column)) for part in self._parts]
             good, fit_rows = self._run.progress.ok, self._request.fit_rows
@@ -82,7 +77,7 @@ class MemorySink:
             try:
                 self._attach(raw)
             except BaseException:
-                self._run.forget()  # rows may be half normalized, in place
+                self._run.forget()  # some rows may already be normalized in place
                 raise
 
     def _attach(self, raw: Sequence[NDArray[np.float32]]) -> None:
@@ -94,17 +89,13 @@ class MemorySink:
             part.replaced = bool(there)
         self._frame = attach(frame, [part.frame(frame.index) for part in self._parts], where)
         for network in self._run.networks:
-            network.features.clear()  # what no part holds may go
+            network.features.clear()  # frees those that no part uses
 
 
 class DatasetSink:
-    """Write the features of `run` to files at `path`, part by part; `describe` gives what recipes tell people.
+    """Writes the features of `run` to files at `path`; raw features first if normalization is fitted on all rows."""
 
-    Nothing is written yet; RequestError says what cannot be. Where columns may be replaced, what another request left,
-    or what is finished, is made anew.
-    """
-
-    kept_words = "in files already"
+    kept_words = "already in files"
 
     def __init__(self, path: str | Path, run: Run, request: Request, describe: Callable[[], Mapping[str, Any]]) -> None:
         self._location, self._run, self._parts, self._describe = Location.at(path), run, request.parts, describe
@@ -118,14 +109,13 @@ class DatasetSink:
         dropped = _made_before(frame, prefixes, replace=request.replace)
         self._own, note = dataset.own_columns(frame, images=self._columns, made=prefixes, dropped=dropped)
         self._dataset = Dataset(self._location, self._identity(len(frame), request.repeats), replace=request.replace)
-        self._rows, self._now = len(frame), -1  # the part that is worked on
-        self.was_finished, self.files, self.bytes = False, 0, 0  # those when all is written
-        with suppress(FileNotFoundError):  # another process is at work there, of which `held` tells
+        self._rows, self._now = len(frame), -1  # the current part
+        self.was_finished, self.files, self.bytes = False, 0, 0
+        with suppress(FileNotFoundError):  # another process is writing there, which `held` reports
             self._dataset.survey()
         run.note(note)
 
     def _identity(self, rows: int, repeats: Recipe | None) -> dict[str, Any]:
-        """Return what tells a dataset from others, as plain values."""
         table, images, fit_on = self._own, self._run.images, self._fit_on
         return {
             "rows": rows,
@@ -141,7 +131,7 @@ class DatasetSink:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep others from writing for the block; look at what is there, and obey what it was computed in."""
+        """Lock the location; look at existing files and use their precision."""
         with self._location.held():
             self._dataset.survey()
             if (recipe := self._recipe()) and not self._run.networks:
@@ -154,39 +144,39 @@ class DatasetSink:
 
     def _obey(self, recipe: Recipe) -> None:
         if self._run.precision not in {"auto", recipe.precision}:
-            self._dataset.refuse(f"they were computed in {recipe.precision}, and {self._run.precision} is asked for")
+            self._dataset.refuse(f"they were computed in {recipe.precision}, not {self._run.precision}")
             return
         pairs = zip(self._parts, recipe.parts, strict=True)
         self._run.repeat({part.network_index: made.precision for part, made in pairs})
 
     @property
     def kept(self) -> int:
-        """How many images have their features in files."""
+        """Number of images whose features are in files."""
         there, columns = self._dataset.there.items(), len(self._columns)
         return sum(len(self._dataset.rows(number)) * columns - len(part.failures) for number, part in there)
 
     @property
     def sentence(self) -> str:
-        """Say where the features are, when all is written, and how to read them."""
+        """Where the written features are, and how to read them."""
         there = f"{self.files:,} {'file' if self.files == 1 else 'files'}, {format_bytes(self.bytes)}"
-        was = " All was there, and nothing was computed." if self.was_finished else ""
-        return f"In {self.address}: {there}.{was} nbfeat.read({self.address!r}) reads it."
+        was = " Everything was already computed." if self.was_finished else ""
+        return f"Written to {self.address}: {there}.{was} Read it with `nbfeat.read({self.address!r})`."
 
     @property
     def frame(self) -> pd.DataFrame:
-        """The frame is not in memory."""
+        """Raises ExtractionError: the frame isn't in memory."""
         raise ExtractionError(
-            f"The features are in {self.address}, none in memory: nbfeat.read({self.address!r}) reads them."
+            f"The features are in {self.address}, not in memory. Read them with `nbfeat.read({self.address!r})`."
         )
 
     def make_room(self) -> None:
-        """Take no memory yet: each part takes its own."""
+        """Do nothing: each part allocates its own memory."""
 
     def finish(self) -> None:
-        """Leave it as it is: all is written."""
+        """Do nothing: everything is written."""
 
     def batches(self) -> Generator[Batch, None, None]:
-        """Work until all files are there, and yield each batch; ask no more to stop."""
+        """Work until all files are written, yielding each batch."""
         self._begin()
         self.was_finished = self._dataset.is_finished
         if not self.was_finished:
@@ -195,16 +185,16 @@ class DatasetSink:
                     yield from self._compute(number)
                     self._keep(number)
             if self._run.images and len(self._run.progress.reasons) == len(self._run.images):
-                self._dataset.clear()  # there is nothing to keep
+                self._dataset.clear()
                 return
             if self._dataset.raw or any(part.normalizer is None for part in self._parts):
                 yield from self._normalize()
         self.files, self.bytes = self._dataset.finish()
 
     def _begin(self) -> None:
-        """Compare with the networks that are open, decide how many rows a file has, and write the manifest."""
+        """Compare existing files with the networks, choose the rows per file and write the manifest."""
         if recipe := self._recipe():
-            self._compare(recipe)  # which may find it of no use, so that no part is there any more
+            self._compare(recipe)  # may delete unusable files
         if not self._dataset.chunk:
             batch = max((network.prepared.batch_size for network in self._run.networks), default=1)
             widths = {part.source: part.raw_width for part in self._parts}.values()
@@ -226,11 +216,11 @@ class DatasetSink:
         pairs = zip(recipe.parts, networks, strict=True)
         if difference := next(filter(None, (made.difference(network) for made, network in pairs)), ""):
             self._dataset.refuse(difference)
-        elif not any(part.repeats for part in self._parts):  # of which that was told already
+        elif not any(part.repeats for part in self._parts):  # for which it was already reported
             self._run.note(recipe.check(networks))
 
     def _take_normalizers(self, recipe: Recipe | None) -> None:
-        """Take what is known without learning, or was learned when files were written."""
+        """Use normalizers that existing files were written with, or that need no fitting."""
         if recipe and self._dataset.parts:
             for part, made in zip(self._parts, recipe.parts, strict=True):
                 part.normalizer = made.normalizer
@@ -258,12 +248,11 @@ class DatasetSink:
         raw = [part.raw(slice(start, start + len(rows))) for part, start in zip(self._parts, starts, strict=True)]
         failures = [
             Failure(row - rows.start, str(column), name_of(self._run.images[at]), reasons[at])
-            for row in rows
-            for place, column in enumerate(self._columns)
+            for row in rows for place, column in enumerate(self._columns)
             if (at := place * self._rows + row) in reasons
-        ]
+        ]  # fmt: skip
         is_raw = any(part.normalizer is None for part in self._parts)
-        # Of copies, so that a file that cannot be written is written after all when the run goes on.
+        # Normalize copies, so that a file that couldn't be written can be written after resuming.
         matrices = raw if is_raw else normalized(self._parts, [matrix.copy() for matrix in raw])
         self._write(number, matrices, failures, raw=is_raw)
         self._now = -1
@@ -287,7 +276,6 @@ class DatasetSink:
                 self._dataset.write(number, self._own.slice(rows.start, len(rows)), by_prefix, recipe, failures)
 
     def _normalize(self) -> Iterator[Batch]:
-        """Learn from the features that were set aside, and write them normalized."""
         unknown = [part for part in self._parts if part.normalizer is None]
         learners = {part.prefix: normalize.Learner(part.block, part.raw_width) for part in unknown}
         for number in sorted(self._dataset.raw) if learners else ():
@@ -317,15 +305,15 @@ class DatasetSink:
         try:
             yield
         except OSError as error:
-            there = f"{len(self._dataset.there):,} of {self._dataset.count:,} files are finished and stay"
+            there = f"{len(self._dataset.there):,} of {self._dataset.count:,} files are finished"
             raise ExtractionError(
-                f"{self.address} could not be written: {error.strerror or error}. {there}: make room there, and "
-                "run the same again to go on."
+                f"{self.address} can't be written: {error.strerror or error}. {there}: free some space there, then run "
+                "it again to resume."
             ) from error
 
 
 def rows_together(widths: Iterable[int], batch: int, *, on_cluster: bool = False) -> int:
-    """Return how many rows make a part of features of these `widths`: whole batches."""
+    """Return the number of rows per part for features of these `widths`, in whole batches."""
     times = LARGER if on_cluster else 1
     rows = min(max(times * BYTES // (4 * sum(widths)), LEAST_ROWS), times * MOST_ROWS)
     return max(1, rows // batch) * batch
@@ -334,18 +322,16 @@ def rows_together(widths: Iterable[int], batch: int, *, on_cluster: bool = False
 def _check_learned(learned: Sequence[FeatureColumns], address: str, rows: int) -> None:
     if any(part.block.components for part in learned):
         raise RequestError(
-            "--components learns from all rows at once, which --parquet never has. Extract a sample of the rows "
-            f"without --parquet, and repeat it on all: --like sample --parquet {address}; or leave --components away."
+            "`components` must be fitted on all rows at once, but `parquet` never has them all in memory. Extract a "
+            f"sample without `parquet`, then repeat it on all rows with `like=sample` and `parquet={address!r}`; or "
+            "drop `components`."
         )
     if learned and not rows:
-        raise RequestError(
-            f"--normalize {learned[0].block.normalize} has no rows to learn from: the frame is empty. Leave it away, "
-            "or extract features of some images first."
-        )
+        how = learned[0].block.normalize
+        raise RequestError(f"`normalize={how!r}` has no rows to fit on: the frame is empty. Drop `normalize`.")
 
 
 def _made_before(frame: pd.DataFrame, prefixes: Sequence[str], *, replace: bool) -> set[int]:
-    """Return the positions of columns that the blocks of these `prefixes` make anew."""
     made = made_columns(frame)
     positions = {position for prefix in prefixes for position in made.get(prefix, ())}
     if replace:
@@ -355,7 +341,7 @@ def _made_before(frame: pd.DataFrame, prefixes: Sequence[str], *, replace: bool)
 
 
 def _digest_of_images(values: Iterable[object], root: Path) -> str:
-    """Return what tells these cells of an image column from others: paths by where they lead, others by content."""
+    """Return a digest of the cells of an image column: of absolute paths, or of the content of others."""
     hasher = hashlib.sha256()
     for value in values:
         try:
@@ -363,7 +349,7 @@ def _digest_of_images(values: Iterable[object], root: Path) -> str:
                 source = held(value)
                 content: Any = bytes(source) if isinstance(source, bytearray | memoryview) else source
                 text = "" if is_missing(source) else fingerprint.digest(content).hex()
-        except Exception:  # an address that is not read, or an image that is broken in one of many ways
+        except Exception:  # a URL that isn't read, or a broken image
             text = str(value)
         data = text[:LONGEST].encode(errors="surrogatepass")
         hasher.update(b"%d:%b" % (len(data), data))

@@ -1,4 +1,4 @@
-"""ImageFeatures: extraction as a transformer of scikit-learn."""
+"""ImageFeatures: extraction as a scikit-learn transformer."""
 
 from __future__ import annotations
 
@@ -26,56 +26,66 @@ _BLOCK_DEFAULTS = {"layer": None, "pooling": "avg", "normalize": "none", "compon
 
 
 class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # scikit-learn has no types
-    """Turn images into features of pretrained networks, as a step of a scikit-learn pipeline.
+    """A scikit-learn transformer from images to features of pretrained networks.
 
-    `fit` learns the normalizations that blocks ask for, from its rows alone; `transform` applies them. Features come
-    from the cache where an image was seen before: a grid search decodes each image once, or once in each worker.
+    `fit` fits normalization and PCA on its rows only; `transform` applies them. Features are cached, so a grid search
+    computes each image once (with ``n_jobs``, at most once per worker).
 
     Parameters
     ----------
-    blocks
-        What to extract: ``"ResNet50"``, ``"VGG16 --layer block4_pool --pooling max"``, a FeatureBlock, or a list of
-        them.
-    images
-        The column of X that holds images, or several; by default the only one, or the one that looks like images.
-    layer, pooling, normalize, components, weights
-        Block options for blocks that do not say otherwise, as in `nbfeat.extract`.
-    on_failure
-        What becomes of an image that cannot be read: ``"nan"``, a row of NaN, for a step that takes them
-        (``HistGradientBoostingClassifier``) or fills them (``SimpleImputer``); or ``"raise"``, an ExtractionError. A
-        fit of which every image fails raises in either case.
-    precision, device, batch_size, allow_remote, cache
-        As in `nbfeat.extract`; a pickle keeps them. In a worker of joblib (``n_jobs``) threads are the cores ÷ the
-        workers. Without the cache each `fit` and `transform` computes its images again.
+    blocks : str, FeatureBlock or list of them, default "ResNet50"
+        What to extract, e.g. ``"VGG16 --layer block4_pool --pooling max"``.
+    images : column name or list of column names, optional
+        Columns of X that hold images. By default the only column, or the column that looks like images.
+    layer : str or list of str, optional
+        Layer to cut the backbone at, for blocks that don't set one; several make several blocks.
+    pooling : {"avg", "max", "gem", "flatten"}, default "avg"
+        How a feature map becomes a vector, for blocks that don't set it.
+    normalize : {"none", "l2", "standard", "minmax", "whiten"}, default "none"
+        Normalization of the features, for blocks that don't set it.
+    components : int, optional
+        Number of columns to reduce the features to by PCA, for blocks that don't set it. By default no PCA.
+    weights : str or Path, optional
+        ``"imagenet"``, ``"bundled"``, ``"random"`` or a file, for blocks that don't set it. By default the backbone's.
+    on_failure : {"nan", "raise"}, default "nan"
+        Result for an image that can't be read: a row of NaN, or an ExtractionError. `fit` also raises if every image
+        fails.
+    precision : {"auto", "float32", "bfloat16", "float16"}, default "auto"
+        Number format that the network computes in. ``"auto"`` picks the fastest that agrees with float32.
+    device : str, default "auto"
+        ``"auto"``, ``"cpu"``, ``"gpu"`` or a numbered GPU such as ``"gpu:1"``.
+    batch_size : int or "auto", default "auto"
+        Images per batch, 1 to 4,096.
+    allow_remote : bool, default False
+        Fetch images from URLs.
+    cache : bool, default True
+        Whether to use cached features and save new ones.
 
     Attributes
     ----------
     recipe_ : Recipe
-        The blocks, the precision that was computed in, what was learned, and all that decides the numbers; `transform`
-        keeps to it, whatever the parameters are by then.
+        Blocks, precision, fitted normalization and everything else that decides the features. `transform` uses it even
+        if parameters have changed.
     failures_ : DataFrame
-        The images of the last `fit` that gave no features: position, column, image, reason. It is not pickled.
+        Images of the last `fit` without features: position, column, image and reason. It isn't pickled.
     n_features_in_ : int
-        How many columns X had in `fit`.
+        Number of columns of X in `fit`.
     feature_names_in_ : ndarray of str
-        Their names, where X was a frame.
+        Their names, if X was a DataFrame.
 
     Notes
     -----
-    X is a frame, a series, an array with a column of images, or a list of images: paths, bytes, PIL images, uint8
-    arrays. The result is a float32 array, or a frame with the index of X after ``set_output(transform="pandas")``.
-
-    A pickle holds parameters, what was learned and names: no network, no weights, no images. `transform` refuses, with
-    the difference, where the network would give other features than those that were fitted; another machine, engine
-    or release of Keras may give other last bits.
+    In joblib workers (``n_jobs``), each uses its share of the cores. A pickle contains parameters, fitted normalization
+    and names, but no network, weights or images. `transform` raises RequestError if the network would now give
+    different features; the last bits may differ between machines, engines and Keras versions.
 
     Examples
     --------
     >>> from sklearn.pipeline import make_pipeline
     >>> from sklearn.svm import SVC
     >>> model = make_pipeline(nbfeat.ImageFeatures("Pocket", normalize="standard"), SVC())
-    >>> model.fit(photos["path"], photos["label"]).predict(["new.jpg"])  # doctest: +SKIP
-    array(['tulip'], dtype=object)
+    >>> model.fit(photos["path"], photos["label"]).predict(photos["path"]).shape
+    (12,)
     """
 
     def __init__(
@@ -95,27 +105,29 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
         allow_remote: bool = False,
         cache: bool = True,
     ) -> None:
-        self.blocks = blocks
-        self.images = images
-        self.layer = layer
-        self.pooling = pooling
-        self.normalize = normalize
-        self.components = components
-        self.weights = weights
-        self.on_failure = on_failure
-        self.precision = precision
-        self.device = device
-        self.batch_size = batch_size
-        self.allow_remote = allow_remote
-        self.cache = cache
+        self.blocks, self.images, self.layer, self.pooling, self.normalize = blocks, images, layer, pooling, normalize
+        self.components, self.weights, self.on_failure, self.precision = components, weights, on_failure, precision
+        self.device, self.batch_size, self.allow_remote, self.cache = device, batch_size, allow_remote, cache
 
-    def fit(self, X: Any, y: object = None) -> Self:  # as scikit-learn calls them
-        """Learn the normalizations from the images of X that can be read, and how wide the features are.
+    def fit(self, X: Any, y: object = None) -> Self:
+        """Fit normalization and PCA on the images of X that can be read.
+
+        Parameters
+        ----------
+        X : DataFrame, Series, array or list
+            Images, or columns with images: paths, bytes, PIL images or uint8 arrays.
+        y : object, optional
+            Ignored.
+
+        Returns
+        -------
+        ImageFeatures
+            This object.
 
         Raises
         ------
         RequestError
-            A ValueError: X or a parameter is none that could be worked with.
+            X or a parameter is invalid; it is a ValueError.
         ExtractionError
             Every image failed, or one did and `on_failure` is ``"raise"``.
         """
@@ -123,22 +135,45 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
         return self
 
     def fit_transform(self, X: Any, y: object = None) -> Rows:
-        """Do `fit` and `transform` in one run; the result is the same to the bit."""
+        """Fit and transform in one run; the result is bit-identical to `fit`, then `transform`.
+
+        Parameters
+        ----------
+        X : DataFrame, Series, array or list
+            Images, as in `fit`.
+        y : object, optional
+            Ignored.
+
+        Returns
+        -------
+        ndarray of shape (rows, features)
+            float32; a DataFrame after ``set_output(transform="pandas")``.
+        """
         return _rows(self._learn(X))
 
     def transform(self, X: Any) -> Rows:
-        """Return the features of the images of X, normalized by what `fit` has learned.
+        """Return the features of the images of X, with the normalization that `fit` has fitted.
+
+        Parameters
+        ----------
+        X : DataFrame, Series, array or list
+            Images, as in `fit`.
+
+        Returns
+        -------
+        ndarray of shape (rows, features)
+            float32; a DataFrame after ``set_output(transform="pandas")``. Rows of failed images are NaN.
 
         Raises
         ------
         RequestError
-            A ValueError: X does not have the columns of `fit`, or the network gives other features now.
+            X doesn't have the columns of `fit`, or the network would give different features; it is a ValueError.
         ExtractionError
             An image failed and `on_failure` is ``"raise"``.
         """
         check_is_fitted(self, "recipe_")
         table = _table(X)
-        named = table if table is X else np.empty(table.shape, object)  # which has no names to compare
+        named = table if table is X else np.empty(table.shape, object)  # without names, so none are compared
         validate_data(self, named, reset=False, skip_check_array=True)
         frame = table.take(list(self._places.values()), axis=1).set_axis(list(self._places), axis=1)
         if len(frame) and (extraction := self._run(frame, like=self.recipe_)).state == "done":
@@ -146,25 +181,36 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
         return np.full((len(frame), len(self.get_feature_names_out())), np.nan, np.float32)
 
     def get_feature_names_out(self, input_features: Sequence[str] | None = None) -> npt.NDArray[np.object_]:
-        """Return the names of the columns, e.g. ``resnet50_0000``; `input_features` are only checked."""
+        """Return the names of the feature columns, e.g. ``resnet50_0000``.
+
+        Parameters
+        ----------
+        input_features : sequence of str, optional
+            Only compared with the column names of `fit`.
+
+        Returns
+        -------
+        ndarray of str
+            One name per feature.
+        """
         check_is_fitted(self, "recipe_")
         _check_feature_names_in(self, input_features)
         return np.array([name for part in self.recipe_.parts for name in part.names], dtype=object)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.input_tags.string = tags.input_tags.allow_nan = True  # a missing path is a failure like others
+        tags.input_tags.string = tags.input_tags.allow_nan = True  # a missing path is an ordinary failure
         tags.transformer_tags.preserves_dtype = []
         return tags
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: all but the table of failures, which names images."""
+        """Omit the failures from pickles, since they name images."""
         return {name: value for name, value in super().__getstate__().items() if name != "failures_"}
 
     def _learn(self, X: Any) -> Extraction:
         table = _table(X)
         if not len(table):
-            raise RequestError("X has no rows: there is no image to learn from.")
+            raise RequestError("X has no rows to fit on. Pass at least one image.")
         asked = self.images if isinstance(self.images, list | tuple) else [self.images]
         is_nameless = table.shape[1] == len(asked) == 1 and (asked[0] is None or table is not X)
         columns = [*table.columns] if is_nameless else [image_column(table, column) for column in asked]
@@ -178,7 +224,6 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
         return extraction
 
     def _run(self, frame: pd.DataFrame, *blocks: Blocks, **options: Any) -> Extraction:
-        """Run over the images in all columns of `frame`; rows that fail may stay NaN, also all of a `transform`."""
         one_of(("nan", "raise"), "on_failure", self.on_failure)
         options |= {name: getattr(self, name) for name in ("device", "batch_size", "allow_remote", "cache")}
         extraction = Extraction(frame, *blocks, images=list(frame.columns), **options)
@@ -192,14 +237,13 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
             first = failures[["image", "reason"]].head(FIRST_REASONS).to_numpy().tolist()
             is_lost = failures["reason"].str.startswith("no such file").any()
             where = f" Relative paths start at {Path.cwd()}." if is_lost else ""
-            way = " Leave them out, or set on_failure='nan' for rows of NaN." if len(failures) < total else ""
+            way = " Remove them, or set `on_failure='nan'` for rows of NaN." if len(failures) < total else ""
             reasons = "; ".join(f"{image}: {reason}" for image, reason in first)
             raise ExtractionError(f"{len(failures):,} of the {total:,} images gave no features. {reasons}.{where}{way}")
         return extraction
 
 
 def _table(X: Any) -> pd.DataFrame:
-    """Return X as a frame: a series or a list is one column; of an array, each column is one."""
     if isinstance(X, pd.Series):
         return X.to_frame(X.name if isinstance(X.name, str) else "image")
     if isinstance(X, pd.DataFrame) or hasattr(X, "to_pandas"):
@@ -207,17 +251,16 @@ def _table(X: Any) -> pd.DataFrame:
         return X  # type: ignore[no-any-return]
     kind = f"{type(X).__module__}.{type(X).__qualname__}".removeprefix("builtins.")
     if isinstance(X, str | bytes | os.PathLike | dict):
-        raise RequestError(f"X is a {kind}, not a list of images: write [X].")
+        raise RequestError(f"X must be a list of images, not {kind}: use [X].")
     if isinstance(X, list | tuple) and not all(isinstance(row, list | tuple) for row in X):
         return pd.DataFrame({"image": pd.Series(list(X), dtype=object)})
     array = np.asarray(X, dtype=object)
     if array.ndim not in {1, 2}:
         shape = getattr(X, "shape", ())
-        raise RequestError(f"X is a {kind} of shape {shape}: give a frame, a series or a list of images, e.g. list(X).")
+        raise RequestError(f"X is a {kind} of shape {shape}. Pass a DataFrame, Series or list of images, e.g. list(X).")
     return pd.DataFrame({"image": array} if array.ndim == 1 else array)
 
 
 def _rows(extraction: Extraction) -> Rows:
-    """Return the features of all blocks side by side, in an array that may be written to."""
     rows = [part.rows for part in extraction.parts if part.rows is not None]
     return rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1)

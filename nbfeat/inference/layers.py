@@ -123,7 +123,7 @@ def _seen(backbone: Backbone, alpha: float | None = None, size: int | None = Non
 
 def _spec_of(backbone: Backbone, alpha: float | None = None, size: int | None = None) -> NetworkSpec:
     """Describe the network to list; its weights do not matter."""
-    side = whole("`size`")(size) if size is not None else backbone.size
+    side = whole("size")(size) if size is not None else backbone.size
     width = alpha_of(alpha) if alpha is not None else None
     if not backbone.is_user_model:
         keras_applications.check(backbone, size=side, alpha=width)

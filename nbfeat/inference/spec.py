@@ -83,7 +83,7 @@ def whole(what: str, most: int | None = None) -> Callable[[Any], int]:
             number = 0
         if number < 1 or number != float(value) or (most and number > most) or isinstance(value, bool):
             limit = f"from 1 to {most:,}" if most else "of at least 1"
-            raise RequestError(f"{what} must be a whole number {limit}, not {value!r}.")
+            raise RequestError(f"`{what}` must be a whole number {limit}, not {value!r}.")
         return number
 
     return check

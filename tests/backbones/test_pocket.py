@@ -124,7 +124,7 @@ def test_it_is_suggested_and_never_taken_unasked(photos: pd.DataFrame) -> None:
         nbfeat.extract(photos, "", images="path")
     text = str(caught.value)
     assert "\n" not in text
-    for name in ("`Pocket` (at once, without a download)", "`MobileNetV2` (light)", "`ResNet50` (usual)"):
+    for name in ("`Pocket` (no download)", "`MobileNetV2` (light)", "`ResNet50` (standard)"):
         assert name in text
 
 

@@ -81,7 +81,7 @@ def test_the_same_cell_again_computes_nothing(extract: Face, photos: pd.DataFram
     same(again.features, first.features)
     assert re.search(r"from 20 images in \d\.\d s, all from the cache\n", repr(again))
     assert again.profile["bottleneck"] is None
-    assert "bounded by" not in repr(again)
+    assert "bottleneck" not in repr(again)
     assert extract(photos, BLOCK, images="path", cache=False).cached == 0
 
 
@@ -252,7 +252,7 @@ def test_equal_images_are_computed_once_in_whatever_column(photos: pd.DataFrame,
     copies = [str(shutil.copy(path, tmp_path / f"copy {Path(path).name}")) for path in photos["path"]]
     result = run(pd.concat([photos, photos.assign(path=copies), photos]), cache=False)
     assert (FakeEngine.computed, result.progress.equal, result.done) == (20, 40, 60)
-    assert "40 images are equal to others and share their features" in repr(result)
+    assert "40 images are identical to others and share their features" in repr(result)
     same(result.features.iloc[20:40], result.features.iloc[:20])
     same(result.features.iloc[40:], result.features.iloc[:20])
     two = run(photos.assign(back=copies[::-1]), images=["path", "back"], normalize="l2", cache=False)
@@ -289,7 +289,7 @@ def test_what_cannot_be_decoded_is_not_tried_again_until_the_decoders_change(
     assert list(again.failures["reason"]) == ["text, not an image"] * 3
     assert (again.done, again.cached) == (20, 17)
     assert ", 17 from the cache\n" in repr(again)
-    assert "bounded by" not in repr(again)
+    assert "bottleneck" not in repr(again)
     monkeypatch.setattr("nbfeat.extraction.run.decoders", lambda: "others")
     run(photos)
     assert decoded == [b"text"]

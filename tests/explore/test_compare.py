@@ -352,10 +352,10 @@ def test_what_cannot_be_is_said_with_the_next_step(
 def test_only_a_finished_extraction_can_be_compared_and_a_fold_may_have_too_few_rows(photos: pd.DataFrame) -> None:
     with pytest.raises(RequestError, match="returned, not DataFrame"):
         nbfeat.compare(photos, "label")  # type: ignore[arg-type] # as people do
-    with pytest.raises(ExtractionError, match="not finished"):
+    with pytest.raises(ExtractionError, match="isn't finished"):
         nbfeat.compare(Extraction(photos, END, images="path"), "label")
     result = nbfeat.extract(photos, f"{END} --components 18", images="path")
-    with pytest.raises(RequestError, match=r"mobilenet, in a fold: --components 18.*16 rows"):
+    with pytest.raises(RequestError, match=r"mobilenet, in a fold: `components=18`.*16 rows"):
         nbfeat.compare(result, "label", speed=False)
 
 

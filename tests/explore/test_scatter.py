@@ -113,7 +113,7 @@ def test_what_cannot_be_drawn_is_told_and_one_color_needs_no_column(monkeypatch:
     assert legend(own) == ["a", "b", "c"]
     assert list(own.frame["color"]) == list(LABELS)
     assert legend(nbfeat.scatter(frame, pd.Series(LABELS, frame.index))) == ["a", "b", "c"]
-    with pytest.raises(RequestError, match=r"method cannot be 'tnse'. Did you mean tsne"):
+    with pytest.raises(RequestError, match=r"`method` must be .*, not 'tnse'. Did you mean tsne"):
         nbfeat.scatter(frame, None, "tnse")  # type: ignore[arg-type]
 
     monkeypatch.setitem(sys.modules, "umap", None)

@@ -1,4 +1,4 @@
-"""ImageFeatures that tell which process decoded what: joblib's workers import this module, and so see the same."""
+"""ImageFeatures that report which process decoded which image; joblib's workers import this module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.fake import FakeNetwork
 
 
 class Watched(ImageFeatures):
-    """Run a pretended network, and write down each image that is decoded."""
+    """Run a fake network, and log each decoded image."""
 
     def _run(self, *args: Any, **options: Any) -> Extraction:
         original = decode.pixels_of
@@ -37,12 +37,12 @@ class Watched(ImageFeatures):
 
 
 def decoded() -> Counter[tuple[str, ...]]:
-    """Return how often each process decoded each image."""
+    """Return how many times each process decoded each image."""
     return Counter(tuple(line.split()) for line in _log().read_text().splitlines())
 
 
 def cores_and_engine(transformer: ImageFeatures, paths: list[str]) -> tuple[int, str]:
-    """Return how many cores a process takes for its own, and what it says that its network runs on."""
+    """Return the number of cores that a process uses, and the name of its engine."""
     return cpu_count.available_cores(), transformer.fit(paths).recipe_.provenance["engines"][0]
 
 

@@ -1,4 +1,4 @@
-"""Programs that repeat results, each run in a process of its own: ``python -m tests.extraction.like_child NAME …``.
+"""Programs that repeat results, each in its own process: ``python -m tests.extraction.like_child NAME …``.
 
 Each prints one line of JSON at the end.
 """
@@ -22,14 +22,14 @@ run = functools.partial(keras_child.run, module="tests.extraction.like_child")
 
 
 def repeated(folder: str) -> dict[str, Any]:
-    """Repeat a result that another process wrote, and keep the features."""
+    """Repeat a result that another process wrote, and save the features."""
     result = nbfeat.extract(pd.read_parquet(Path(folder, "test.parquet")), like=Path(folder, "train.parquet"))
     np.save(Path(folder, "test.npy"), result.features.to_numpy())
     return {"columns": result.columns, "notes": result.notes, "computed": result.computed}
 
 
 def own_networks(folder: str) -> dict[str, Any]:
-    """Repeat results of networks of the user's own: the same ones, and others of the same name."""
+    """Repeat results of user networks: the same ones, and different ones with the same name."""
     from tests.backbones import user_networks as own
 
     frame, file = own.frame_of(own.SIZE, 3), Path(folder, "net.keras")

@@ -1,7 +1,7 @@
-"""A process that runs on Ray clusters of its own, and tells what each left: ``ray_child.py FOLDER``.
+"""A process that runs on its own Ray clusters, and reports what each left behind: ``ray_child.py FOLDER``.
 
-An interrupt comes while the first one starts; the second run goes through, and one comes while its cluster stops; the
-third is interrupted at work.
+The first run is interrupted while its cluster starts, the second one while its cluster stops, and the third one at
+work.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ import pandas as pd
 import nbfeat
 from nbfeat import isolation
 
-LISTENS = "0A"  # a state of a socket, as the system writes it
+LISTENS = "0A"  # the state of a listening socket in /proc
 
 
 def listening(processes: set[int]) -> list[str]:
-    """Return the addresses that sockets of `processes` listen at, in hexadecimal, as in /proc."""
+    """Return the addresses that sockets of `processes` listen on, in hexadecimal, as in /proc."""
     own = set()
     for process in processes:
         with suppress(OSError):
@@ -47,7 +47,7 @@ def listening(processes: set[int]) -> list[str]:
 
 
 def descendants() -> dict[int, str]:
-    """Return the processes that this one started, and those that they started, with their command lines."""
+    """Return all descendants of this process, with their command lines."""
     parents, told = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -62,7 +62,7 @@ def descendants() -> dict[int, str]:
 
 
 def statistics(processes: dict[int, str]) -> list[str]:
-    """Return what each of `processes` of Ray was told about usage statistics, and what collects them."""
+    """Return the usage-statistics setting of each Ray process, and the processes that collect them."""
     told = {command for command in processes.values() if "UsageCollection" in command}
     told |= {one.name for one in threading.enumerate() if "usage" in one.name}
     for process in processes:
@@ -73,7 +73,7 @@ def statistics(processes: dict[int, str]) -> list[str]:
 
 
 def interrupted(name: str, ready: Callable[[], Any]) -> None:
-    """Let one interrupt come while Ray does what its function `name` does, as soon as it is `ready`."""
+    """Interrupt once while Ray is in its function `name`, as soon as it is `ready`."""
     ray: Any = importlib.import_module("ray")
     do = getattr(ray, name)
 
@@ -95,7 +95,7 @@ def interrupted(name: str, ready: Callable[[], Any]) -> None:
 
 
 def run(extraction: nbfeat.Extraction, at_work: Callable[[], None]) -> dict[str, Any]:
-    """Run, look around `at_work`, and tell what there was, and what is left."""
+    """Run, look at the cluster `at_work`, and report what existed and what is left."""
     told: dict[str, Any] = {"folders": [], "interrupted": False}
     before, handlers = dict(os.environ), [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     steps = extraction.steps()
@@ -119,9 +119,9 @@ def run(extraction: nbfeat.Extraction, at_work: Callable[[], None]) -> dict[str,
 
 
 def main(folder: Path) -> list[dict[str, Any]]:
-    """Run three times, and tell of each."""
+    """Run three times, and report on each."""
     warnings.simplefilter("ignore")
-    with isolation.quiet_ray():  # which imports Ray as a run does, before anything here does
+    with isolation.quiet_ray():  # imports Ray like a run does, before anything else here
         pass
     paths = sorted(map(str, folder.glob("*.png")))
     few, many = pd.DataFrame({"path": paths * 5}), pd.DataFrame({"path": paths * 100})

@@ -1,4 +1,4 @@
-"""A feature block goes to text and back; the grammar reads cells, or says what is wrong with them."""
+"""Feature blocks convert to text and back; the grammar reads cells or says what is wrong with them."""
 
 from __future__ import annotations
 
@@ -131,10 +131,10 @@ def test_a_blank_body_is_the_line_magic() -> None:
         ("", None, "needs the name of a dataframe"),
         ("photos", None, "No backbone was named"),
         ("frames['train'] VGG16", None, r"train = frames\['train'\]"),
-        ("photos VGG16 ResNet50", None, "One backbone a block"),
-        ("photos VGG16 --pool max", None, "no option --pool. Did you mean --pooling"),
+        ("photos VGG16 ResNet50", None, "takes one backbone"),
+        ("photos VGG16 --pool max", None, "Unknown option --pool. Did you mean --pooling"),
         ("photos VGG16 --pooling", None, "expected one argument"),
-        ("photos VGG16 --prefix 'open", None, "not closed"),
+        ("photos VGG16 --prefix 'open", None, "Unclosed quotation mark"),
         ("photos VGG16 --into 2x", None, "--into takes a name"),
         ("photos VGG16 --size 0", None, "whole number from 1"),
         ("photos VGG16 --alpha x", None, "width multiplier"),
@@ -176,7 +176,7 @@ def test_the_transformer_has_the_same_options_or_a_block_says_them() -> None:
     assert set(parameters) == {"blocks", "on_failure", *run, *block}
     assert block <= {option.name for option in BLOCK_OPTIONS}
     of_extraction = inspect.signature(Extraction).parameters
-    assert of_extraction["cache"].default is None  # True, unless files are written, which a transformer never does
+    assert of_extraction["cache"].default is None  # True, unless files are written; a transformer never writes any
     for name in run - {"cache"}:
         assert parameters[name].default == of_extraction[name].default, name
     for option in BLOCK_OPTIONS:

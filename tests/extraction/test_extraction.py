@@ -1,4 +1,4 @@
-"""What extraction promises, through every face."""
+"""What extraction promises, in every interface."""
 
 from __future__ import annotations
 
@@ -97,7 +97,9 @@ def test_batches_stay_full_when_images_fail(photos: pd.DataFrame) -> None:
 @every_face
 def test_when_no_image_can_be_read_the_run_fails_and_says_where_it_looked(extract: Face, tmp_path: Path) -> None:
     lost = pd.DataFrame({"path": [f"lost/{number}.png" for number in range(5)]})
-    with pytest.raises(ExtractionError, match=r"None of the 5 images could be read.*--root") as caught:
+    with pytest.raises(
+        ExtractionError, match=r"None of the 5 images could be read.*set a different folder with"
+    ) as caught:
         extract(lost, BLOCK, images="path", root=tmp_path)
     assert str(tmp_path) in str(caught.value)
 
@@ -121,7 +123,7 @@ def test_any_index_is_kept(extract: Face, photos: pd.DataFrame, index: pd.Index)
 @every_face
 def test_a_clash_of_columns_is_an_error_that_names_them_before_any_work(extract: Face, photos: pd.DataFrame) -> None:
     photos["mobilenet_0000"] = "mine"
-    with pytest.raises(RequestError, match=r"mobilenet_0000.*--prefix"):
+    with pytest.raises(RequestError, match=r"mobilenet_0000.*[Pp]refix"):
         extract(photos, BLOCK, images="path")
     assert fake.FakeEngine.opened == 0
     assert (extract(photos, BLOCK, images="path", replace=True).frame["mobilenet_0000"] != "mine").all()
@@ -157,7 +159,7 @@ def test_unknown_names_come_with_near_ones(extract: Face, photos: pd.DataFrame) 
         extract(photos, "Mobilnet")
     with pytest.raises(RequestError, match=r"no column.*pth.*path"):
         extract(photos, BLOCK, images="pth")
-    with pytest.raises(RequestError, match=r"--pooling cannot be 'average'.*avg"):
+    with pytest.raises(RequestError, match=r"[Pp]ooling.* must be avg, .*, not 'average'. Did you mean avg"):
         extract(photos, BLOCK, images="path", pooling="average")
 
 
@@ -190,20 +192,22 @@ def test_normalizations_learn_from_the_rows_of_fit_on_alone(extract: Face, photo
     result = extract(photos, BLOCK, images="path", normalize="standard", fit_on="split == 'train'")
     train = (photos["split"] == "train").to_numpy() & result.ok.to_numpy()
     np.testing.assert_allclose(result.features[train].mean(), 0, atol=1e-4)
-    assert "learned from 14 rows" in repr(result)
+    assert "Normalization was fitted on 14 rows" in repr(result)
     changed = photos.copy()
     changed["path"] = photos["path"].mask(photos.index == "row 15", photos["path"].iloc[0])
     again = extract(changed, BLOCK, images="path", normalize="standard", fit_on="split == 'train'")
     same(result.features[train], again.features[train])
-    assert "name the training rows with --fit-on" in repr(extract(photos, BLOCK, images="path", normalize="minmax"))
+    assert "including any test rows; name the training rows" in repr(
+        extract(photos, BLOCK, images="path", normalize="minmax")
+    )
 
 
 @pytest.mark.parametrize(
     ("query", "words"),
     [
-        ("nosuch == 1", "could not be evaluated"),
-        ("label", "one True or False per row"),
-        ("split == 'x'", "no row at all"),
+        ("nosuch == 1", "can't be evaluated"),
+        ("label", "True or False for each row"),
+        ("split == 'x'", "selects no rows"),
     ],
 )
 def test_a_bad_fit_on_is_refused(extract: Face, photos: pd.DataFrame, query: str, words: str) -> None:
@@ -215,9 +219,9 @@ def test_components_project_and_whiten(extract: Face, photos: pd.DataFrame) -> N
     result = extract(photos, BLOCK, images="path", normalize="whiten", components=5)
     assert len(result.columns) == 5
     np.testing.assert_allclose(result.features.std(ddof=1), 1, rtol=1e-3)
-    with pytest.raises(RequestError, match=r"--components 30.*Use --components 20 or fewer"):
+    with pytest.raises(RequestError, match=r"`components=30` is too many.*Use `components=20` or fewer"):
         extract(photos, BLOCK, images="path", components=30)
-    with pytest.raises(RequestError, match="whiten needs --components"):
+    with pytest.raises(RequestError, match="`normalize='whiten'` needs `components=N`"):
         extract(photos, BLOCK, images="path", normalize="whiten")
 
 
@@ -273,7 +277,7 @@ def test_blocks_of_one_backbone_share_a_network_and_others_do_not(photos: pd.Dat
 
 
 def test_two_blocks_of_one_prefix_are_an_error_naming_both(photos: pd.DataFrame) -> None:
-    with pytest.raises(RequestError, match=r"`MobileNet --size 32` and `MobileNet --size 64`.*--prefix"):
+    with pytest.raises(RequestError, match=r"`MobileNet --size 32` and `MobileNet --size 64`.*`prefix`"):
         Extraction(photos, "MobileNet --size 32", FeatureBlock(backbone="mobilenet", size=64))
 
 
@@ -375,7 +379,7 @@ def test_a_running_extraction_cannot_be_run_twice(photos: pd.DataFrame) -> None:
 
 def test_a_matrix_that_would_fill_the_memory_is_refused(photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nbfeat.extraction.columns.free_bytes", lambda: 2000)
-    with pytest.raises(RequestError, match=r"48 features per image: 20 rows of them take 4 kB.*--pooling"):
+    with pytest.raises(RequestError, match=r"48 features per image: 20 images take 4 kB.*`pooling='avg'`"):
         Extraction(photos, BLOCK, images="path").run()
 
 

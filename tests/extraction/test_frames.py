@@ -1,4 +1,4 @@
-"""What may be given as a frame: beside a DataFrame, a Parquet file or folder, or a dataset of Ray's."""
+"""Accepted frames: a DataFrame, a Parquet file or folder, or a Ray dataset."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def test_a_path_that_holds_no_frame_is_refused_in_one_sentence(photos: pd.DataFr
     (tmp_path / "mixed" / "some.csv").write_text("a,b")
     pd.DataFrame(index=range(3)).to_parquet(tmp_path / "bare.parquet")
     words = {
-        tmp_path / "gone.parquet": "There is no Parquet file or folder .*gone.parquet",
-        tmp_path / "some.csv" / "x": "There is no Parquet file or folder",
-        tmp_path / "some.csv": r"some\.csv cannot be read as Parquet \(",
-        tmp_path / "cut.parquet": r"cut\.parquet cannot be read as Parquet \(",
-        tmp_path / "mixed": r"mixed cannot be read as Parquet \(",
+        tmp_path / "gone.parquet": "Parquet file or folder not found: .*gone.parquet",
+        tmp_path / "some.csv" / "x": "Parquet file or folder not found",
+        tmp_path / "some.csv": r"some\.csv can't be read as Parquet \(",
+        tmp_path / "cut.parquet": r"cut\.parquet can't be read as Parquet \(",
+        tmp_path / "mixed": r"mixed can't be read as Parquet \(",
         tmp_path / "empty": "empty is a folder without Parquet files",
         tmp_path / "bare.parquet": r"bare\.parquet has no columns",
-        "nul\0.parquet": "cannot be read as Parquet|There is no",
-        "s3://bucket/frame": r"not from s3://bucket/frame: give pandas\.read_parquet",
+        "nul\0.parquet": "can't be read as Parquet|not found",
+        "s3://bucket/frame": r"from the URL s3://bucket/frame\. Pass `pandas\.read_parquet",
     }
     for path, sentence in words.items():
         with pytest.raises(RequestError, match=sentence) as error:

@@ -1,4 +1,4 @@
-"""An earlier result is repeated on other images: the same numbers to the bit, or a sentence that says what differs."""
+"""Repeating an earlier result on other images: bit-identical numbers, or a message that says what differs."""
 
 from __future__ import annotations
 
@@ -157,13 +157,11 @@ def test_the_report_says_what_was_repeated_and_that_nothing_was_learned(
     name = {"ByName": "train_result", "ByPath": "train result.parquet", "by_file": "earlier.parquet"}.get(
         getattr(repeat, "__name__", type(repeat).__name__), "the earlier result"
     )
-    sentence = (
-        f"Repeats {name}: mobilenet_conv1 is normalized by what was learned there, and nothing was learned from these "
-        "rows."
-    )
+    fitted = "Normalization of mobilenet_conv1 was fitted there."
+    sentence = f"Repeats {name}; nothing was fitted on these rows. {fitted}"
     assert sentence in repr(told)
     assert sentence in told._repr_html_()
-    assert "--fit-on" not in repr(told)
+    assert "fit_on" not in repr(told)
     assert json.dumps(dict(told.recipe)) == json.dumps(dict(result.recipe))
 
 
@@ -178,7 +176,7 @@ def test_failures_of_the_other_frame_are_its_own(repeat: Repeat, train: pd.DataF
     again = repeat(repeated.frame, like=result)
     same(again.frame, repeated.frame)
     assert "(replaced)" in repr(again)
-    with pytest.raises(RequestError, match=r"mobilenet_0000.*--replace"):
+    with pytest.raises(RequestError, match=r"mobilenet_0000.*replace"):
         repeat(test.assign(mobilenet_0000="mine"), like=result)
 
 
@@ -195,7 +193,7 @@ def test_other_image_columns_are_taken_in_order(repeat: Repeat, train: pd.DataFr
     straight, crossed = (repeat(turned, like=two, images=names) for names in (["path", "left"], ["left", "path"]))
     np.testing.assert_array_equal(straight["back_mobilenet"], crossed["path_mobilenet"])
     np.testing.assert_array_equal(straight["path_mobilenet"], crossed["back_mobilenet"])
-    with pytest.raises(RequestError, match=r"path and back, and 1 columns are named: give --images 2 times"):
+    with pytest.raises(RequestError, match=r"path and back, but .*images.* names 1\. Name 2 columns"):
         repeat(test, like=two, images="path")
 
 
@@ -213,10 +211,10 @@ def test_an_empty_frame_gets_its_columns(repeat: Repeat, train: pd.DataFrame, te
 @pytest.mark.parametrize(
     ("blocks", "options", "words"),
     [
-        (["ResNet50"], {}, r"--like repeats the blocks of .*: leave ResNet50 away"),
-        ([], {"pooling": "max"}, r"repeats the blocks of .*: leave --pooling away"),
-        ([], {"fit_on": "split == 'test'"}, r"learns nothing: leave --fit-on away"),
-        ([], {"precision": "bfloat16"}, r"computed in float32.*in bfloat16: leave --precision away"),
+        (["ResNet50"], {}, r"like.* repeats the blocks of .*: (drop|leave) `?ResNet50"),
+        ([], {"pooling": "max"}, r"repeats the blocks of .*: (drop|leave) .*pooling"),
+        ([], {"fit_on": "split == 'test'"}, r"uses the fitted normalization of .*: drop .*fit.on"),
+        ([], {"precision": "bfloat16"}, r"computed in float32.*in bfloat16: drop .*precision"),
     ],
 )
 def test_what_the_earlier_result_decides_is_not_asked_for_again(
@@ -231,20 +229,20 @@ def test_what_the_earlier_result_decides_is_not_asked_for_again(
 def test_a_result_that_is_not_done_is_refused(repeat: Repeat, train: pd.DataFrame, test: pd.DataFrame) -> None:
     unfinished = Extraction(train, BLOCK, images="path", batch_size=3)
     not_done = RequestError if repeat is by_function or isinstance(repeat, ByName) else ExtractionError
-    with pytest.raises(not_done, match=r"'new', 0 of 14 images.*\.run\(\)|not finished: 0 of 14"):
+    with pytest.raises(not_done, match=r"'new', 0 of 14 images.*`run\(\)`|isn't finished: 0 of 14"):
         repeat(test, like=unfinished)
     steps = unfinished.steps()
     list(islice(steps, 4))
     steps.close()
-    with pytest.raises(not_done, match=r"'stopped', \d+ of 14 images|not finished"):
+    with pytest.raises(not_done, match=r"'stopped', \d+ of 14 images|isn't finished"):
         repeat(test, like=unfinished)
     failed = Extraction(train.assign(path="gone.png"), BLOCK, images="path")
     with pytest.raises(ExtractionError, match="None of the 14"):
         failed.run()
-    with pytest.raises(not_done, match=r"'failed', 14 of 14 images|not finished"):
+    with pytest.raises(not_done, match=r"'failed', 14 of 14 images|isn't finished"):
         repeat(test, like=failed)
     nothing = extract(train.iloc[:0], f"{BLOCK} --normalize standard", images="path")
-    with pytest.raises(RequestError, match=r"no rows, so that nothing was learned"):
+    with pytest.raises(RequestError, match=r"no rows to fit on"):
         repeat(test, like=nothing)
 
 
@@ -269,8 +267,11 @@ class OtherMachine(fake.FakeNetwork):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        (OtherWeights, r"mobilenet was made with weights random \(SHA-256 0{12}…\), and .* imagenet \(SHA-256 1212"),
-        (OtherWidth, r"mobilenet was made with width 48, and here it would be 6\."),
+        (
+            OtherWeights,
+            r"mobilenet was made with weights random \(SHA-256 0{12}…\), but now has imagenet \(SHA-256 1212",
+        ),
+        (OtherWidth, r"mobilenet was made with width 48, but now has 6\."),
     ],
 )
 def test_another_network_is_refused_before_any_image_is_read(
@@ -282,7 +283,7 @@ def test_another_network_is_refused_before_any_image_is_read(
     with pytest.raises(RequestError, match=words):
         repeat(test, like=result)
     again = Extraction(test, like=result)
-    for _ in range(2):  # asking again does not let it through
+    for _ in range(2):  # a second attempt is refused too
         with pytest.raises(RequestError, match=words):
             again.run()
     assert fake.FakeEngine.computed == computed
@@ -295,9 +296,7 @@ def test_other_computation_is_refused(
     result = extract(train, BLOCK, images="path")
     monkeypatch.setattr(name, NUMERICS + 9)
     made, here = NUMERICS, NUMERICS + 9
-    with pytest.raises(
-        RequestError, match=rf"was made with (numerics {made}|least reduced 4), and here it would be {here}"
-    ):
+    with pytest.raises(RequestError, match=rf"was made with (numerics {made}|least reduced 4), but now has {here}"):
         repeat(test, like=result)
 
 
@@ -308,10 +307,10 @@ def test_another_engine_is_told_in_one_sentence(
     monkeypatch.setattr(prepared, "PreparedNetwork", OtherMachine)
     monkeypatch.setattr("nbfeat.extraction.network_state.decoders", lambda: "pillow 0")
     told = repeat(test, like=result)
-    sentences = [note for note in told.notes if "slightly other numbers" in note]
+    sentences = [note for note in told.notes if "slightly different numbers" in note]
     assert len(sentences) == 1
     assert "was made with fake (here fake 2), pillow " in sentences[0]
-    assert "(here pillow 0) and another CPU: the same image" in sentences[0]
+    assert "(here pillow 0) and a different CPU: the same image" in sentences[0]
     assert not [note for note in result.like(train).notes if "Keras" in note]
 
 
@@ -326,7 +325,7 @@ def test_names_that_are_no_results_come_with_near_ones(shell_here: InteractiveSh
         "photos --like train_reslt": r"no 'train_reslt' in this notebook\. Did you mean train_result\?",
         "photos --like xyz": r"no 'xyz' in this notebook\. Results here: train_result\.",
         "photos --like number": r"number is a int, not a result\..*result = %extract",
-        "photos --like gone.parquet": r"no file 'gone\.parquet'\. Relative paths start at",
+        "photos --like gone.parquet": r"File not found: 'gone\.parquet'\. Check the path; relative paths start at",
     }.items():
         with pytest.raises(UsageError, match=words):
             shell_here.run_line_magic("extract", line)
@@ -377,5 +376,5 @@ def test_tab_offers_results_and_their_files(shell_here: InteractiveShell, train:
 
 
 def test_another_thing_than_a_result_is_refused(train: pd.DataFrame) -> None:
-    with pytest.raises(RequestError, match=r"takes a result of nbfeat, or a Parquet file.*not DataFrame"):
+    with pytest.raises(RequestError, match=r"must be a result of nbfeat or the path of a Parquet file.*not DataFrame"):
         extract(train, like=train)

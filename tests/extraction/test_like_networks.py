@@ -1,4 +1,4 @@
-"""Results of real networks are repeated: in a process of next week's, in fewer bits, and of networks of the user's."""
+"""Repeating results of real networks: in a later process, in fewer bits, and of user networks."""
 
 from __future__ import annotations
 
@@ -53,6 +53,6 @@ def test_networks_of_the_users_own_are_told_apart_by_their_weights(tmp_path: Pat
         is_same, refusal = told[kind]
         assert is_same
         assert f"{prefix} was made with {what} {name} (SHA-256 " in refusal
-    is_same, refusal = told["with code"]  # whose weights are none: it is told by what it gives
+    is_same, refusal = told["with code"]  # has no weights, so its output identifies it
     assert is_same
     assert "own was made with gives SHA-256 " in refusal

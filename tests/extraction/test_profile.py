@@ -1,4 +1,4 @@
-"""Where the time of a run went, and the sentence that says it."""
+"""The profile of a run, and its sentence about the bottleneck."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def slowed(function: Any) -> Any:
     def slow(*args: Any, **options: Any) -> Any:
         end = time.thread_time() + 0.02
         while time.thread_time() < end:
-            pass  # at work, not asleep
+            pass  # busy, not sleeping
         return function(*args, **options)
 
     return slow
@@ -42,8 +42,8 @@ def test_slow_decoding_is_found_to_be_the_bottleneck(photos: pd.DataFrame, monke
     steps = list(extraction.steps())
     assert "waiting for images to be decoded" in progress(steps[-1])
     assert extraction.profile["decoding"] >= 20 * 0.02
-    assert extraction.profile.sentence.startswith("Decoding is the bottleneck: the network had no images in ")
-    assert "bounded by decoding" in repr(extraction)
+    assert extraction.profile.sentence.startswith("Decoding is the bottleneck: the network waited for images in ")
+    assert "bottleneck: decoding" in repr(extraction)
 
 
 @pytest.mark.usefixtures("fake_network")
@@ -57,7 +57,7 @@ def test_slow_files_are_found_to_be_the_bottleneck(photos: pd.DataFrame, monkeyp
     monkeypatch.setattr("nbfeat.extraction.pipeline.load_image", far)
     profile = run(photos).profile
     assert profile["reading"] >= 20 * 0.02
-    assert profile.sentence.startswith("Reading is the bottleneck: the network had no images in ")
+    assert profile.sentence.startswith("Reading is the bottleneck: the network waited for images in ")
 
 
 @pytest.mark.usefixtures("fake_network")
@@ -72,7 +72,7 @@ def test_a_slow_network_is_found_to_be_the_bottleneck(photos: pd.DataFrame, monk
     monkeypatch.setattr(FakeEngine, "collect", slow)
     profile = run(photos).profile
     assert profile["network"] == pytest.approx(0.3)  # three batches
-    assert profile.sentence.startswith("The network is the bottleneck: decoded images waited for it in ")
+    assert profile.sentence.startswith("The network is the bottleneck: images waited for it in ")
 
 
 @pytest.mark.usefixtures("fake_network")
@@ -103,11 +103,11 @@ def test_it_reads_as_a_table_and_a_sentence() -> None:
     }  # fmt: skip
     lines = repr(profile).splitlines()
     assert lines[0].split() == ["work", "seconds"]
-    assert lines[3].startswith("decoding      3.00  and resizing, summed over threads")
-    told = "Decoding is the bottleneck: the network had no images in 2.5 of 6.0 s."
-    assert lines[-1] == profile.sentence == f"{told} More cores would help, or smaller images."
+    assert lines[3].startswith("decoding      3.00  decoding and resizing, summed over threads")
+    told = "Decoding is the bottleneck: the network waited for images in 2.5 of 6.0 s."
+    assert lines[-1] == profile.sentence == f"{told} Try more cores or smaller images."
     assert "<td" in profile._repr_html_()
-    assert "no images in 2.5 of 6.0 s" in profile._repr_html_()
+    assert "waited for images in 2.5 of 6.0 s" in profile._repr_html_()
 
 
 @pytest.mark.parametrize(

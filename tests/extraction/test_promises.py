@@ -1,4 +1,4 @@
-"""What is promised of the whole, tried with a real network (random weights, unless a test says otherwise)."""
+"""Promises of the whole package, tested with a real network (random weights unless a test says otherwise)."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_every_odd_file_is_a_row_or_a_reason(
     assert result.failures["reason"].str.len().between(10, 250).all()
     assert result.features[result.ok].notna().all(axis=None)
     assert 100 < result.ok.sum() < len(files)
-    capfd.readouterr()  # libtiff writes its complaints to the file descriptor
+    capfd.readouterr()  # libtiff writes its warnings to the file descriptor
 
 
 @pytest.mark.slow
@@ -197,7 +197,7 @@ print(json.dumps({{"peak": peak, "matrix": result.features.to_numpy().nbytes / 2
     small = child(code.format(frame=frame, count=1000, block=SMALL))
     large = child(code.format(frame=frame, count=len(many), block=SMALL), NBFEAT_HOME=str(tmp_path / "another"))
     assert large["peak"] - large["matrix"] - small["peak"] < 60, "all pixels would be 86 MB"
-    assert small["peak"] < 240  # with two engines for a moment, while precisions are compared
+    assert small["peak"] < 240  # two engines exist briefly while precisions are compared
     assert small["heavy"] == large["heavy"] == []
 
 

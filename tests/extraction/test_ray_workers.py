@@ -1,4 +1,4 @@
-"""Extraction on a Ray cluster: the same result as here, whatever happens to the workers."""
+"""Extraction on a Ray cluster: the same result as in this process, even if workers fail."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from tests.web import Web
 HAS_RAY = importlib.util.find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed: pip install 'nbfeat[ray]'")
 needs_proc = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="sockets and processes are found in /proc")
-# Ray's own parts warn of each other's future when they are imported and used.
+# Ray's own modules raise deprecation warnings.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")
 FLOAT32: dict[str, Any] = {"images": "path", "precision": "float32"}
 Tables = list[Table]
@@ -58,10 +58,10 @@ Tables = list[Table]
 
 
 class Here(RayExecutor):
-    """Stand in for Ray: one worker in this process takes tables in turn, and a test may change what it gives back."""
+    """Stands in for Ray: one worker in this process computes the tables, and tests can change its answers."""
 
     opened = 0
-    shares: ClassVar[list[Share]] = []  # for each run, the last one for all others
+    shares: ClassVar[list[Share]] = []  # for each run; the last one is repeated
     environment: ClassVar[dict[str, str]] = {}  # of workers
     differs: ClassVar[dict[str, str]] = {}  # there
     tables: Tables
@@ -96,14 +96,16 @@ class Here(RayExecutor):
 
 @pytest.fixture
 def here(fake_network: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> type[Here]:  # what it is for
-    """Let pretended workers with a pretended network take the place of Ray."""
+    """Replace Ray by a fake worker with a fake network."""
     Here.opened, Here.shares, Here.environment, Here.differs = 0, [Share(workers=2, cores=1)], {}, {}
     Here.arranged = staticmethod(lambda tables: tables)
     monkeypatch.setattr(ray_workers, "RayExecutor", Here)
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: "found")
     monkeypatch.setattr(cpu_count, "_taken", [])
-    monkeypatch.setattr(fingerprint, "SETTLED_AFTER_NS", 0)  # files are known by their state, however young they are
-    monkeypatch.setattr(sink, "MOST_ROWS", 6)  # of a file that is written: four for twenty photos
+    monkeypatch.setattr(
+        fingerprint, "SETTLED_AFTER_NS", 0
+    )  # files are identified by their state, even very recent ones
+    monkeypatch.setattr(sink, "MOST_ROWS", 6)  # of a part file: four for twenty photos
     monkeypatch.setattr(sink, "LARGER", 1)
     return Here
 
@@ -159,7 +161,7 @@ def test_rows_that_come_twice_or_in_another_order_change_nothing(photos: pd.Data
 
 
 def test_equal_images_within_tables_and_across_them(photos: pd.DataFrame, here: type[Here], tmp_path: Path) -> None:
-    """All of a table may have been in others; and what equals an image that cannot be decoded fails as it does."""
+    """A table may contain only duplicates; a duplicate of an image that fails also fails."""
     damaged = tmp_path / "damaged.png"
     damaged.write_bytes(Path(photos["path"].iloc[9]).read_bytes()[:200])
     other = tmp_path / "other.png"
@@ -180,7 +182,7 @@ def test_equal_images_within_tables_and_across_them(photos: pd.DataFrame, here: 
 
 def test_rows_that_never_come_are_told(photos: pd.DataFrame, here: type[Here]) -> None:
     here.arranged = staticmethod(lambda tables: tables[1:])
-    with pytest.raises(ExtractionError, match="12 of 20 rows"):
+    with pytest.raises(ExtractionError, match="8 of 20 rows"):
         nbfeat.extract(photos, "ResNet50", images="path", on="ray", cache=False)
 
 
@@ -188,7 +190,7 @@ def test_what_is_in_the_cache_does_not_travel(photos: pd.DataFrame, here: type[H
     nbfeat.extract(photos.iloc[:12], "ResNet50", images="path")
     FakeEngine.computed = 0
     there = nbfeat.extract(photos, "ResNet50", "VGG16", images="path", on="ray")
-    assert FakeEngine.computed == 28  # of VGG16 all, of ResNet50 what is not there
+    assert FakeEngine.computed == 28  # all for VGG16, the missing ones for ResNet50
     assert [done.tolist() for done in here.tables[0].done] == [[True] * 8, [False] * 8]
     same(there.frame, nbfeat.extract(photos, "ResNet50", "VGG16", images="path", cache=False).frame)
     FakeEngine.computed = 0
@@ -200,7 +202,7 @@ def test_what_is_in_the_cache_does_not_travel(photos: pd.DataFrame, here: type[H
 def test_files_are_known_again_though_another_machine_read_them(
     photos: pd.DataFrame, here: type[Here], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same file has another device number there, and with it another state."""
+    """On another machine the same file has a different device number, so a different state."""
     state, work = fingerprint.state, Worker.__call__
 
     def elsewhere(self: Worker, batch: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +232,7 @@ def test_files_are_known_again_though_another_machine_read_them(
 def test_equal_images_lend_each_other_no_gaps(
     photos: pd.DataFrame, tmp_path: Path, here: type[Here], order: int
 ) -> None:
-    """One of two equal images has a network's features from the cache, the other one is in no cache yet."""
+    """Of two identical images, only one has cached features of a network."""
     copy = tmp_path / "copy.png"
     copy.write_bytes(Path(photos["path"].iloc[0]).read_bytes())
     nbfeat.extract(photos.iloc[:1], "ResNet50", images="path")
@@ -256,7 +258,7 @@ def test_another_cpu_is_told_once_and_not_kept(
     here.differs = {"engine": "another engine", "cpu": "another"}
     where: dict[str, Any] = {"parquet": tmp_path / "there", "cache": True} if to_files else {}
     there = nbfeat.extract(photos, "ResNet50", images="path", on="ray", **where)
-    assert sum("another CPU and engine" in note for note in there.notes) == 1
+    assert sum("a different CPU and engine" in note for note in there.notes) == 1
     assert not there._run.keeps
     FakeEngine.computed = 0
     nbfeat.extract(photos, "ResNet50", images="path")
@@ -273,17 +275,17 @@ def test_what_goes_wrong_in_a_worker_is_told_in_its_words(
     with pytest.raises(NetworkError, match=r"The network burned down\. \(on "):
         nbfeat.extract(photos, "ResNet50", images="path", on="ray")
     here.differs = {"weights": "others"}
-    with pytest.raises(NetworkError, match=r"whose weights is '0+', not 'others'.*same nbfeat and files\. \(on "):
+    with pytest.raises(NetworkError, match=r"it has weights '0+', not 'others'.*files on all machines\. \(on "):
         nbfeat.extract(photos, "ResNet50", images="path", on="ray")
 
 
 ARRAY = np.zeros((8, 8, 3), np.uint8)
 UNMOVABLE = {
-    "PIL image 8×8 RGB: save the images as files": Image.new("RGB", (8, 8)),
-    "array 8×8×3 uint8: save the images as files": ARRAY,
-    "there is array 8×8×3 uint8": {"bytes": ARRAY},
-    "an open file: save the images as files": io.BytesIO(b"image"),
-    "1 kB of images would have to travel to workers, and 1 kB is the most": bytes(1200),
+    "PIL image 8×8 RGB. Save the images as files": Image.new("RGB", (8, 8)),
+    "array 8×8×3 uint8. Save the images as files": ARRAY,
+    "not array 8×8×3 uint8": {"bytes": ARRAY},
+    "an open file. Save the images as files": io.BytesIO(b"image"),
+    "1 kB of images can't be sent to workers: the limit is 1 kB": bytes(1200),
 }
 
 
@@ -299,7 +301,7 @@ def test_images_that_cannot_travel_are_refused(
 
 
 def test_what_cannot_be_is_refused_before(photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RequestError, match="--on cannot be 'dask'"):
+    with pytest.raises(RequestError, match="`on` must be ray, not 'dask'"):
         Extraction(photos, "ResNet50", images="path", on="dask")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "ray" else find(name, *more))
@@ -327,7 +329,7 @@ def test_workers_share_the_cores_of_all_machines(monkeypatch: pytest.MonkeyPatch
 
     assert share({"CPU": 1}) == Share(workers=1, cores=1)
     assert share({"CPU": 2}) == Share(workers=2, cores=1)
-    assert share({"CPU": 8}, {"CPU": 6}) == Share(workers=4, cores=3)  # at least two each, so that one may die
+    assert share({"CPU": 8}, {"CPU": 6}) == Share(workers=4, cores=3)  # at least two each, so one can die
     assert share({"CPU": 64}, {"CPU": 64}) == Share(workers=32, cores=4)
     nodes: list[dict[str, float]] = [{"CPU": 16, "GPU": 2}, {"CPU": 8, "GPU": 2}, {"CPU": 32}, {}]
     assert share(*nodes, gpu=True) == Share(workers=4, cores=4, gpus=1)
@@ -340,17 +342,17 @@ def test_workers_share_the_cores_of_all_machines(monkeypatch: pytest.MonkeyPatch
     assert cpu_count.available_cores() == 3
 
 
-# Results larger than memory, and images by address
+# Results larger than memory, and images from URLs
 
 
 def written(frame: pd.DataFrame, folder: Path, **options: Any) -> Extraction:
-    """Return what writes to `folder`, in batches of three, not yet run."""
+    """Return an Extraction, not yet run, that writes to `folder` in batches of three."""
     block = options.pop("block", "ResNet50 --normalize standard")
     return Extraction(frame, block, images="path", batch_size=3, parquet=folder, **options)
 
 
 def stopped(extraction: Extraction, done: int) -> Extraction:
-    """Run until so many images are done, and stop."""
+    """Run until this many images are done, then stop."""
     steps = extraction.steps()
     while next(steps).done < done:
         pass
@@ -359,7 +361,7 @@ def stopped(extraction: Extraction, done: int) -> Extraction:
 
 
 def same_files(one: Path, other: Path) -> None:
-    """Assert that two datasets are equal to the bit, and so are their files."""
+    """Assert that two datasets and their files are bit-identical."""
     rows = [
         {str(file.relative_to(folder)): parquet.read_metadata(file).num_rows for file in folder.rglob("*.parquet")}
         for folder in (one, other)
@@ -404,7 +406,7 @@ def test_what_was_stopped_goes_on_elsewhere(
     assert (begun.state, begun.kept, begun.done >= done) == ("stopped", 11 if done == 14 else 5, True)
     FakeEngine.computed = 0
     (begun if then == "the same" else written(photos, tmp_path / "there", on=then)).run()
-    assert FakeEngine.computed == (12 if then == "the same" else 8)  # else all of a file that was not finished
+    assert FakeEngine.computed == (12 if then == "the same" else 8)  # otherwise a whole unfinished file
     written(photos, tmp_path / "local").run()
     same_files(tmp_path / "there", tmp_path / "local")
     assert here.opened == [first, then].count("ray") + (then == "the same")
@@ -423,7 +425,7 @@ def test_files_have_more_rows_where_each_has_workers_of_its_own(
 
 @pytest.fixture
 def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
-    """Serve at 127.0.0.1, which this process may connect to."""
+    """Run a web server on 127.0.0.1 that this process may connect to."""
     pytest.importorskip("aiohttp", reason="no aiohttp here: pip install '.[remote]'")
     monkeypatch.setenv(public_hosts.PRIVATE, "1")
     with Web() as server:
@@ -431,7 +433,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
 
 
 def addressed(photos: pd.DataFrame, web: Web, folder: Path) -> pd.DataFrame:
-    """Put half of the photos into a web server and an archive in `folder`, among them some that are not there."""
+    """Put half of the photos on a web server and in an archive in `folder`; some are missing."""
     paths = photos["path"].tolist()
     with zipfile.ZipFile(folder / "some.zip", "w") as archive:
         for path in paths[:4]:
@@ -507,14 +509,14 @@ def test_the_cluster_is_the_one_that_is_named_or_was_started_to_be_joined(
         assert ray_workers.address_of_cluster() == address
         with monkeypatch.context() as patch:
             patch.setattr(os, "getuid", lambda: -1)
-            assert ray_workers.address_of_cluster() is None  # somebody else's
+            assert ray_workers.address_of_cluster() is None  # another user's
             patch.setenv("RAY_ADDRESS", address)
             assert ray_workers.address_of_cluster() == address
             patch.setenv("RAY_ADDRESS", "local")
             assert ray_workers.address_of_cluster() is None
-    assert ray_workers.address_of_cluster() is None  # it has gone
+    assert ray_workers.address_of_cluster() is None  # it no longer exists
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(RequestError, match=f"Nothing answers at {address}.*unset RAY_ADDRESS"):
+    with pytest.raises(RequestError, match=f"Nothing responds at RAY_ADDRESS={address}.*unset RAY_ADDRESS"):
         ray_workers.address_of_cluster()
 
 
@@ -526,7 +528,7 @@ def test_a_cluster_that_cannot_be_had_is_told(way: str, monkeypatch: pytest.Monk
     folders: list[Path] = []
 
     def busy(**options: Any) -> None:
-        os.environ["RAY_AUTH_MODE"] = "token"  # as Ray does
+        os.environ["RAY_AUTH_MODE"] = "token"  # like Ray
         folders.extend(Path(options[name]).parent for name in ["_temp_dir"] if name in options)
         assert all(stat.S_IMODE(folder.stat().st_mode) == 0o700 for folder in folders)
         raise Exception("The current node timed out.\nAnd more.")  # noqa: TRY002 - as Ray does
@@ -537,9 +539,9 @@ def test_a_cluster_that_cannot_be_had_is_told(way: str, monkeypatch: pytest.Monk
     before = dict(os.environ)
     error = NetworkError if way == "start" else RequestError
     words = (
-        r"started here: And more\. Run"
+        r"didn't start: And more\. Run"
         if way == "start"
-        else r"at ray://nobody cannot be joined: The .* timed out\. If"
+        else r"connect to the Ray cluster at ray://nobody: The .* timed out\. If"
     )
     with pytest.raises(error, match=words), RayExecutor() as executor:
         executor._begin()
@@ -576,7 +578,7 @@ def test_an_interrupt_waits_and_a_second_one_does_not() -> None:
 
 @pytest.fixture(scope="module")
 def ray(own_home: Path) -> Iterator[Any]:  # workers build networks there
-    """Start a cluster of two cores and 100 MB of shared memory, as a user would."""
+    """Start a cluster with two cores and 100 MB of shared memory, like a user."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'nbfeat[ray]'")
     before, found = isolation.ray_variables(), importlib.import_module("ray")
     os.environ.update(isolation.RAY_ENVIRONMENT)
@@ -589,7 +591,7 @@ def ray(own_home: Path) -> Iterator[Any]:  # workers build networks there
                     log_to_driver=False, configure_logging=False, _node_ip_address="127.0.0.1", _temp_dir=folder,
                 )  # fmt: skip
                 break
-            except Exception:  # Ray gives a machine that is busy half a minute
+            except Exception:  # Ray waits half a minute on a busy machine
                 found.shutdown()
                 if not left:
                     raise
@@ -624,8 +626,8 @@ def test_on_ray_the_result_is_the_same_to_the_bit(
     assert there.progress.equal == local.progress.equal
     assert there.precision == local.precision
     assert ray.is_initialized()
-    note = next(note for note in there.notes if note.startswith("Ran on Ray"))
-    assert note.endswith("a cluster of 1 machine: 2 workers of 1 core each.")
+    note = next(note for note in there.notes if note.startswith("Ran on a Ray "))
+    assert note.endswith("cluster of 1 machine: 2 workers with 1 core each.")
 
 
 @needs_ray
@@ -656,7 +658,7 @@ def test_closing_cancels_and_workers_that_are_killed_lose_and_double_nothing(tmp
     assert seen == sorted(seen)
     assert there.cached >= begun.done
     assert not len(there.failures)
-    assert ray.cluster_resources()["object_store_memory"] == 100_000_000  # all passes through little
+    assert ray.cluster_resources()["object_store_memory"] == 100_000_000  # all rows pass through little memory
     assert nbfeat.extract(crowd, "Pocket", **FLOAT32).cached == 2500
     same(there.frame, nbfeat.extract(crowd, "Pocket", **FLOAT32, cache=False).frame)
 
@@ -686,7 +688,7 @@ def test_another_process_joins_is_killed_and_gone_on_from(
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text(ray.get_runtime_context().gcs_address)
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment |= {"RAY_TMPDIR": str(tmp_path), "RAY_AUTH_MODE": "token"}  # of which Ray has one in the home folder
+    environment |= {"RAY_TMPDIR": str(tmp_path), "RAY_AUTH_MODE": "token"}  # Ray has one in the home folder
     with subprocess.Popen(
         [sys.executable, "-c", WRITES, str(tmp_path / "frame.parquet"), str(tmp_path), str(tmp_path / "there")],
         env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True,
@@ -695,13 +697,13 @@ def test_another_process_joins_is_killed_and_gone_on_from(
         lines = iter(child.stdout)
         last = next(line for line in lines if int(line.split()[0]) > 12)
         child.kill()
-    assert "a cluster of 1 machine: 2 workers" in last
+    assert "cluster of 1 machine: 2 workers" in last
     assert (tmp_path / "there").is_dir()
     asked: dict[str, Any] = {"block": "Pocket --normalize standard", "precision": "float32", "root": tmp_path}
     local = written(frame, tmp_path / "local", allow_remote=True, **asked).run()
     there = written(ray.data.from_pandas(frame), tmp_path / "there", allow_remote=True, **asked, on="ray").run()
     assert there.cached == 8  # of twelve in the first file, since four fail
-    assert len([note for note in there.notes if note.startswith("Ran on Ray")]) == 1
+    assert len([note for note in there.notes if note.startswith("Ran on a Ray ")]) == 1
     assert ray.is_initialized()
     read = nbfeat.read(tmp_path / "there")
     assert read.features.to_numpy().tobytes() == nbfeat.read(tmp_path / "local").features.to_numpy().tobytes()
@@ -719,7 +721,7 @@ def test_clusters_of_its_own_keep_to_themselves_and_leave_nothing_whenever_an_in
     )  # fmt: skip
     assert child.returncode == 0, child.stderr
     *said, found = child.stdout.splitlines()
-    assert not [line for line in said if "(raylet)" not in line]  # Ray's own words about workers that ended
+    assert not [line for line in said if "(raylet)" not in line]  # Ray's own messages about workers that ended
     starting, stopping, at_work = runs = json.loads(found)
     assert not [line for line in child.stderr.splitlines() if "RAY_BACKEND_LOG_LEVEL" not in line]  # said of obeying it
     for told in runs:
@@ -734,6 +736,6 @@ def test_clusters_of_its_own_keep_to_themselves_and_leave_nothing_whenever_an_in
         assert set(told["statistics"]) <= {"RAY_USAGE_STATS_ENABLED=0", "nothing"}
         assert told["running"] > 4
         assert told["modes"] == [0o700]
-        assert any("a cluster started here: " in note for note in told["notes"])
+        assert any("cluster started on this machine: " in note for note in told["notes"])
     assert (stopping["done"], stopping["same"]) == (100, True)
     assert 0 < at_work["done"] <= 2000

@@ -1,4 +1,4 @@
-"""ImageFeatures keeps the contracts of scikit-learn, and those of nbfeat."""
+"""ImageFeatures follows the conventions of scikit-learn and of nbfeat."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ NORMALIZED: list[dict[str, Any]] = [
 
 @pytest.fixture
 def workers() -> Iterator[None]:
-    """Have workers of joblib that begin in this test, with its home, and end with it."""
+    """Start joblib workers in this test, with its home folder, and end them with it."""
     get_reusable_executor().shutdown(wait=True)
     yield
     get_reusable_executor().shutdown(wait=True)
@@ -63,7 +63,7 @@ def workers() -> Iterator[None]:
 
 
 class OnPaths(ImageFeatures):
-    """For checks that make X of numbers: those of its first column name real pictures."""
+    """For checks with numeric X: the numbers in the first column name real pictures."""
 
     pictures: list[str] = []  # noqa: RUF012 - scikit-learn clones by the constructor, and checks that it sets no more
 
@@ -87,7 +87,7 @@ class OnPaths(ImageFeatures):
         return table
 
 
-# Which scikit-learn has for transformers and does not yield for every one.
+# scikit-learn has these for transformers but does not yield them for all.
 MORE_CHECKS = (
     "check_dataframe_column_names_consistency", "check_estimator_cloneable", "check_get_feature_names_out_error",
     "check_global_output_transform_pandas", "check_inplace_ensure_writeable", "check_set_output_transform",
@@ -106,7 +106,7 @@ def test_the_checks_of_scikit_learn_hold_on_real_paths(photos: pd.DataFrame, mon
     monkeypatch.setattr(OnPaths, "pictures", list(photos["path"]))
     estimator = OnPaths(BLOCK, normalize="standard")
     with warnings.catch_warnings():
-        # Some checks fit frames and transform arrays; that scikit-learn warns of it is its business.
+        # Some checks fit frames and transform arrays, so scikit-learn warns.
         warnings.filterwarnings("ignore", "X (has|does not have valid) feature names", UserWarning)
         options = {"expected_failed_checks": LEFT_OUT, "on_skip": None, "on_fail": None}
         results = estimator_checks.check_estimator(estimator, **options)
@@ -144,9 +144,9 @@ def test_images_may_come_as_a_frame_a_series_an_array_or_a_list(photos: pd.DataF
 @pytest.mark.parametrize(
     ("images", "words"),
     [
-        ("cat.jpg", r"X is a str, not a list of images: write \[X\]"),
-        (Path("cat.jpg"), r"not a list of images"),
-        (np.zeros((2, 8, 8, 3), np.uint8), r"numpy.ndarray of shape \(2, 8, 8, 3\): give .*list\(X\)"),
+        ("cat.jpg", r"X must be a list of images, not str: use \[X\]"),
+        (Path("cat.jpg"), r"must be a list of images"),
+        (np.zeros((2, 8, 8, 3), np.uint8), r"numpy.ndarray of shape \(2, 8, 8, 3\)\. Pass .*list\(X\)"),
         ([], "X has no rows"),
         (pd.DataFrame({"path": []}), "X has no rows"),
         (pd.DataFrame({"a": [1], "b": [2]}), r"No column looks like images: a \(1\) and b \(2\)"),
@@ -181,7 +181,7 @@ def test_columns_are_those_of_fit(photos: pd.DataFrame) -> None:
         ImageFeatures(BLOCK, images="pth").fit(photos)
     with pytest.raises(RequestError, match="no column path"):
         ImageFeatures(BLOCK, images="path").fit(photos[["path"]].set_axis([0], axis=1))
-    for images in ("path", ["path"]):  # which only a frame has
+    for images in ("path", ["path"]):  # only a frame has column names
         without_names = ImageFeatures(BLOCK, images=images).fit(photos["path"].rename(("a", "b")))
         np.testing.assert_array_equal(without_names.transform(list(photos["path"])), rows[:, :48])
 
@@ -196,7 +196,7 @@ def test_parameters_are_defaults_of_blocks_that_do_not_say_otherwise(photos: pd.
     assert said == [("max", "l2"), ("avg", "l2"), (None, "none")]
     prefixes = {name.rpartition("_")[0] for name in model.get_feature_names_out()}
     assert prefixes == {"mobilenet_max", "mine", "vgg16"}
-    # Pooling is not asked for by its default, which a layer that is a vector already would refuse.
+    # Default pooling is not passed on, because a layer that is already a vector would refuse it.
     assert ImageFeatures(BLOCK).fit(photos["path"]).recipe_.blocks[0].pooling is None
     layers = ImageFeatures(BLOCK, layer=["conv1_relu", "conv_pw_3_relu"], components=2).fit(photos["path"])
     assert len(layers.get_feature_names_out()) == 4
@@ -232,7 +232,7 @@ def test_a_fit_that_fails_leaves_what_an_earlier_one_made(photos: pd.DataFrame) 
     np.testing.assert_array_equal(model.transform(photos[["path"]]), features)
 
 
-# Learning from fit alone
+# Fitting on the rows of fit only
 
 
 @pytest.mark.parametrize("options", NORMALIZED)
@@ -248,7 +248,7 @@ def test_what_is_tested_on_never_changes_what_was_trained_on(
     np.testing.assert_array_equal(model.transform(photos["path"]), everything.features.to_numpy())
     for other in (str(bright), None):
         np.testing.assert_array_equal(model.transform([*train, other, other])[:14], rows)
-    # And it would be seen, were it so.
+    # A leak would be detected.
     if options.get("normalize", "l2") != "l2":
         assert (ImageFeatures(BLOCK, **options).fit_transform([*train, str(bright)])[:14] != rows).any()
 
@@ -311,7 +311,7 @@ def test_nothing_is_learned_where_every_image_fails_and_other_errors_are_told(
         model.transform(photos["path"])
 
 
-# As a step among others
+# As a step of a pipeline
 
 
 def test_frames_keep_their_index(photos: pd.DataFrame) -> None:
@@ -361,7 +361,7 @@ def test_options_can_be_searched_over(photos: pd.DataFrame) -> None:
     search = GridSearchCV(pipeline_of(ImageFeatures(BLOCK)), grid, cv=2, error_score="raise")
     search.fit(photos["path"], photos["label"])
     assert len(search.cv_results_["params"]) == 8
-    assert FakeEngine.computed == 3 * 20  # the ends of both and one layer: the pretended network knows one pooling
+    assert FakeEngine.computed == 3 * 20  # the ends of both and one layer, since the fake network has one pooling
 
 
 def test_the_search_in_the_guide_decodes_each_image_once_for_each_network(photos: pd.DataFrame) -> None:
@@ -447,7 +447,7 @@ def test_a_network_that_gives_other_features_is_refused(
 
         monkeypatch.setattr(FakeNetwork, "__init__", other)
     computed = FakeEngine.computed
-    with pytest.raises(RequestError, match=rf"The fitted ImageFeatures cannot be repeated.* mobilenet.* {change}"):
+    with pytest.raises(RequestError, match=rf"The fitted ImageFeatures can't be repeated.* mobilenet.* {change}"):
         model.transform(photos["path"])
     assert FakeEngine.computed == computed
     assert model.fit(photos["path"]).transform(photos["path"]).shape == (20, 48)

@@ -130,7 +130,7 @@ def test_every_face_fetches_images_where_it_is_allowed(
 @fake
 def test_where_all_are_addresses_the_error_says_what_to_do() -> None:
     frame = frame_of("https://example.org/a.png", "s3://bucket/b.png")
-    with pytest.raises(ExtractionError, match=r"--allow-remote .*Say so where they are addresses that you trust\.$"):
+    with pytest.raises(ExtractionError, match=r"--allow-remote .*Pass .*allow.remote.* if you trust these URLs\.$"):
         nbfeat.extract(frame, BLOCK, images="path")
 
 
@@ -152,7 +152,7 @@ def test_images_are_read_again_each_run_and_known_by_their_content(web: Web, pho
     def run() -> Any:
         extraction = Extraction(frame, BLOCK, images="path", allow_remote=True)
         notes = [step.note for step in extraction.steps()]
-        assert any(note.endswith("images are fetched from 1 host") for note in notes)
+        assert any(note.endswith("fetching images from 1 host") for note in notes)
         assert extraction.failures["reason"].tolist() == [f"not found (404): {web.url('/lost.png')}"]
         assert extraction.features.notna().all(axis=1).sum() == len(frame) - 1
         return extraction.cached, FakeEngine.computed

@@ -299,7 +299,7 @@ def test_it_is_repeated_without_comparing(
         assert repeated.precision == "bfloat16"
         assert hardware.started == ["bfloat16", "bfloat16"]
         assert not any("runs in" in note for note in repeated.notes)
-    with pytest.raises(RequestError, match=r"computed in bfloat16.*in float32"):
+    with pytest.raises(RequestError, match=r"computed in bfloat16.*in float32: drop `precision`"):
         result.like(photos, precision="float32")
 
 

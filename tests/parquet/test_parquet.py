@@ -80,10 +80,10 @@ def test_what_was_written_is_read_again(result: Extraction, photos: pd.DataFrame
 
 def test_what_was_read_shows_itself_with_everything_escaped(there: Path) -> None:
     back = nbfeat.read(there)
-    assert repr(back).splitlines()[0] == "54 columns of features of 20 rows, read from train.parquet"
+    assert repr(back).splitlines()[0] == "54 feature columns of 20 rows, read from train.parquet"
     assert "3      path: MobileNet --normalize standard --components 3 --size 32" in repr(back)
     assert "2 of 20 images failed and are NaN" in repr(back)
-    assert "made by Fake engine · float32" in repr(back)
+    assert "engine: Fake engine · float32" in repr(back)
     html = back._repr_html_()
     assert "<img" not in html
     assert "&lt;img src=x" in html
@@ -170,7 +170,7 @@ def test_an_empty_result_of_a_repeated_one_travels(result: Extraction, photos: p
     empty.to_parquet(file)
     back = nbfeat.read(file)
     assert back.frame.shape == empty.frame.shape
-    assert "made by nothing" in repr(back)
+    assert "engine: none" in repr(back)
     good = result.ok.to_numpy()
     same(back.like(photos[good]).features, result.features[good])
 
@@ -206,7 +206,7 @@ def test_what_cannot_be_written_is_told_with_the_way_out(
     with monkeypatch.context() as patch:
         patch.setattr(recipe, "LARGEST", 2000)
         with pytest.raises(
-            RequestError, match=r"2 failures take \d kB \(mobilenet: .*more than the 2 kB.*--components"
+            RequestError, match=r"2 failures take \d kB \(mobilenet: .*more than the 2 kB.*`components`"
         ):
             result.to_parquet(file)
     del result.frame["mobilenet_0001"]
@@ -291,7 +291,7 @@ def test_an_entry_that_is_no_json_of_ours_is_refused(there: Path) -> None:
     table = parquet.read_table(there)
     for text in (b"", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"format": 1}', b"1" * 9999):
         resealed(there, table, {b"nbfeat": text})
-        with pytest.raises(RequestError, match=r"^train\.parquet cannot be read as a result of nbfeat"):
+        with pytest.raises(RequestError, match=r"^train\.parquet can't be read as a result of nbfeat"):
             nbfeat.read(there)
     whole = json.loads(table.schema.metadata[b"nbfeat"])
     resealed(there, table, {b"nbfeat": json.dumps({**whole, "format": 2}).encode()})
@@ -300,7 +300,7 @@ def test_an_entry_that_is_no_json_of_ours_is_refused(there: Path) -> None:
 
 
 def test_files_that_nbfeat_did_not_write_are_refused(there: Path, photos: pd.DataFrame) -> None:
-    with pytest.raises(RequestError, match=r"no file '.*trian\.parquet'.*Did you mean train\.parquet"):
+    with pytest.raises(RequestError, match=r"not found: '.*trian\.parquet'.*Did you mean train\.parquet"):
         nbfeat.read(there.with_name("trian.parquet"))
     nbfeat.read(there).frame.to_parquet(there)  # by pandas, which drops nbfeat's metadata
     for work in (lambda: nbfeat.read(there), lambda: extract(photos, like=there)):
@@ -313,7 +313,7 @@ def test_files_that_nbfeat_did_not_write_are_refused(there: Path, photos: pd.Dat
         with pytest.raises(RequestError, match=r"train\.parquet is not a Parquet file, or is damaged"):
             nbfeat.read(there)
     there.unlink()
-    with pytest.raises(RequestError, match=r"no file '.*train\.parquet'\. Relative paths start at"):
+    with pytest.raises(RequestError, match=r"not found: '.*train\.parquet'\. Check the path; relative paths start at"):
         nbfeat.read(there)
     with pytest.raises(RequestError, match="Cannot open"):
         nbfeat.read("nosuch://bucket/train.parquet")
@@ -341,9 +341,9 @@ def test_columns_that_were_changed_since_are_told(there: Path) -> None:
     with pytest.raises(RequestError, match=r"damaged: its columns don't match their checksum"):
         nbfeat.read(there)
     for frame, words in (
-        (good.drop(columns="mobilenet_0001"), "has not the 3 columns mobilenet_0000"),
-        (good.astype({"mobilenet_0001": "float64"}), "column mobilenet_0001, which is not float32"),
-        (good.set_index("mobilenet_0001"), "has not the 3 columns mobilenet_0000"),
+        (good.drop(columns="mobilenet_0001"), "doesn't have the 3 columns mobilenet_0000"),
+        (good.astype({"mobilenet_0001": "float64"}), "column mobilenet_0001, which isn't float32"),
+        (good.set_index("mobilenet_0001"), "doesn't have the 3 columns mobilenet_0000"),
     ):
         resealed(there, pa.Table.from_pandas(frame), {b"nbfeat": table.schema.metadata[b"nbfeat"]})
         with pytest.raises(RequestError, match=words):
