@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,10 @@ class Normalizer:
     """L2, then an affine map per column, then a projection; each is optional."""
 
     unit_length: bool = False
-    shift: Rows | None = None
-    stretch: Rows | None = None
-    center: Rows | None = None
-    axes: Rows | None = None  # (components, width)
+    shift: Rows | None = field(default=None, repr=False)
+    stretch: Rows | None = field(default=None, repr=False)
+    center: Rows | None = field(default=None, repr=False)
+    axes: Rows | None = field(default=None, repr=False)  # (components, width)
 
     def apply(self, rows: Rows) -> Rows:
         """Return normalized rows, in place unless the width changes."""

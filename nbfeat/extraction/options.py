@@ -290,6 +290,9 @@ class FeatureBlock:
         names = layers.split(",") if isinstance(layers, str) else layers or [None]
         return tuple(cls(**values, layer=name.strip() if name else None) for name in names)
 
+    def __repr__(self) -> str:
+        return f"FeatureBlock.parse({str(self)!r})[0]"
+
     def __str__(self) -> str:
         """Return text that `parse` reads back as this block."""
         defaults = type(self).__dataclass_fields__

@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -39,9 +39,9 @@ class PartRecipe:
     column: Hashable  # of images
     prefix: str
     width: int  # features per image before PCA
-    weights: Loaded
-    key_fields: Mapping[str, Any]  # everything that decides the features before normalization, as plain values
-    normalizer: Normalizer
+    weights: Loaded = field(repr=False)
+    key_fields: Mapping[str, Any] = field(repr=False)  # everything that decides the raw features, as plain values
+    normalizer: Normalizer = field(repr=False)
 
     @property
     def precision(self) -> Precision:
@@ -82,7 +82,7 @@ class Recipe:
     """A recipe for `like`: parts with fitted normalization, and provenance for people."""
 
     parts: tuple[PartRecipe, ...]
-    provenance: Mapping[str, Any]  # `Extraction.recipe`, plain values
+    provenance: Mapping[str, Any] = field(repr=False)  # `Extraction.recipe`, plain values
     source: str = "the earlier result"  # its name in messages and reports
 
     @property
