@@ -178,7 +178,7 @@ class Similar:
     def plot(self) -> NDArray[Any]:
         """Draw the images, query first, on a new pyplot figure and return an array of its axes, one per image."""
         if self.images.column is None:
-            raise RequestError("There is nothing to draw: no column looks like images. Name it with `images='COLUMN'`.")
+            raise RequestError("Nothing to draw: no column looks like images. Name it with `images='COLUMN'`.")
         return gallery.plot(self.tiles, self.images.root, self.heading)
 
     def __repr__(self) -> str:
@@ -223,7 +223,7 @@ class Duplicates:
         if not self.sizes.size or self.images.column is None:
             way = "no column looks like images. Name it with `images='COLUMN'`"
             way = way if self.sizes.size else "no two rows are within the threshold. Try a larger `threshold`"
-            raise RequestError(f"There is nothing to draw: {way}.")
+            raise RequestError(f"Nothing to draw: {way}.")
         numbered = [(number, tile) for number, group in enumerate(self._groups(), 1) for tile in group]
         tiles = [replace(tile, lines=(f"group {at}: {tile.lines[0]}", *tile.lines[1:])) for at, tile in numbered]
         return gallery.plot(tiles, self.images.root, sentences(self._heading(), self._more()))

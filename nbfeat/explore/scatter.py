@@ -88,7 +88,7 @@ def scatter(
     """
     one_of([*TITLES], "method", method)
     if method == "umap" and importlib.util.find_spec("umap") is None:
-        raise RequestError("umap-learn is not installed. Run `pip install umap-learn`, or use `method='tsne'`.")
+        raise RequestError("`method='umap'` needs umap-learn. Run `pip install umap-learn`, or use `method='tsne'`.")
     vectors = vectors_of(result, features)
     values, classes = None, None
     if color is not None:
@@ -218,7 +218,7 @@ def _places(points: NDArray[Any], method: Method) -> tuple[NDArray[Any], tuple[s
 
     count, least = len(points), 2 if method == "pca" else 4
     if count < least:
-        raise RequestError(f"`method={method!r}` needs at least {least} rows with features, not {count}.")
+        raise RequestError(f"{method} needs at least {least} rows with features, not {count}. Use more rows.")
     if not (points != points[0]).any():
         raise RequestError(f"All {count:,} rows have the same features. Use rows with different images.")
     pca = PCA(min(2 if method == "pca" else COMPONENTS, *points.shape), random_state=SEED)

@@ -144,7 +144,7 @@ def selected(
         why = listing(f"{count:,} {reason}" for count, reason in reasons if count)
         notes.append(f"{lost:,} of {len(ok):,} rows were left out: {why}.")
     if not len(kept):
-        raise RequestError(f"No rows are left to score. {notes[0]} Use rows that have both.")
+        raise RequestError(f"No rows are left to score. {notes[0]} Use rows that have all of these.")
     chosen = wanted.taken(kept)
     if most is not None and len(kept) > most:
         notes.append(f"{most:,} of {len(kept):,} rows were scored (a seeded sample). For all, set `rows=None`.")

@@ -159,7 +159,7 @@ def between_cells(shell: InteractiveShell, work: Work) -> None:
             once()
 
     loop: Any = getattr(getattr(shell, "kernel", None), "io_loop", None)
-    if loop is None:  # a terminal: cells and what else there is take turns anyway
+    if loop is None:  # in a terminal, only one thing runs at a time anyway
         now()
     else:
         loop.add_callback(now)
@@ -191,12 +191,12 @@ class FrameSnapshot:
         if now is None:
             return f"{self.name} no longer exists, so no features were attached. Create it again, then {again}"
         if type(now) is not type(self.frame):
-            return f"{self.name} is now {type(now).__name__}, not a dataframe, and is unchanged. Give it another name."
+            return f"{self.name} now has type {type(now).__name__}. Make it a dataframe again, then {again}"
         if not now.index.equals(self.frame.index) or not all(
             column in now.columns and _are_same(now[column].tolist(), extraction.images_in(column))
             for column in {part.column for part in extraction.parts}
         ):
-            return f"The images of {self.name} changed during the run, so no features were attached. P{again[1:]}"
+            return f"The images of {self.name} have changed, so nothing was attached. To extract new ones, {again}"
         return ""
 
 

@@ -94,7 +94,7 @@ class ExtractMagics(Magics):
                 progress.follow(request.frame, steps, quiet=request.run.get("quiet", self.quiet))
         except KeyboardInterrupt:
             done, total = extraction.done - len(extraction.failures), extraction.total
-            text = f"stopped at {done:,} of {total:,}; nothing was saved. Run the cell again."
+            text = f"stopped at {done:,} of {total:,} images, and nothing was saved. Run the cell again."
             if extraction.keeps:
                 text = f"{extraction.kept:,} of {total:,} images are saved. Run the cell again to continue."
             raise KeyboardInterrupt(f"{request.frame} is unchanged; {text}") from None

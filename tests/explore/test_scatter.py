@@ -121,7 +121,7 @@ def test_what_cannot_be_drawn_is_told_and_one_color_needs_no_column(monkeypatch:
         nbfeat.scatter(frame, None, "umap")
     with pytest.raises(RequestError, match="All 60 rows have the same features"):
         nbfeat.scatter(featured(np.ones((60, 3))), None)
-    with pytest.raises(RequestError, match="needs at least 4 rows with features, not 3"):
+    with pytest.raises(RequestError, match="tsne needs at least 4 rows with features, not 3"):
         nbfeat.scatter(featured(ROWS[:3]), None, "tsne")
     two = nbfeat.scatter(featured(ROWS[:2]), None)
     assert len(two.frame) == 2

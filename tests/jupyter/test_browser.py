@@ -64,7 +64,7 @@ def start(shared_data: Path, seconds: float = 0.05, *, cache: bool = False) -> s
 
 
 def begin(lab: Site, name: str, first: str, *cells: str) -> tuple[Any, Any]:
-    """Open a notebook of these cells, the second of which makes a panel; choose Pocket in it."""
+    """Open a notebook of these cells, whose second one makes a panel, and choose Pocket in it."""
     page = lab.open(lab.write(name, first, PANEL, *cells))
     run_cell(page, 0)
     run_cell(page, 1)

@@ -121,7 +121,7 @@ def test_every_state_and_transition_as_it_is_clicked(opened: Open, notebook: Int
     one.cancel()
     assert one.wait(30)
     second = one.job
-    one.blocks.cards[0].options["prefix"].value = "other"  # another choice after cancelling: it begins anew
+    one.blocks.cards[0].options["prefix"].value = "other"  # another choice after cancelling: it starts from scratch
     assert finished(one).job is not second
     assert one.result is not None
     assert one.result.columns[0] == "other_0000"
@@ -142,7 +142,7 @@ def test_a_run_that_fails_says_why_and_the_next_may_not(
     notebook.user_ns["photos"] = photos
     check_look(finished(one), State.DONE)
     notebook.user_ns["photos"] = lost
-    check_look(finished(one), State.FAILED)  # and no result of another run beside it
+    check_look(finished(one), State.FAILED)  # without the result of an earlier run
     notebook.user_ns["photos"] = photos
     one.options["no_cache"].value = True
     monkeypatch.setattr(FakeEngine, "collect", broken)
