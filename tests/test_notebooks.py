@@ -151,7 +151,7 @@ def test_bad_usage_stops_a_notebook(tmp_path: Path) -> None:
     failed = failure(MISSING, "%extract nosuch ResNet50", folder=tmp_path)
     [output] = failed.outputs
     assert output.output_type in {"error", "stream"}
-    assert "There is no 'nosuch' in this notebook. Dataframes here: photos." in "".join(texts(failed))
+    assert "'nosuch' is not defined in this notebook. Dataframes here: photos." in "".join(texts(failed))
     assert "Traceback" not in "".join(texts(failed))
 
 
@@ -187,5 +187,6 @@ threading.Timer(6, os.kill, (os.getpid(), signal.SIGINT)).start()
     *_, error = failed.outputs
     [line] = error.traceback
     assert re.fullmatch(
-        r"KeyboardInterrupt: [\d,]+ of 40,000 kept; run the cell again to go on. Nothing was bound.", line
+        r"KeyboardInterrupt: photos is unchanged; [\d,]+ of 40,000 images are saved. Run the cell again to continue.",
+        line,
     )

@@ -1,1 +1,1 @@
-"""Look at features and at the images they are of."""
+"""Tools to explore features and their images."""

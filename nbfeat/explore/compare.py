@@ -1,4 +1,4 @@
-"""Which backbone, which layer, is best: the cross-validated score of every block, as a table, in words and plotted."""
+"""compare: the cross-validated score of every feature block, as a table, a verdict and a plot."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-ROWS = 5000  # a support-vector machine's time grows with their square: 5,000 take minutes, 20,000 hours
+ROWS = 5000  # an SVM's training time grows quadratically: 5,000 rows take minutes, 20,000 take hours
 TIED_SHOWN = 3
-MANY = "0.5"  # the color of all points where there are more networks than colors
+MANY = "0.5"  # gray, for all points if there are more networks than colors
 TITLE_WIDTH = 62  # characters
 LEGEND_COLUMNS = 3
 WIDTH, LETTER, HEAD_HEIGHT, ROW_HEIGHT, LEGEND_BELOW = 5.5, 0.085, 1.7, 0.5, 0.5  # inches
@@ -45,48 +45,54 @@ def compare(
     rows: int | None = ROWS,
     speed: bool = True,
 ) -> Comparison:
-    """Score every block of a result by cross-validation, best first.
+    """Score every feature block of a result by cross-validation, best first.
 
-    Each block is scored on the same rows in the same folds. What a block's normalization learns is learned from the
-    training rows of each fold alone, whatever `fit_on` was.
+    All blocks are scored on the same rows and folds. Normalization is fitted again in each fold, on its training rows
+    only, regardless of `fit_on`.
 
     Parameters
     ----------
-    result
-        A finished Extraction.
-    target
-        What to predict: a column of the frame, or one value for each row. Text, booleans and categories are classes;
-        fractions are a quantity; whole numbers are classes where they are 20 or fewer. Rows without one are left out.
-    model
-        ``"svm"``: ``SVC(C=10)``, or for a quantity ``SVR(C=10)`` of the standardized target; ``"logistic"``:
-        LogisticRegression, or for a quantity RidgeCV; both after StandardScaler. ``"forest"``: a random forest, seeded.
-        Or any estimator or pipeline of scikit-learn, which is cloned for each fold; a classifier or regressor decides
-        what the target is.
-    cv
-        How many folds, shuffled (seeded), classes in proportion; or a splitter of scikit-learn. PredefinedSplit is of
-        the rows of the frame.
-    groups
-        A column, or one value for each row: rows of one group are never on both sides of a fold.
-    scoring
-        A name or scorer of scikit-learn; by default the model's own: accuracy, or R² for a quantity.
-    rows
-        At most so many rows are scored, drawn with the classes in proportion (seeded); None for all.
-    speed
-        Measure images per second, about a second a block.
+    result : Extraction
+        A finished extraction.
+    target : str or array-like
+        What to predict: a column of the frame, or one value per row. Text, booleans and categories are classes;
+        fractions are a quantity; whole numbers are classes if they have at most 20 distinct values. Rows without a
+        target are left out.
+    model : {"svm", "forest", "logistic"} or estimator, default "svm"
+        ``"svm"`` is ``SVC(C=10)``, or for a quantity ``SVR(C=10)`` on the standardized target; ``"logistic"`` is
+        LogisticRegression, or for a quantity RidgeCV; both follow a StandardScaler. ``"forest"`` is a seeded random
+        forest. A scikit-learn estimator or pipeline is cloned for each fold; a classifier treats the target as
+        classes, a regressor as a quantity.
+    cv : int or splitter, default 5
+        The number of folds (shuffled with a fixed seed, stratified for classes), or a scikit-learn splitter. A
+        PredefinedSplit must cover all rows of the frame.
+    groups : str or array-like, optional
+        A column, or one value per row: rows of one group are never on both sides of a fold.
+    scoring : str or callable, optional
+        A scikit-learn scorer or its name. By default the model's own: accuracy, or R² for a quantity.
+    rows : int or None, default 5000
+        The most rows to score, sampled in proportion to the classes with a fixed seed; None for all.
+    speed : bool, default True
+        Also measure images per second, which takes about a second per block.
 
     Returns
     -------
     Comparison
-        ``.table``, ``.scores`` (blocks × folds), ``.best`` and ``.plot()``.
+        The scores as a table, which a notebook shows; ``.plot()`` draws them.
+
+    Raises
+    ------
+    RequestError
+        If the target, the model or the folds don't fit the data.
 
     Examples
     --------
-    >>> result = nbfeat.extract(photos, "ResNet50 --layer conv4_block6_out,conv5_block3_out")  # doctest: +SKIP
-    >>> nbfeat.compare(result, "label")  # doctest: +SKIP
-    >>> nbfeat.compare(result, "label").plot()  # doctest: +SKIP
+    >>> nbfeat.compare(result, "label", cv=3, speed=False).best
+    'Pocket'
     """
     if not isinstance(result, Extraction):
-        raise RequestError(f"compare takes what %extract or nbfeat.extract returned, not {type(result).__name__}.")
+        kind = type(result).__name__
+        raise RequestError(f"`result` must be an Extraction, not {kind}. Pass what `nbfeat.extract` returned.")
     made = set(result.columns)
     frame = result.frame.loc[:, [column not in made for column in result.frame.columns]]
     with warnings.catch_warnings(record=True) as warned:
@@ -117,26 +123,44 @@ def compare(
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Comparison:
-    """The blocks of a result by cross-validated score, best first. It shows itself as a table; `plot()` draws it.
+    """The feature blocks of a result by cross-validated score, best first; a notebook shows the table.
 
-    The table has a row for each block, by prefix: ``block`` as %extract takes it, ``score`` (mean over folds),
-    ``spread`` (its standard deviation over folds), ``width`` (features per image), ``images_per_second`` and ``bytes``
-    (of the features of all rows). The folds are the same for all blocks, so that ``scores`` (blocks × folds) can be
-    compared fold by fold.
+    Attributes
+    ----------
+    table : DataFrame
+        One row per block, indexed by prefix: ``block`` in the words of %extract, ``score`` (mean over folds),
+        ``spread`` (standard deviation over folds), ``width`` (features per image), ``images_per_second``, and
+        ``bytes`` (memory for the features of all rows).
+    scores : DataFrame
+        Blocks × folds. All blocks share the same folds, so they can be compared fold by fold.
+    best : str
+        The best block, in the words of %extract.
+    target, score, setting : str
+        The names of the target and of the score; the model, folds and rows in words.
+    notes : tuple of str
+        The verdict, what was left out, and how speed was measured.
     """
 
     table: pd.DataFrame
     scores: pd.DataFrame
-    best: str  # the best block, as %extract takes it
+    best: str
     target: str
-    score: str  # its name
-    setting: str  # model, folds, rows
+    score: str
+    setting: str
     notes: tuple[str, ...]
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw every fold's score, and each block's mean with its spread, best on top.
+        """Plot every fold's score and each block's mean ± standard deviation, best on top.
 
-        Without `ax` it is drawn on a new figure of pyplot's, which a notebook shows at the end of the cell.
+        Parameters
+        ----------
+        ax : Axes, optional
+            Where to draw; by default a new pyplot figure.
+
+        Returns
+        -------
+        Axes
+            The axes that were drawn on.
         """
         import matplotlib as mpl
         import seaborn as sns
@@ -169,7 +193,7 @@ class Comparison:
         ]
         ax.set_yticks(range(len(self.table)), [plain(name) for name in names])
         ax.set(xlabel=plain(f"{self.score} of each fold"), ylabel="")
-        lines = f"{self.score}: {self.target} from the features of each block", self.setting
+        lines = f"{self.score} of predicting {self.target} from each block", self.setting
         title = "\n".join(textwrap.fill(line, TITLE_WIDTH) for line in lines)
         ax.set_title(plain(title), loc="left", fontsize="medium")
         ax.grid(visible=True, axis="x", alpha=0.3)
@@ -192,7 +216,7 @@ class Comparison:
         return gallery.page(heading, table(rows, head), *self.notes)
 
     def _read(self, sign: str) -> tuple[str, list[str], list[list[object]]]:
-        """Return the heading, and the head and the rows of the table, as people read them."""
+        """Return the heading, column names and rows of the displayed table."""
         speed = ["images/s"] if "images_per_second" in self.table else []
         head = ["features", f"{self.score}{sign}sd", "width", *speed, "memory", "block"]
         rows: list[list[object]] = []
@@ -215,13 +239,12 @@ def verdict(scores: pd.DataFrame, name: str, test_share: float) -> str:
     if len(scores) == 1:
         return ""
     if scores.shape[1] == 1:
-        return "One fold does not tell how much scores vary: take more before choosing."
+        return "A single fold doesn't show how much scores vary. Use more folds before choosing."
     leads = scores.iloc[0] - scores.iloc[1:]
     means, spreads = leads.mean(axis=1), leads.std(axis=1, ddof=1)
     best, second = scores.index[:2]
-    lead = f"{means.iloc[0]:.3f} ± {spreads.iloc[0]:.3f} of {name} from fold to fold"
-    count = scores.shape[1]
-    needed = t.ppf(0.95, count - 1) * np.sqrt(1 / count + test_share) * spreads
+    lead = f"{means.iloc[0]:.3f} ± {spreads.iloc[0]:.3f} {name} across folds"
+    needed = t.ppf(0.95, len(scores.T) - 1) * np.sqrt(1 / len(scores.T) + test_share) * spreads
     tied = [str(prefix) for prefix in means.index[means <= needed]]
     if not tied:
         return f"{best} is best: it leads {second} by {lead}."
@@ -231,14 +254,14 @@ def verdict(scores: pd.DataFrame, name: str, test_share: float) -> str:
 
 
 def _rounded(rate: float) -> float | str:
-    """Round a speed to the two digits that a short measurement can tell."""
+    """Round a speed to two digits, the precision of a short measurement."""
     if np.isnan(rate):
         return "?"
     return round(float(f"{rate:.2g}")) if rate >= 10 else float(f"{rate:.2g}")
 
 
 def _matrices(result: Extraction) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.bool_], str]:
-    """Return features before what their normalization learned, the rows that have all of them, and what to say."""
+    """Return features before fitted normalization, a mask of the rows that have them all, and a note."""
     learned = [part for part in result.parts if part.block.is_learned]
     found = {part.prefix: result[part.prefix].to_numpy() for part in result.parts if part not in learned}
     if not learned:
@@ -249,21 +272,19 @@ def _matrices(result: Extraction) -> tuple[dict[str, NDArray[np.float32]], NDArr
         same = raw[replace(part.block, normalize="none", components=None), part.column]
         if part.network and same.network and part.network.weights.sha256 != same.network.weights.sha256:
             name, prefix = part.block.backbone, part.prefix
-            raise RequestError(f"The weights of {name} are others than when {prefix} was extracted: extract it again.")
+            raise RequestError(f"The weights of {name} have changed since {prefix} was extracted. Extract it again.")
         found[part.prefix] = before[same.prefix].to_numpy()
-    again = f"{before.computed:,} images, which the cache did not have."
-    note = f"Features before normalization were computed again for {again}" if before.computed else ""
-    return found, result.ok.to_numpy() & before.ok.to_numpy(), note
+    note = f"Features before normalization were recomputed for {before.computed:,} images that were not in the cache."
+    return found, result.ok.to_numpy() & before.ok.to_numpy(), note if before.computed else ""
 
 
 def _tables(result: Extraction, scores: Mapping[str, list[float]], *, speed: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return what is known of each block, and the scores of blocks × folds; the best mean first."""
+    """Return a table with one row per block, and the scores (blocks × folds); the best mean first."""
     parts = sorted(result.parts, key=lambda part: float(np.mean(scores[part.prefix])), reverse=True)
     prefixes, widths = [part.prefix for part in parts], [len(part.names) for part in parts]
     names = [f"fold {number}" for number, _ in enumerate(scores[prefixes[0]], 1)]
     folds = pd.DataFrame([scores[prefix] for prefix in prefixes], index=prefixes, columns=names)
-    # Each source of features is measured once: parts of one source differ in normalization alone.
-    sources = {part.source: part for part in parts}
+    sources = {part.source: part for part in parts}  # measured once; their parts differ only in normalization
     rates = {source: result.speed_of(part) for source, part in sources.items() if speed}
     columns = {
         "block": [str(part.block) for part in parts],
@@ -277,15 +298,15 @@ def _tables(result: Extraction, scores: Mapping[str, list[float]], *, speed: boo
 
 
 def _about(result: Extraction, warned: Sequence[warnings.WarningMessage], *, speed: bool) -> Iterator[str]:
-    """Say what was learned anew, what scikit-learn warned of, and what the speed is."""
+    """Yield notes on fitted normalization, scikit-learn's warnings, and how speed was measured."""
     if learned := [part.prefix for part in result.parts if part.block.is_learned]:
-        yield f"{listing(learned)}: normalization learned in each fold, from its training rows alone."
+        yield f"{listing(learned)}: normalization was fitted in each fold, on its training rows only."
     if warned:
         counts = Counter(warning.category.__name__ for warning in warned)
         first = str(warned[0].message).strip().splitlines()[0]
-        yield f"Warnings: {listing(f'{count:,} × {name}' for name, count in counts.items())}. The first: {first}"
+        yield f"Warnings: {listing(f'{count:,} × {name}' for name, count in counts.items())}. First: {first}"
     if speed:
         yield (
-            "images/s: from file to features, each block alone, without the cache, measured just now on up to 64 of "
-            f"the images ({listing(result.engines)}, {result.precision})."
+            "images/s: from file to features, one block at a time, without the cache, measured just now on up to 64 "
+            f"images ({listing(result.engines)}, {result.precision})."
         )

@@ -1,4 +1,4 @@
-"""Images of a frame as a gallery: html that a saved notebook can hold, and a plot for print; and what plots share."""
+"""thumbnails: a gallery as HTML (small enough to save in a notebook) or as a plot; and what all plots share."""
 
 from __future__ import annotations
 
@@ -32,17 +32,16 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LIMIT = 24
-SIDE = 160  # pixels that are kept of a picture, which is shown a third smaller: sharp on fine screens, too
-SHOWN = 112  # pixels of a notebook's page; of SIDE that are kept
+SIDE = 160  # stored pixels per side; shown smaller, so pictures are sharp on high-density screens
+SHOWN = 112  # CSS pixels per side
 QUALITIES = (80, 60, 40, 20, 5)
-MOST_BYTES = 8_000  # of a picture: two dozen then take less than 300 kB of a notebook
-LONGEST = 60  # letters of a caption's line
-COLUMNS, PRINTED, INCHES = 6, 320, 1.7  # of a plot: tiles beside each other, pixels and inches of each
-LETTERS = 24  # of a plot's caption, a line
-COLORS = 10  # in seaborn's palette for the color-blind; more would repeat
+MOST_BYTES = 8_000  # per picture, so 24 of them add less than 300 kB to a notebook
+LONGEST = 60  # characters of a caption line
+COLUMNS, PRINTED, INCHES = 6, 320, 1.7  # of a plot: tiles per row, pixels and inches per tile
+LETTERS = 24  # per caption line in a plot
+COLORS = 10  # in seaborn's colorblind palette; more would repeat
 
-# Inline blocks wrap in any width. JupyterLab's sanitizer, which notebooks of others go through, lets these styles stay;
-# colors follow the theme. Every tile has the border, so that all stand in line.
+# Inline blocks wrap at any width, JupyterLab's sanitizer keeps these styles, and a border on every tile aligns them.
 _TILE = (
     f"display:inline-block;vertical-align:top;box-sizing:content-box;width:{SHOWN}px;padding:4px;margin:0 2px 5px 0;"
     "line-height:1.3;font-size:85%;border:2px solid"
@@ -62,12 +61,12 @@ _GROUP = (
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """An image and what is said of it."""
+    """An image and its caption."""
 
     image: object  # a cell of the image column
-    lines: tuple[str, ...]  # below it
-    name: str  # which row it is, and which file
-    reason: str = ""  # why it is known not to be readable
+    lines: tuple[str, ...]  # of the caption
+    name: str  # row and file name
+    reason: str = ""  # why it can't be read, if known
     marked: bool = False
 
 
@@ -81,48 +80,53 @@ def thumbnails(
 ) -> Thumbnails:
     """Show the images of a frame as a gallery.
 
-    The pictures are read as for a network, upright, and kept small in the notebook: 24 take less than 300 kB. One that
-    cannot be read is shown as the reason why.
+    Images are shown upright and saved small: 24 add less than 300 kB to a notebook. An unreadable image is replaced by
+    the reason.
 
     Parameters
     ----------
-    frame
-        A frame, or a result.
-    images
-        The column that holds images; by default the result's own, or the one that looks like images.
-    caption
-        The column, or columns, of the captions; by default ``label`` where there is one, else the index.
-    limit
-        At most so many, evenly spread over the frame, whose order they keep; None for all.
-    root
-        Where relative paths start; by default where those of the Extraction do, or the working folder.
+    frame : DataFrame, Extraction or Result
+        The rows to show.
+    images : str, optional
+        The column with images; by default the result's own, or the one that looks like images.
+    caption : str or list of str, optional
+        The column or columns to show as captions; by default ``label`` if it exists, else the index.
+    limit : int or None, default 24
+        The most images to show, evenly sampled in the frame's order; None for all.
+    root : str or Path, optional
+        The folder that relative paths start from; by default the Extraction's own, or the working folder.
+
+    Returns
+    -------
+    Thumbnails
+        The gallery, which a notebook shows; ``.plot()`` draws it.
 
     Examples
     --------
-    >>> nbfeat.thumbnails(nbfeat.folder("photos"))  # doctest: +SKIP
-    >>> nbfeat.thumbnails(result.failures, images="image", caption="position")  # doctest: +SKIP
+    >>> nbfeat.thumbnails(photos, limit=6)
+    Thumbnails of 6 of 12 images
     """
     found = images_of(frame, images, root)
     if found.column is None:
-        image_column(found.frame, images)  # raises, and says which columns there are
+        image_column(found.frame, images)  # raises, and lists the columns
     captions = caption_columns(found.frame, caption)
     total = len(found.frame)
     if not total:
-        raise RequestError("The frame has no rows, so that there are no images to show.")
+        raise RequestError("The frame has no rows, so it has no images to show. Pass a frame with rows.")
     positions = spread(total, total if limit is None else whole("limit")(limit))
     return Thumbnails(tuple(tile(found, at, captions) for at in positions), total, found.root)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Thumbnails:
-    """Some of the images of a frame; a notebook shows the gallery, `plot()` draws it."""
+    """Images of a frame as a gallery, which a notebook shows."""
 
     tiles: tuple[Tile, ...]
     total: int  # rows of the frame
     root: Path
 
     def plot(self) -> NDArray[Any]:
-        """Draw the images on axes of a new figure of pyplot's, and return the axes."""
+        """Draw the images on a new pyplot figure and return an array of its axes, one per image."""
         return plot(self.tiles, self.root, repr(self))
 
     def __repr__(self) -> str:
@@ -130,12 +134,12 @@ class Thumbnails:
 
     def _repr_html_(self) -> str:
         left = self.total - len(self.tiles)
-        more = paragraph(f"… and {left:,} more; those shown are evenly spread") if left else ""
+        more = paragraph(f"… and {left:,} more; the images shown are evenly sampled") if left else ""
         return Html(html(self.tiles, self.root) + more)
 
 
 def tile(images: Images, position: int, captions: Sequence[Hashable], *extra: str) -> Tile:
-    """Return the tile of a row: `extra` lines, then its values in the columns `captions`."""
+    """Return the tile of a row, captioned with the `extra` lines and its values in the columns `captions`."""
     frame, label = images.frame, images.frame.index[position]
     values = [frame[column].iloc[position] for column in captions] if captions else [label]
     image = None if images.column is None else frame[images.column].iloc[position]
@@ -146,14 +150,14 @@ def tile(images: Images, position: int, captions: Sequence[Hashable], *extra: st
 
 
 def caption_columns(frame: pd.DataFrame, caption: Hashable | Sequence[Hashable] | None) -> list[Hashable]:
-    """Return the columns that captions are of: those asked for, else ``label`` where there is one, else none."""
+    """Return the caption columns: the requested ones, else ``label`` if it exists, else none."""
     if caption is None:
         return ["label"] if "label" in frame.columns else []
     known: list[Hashable] = list(frame.columns)
-    asked: Sequence[Hashable] = caption if isinstance(caption, list | tuple) and caption not in known else [caption]
-    for column in asked:
+    wanted: Sequence[Hashable] = caption if isinstance(caption, list | tuple) and caption not in known else [caption]
+    for column in wanted:
         column_of(frame, column, "caption")
-    return list(asked)
+    return list(wanted)
 
 
 def _caption(value: object) -> str:
@@ -163,7 +167,7 @@ def _caption(value: object) -> str:
 
 
 def file_name(image: object) -> str:
-    """Name an image without its folders, which are nobody's business in a saved notebook."""
+    """Return an image's name without its folders, which don't belong in a saved notebook."""
     name = name_of(image)
     return name if name.startswith("<") else short(name.replace("\\", "/").rpartition("/")[2], LONGEST)
 
@@ -174,7 +178,7 @@ def html(tiles: Sequence[Tile], root: Path) -> Html:
 
 
 def groups(groups: Sequence[Sequence[Tile]], root: Path) -> Html:
-    """Draw numbered groups of tiles beside each other, as many as the width takes."""
+    """Draw numbered groups of tiles next to each other, wrapping at any width."""
     drawn = [
         f'<div style="{_GROUP}"><div style="font-size:85%;opacity:.65;margin-bottom:.3em">group {number + 1}</div>'
         f"{_tiles(group, root)}</div>"
@@ -184,7 +188,7 @@ def groups(groups: Sequence[Sequence[Tile]], root: Path) -> Html:
 
 
 def plot(tiles: Sequence[Tile], root: Path, title: str) -> NDArray[Any]:
-    """Draw tiles on axes of a new figure of pyplot's, and return the axes."""
+    """Draw tiles on a new pyplot figure and return its axes."""
     from matplotlib import pyplot as plt
 
     columns = min(COLUMNS, len(tiles))
@@ -213,7 +217,7 @@ def plot(tiles: Sequence[Tile], root: Path, title: str) -> NDArray[Any]:
 
 
 def _read(tiles: Sequence[Tile], root: Path, side: int, make: Callable[[Image.Image], Any]) -> list[Any]:
-    """Return what `make` makes of each image, at most `side` pixels wide and high, or why there is none; in threads."""
+    """Read images in threads, at most `side` pixels wide and high, and apply `make`; return a reason for failures."""
 
     def one(tile: Tile) -> Any:
         try:
@@ -226,7 +230,7 @@ def _read(tiles: Sequence[Tile], root: Path, side: int, make: Callable[[Image.Im
 
 
 def _encoded(image: Image.Image) -> tuple[str, tuple[int, int]]:
-    """Encode as WebP, which takes half the bytes of a JPEG, as well as fits; return it as an address, and its size."""
+    """Encode as WebP (half the size of JPEG) in the best quality that fits; return a data URL and the image's size."""
     for quality in QUALITIES:
         out = io.BytesIO()
         image.save(out, "WEBP", quality=quality)
@@ -244,18 +248,18 @@ def _tile(tile: Tile, picture: tuple[str, tuple[int, int]] | str) -> str:
     if isinstance(picture, str):
         above = f'<div style="{_FAILED}">{escape(picture)}</div>'
     else:
-        address, sides = picture
+        url, sides = picture
         width, height = (max(1, round(side * SHOWN / SIDE)) for side in sides)
         alt = escape(", ".join([*tile.lines, tile.name]))
         size = f'width="{width}" height="{height}"'
-        image = f'<img src="{address}" alt="{alt}" {size} style="{_IMAGE};width:{width}px;height:{height}px">'
+        image = f'<img src="{url}" alt="{alt}" {size} style="{_IMAGE};width:{width}px;height:{height}px">'
         above = f'<div style="{_FRAME}">{image}</div>'
     border = "#1e88e5" if tile.marked else "transparent"
     return f'<div style="{_TILE} {border}" title="{escape(tile.name)}">{above}{lines}</div>'
 
 
 def axes(ax: Axes | None, width: float, height: float) -> Axes:
-    """Return `ax`, or axes of a new figure of pyplot's, `width` × `height` inches, that nothing is cut from."""
+    """Return `ax`, or axes of a new pyplot figure of `width` × `height` inches, with nothing cut off."""
     if ax is not None:
         return ax
     from matplotlib import pyplot as plt
@@ -264,7 +268,7 @@ def axes(ax: Axes | None, width: float, height: float) -> Axes:
 
 
 def colors(names: Iterable[object]) -> dict[object, tuple[float, float, float]] | None:
-    """Return a color for each of `names`, in order; None where there are too many to tell apart."""
+    """Return a color for each name, in order; None if there are too many to tell apart."""
     import seaborn as sns
 
     known = list(dict.fromkeys(names))
@@ -272,15 +276,15 @@ def colors(names: Iterable[object]) -> dict[object, tuple[float, float, float]] 
 
 
 def plain(text: object) -> str:
-    """Return `text` so that matplotlib shows it as it is: between two dollars it would read a formula."""
+    """Escape `text` for matplotlib, which reads text between two dollar signs as a formula."""
     return str(text).replace("$", r"\$")
 
 
 def text(heading: str, table: str, *notes: str) -> str:
-    """Return what a terminal shows of a result."""
+    """Return the plain-text view of a result."""
     return "\n".join(filter(None, [heading, indented(table), *notes]))
 
 
 def page(heading: str, body: str, *notes: str) -> Html:
-    """Return what a notebook shows of a result."""
+    """Return the notebook view of a result."""
     return Html("".join([paragraph(heading, strong=True), body, *map(paragraph, filter(None, notes))]))

@@ -1,4 +1,4 @@
-"""scatter: features in two dimensions (principal components, t-SNE or UMAP; seeded), colored by a column."""
+"""scatter: features in two dimensions (PCA, t-SNE or UMAP; seeded), colored by a column."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 
 Method = Literal["pca", "tsne", "umap"]
 TITLES = {"pca": "Principal components", "tsne": "t-SNE", "umap": "UMAP"}
-COMPONENTS = 50  # before t-SNE and UMAP, as their authors do: faster, and less noise
-PERPLEXITY, NEIGHBORS = 30, 15  # the methods' own defaults, where there are rows enough
-FEW_ROWS = 1_000  # too few for several threads
+COMPONENTS = 50  # before t-SNE and UMAP, as their authors recommend: faster, with less noise
+PERPLEXITY, NEIGHBORS = 30, 15  # the methods' own defaults, if there are enough rows
+FEW_ROWS = 1_000  # too few to benefit from several threads
 SEED = 0
-LIMIT = 5_000  # points: t-SNE takes a minute or more then, and more would only hide each other
+LIMIT = 5_000  # points: t-SNE takes a minute or more, and more points would only overlap
 MISSING, OTHERS = "missing", "other: "
 GREY = (0.6, 0.6, 0.6)
-MARKERS = "os^DvPX<>*dp"  # of colors, of the others, of missing ones: color alone does not have to tell
+MARKERS = "os^DvPX<>*dp"  # so that color is not the only cue
 WIDTH, HEIGHT, DPI = 7.0, 4.6, 100
-SHADES = 128  # of the picture: a third of the bytes of millions, and the same to the eye
-LONGEST = 30  # letters of a name in the legend
+SHADES = 128  # in the PNG: a third of the size, with no visible difference
+LONGEST = 30  # characters of a name in the legend
 MANY_POINTS = 1_000
 
 
@@ -53,40 +53,42 @@ def scatter(
     features: str | None = None,
     limit: int = LIMIT,
 ) -> Scatter:
-    """Lay features out in two dimensions, and color them by a column. The same rows give the same picture.
+    """Plot features in two dimensions, colored by a column. The same rows always give the same plot.
 
     Parameters
     ----------
-    result
-        A result, or a frame with columns of features. Rows without features are left out.
-    color
-        A column of the frame, or one value for each row. Text, booleans, categories, and whole numbers of up to 20
-        values are classes, each with its color and its marker (of more than 10, the 9 most frequent); other numbers
-        have a scale. None for one color.
-    method
-        ``"pca"`` (at once), ``"tsne"`` (a minute or more for 5,000 rows), or ``"umap"`` (takes umap-learn). The last
-        two see the first 50 principal components; distances between groups mean little in them.
-    features
-        The prefix of one block; by default all blocks: each is then scaled to unit length, so that all count the same.
-    limit
-        Of more rows than this, so many are drawn, classes in proportion (seeded).
+    result : Extraction, Result or DataFrame
+        A result, or a frame with feature columns. Rows without features are left out.
+    color : str, array-like or None, default "label"
+        A column of the frame, or one value per row. Text, booleans, categories, and whole numbers with at most 20
+        distinct values are classes, each with its own color and marker (if more than 10, only the 9 most frequent);
+        other numbers get a color scale. None for a single color.
+    method : {"pca", "tsne", "umap"}, default "pca"
+        PCA is immediate; t-SNE takes a minute or more for 5,000 rows; UMAP needs umap-learn. t-SNE and UMAP use the
+        first 50 principal components, and their distances between groups mean little.
+    features : str, optional
+        The prefix of one block. By default all blocks, each scaled to unit length so that they have equal weight.
+    limit : int, default 5000
+        The most points to plot, sampled in proportion to the classes with a fixed seed.
 
     Returns
     -------
     Scatter
-        ``.frame``: ``x``, ``y`` and the color's column, a row for each point, indexed like the frame. A notebook shows
-        the picture; ``.plot()`` draws it on axes.
+        The plot, which a notebook shows; ``.frame`` has the points.
+
+    Raises
+    ------
+    RequestError
+        If there are too few rows, all features are equal, or umap-learn is missing.
 
     Examples
     --------
-    >>> nbfeat.scatter(result, color="label")  # doctest: +SKIP
-    >>> nbfeat.scatter(result, "label", "tsne", features="resnet50").plot().figure.savefig("tsne.png")  # doctest: +SKIP
+    >>> nbfeat.scatter(result, color="label").frame.columns.tolist()
+    ['x', 'y', 'label']
     """
     one_of([*TITLES], "method", method)
     if method == "umap" and importlib.util.find_spec("umap") is None:
-        raise RequestError(
-            "method='umap' needs a package that is not installed: pip install umap-learn. Or take method='tsne'."
-        )
+        raise RequestError("`method='umap'` needs umap-learn. Run `pip install umap-learn`, or use `method='tsne'`.")
     vectors = vectors_of(result, features)
     values, classes = None, None
     if color is not None:
@@ -100,7 +102,7 @@ def scatter(
     frame = pd.DataFrame({"x": places[:, 0], "y": places[:, 1]}, vectors.images.frame.index.take(positions))
     if values is not None:
         frame.insert(2, free_name(values.name, frame), values.iloc[rows].array)
-    chosen = [f"{len(rows):,} of {count:,} rows drawn"] if len(rows) < count else []
+    chosen = [f"{len(rows):,} of {count:,} rows sampled"] if len(rows) < count else []
     classes = None if classes is None else classes.iloc[rows].cat.remove_unused_categories()
     title, note = f"{TITLES[method]} of {listing(vectors.blocks)}", " · ".join([*chosen, *vectors.left_out])
     return Scatter(frame, classes, None if values is None else values.name, names, title, note)
@@ -108,17 +110,34 @@ def scatter(
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Scatter:
-    """Features in two dimensions; a notebook shows the picture, `plot()` draws it."""
+    """Features in two dimensions; a notebook shows the plot.
+
+    Attributes
+    ----------
+    frame : DataFrame
+        One row per point, indexed like the original frame: ``x``, ``y`` and the column used for color.
+    """
 
     frame: pd.DataFrame
-    classes: pd.Series[Any] | None  # of each point, as the legend names it; None for numbers with a scale
+    classes: pd.Series[Any] | None  # each point's name in the legend; None for numbers with a scale
     color: Hashable | None
-    names: tuple[str, str]  # of the axes
+    names: tuple[str, str]  # axis labels
     title: str
     note: str  # what was left out
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the points on `ax`, or on a new figure of pyplot's, which a notebook shows at the end of the cell."""
+        """Draw the points.
+
+        Parameters
+        ----------
+        ax : Axes, optional
+            Where to draw; by default a new pyplot figure.
+
+        Returns
+        -------
+        Axes
+            The axes that were drawn on.
+        """
         return self._draw(axes(ax, WIDTH, HEIGHT))
 
     def __repr__(self) -> str:
@@ -126,21 +145,20 @@ class Scatter:
         return f"{self.title}{by}: {len(self.frame):,} points" + (f" · {self.note}" if self.note else "")
 
     def _repr_html_(self) -> str:
-        address = f"data:image/png;base64,{base64.b64encode(self.png()).decode('ascii')}"
-        picture = f'<img src="{address}" alt="{escape(repr(self))}" style="max-width:100%;height:auto">'
+        url = f"data:image/png;base64,{base64.b64encode(self.png()).decode('ascii')}"
+        picture = f'<img src="{url}" alt="{escape(repr(self))}" style="max-width:100%;height:auto">'
         return Html(picture + (paragraph(self.note) if self.note else ""))
 
     def png(self) -> bytes:
-        """Return the picture that a notebook shows."""
+        """Return the plot as PNG bytes."""
         from matplotlib.figure import Figure
 
-        # Not pyplot's, which would show it a second time.
-        figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
+        figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")  # pyplot's would show twice
         self._draw(figure.subplots())
         picture, out = io.BytesIO(), io.BytesIO()
         figure.savefig(picture, format="png", dpi=DPI)
         if self.color is not None and self.classes is None:
-            return picture.getvalue()  # a scale has more shades
+            return picture.getvalue()  # a color scale needs more shades
         with Image.open(picture) as image:
             image.convert("RGB").quantize(SHADES, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
         return out.getvalue()
@@ -164,9 +182,9 @@ class Scatter:
 
         named = [name for name in classes.cat.categories if name != MISSING and not name.startswith(OTHERS)]
         unnamed = [name for name in classes.cat.categories if name not in named]
-        # The greys are for those: the palette's own, its eighth color, is taken where ten classes need it.
+        # Gray is for unnamed classes, so the palette's own gray (its eighth color) is used only for ten classes.
         spread = named if len(named) == COLORS else [*named[:7], MISSING, *named[7:]]
-        order = np.argsort(classes.isin(named).to_numpy(), kind="stable")  # those on top
+        order = np.argsort(classes.isin(named).to_numpy(), kind="stable")  # named classes on top
         sns.scatterplot(
             x=self.frame["x"].to_numpy()[order], y=self.frame["y"].to_numpy()[order],
             hue=classes.to_numpy()[order], style=classes.to_numpy()[order],
@@ -193,16 +211,16 @@ class Scatter:
 
 
 def _places(points: NDArray[Any], method: Method) -> tuple[NDArray[Any], tuple[str, str]]:
-    """Return x and y of each point, and what the axes are called; empty where they mean nothing."""
+    """Return x and y of each point, and the axis labels (empty if the axes have no meaning)."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
     count, least = len(points), 2 if method == "pca" else 4
     if count < least:
-        raise RequestError(f"{method} takes at least {least} rows with features, and there are {count}.")
+        raise RequestError(f"{method} needs at least {least} rows with features, not {count}. Use more rows.")
     if not (points != points[0]).any():
-        raise RequestError(f"There is nothing to lay out: all {count:,} rows have the same features.")
+        raise RequestError(f"All {count:,} rows have the same features. Use rows with different images.")
     pca = PCA(min(2 if method == "pca" else COMPONENTS, *points.shape), random_state=SEED)
     reduced = pca.fit_transform(points)
     if method == "pca":
@@ -213,18 +231,17 @@ def _places(points: NDArray[Any], method: Method) -> tuple[NDArray[Any], tuple[s
         return reduced, (names[0], names[1])
     if method == "umap":
         umap: Any = importlib.import_module("umap")
-        # One job, since a seed takes that; UMAP would warn of it.
-        layout = umap.UMAP(n_neighbors=min(NEIGHBORS, count - 1), random_state=SEED, n_jobs=1)
+        layout = umap.UMAP(n_neighbors=min(NEIGHBORS, count - 1), random_state=SEED, n_jobs=1)  # a seed needs one job
     else:
         start = "pca" if reduced.shape[1] > 1 else "random"
         layout = TSNE(2, perplexity=min(PERPLEXITY, (count - 1) / 3), init=start, random_state=SEED)
-    # More threads than cores wait for each other, fifty times as long as they work; OpenMP does not know of quotas.
+    # OpenMP ignores CPU quotas, and with more threads than cores this takes fifty times as long.
     with threadpool_limits(available_cores() if count > FEW_ROWS else 1, "openmp"):
         return np.asarray(layout.fit_transform(reduced)), ("", "")
 
 
 def _classes(values: pd.Series[Any]) -> pd.Series[Any] | None:
-    """Return names in few categories: the most frequent, the others together, and missing ones; None for a quantity."""
+    """Return each row's class (frequent ones, others combined, or missing) as a categorical; None for a quantity."""
     import pandas as pd
     from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
@@ -236,7 +253,7 @@ def _classes(values: pd.Series[Any]) -> pd.Series[Any] | None:
     order = list(known.cat.categories if is_categorical else known.unique())
     try:
         order = order if is_categorical else sorted(order)
-    except TypeError:  # they are of several types
+    except TypeError:  # mixed types
         order.sort(key=str)
     names = {value: str(int(value)) if isinstance(value, (float, np.floating)) else str(value) for value in order}
     counts = known.value_counts()

@@ -1,4 +1,4 @@
-"""A result, or a frame with feature columns → its features as rows of numbers, and how far rows are from each other."""
+"""Reads the features of a result or frame as matrices, and measures distances between rows."""
 
 from __future__ import annotations
 
@@ -31,51 +31,48 @@ Positions: TypeAlias = NDArray[np.intp]
 Metric = Literal["cosine", "euclidean"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
-CHUNK = 128  # rows in float64 that stay in the processor's cache
-TILE = 1024  # rows compared with as many others at a time
-SAMPLED = 512  # rows whose distances tell what is usual
+CHUNK = 128  # rows in float64 that fit the processor's cache
+TILE = 1024  # rows compared with as many others at once
+SAMPLED = 512  # rows used to estimate the median distance
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Images:
-    """The frame's own columns, without features, and which of them holds images."""
+    """The frame without its feature columns, and which column holds images."""
 
     frame: pd.DataFrame
-    column: Hashable | None  # None where no column looks like images
-    root: Path  # where relative paths start
-    reasons: Mapping[int, str]  # by position: why an extraction could not read an image
+    column: Hashable | None  # None if no column looks like images
+    root: Path  # that relative paths start from
+    reasons: Mapping[int, str]  # by position: why an image couldn't be read
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Vectors:
-    """Features as one matrix for each block, a row for each row of the frame."""
+    """One feature matrix per block, with a row for each row of the frame."""
 
     images: Images
     blocks: Mapping[str, Rows]  # by prefix
     ok: NDArray[np.bool_]  # which rows have features in every block
-    made: Made | None  # the result they are of, where it is known
+    made: Made | None  # the result they come from, if known
 
     @property
     def positions(self) -> Positions:
-        """Where the rows with features are."""
+        """Positions of the rows with features."""
         return np.flatnonzero(self.ok)
 
     @property
     def left_out(self) -> list[str]:
-        """Say how many rows have no features, where some have none."""
+        """A note on how many rows have no features, if any."""
         count = len(self.ok) - int(self.ok.sum())
         return [f"{count:,} {'row' if count == 1 else 'rows'} without features left out"] if count else []
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Space:
-    """Rows in several blocks, as points under a metric.
+    """The rows of one or more blocks as points under a metric.
 
-    Both metrics are distances between points: of the cosine metric, and wherever several blocks are taken together,
-    each block has unit length, so that all blocks count the same. The cosine distance 1 - cos is then half the squared
-    distance between points, which is exactly 0 for equal rows; of several blocks it is their mean.
-
-    Distances are measured in float64, all of it in parts, so that memory does not grow with the rows.
+    For cosine, and for several blocks, each block is scaled to unit length. Cosine distance is then half the squared
+    distance between points, exactly 0 for equal rows. Distances use float64, in chunks to bound memory.
     """
 
     blocks: Sequence[Rows]
@@ -85,31 +82,28 @@ class Space:
         one_of(METRICS, "metric", self.metric)
 
     def nearest(self, query: Sequence[Rows], rows: Positions, count: int) -> tuple[Positions, Floats]:
-        """Return the `count` of `rows` nearest to the one row in each block of `query`, and how far each is.
-
-        Equal distances stand in the order of `rows`.
-        """
+        """Return the `count` of `rows` nearest to `query`, and their distances; ties keep the order of `rows`."""
         point = self._points(query)
         distances = _in_parts(len(rows), lambda part: self._between(self.points(rows[part]), point))
         order = np.argsort(distances, kind="stable")[:count]
         return rows[order], distances[order]
 
     def between(self, rows: Positions, others: Positions) -> Floats:
-        """Return how far each of `rows` is from the one in the same place of `others`."""
+        """Return the distances between `rows` and `others`, pairwise."""
         return _in_parts(len(rows), lambda part: self._between(self.points(rows[part]), self.points(others[part])))
 
     def usual(self, rows: Positions) -> float:
-        """Return the median distance between rows, of up to SAMPLED spread over all."""
+        """Return the median distance between up to SAMPLED evenly sampled rows."""
         points = self.points(rows[spread(len(rows), SAMPLED)])
         found = [self._between(points[place + 1 :], points[place]) for place in range(len(points) - 1)]
         return float(np.median(np.concatenate(found))) if found else 0.0
 
     def groups(self, rows: Positions, limit: float) -> Positions:
-        """Return for each of `rows` the first that steps of at most `limit` join it to."""
+        """Return for each of `rows` the first row of its group, linked by distances of at most `limit`."""
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
 
-        # Equal rows are taken once: a thousand of them would be half a million pairs.
+        # Equal rows are compared once: a thousand of them would give half a million pairs.
         contents = [blake2b(b"".join(block[row].tobytes() for block in self.blocks)).digest() for row in rows]
         _, different, which = np.unique(np.array(contents), return_index=True, return_inverse=True)
         numbers = np.arange(len(different), dtype=np.int32)
@@ -121,7 +115,7 @@ class Space:
         return rows[firsts[group]]
 
     def points(self, rows: Positions) -> Floats:
-        """Return the points of some rows."""
+        """Return rows as points."""
         return self._points([block[rows] for block in self.blocks])
 
     @property
@@ -136,8 +130,7 @@ class Space:
             vectors = rows.astype(np.float64)
             lengths = np.sqrt(len(blocks) * np.einsum("ij,ij->i", vectors, vectors))[:, None]
             vectors /= np.where(lengths > 0, lengths, 1)
-            # A row of zeros gets a direction of its own, so that it is far from all others.
-            units += [vectors, (lengths == 0) / np.sqrt(len(blocks))]
+            units += [vectors, (lengths == 0) / np.sqrt(len(blocks))]  # puts a row of zeros far from all others
         return np.hstack(units)
 
     def _between(self, points: Floats, others: Floats) -> Floats:
@@ -146,10 +139,7 @@ class Space:
         return distances
 
     def _near(self, rows: Positions, limit: float) -> Iterator[tuple[Positions, Positions]]:
-        """Yield places of pairs in `rows` that are at most `limit` apart; measured where products leave it open.
-
-        Floats of unit length are multiplied in float32, which is twice as fast.
-        """
+        """Yield pairs in `rows` at most `limit` apart: by products in float32 if scaled, measured again when close."""
         most = 2 * limit if self.metric == "cosine" else limit**2
         kind: Any = np.float32 if self._is_scaled else np.float64
         rounding = np.finfo(kind).eps * (32 + sum(block.shape[1] for block in self.blocks) / 4)
@@ -176,16 +166,12 @@ def _in_parts(count: int, measure: Callable[[slice], Floats]) -> Floats:
 
 
 def parts_of(made: Made) -> Sequence[FeatureColumns | PartRecipe]:
-    """Return what a result is made of, in the order of its columns."""
+    """Return the parts of a result, in column order."""
     return made.parts if isinstance(made, Extraction) else made.fitted.parts
 
 
 def images_of(data: Data, images: Hashable | None = None, root: str | Path | None = None) -> Images:
-    """Read which images `data` has.
-
-    A result knows its image column, and an Extraction where its paths start; of a frame the column that looks like
-    images is taken, if there is one.
-    """
+    """Find the images of `data`: a result knows its image column; in a frame, it is the one that looks like images."""
     start = data.root if root is None and isinstance(data, Extraction) else Path(root or "").expanduser().absolute()
     given = data.frame if isinstance(data, Made) else data
     check_frame(given)
@@ -204,10 +190,7 @@ def images_of(data: Data, images: Hashable | None = None, root: str | Path | Non
 def vectors_of(
     data: Data, features: str | None = None, images: Hashable | None = None, root: str | Path | None = None
 ) -> Vectors:
-    """Read the features of `data`: all its blocks, or the one of prefix `features`.
-
-    The matrices are views of the frame's memory wherever pandas can give one.
-    """
+    """Read the features of `data`: all its blocks, or the one with prefix `features`; without copying if possible."""
     if isinstance(data, Made):
         prefixes = [part.prefix for part in parts_of(data)] if features is None else [features]
         blocks = {prefix: data[prefix].to_numpy() for prefix in prefixes}
@@ -217,10 +200,8 @@ def vectors_of(
         check_frame(data)
         made = made_columns(data)
         if not made:
-            raise RequestError(
-                "The frame has no columns of features, such as resnet50_0000 … resnet50_2047 in float32. "
-                "Extract some first: nbfeat.extract(frame, 'ResNet50')."
-            )
+            problem = "The frame has no feature columns, such as resnet50_0000 … resnet50_2047 (float32)."
+            raise RequestError(f"{problem} Extract some first: `nbfeat.extract(frame, 'ResNet50')`.")
         wanted = made if features is None else {features: made[block_called(features, made)]}
         blocks = {prefix: data.iloc[:, positions].to_numpy() for prefix, positions in wanted.items()}
     ok = np.ones(len(next(iter(blocks.values()))), bool)
@@ -228,5 +209,5 @@ def vectors_of(
         for start in range(0, len(rows), TILE):
             ok[start : start + TILE] &= np.isfinite(rows[start : start + TILE]).all(axis=1)
     if not ok.any():
-        raise RequestError(f"None of the {len(ok):,} rows has features in {listing(blocks)}.")
+        raise RequestError(f"None of the {len(ok):,} rows has features in {listing(blocks)}. Use rows with features.")
     return Vectors(images_of(data, images, root), blocks, ok, data if isinstance(data, Made) else None)

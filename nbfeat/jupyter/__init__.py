@@ -1,1 +1,1 @@
-"""The notebook's face: magics, completion, live progress."""
+"""The notebook interface: magics, completion, progress and panel."""

@@ -1,4 +1,4 @@
-"""The grammar of the magics: the words of a cell → a Request, and back; help and Tab from the table of options."""
+"""The grammar of the magics: parses a cell into a Request, and provides help and completion."""
 
 from __future__ import annotations
 
@@ -37,15 +37,14 @@ from nbfeat.parquet.dataset import is_dataset
 PARQUET = ".parquet"
 CODE = "--code"  # of %extract_panel
 _RUN_NAMES = {option.name for option in RUN_OPTIONS}
-_BESIDE_LIKE = ("root", "batch_size", "device", "on")  # settings that say nothing of what is repeated
-_MAGIC_ONLY = {"into", "no_cache", "quiet", "help"}  # options that an Extraction has not
-# An option as a message names it, in Python's way: `size`, `size=224`.
+_BESIDE_LIKE = ("root", "batch_size", "device", "on")  # settings that don't affect what --like repeats
+_MAGIC_ONLY = {"into", "no_cache", "quiet", "help"}  # options that Extraction doesn't have
+# An option as a message names it in Python form: `size`, `size=224`.
 _NAMED = re.compile(rf"`({'|'.join(option.name for option in OPTIONS)}|cache)(?:=([^`]*))?`")
-# What DollarFormatter takes for a name: not between single quotes.
-_DOLLAR = re.compile(r"(.*?)\$(\$?[\w.]+)(?=([^']*'[^']*')*[^']*$)")
-# Alone on a line, or on the right of an assignment.
+_DOLLAR = re.compile(r"(.*?)\$(\$?[\w.]+)(?=([^']*'[^']*')*[^']*$)")  # as in DollarFormatter: not in single quotes
+# At the start of a line, or on the right of an assignment.
 _MAGIC = re.compile(r"^(?:\s*[\w.]+\s*=)?\s*(%{1,2})(extract_cache|extract_panel|extract|backbones)\b")
-_VALUES = {  # that Tab offers of options that take more
+_VALUES = {  # offered by Tab, for options that accept more
     "weights": ("imagenet", "bundled", "random"),
     "device": ("auto", "cpu", "gpu"),
     "batch_size": ("auto",),
@@ -54,7 +53,7 @@ _VALUES = {  # that Tab offers of options that take more
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a cell asked for."""
+    """What a cell requests."""
 
     frame: str  # name of the frame
     blocks: tuple[FeatureBlock, ...]
@@ -62,48 +61,44 @@ class Request:
 
     @property
     def for_extraction(self) -> dict[str, Any]:
-        """The options that Extraction takes."""
+        """The options for Extraction."""
         given = {name: value for name, value in self.run.items() if name not in _MAGIC_ONLY}
         return {**given, "cache": False} if self.run.get("no_cache") else given
 
 
 def read(line: str, body: str | None, defaults: Mapping[str, Any]) -> Request | None:
-    """Read the words after ``%extract``, and the body of ``%%extract``; None where help was asked for.
+    """Read the words after ``%extract`` and the body of ``%%extract``; return None if help was requested.
 
-    `defaults` are the settings of ``%config ExtractMagics``. Words on the first line come before them, words of a
-    block's own line before both.
+    A block's own line overrides the first line, which overrides `defaults` (``%config ExtractMagics``).
     """
     given, words = WordParser(OPTIONS).read(words_of(line))
     if given.get("help"):
         return None
     if not words:
-        raise RequestError(
-            "%extract needs the name of a dataframe and a backbone: %extract photos ResNet50. `%extract?` tells more."
-        )
+        raise RequestError("%extract needs a dataframe and a backbone: %extract photos ResNet50. Try `%extract?`.")
     frame, *rest = words
     if not frame.isidentifier():
         typed = line.split(maxsplit=1)[0]  # with its quotes
-        raise RequestError(f"The frame must be a name, not {typed}. Give it one first: train = {typed}.")
+        raise RequestError(f"The frame must be a variable name, not {typed}. Give it a name first: train = {typed}.")
     if "like" in given:
         defaults = {name: value for name, value in defaults.items() if name in _BESIDE_LIKE}
     known = {**defaults, **given}
     run = {name: value for name, value in known.items() if name in _RUN_NAMES}
     block = {name: value for name, value in known.items() if name not in run}
     if not run.get("into", frame).isidentifier():
-        raise RequestError(f"--into takes a name, not {run['into']!r}.")
+        raise RequestError(f"--into must be a variable name, not {run['into']!r}.")
     if "parquet" in run and "into" in run:
-        into = f"--into {run['into']}"
-        raise RequestError(f"--parquet binds nothing, so that there is nothing for {into}: leave it away.")
+        raise RequestError(f"With --parquet no dataframe is created. Drop --into {run['into']}.")
     lines = [text for text in _unsilenced(body or "").splitlines() if split_words(text)]  # neither blank nor comment
     if "like" in given:
         if extra := [*rest, *(f"--{name}" for name in block)] or (["the lines of the body"] if lines else []):
-            raise RequestError(f"--like repeats the blocks of {given['like']}: leave {listing(extra)} away.")
+            raise RequestError(f"--like repeats the blocks of {given['like']}: drop {listing(extra)}.")
         return Request(frame, (), run)
     return Request(frame, _read_blocks(rest, block, lines), run)
 
 
 def _read_blocks(words: list[str], defaults: dict[str, Any], lines: list[str]) -> tuple[FeatureBlock, ...]:
-    """Read the backbone on the first line and the blocks of the body, whose default it is where there are any."""
+    """Read the backbone on the first line and the blocks of the body, for which it is the default."""
     if not lines:
         return FeatureBlock.from_options(words, defaults)
     if words:
@@ -112,35 +107,35 @@ def _read_blocks(words: list[str], defaults: dict[str, Any], lines: list[str]) -
 
 
 def _read_line(text: str, defaults: Mapping[str, Any]) -> tuple[FeatureBlock, ...]:
-    """Read one line of the body; what is neither block nor comment gets an error that says what the body is."""
+    """Read one line of the body, or raise an error that explains what the body must be."""
     words = split_words(text)
     for flag in (word.partition("=")[0] for word in words):
         if any(flag in option.flags for option in RUN_OPTIONS):
-            raise RequestError(f"{flag} is an option of the whole run: move it to the first line, after %%extract.")
+            raise RequestError(f"{flag} applies to the whole run. Move it to the first line, after %%extract.")
     first, *others = words
-    is_file = first.endswith(SUFFIXES)  # which may have any sign in its name
+    is_file = first.endswith(SUFFIXES)  # and may have any character in its name
     is_code = bool(re.search(r"[()\[\]{}=:;]", first)) or first in {"import", "from", "def", "for", "print"}
     second_is_plain = bool(others) and not others[0].startswith("-")
     if not first.startswith("-") and (second_is_plain or (is_code and not is_file)):
         raise RequestError(
-            f"The body is one feature block per line, not code: {text.strip()!r}. Write e.g. `ResNet50 --pooling max`."
+            f"The body must be one feature block per line, not {text.strip()!r}. Write e.g. `ResNet50 --pooling max`."
         )
     given, rest = WordParser(BLOCK_OPTIONS).read(words)
     return FeatureBlock.from_options(rest, {**defaults, **given})
 
 
 def words_of(line: str) -> list[str]:
-    """Split a line, without a semicolon at its end."""
+    """Split a line into words, without its final semicolon."""
     return split_words(_unsilenced(line))
 
 
 def is_silenced(text: str) -> bool:
-    """Tell whether a line or a body ends with a semicolon, comments aside."""
+    """Return whether a line or body ends with a semicolon, ignoring comments."""
     return _unsilenced(text) != text
 
 
 def _unsilenced(text: str) -> str:
-    """Take off a semicolon at the end, which only silences the output."""
+    """Remove a final semicolon, which only silences the output."""
     lines = text.splitlines(keepends=True)
     for number in reversed(range(len(lines))):
         if words := without_comment(lines[number]).rstrip():
@@ -151,21 +146,21 @@ def _unsilenced(text: str) -> str:
 
 
 def expand(text: str, names: Mapping[str, Any]) -> str:
-    """Put values in for ``$name`` and ``{expression}``; ``$$`` and ``{{ }}`` are literal, unknown names an error."""
+    """Expand ``$name`` and ``{expression}``; ``$$`` and ``{{ }}`` are literal, unknown names are errors."""
     if "$" not in text and "{" not in text:
         return text
     try:
         return str(DollarFormatter().vformat(text, (), names))
-    except Exception as error:  # an expression of the user's: whatever it raises is about it
+    except Exception as error:  # the user's expression may raise anything
         what = f"{text.strip()!r} could not be expanded ({type(error).__name__}: {error})."
-        raise RequestError(f"{what} Write $$ or {{{{ }}}} for plain signs.") from error
+        raise RequestError(f"{what} Write $$ or {{{{ }}}} for literal characters.") from error
 
 
 def literal(text: str) -> str:
-    """Write `text` so that `expand` gives it back, whatever signs it holds."""
+    """Escape `text` so that `expand` returns it unchanged."""
     if "$" not in text and "{" not in text:
         return text
-    pieces = re.split(r"(?<=[{}])", text)  # as string.Formatter takes text apart at braces, and finds $name in each
+    pieces = re.split(r"(?<=[{}])", text)  # string.Formatter splits at braces, then finds $name in each piece
     return "".join(re.sub(r"([{}])", r"\1\1", _DOLLAR.sub(r"\1$$\2", piece)) for piece in pieces)
 
 
@@ -182,19 +177,19 @@ def respelled(message: str, spell: Callable[[str, str], str] = flag) -> str:
 
 
 def default_of(name: str, value: Any) -> Any:
-    """Check a setting of ``%config ExtractMagics`` as the option's own value would be."""
+    """Check a setting of ``%config ExtractMagics`` like the option's own value."""
     option = next(option for option in OPTIONS if option.name == name)
     given, _ = WordParser([option]).read([f"{option.flag}={value}"])
     return given[name]
 
 
 def usage() -> str:
-    """Return what `%extract?` and ``-h`` show."""
+    """Return the help text that `%extract?` and ``-h`` show."""
     lines = [
         "%extract   FRAME BACKBONE [options]",
         "%%extract  FRAME [BACKBONE] [options]     then one feature block per line: BACKBONE [block options]",
         "",
-        "Attach features of the images in a column of the dataframe FRAME as new columns.",
+        "Extract features of the images in the dataframe FRAME, and attach them as new columns.",
         "",
         "  %extract photos ResNet50 --images path",
         "  %extract photos VGG16 --layer block4_pool --pooling max --normalize l2",
@@ -213,26 +208,25 @@ def usage() -> str:
 
 
 def frames_in(names: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the dataframes of a notebook by name, hidden ones left out."""
-    pandas = sys.modules.get("pandas")  # whoever has a frame has imported it
+    """Return the dataframes of a notebook by name, except hidden ones."""
+    pandas = sys.modules.get("pandas")  # imported if any frame exists
     frames = {name: value for name, value in names.items() if pandas and isinstance(value, pandas.DataFrame)}
     return {name: frame for name, frame in frames.items() if name.isidentifier() and not name.startswith("_")}
 
 
 def frame_called(name: str, known: Mapping[str, Any]) -> Any:
-    """Return the dataframe that has this `name` in a notebook, or say that it has none."""
+    """Return the dataframe called `name` in a notebook, or raise."""
     if name not in known:
         frames = frames_in(known)
         hint = near(name, frames) or (f"Dataframes here: {', '.join(sorted(frames))}." if frames else "")
-        raise RequestError(
-            sentences(f"There is no {name!r} in this notebook.", hint, "Name a dataframe with a column of images.")
-        )
+        problem = f"{name!r} is not defined in this notebook."
+        raise RequestError(sentences(problem, hint, "Name a dataframe with a column of images."))
     check_frame(known[name])
     return known[name]
 
 
 def result_called(name: str, known: Mapping[str, Any]) -> Recipe:
-    """Return the recipe of the result that has this `name` in a notebook, or of the Parquet file of that name."""
+    """Return the recipe of the result called `name` in a notebook, or of the Parquet file with that name."""
     if name in known and is_result(known[name]):
         value = known[name]
         return value.to_recipe(name) if isinstance(value, Extraction) else replace(value.fitted, source=name)
@@ -240,11 +234,10 @@ def result_called(name: str, known: Mapping[str, Any]) -> Recipe:
         return recipe_of(name)
     results = results_among(known)
     hint = near(name, results) or (f"Results here: {listing(results)}." if results else "")
-    what = f"There is no {name!r} in this notebook."
+    what = f"{name!r} is not defined in this notebook."
     if name in known:
-        what = f"{name} is a {type(known[name]).__name__}, not a result."
-    gave = "the name that `result = %extract …` gave"
-    way = f"--like takes {gave}, or a .parquet file or a folder that a result was written to."
+        what = f"{name} must be a result, not {type(known[name]).__name__}."
+    way = "Give --like the name of a result (`result = %extract …`), or the .parquet file or folder of one."
     raise RequestError(sentences(what, hint, way))
 
 
@@ -254,10 +247,7 @@ def results_among(known: Mapping[str, Any]) -> list[str]:
 
 
 def candidates(cell: str, line: int, before: str, names: Mapping[str, Any]) -> list[str]:
-    """Return what Tab offers at the cursor; nothing where the cell is not ours. It never imports Keras.
-
-    `before` is the text of the cursor's line up to the cursor, without the word that is being written.
-    """
+    """Return completions, without importing Keras; `before` is the cursor's line up to the word being typed."""
     head = cell.partition("\n")[0]
     in_body = line > 0 and head.lstrip().startswith("%%extract ")
     match = _MAGIC.match(head if in_body else before)
@@ -276,7 +266,7 @@ def candidates(cell: str, line: int, before: str, names: Mapping[str, Any]) -> l
     if option is not None:
         return _values_of(option, words if in_body else words[1:], first, names)
     take_value = {flag for one in known if not one.switch for flag in one.flags}
-    # How many words are neither options nor their values.
+    # Words that are neither options nor their values.
     plain = sum(not word.startswith("-") and last not in take_value for last, word in pairwise(["", *words]))
     flags = [one.flag for one in known]
     if not in_body and not plain:
@@ -292,7 +282,7 @@ def _values_of(option: Option, words: list[str], first: list[str], names: Mappin
         return [quoted(str(column)) for column in frame.select_dtypes(exclude="number").columns]
     if option.name == "layer":
         for word in (*words, *first):
-            with suppress(NbfeatError):  # all layers of the backbone, if they were looked at before
+            with suppress(NbfeatError):  # all layers of the backbone, if already listed
                 return layer_names(find(word))
     if option.name == "like":
         return [*results_among(names), *(quoted(file.name) for file in sorted(Path().glob(f"*{PARQUET}")))]

@@ -1,4 +1,4 @@
-"""Work beside the cells: an Extraction in a thread, and its result bound between them to what its name stands for."""
+"""Background work: runs an Extraction in a thread and assigns the result between cells."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Work = Callable[[], None]
 
 
 def in_background(name: str, work: Callable[..., None], *given: object) -> None:
-    """Call `work` in a thread that may change widgets and update displays, and that ends with the kernel."""
-    # ipykernel keeps in the context which cell or click a message belongs to; 7.0 fails where there is none.
+    """Call `work` in a daemon thread that may change widgets and update displays."""
+    # ipykernel keeps the parent cell or click of each message in the context; 7.0 fails without one.
     context = contextvars.copy_context()
     threading.Thread(target=context.run, args=(work, *given), name=f"nbfeat-{name}", daemon=True).start()
 
 
 class State(Enum):
-    """How a job stands: IDLE → RUNNING → DONE or FAILED; RUNNING → CANCELLING → CANCELLED → RUNNING."""
+    """The state of a job: IDLE → RUNNING → DONE or FAILED; RUNNING → CANCELLING → CANCELLED → RUNNING."""
 
     IDLE = "idle"
     RUNNING = "running"
@@ -44,16 +44,15 @@ class State(Enum):
 
     @property
     def is_busy(self) -> bool:
-        """Whether there is a thread at work, or a frame to be bound."""
+        """Whether a thread is running, or a frame is waiting to be assigned."""
         return self in {State.RUNNING, State.CANCELLING}
 
 
 class Job:
-    """`extraction` in a thread of its own, whose steps are asked for until they end, or until somebody cancels.
+    """Runs the steps of `extraction` in a thread until they end or `cancel` is called.
 
-    `bind` gets the result; an NbfeatError from it makes the job fail. `schedule` calls a function on the kernel's event
-    loop, when no cell is running there. `notify` is called after every step and every change of state, by whichever
-    thread made it.
+    `bind` assigns the result; its NbfeatError fails the job. `schedule` calls a function on the kernel's event loop
+    when no cell is running. `notify` is called after every step and change of state, from the thread that made it.
     """
 
     def __init__(
@@ -62,14 +61,14 @@ class Job:
         self.extraction = extraction
         self.state = State.IDLE
         self.step: Step | None = None  # the last one
-        self.coming = ""  # what is being prepared, or is about to come
+        self.coming = ""  # what comes before the first image
         self.error: Exception | None = None
         self._bind, self._schedule, self._notify = bind, schedule, notify
         self._lock, self._finishing = threading.Lock(), threading.Lock()
-        self._worked, self._ended = threading.Event(), threading.Event()  # the thread; all that it is for
+        self._worked, self._ended = threading.Event(), threading.Event()  # the thread; the whole job
 
     def start(self) -> None:
-        """Begin, or go on after `cancel`; nothing happens where it is at work already."""
+        """Start, or resume after `cancel`; does nothing while running."""
         with self._lock:
             if self.state.is_busy:
                 return
@@ -80,7 +79,7 @@ class Job:
         in_background("job", self._work)
 
     def cancel(self) -> None:
-        """Ask for no further step: what is done is kept, nothing is bound."""
+        """Stop after the current step; finished features are cached, and nothing is assigned."""
         with self._lock:
             if self.state is not State.RUNNING:
                 return
@@ -88,9 +87,9 @@ class Job:
         self._notify()
 
     def wait(self, seconds: float | None = None, *, bind: bool = False) -> bool:
-        """Wait until it is not busy, and tell whether that came about.
+        """Wait until the job has ended and return whether it has.
 
-        With `bind`, the one who waits binds the result: a cell, for whose end it would wait for ever otherwise.
+        With `bind`, the caller assigns the result: a cell would otherwise wait forever for its own end.
         """
         if not bind:
             return not self.state.is_busy or self._ended.wait(seconds)
@@ -100,7 +99,7 @@ class Job:
 
     @property
     def is_binding(self) -> bool:
-        """Whether all is computed, and the frame waits for the running cell to end."""
+        """Whether everything is computed, and the frame waits for the running cell to finish."""
         return self.state.is_busy and self.extraction.state == "done"
 
     def _work(self) -> None:
@@ -116,13 +115,13 @@ class Job:
                 self._schedule(self._finish)
             else:
                 self._end(State.CANCELLED)
-        except Exception as error:  # whatever it is, it is shown: nobody sees what a thread raises
+        except Exception as error:  # show any error: nobody sees what a thread raises
             self._end(State.FAILED, error)
         finally:
             self._worked.set()
 
     def _finish(self) -> None:
-        """Bind the result, once, whoever comes first."""
+        """Assign the result exactly once."""
         with self._finishing:
             if not self.is_binding:
                 return
@@ -146,10 +145,7 @@ class Job:
 
 
 def between_cells(shell: InteractiveShell, work: Work) -> None:
-    """Do `work` once: on the kernel's event loop, as soon as no cell is running.
-
-    A cell that awaits lets the loop go on under it; such a one is waited for, too.
-    """
+    """Do `work` once, on the kernel's event loop, as soon as no cell is running or awaiting."""
     turn = threading.Lock()
 
     def once(*_: object) -> None:
@@ -163,29 +159,26 @@ def between_cells(shell: InteractiveShell, work: Work) -> None:
             once()
 
     loop: Any = getattr(getattr(shell, "kernel", None), "io_loop", None)
-    if loop is None:  # a terminal: cells and what else there is take turns anyway
+    if loop is None:  # in a terminal, only one thing runs at a time anyway
         now()
     else:
         loop.add_callback(now)
 
 
 def is_running_a_cell(shell: InteractiveShell) -> bool:
-    """Tell whether a cell is between its first and its last line."""
+    """Return whether a cell is running."""
     return getattr(shell.displayhook, "exec_result", None) is not None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FrameSnapshot:
-    """A shallow copy of the frame of a name, as it was when work on it began: later changes do not reach it."""
+    """A shallow copy of a named frame from when the job started, unaffected by later changes."""
 
     name: str
     frame: pd.DataFrame
 
     def bind(self, extraction: Extraction, names: MutableMapping[str, Any], *, replace: bool) -> None:
-        """Attach the features to the frame that the name stands for now, and bind the new one to it.
-
-        Raises ExtractionError where it stands for something else than the rows that were read.
-        """
+        """Attach the features to the frame that has the name now, or raise ExtractionError if its images differ."""
         now: Any = names.get(self.name)
         if reason := self.why_not(extraction, now):
             raise ExtractionError(reason)
@@ -193,22 +186,22 @@ class FrameSnapshot:
         names[self.name] = attach(now, [part.frame(now.index) for part in extraction.parts], where)
 
     def why_not(self, extraction: Extraction, now: Any) -> str:
-        """Say why the features do not belong to `now`; an empty string where they do."""
-        again = "Press Extract again: what was computed is kept." if extraction.keeps else "Press Extract again."
+        """Return why the features don't belong to `now`, or an empty string."""
+        again = "press Extract again (computed features are cached)." if extraction.keeps else "press Extract again."
         if now is None:
-            return f"There is no {self.name} any more, so nothing was bound. Make it once more. {again}"
+            return f"{self.name} no longer exists, so no features were attached. Create it again, then {again}"
         if type(now) is not type(self.frame):
-            return f"{self.name} is not a dataframe any more but {type(now).__name__}, so nothing was bound."
+            return f"{self.name} now has type {type(now).__name__}. Make it a dataframe again, then {again}"
         if not now.index.equals(self.frame.index) or not all(
             column in now.columns and _are_same(now[column].tolist(), extraction.images_in(column))
             for column in {part.column for part in extraction.parts}
         ):
-            return f"The images of {self.name} are not those that were read, so nothing was bound. {again}"
+            return f"The images of {self.name} have changed, so nothing was attached. To extract new ones, {again}"
         return ""
 
 
 def _are_same(left: Sequence[object], right: Sequence[object]) -> bool:
-    """Compare cells: text by what it says, anything else by whether it is the same thing."""
+    """Compare cells: text by value, anything else by identity."""
     return len(left) == len(right) and all(
         one is other
         or (isinstance(one, str | bytes | os.PathLike) and one == other)

@@ -1,4 +1,4 @@
-"""%extract, %%extract, %extract_panel, %backbones and %extract_cache, and the settings ``%config ExtractMagics``."""
+"""The magics %extract, %%extract, %extract_panel, %backbones and %extract_cache, and their settings."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ from nbfeat.extraction.options import OPTIONS
 from nbfeat.jupyter import grammar, progress
 
 _MATCHER = "nbfeat"
-# Options whose defaults make sense for every cell of a notebook; the others belong to one block or one run.
-TRAITS = (
+TRAITS = (  # options whose defaults can apply to a whole notebook
     "pooling", "normalize", "weights", "scaling", "resize", "interpolation",
     "images", "root", "batch_size", "device", "precision", "on",
 )  # fmt: skip
 
 
 def reported(kind: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Make a method a magic of that kind: bad usage is a UsageError, failing work one line unless more is wanted."""
+    """Turn a method into a magic: bad usage raises UsageError, other errors show as one line (`short_errors`)."""
 
     def decorate(magic: Callable[..., Any]) -> Any:
         @wraps(magic)
@@ -56,16 +55,16 @@ class ExtractMagics(Magics):
     """Image features as columns of a dataframe."""
 
     shell: InteractiveShell
-    backbone = Unicode("", help="the backbone of cells that name none").tag(config=True)
-    cache = Bool(True, help="take features from the cache, and keep new ones there").tag(config=True)
+    backbone = Unicode("", help="the backbone for cells that don't name one").tag(config=True)
+    cache = Bool(True, help="read features from the cache and save new ones to it").tag(config=True)
     quiet = Bool(False, help="show no progress").tag(config=True)
-    short_errors = Bool(True, help="show failing work as one line; False for the whole traceback").tag(config=True)
+    short_errors = Bool(True, help="show errors as one line; False for the full traceback").tag(config=True)
     locals().update(
         (option.name, Unicode("", help=f"{option.help}; empty for the default ({option.default})").tag(config=True))
         for option in OPTIONS
         if option.name in TRAITS
     )
-    _panel: Any = None  # the last one that was opened here
+    _panel: Any = None  # the last panel opened here
 
     @validate(*TRAITS)
     def _checked(self, proposal: Any) -> str:
@@ -79,7 +78,7 @@ class ExtractMagics(Magics):
 
     @reported(both)
     def extract(self, line: str, cell: str | None = None) -> Extraction | None:
-        """Attach features of images as columns; the grammar makes the text that ``%extract?`` shows."""
+        """Attach image features as columns; `grammar.usage` provides the text for ``%extract?``."""
         names = dict(self.shell.user_ns)
         expanded = [grammar.expand(text, names) for text in (line, *(cell or "").splitlines())]
         request = grammar.read(expanded[0], "\n".join(expanded[1:]), self.defaults())
@@ -96,31 +95,31 @@ class ExtractMagics(Magics):
                 progress.follow(request.frame, steps, quiet=request.run.get("quiet", self.quiet))
         except KeyboardInterrupt:
             done, total = extraction.done - len(extraction.failures), extraction.total
-            text = f"stopped at {done:,} of {total:,}; nothing was kept or bound. Run the cell again."
+            text = f"stopped at {done:,} of {total:,} images, and nothing was saved. Run the cell again."
             if extraction.keeps:
-                text = f"{extraction.kept:,} of {total:,} kept; run the cell again to go on. Nothing was bound."
-            raise KeyboardInterrupt(text) from None
+                text = f"{extraction.kept:,} of {total:,} images are saved. Run the cell again to continue."
+            raise KeyboardInterrupt(f"{request.frame} is unchanged; {text}") from None
         if extraction.written:
-            extraction.notes.append(f"Nothing was bound: {request.frame} is as it was.")
+            extraction.notes.append(f"{request.frame} is unchanged: the features are only on disk.")
         else:
             self.shell.user_ns[request.run.get("into", request.frame)] = extraction.frame
-        # IPython's own way to silence reads the words as Python, and fails over what is none, such as a lone bracket.
+        # IPython's own check for a semicolon parses the words as Python and fails on a lone bracket.
         return None if grammar.is_silenced(line if cell is None else cell) else extraction
 
     @reported(line_magic)
     def extract_panel(self, line: str) -> Any:
-        """Choose by clicking: ``%extract_panel [FRAME]``. ``%extract_panel --code`` puts its code into a new cell."""
+        """Choose by clicking: ``%extract_panel [FRAME]``; ``%extract_panel --code`` puts its code in a new cell."""
         from nbfeat.jupyter.panel.panel import Panel
 
         expanded = grammar.expand(line, dict(self.shell.user_ns))
         words = grammar.words_of(expanded)
         if words == [grammar.CODE] and self._panel is None:
-            raise RequestError("There is no panel yet whose code could be taken. `%extract_panel photos` opens one.")
+            raise RequestError("No panel is open. Open one first with `%extract_panel photos`, then run this again.")
         if words == [grammar.CODE]:
             self._panel.to_cell()
             return None
         if len(words) > 1 or not all(map(str.isidentifier, words)):
-            raise RequestError(f"%extract_panel takes the name of a dataframe, or --code, not {expanded.strip()!r}.")
+            raise RequestError(f"%extract_panel needs the name of a dataframe or --code, not {expanded.strip()!r}.")
         self._panel = Panel(*words)
         return None if grammar.is_silenced(line) else self._panel
 
@@ -131,16 +130,16 @@ class ExtractMagics(Magics):
 
     @reported(line_magic)
     def extract_cache(self, line: str) -> Any:
-        """Show what nbfeat keeps here, or clear it: ``clear [features|networks|weights|precisions|all]``."""
+        """Show what nbfeat has cached, or clear it: ``clear [features|networks|weights|precisions|all]``."""
         words = grammar.words_of(line)
         if len(words) > 2 or words[:1] not in ([], ["clear"]):
-            raise RequestError(f"%extract_cache takes nothing, or clear [{'|'.join(KINDS)}], not {line.strip()!r}.")
+            raise RequestError(f"Use %extract_cache alone or with clear [{'|'.join(KINDS)}], not {line.strip()!r}.")
         if words:
             storage.clear(*words[1:])
         return storage
 
     def defaults(self) -> dict[str, Any]:
-        """Return the settings that are not empty, as options."""
+        """Return the non-empty settings as options."""
         given = {name: grammar.default_of(name, value) for name in TRAITS if (value := getattr(self, name))}
         return {**given, "backbone": self.backbone} if self.backbone else given
 
@@ -149,9 +148,9 @@ ExtractMagics.extract.__doc__ = grammar.usage()
 
 
 def load(shell: InteractiveShell) -> None:
-    """Register the magics, and what Tab offers."""
+    """Register the magics and their completion."""
     unload(shell)
-    shell.register_magics(ExtractMagics(shell=shell))  # which adds itself to the configurables
+    shell.register_magics(ExtractMagics(shell=shell))  # also adds itself to the configurables
 
     @context_matcher(identifier=_MATCHER, priority=100)  # type: ignore[untyped-decorator]
     def match(context: CompletionContext) -> SimpleMatcherResult:
@@ -167,7 +166,7 @@ def load(shell: InteractiveShell) -> None:
 
 
 def unload(shell: InteractiveShell) -> None:
-    """Take back the magics, the settings and the matcher."""
+    """Remove the magics, the settings and the completion."""
     if completer := getattr(shell, "Completer", None):
         kept = [one for one in completer.custom_matchers if getattr(one, "matcher_identifier", "") != _MATCHER]
         completer.custom_matchers[:] = kept
@@ -178,5 +177,5 @@ def unload(shell: InteractiveShell) -> None:
 
 
 def _is_mine(one: object) -> bool:
-    # By name: after a reload of the module the class of an old instance is not this one any more.
+    # By name: after a reload, an old instance has a different class.
     return (type(one).__name__, type(one).__module__) == ("ExtractMagics", __name__)

@@ -1,4 +1,4 @@
-"""The display that updates in place: html and text, at most five times a second, its last text true."""
+"""The progress display: HTML and text, updated in place at most five times a second."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nbfeat.extraction.run import Step
 from nbfeat.html import Html, bar, escape
 
 SECONDS_BETWEEN = 0.2
-WAITED_FOR = {"reading": "files to be read", "decoding": "images to be decoded", "network": "the network"}
+BOTTLENECKS = {"reading": "reading files", "decoding": "decoding images", "network": "network"}
 _LINE = "opacity:.7;font-size:90%;line-height:1.5;font-variant-numeric:tabular-nums"
 
 
 def follow(title: str, steps: Iterable[Step], *, quiet: bool = False) -> None:
-    """Draw steps as they come, five a second; whatever ends them, leave a final text and not some percentage."""
+    """Show progress at most five times a second, and a final text even if the steps fail or are interrupted."""
     step, end, coming = None, "failed", f"{title}: "
     handle, started, drawn_at = None, time.monotonic(), 0.0
     try:
@@ -27,7 +27,7 @@ def follow(title: str, steps: Iterable[Step], *, quiet: bool = False) -> None:
             coming = f"{title}: {step.note}" if step.note else coming
             if not quiet and (step.note or time.monotonic() - drawn_at >= SECONDS_BETWEEN):
                 drawn_at = time.monotonic()
-                # Before the first image, nothing is to be seen but what is being prepared.
+                # Before the first image, show only what is being prepared.
                 lines, share = ([coming, progress(step)], step.done / step.total) if step.done else ([coming], None)
                 handle = _draw(handle, lines, share, is_news=bool(step.note))
         end = "done"
@@ -41,11 +41,10 @@ def follow(title: str, steps: Iterable[Step], *, quiet: bool = False) -> None:
 
 
 def _draw(handle: Any, lines: list[str], share: float | None, *, is_news: bool) -> Any:
-    """Show lines, and a bar where there is a share; in a terminal, which cannot redraw, only the last line of news."""
-    # By name: its module need not be imported.
-    if type(get_ipython()).__name__ == "TerminalInteractiveShell":
+    """Show lines, and a bar if there is a share; a terminal, which can't redraw, gets only the last line of news."""
+    if type(get_ipython()).__name__ == "TerminalInteractiveShell":  # by name, so its module is not imported
         if is_news:
-            print(lines[-1])  # noqa: T201 - it has no other place
+            print(lines[-1])  # noqa: T201 - a terminal shows nothing else
         return None
     parts = [f'<div style="{_LINE}">{escape(line)}</div>' for line in lines]
     if share is not None:
@@ -58,26 +57,26 @@ def _draw(handle: Any, lines: list[str], share: float | None, *, is_news: bool) 
 
 
 def progress(step: Step) -> str:
-    """Say in one line how far a run is: counts, speed, time left and what it waits for."""
+    """Return the progress in one line: counts, speed, time left and bottleneck."""
     parts = counts(step)
     if step.images_per_second:
         parts.append(pace(step.images_per_second))
     if step.seconds_left is not None:
         parts.append(f"{clock(step.seconds_left)} left")
     if step.bottleneck:
-        parts.append(f"waiting for {WAITED_FOR[step.bottleneck]}")
+        parts.append(f"bottleneck: {BOTTLENECKS[step.bottleneck]}")
     return " · ".join(parts)
 
 
 def counts(step: Step) -> list[str]:
-    """Say how many images are done, and how many of them came from the cache or failed."""
+    """Return how many images are done, came from the cache, and failed."""
     parts = [f"{step.done:,} of {step.total:,} images"]
     parts += [f"{step.cached:,} {step.kept}"] if step.cached else []
     return parts + ([f"{step.failed:,} failed"] if step.failed else [])
 
 
 def clock(seconds: float) -> str:
-    """Write a duration as people read it: 8 s, 2:05 min, 1:10 h."""
+    """Format a duration: 8 s, 2:05 min, 1:10 h."""
     minutes, rest = divmod(round(seconds), 60)
     if not minutes:
         return f"{rest} s"

@@ -575,7 +575,7 @@ def test_the_magic_shows_and_clears_and_a_setting_turns_it_off(
     assert nbfeat.storage.features.empty
     with pytest.raises(UsageError, match="Cannot clear 'rubbish': use features, networks"):
         shell.run_line_magic("extract_cache", "clear rubbish")
-    with pytest.raises(UsageError, match=r"%extract_cache takes nothing, or clear"):
+    with pytest.raises(UsageError, match=r"Use %extract_cache alone or with clear"):
         shell.run_line_magic("extract_cache", "empty")
 
 

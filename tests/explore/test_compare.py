@@ -191,8 +191,8 @@ def test_features_before_normalization_come_from_the_cache(photos: pd.DataFrame)
     computed = FakeEngine.computed
     found = nbfeat.compare(result, "label", speed=False)
     assert FakeEngine.computed == computed
-    assert "computed again" not in repr(found)
-    assert "mobilenet: normalization learned in each fold" in repr(found)
+    assert "recomputed" not in repr(found)
+    assert "mobilenet: normalization was fitted in each fold" in repr(found)
     raw = result.before_normalization().run()
     assert raw._run.specs == result._run.specs  # with every cut, since the cache may keep features by them all
     expected = nbfeat.extract(photos, END, images="path").features.reset_index(drop=True)
@@ -202,7 +202,7 @@ def test_features_before_normalization_come_from_the_cache(photos: pd.DataFrame)
     photos["path"] = "gone"  # what the result was made of is what counts
     found = nbfeat.compare(result, "label", speed=False)
     assert FakeEngine.computed == computed + 40
-    assert "computed again for 20 images" in repr(found)
+    assert "recomputed for 20 images" in repr(found)
 
 
 def test_a_result_that_repeats_another_is_compared_as_if_it_were_the_first(photos: pd.DataFrame) -> None:
@@ -220,7 +220,7 @@ def test_a_result_that_repeats_another_is_compared_as_if_it_were_the_first(photo
 def test_a_network_that_changed_meanwhile_is_told(photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
     result = nbfeat.extract(photos, f"{END} --normalize standard", images="path")
     monkeypatch.setattr("tests.fake.Loaded", lambda name, _: Loaded(name, "1" * 64))
-    with pytest.raises(RequestError, match="The weights of MobileNet are others than when mobilenet was extracted"):
+    with pytest.raises(RequestError, match="The weights of MobileNet have changed since mobilenet was extracted"):
         nbfeat.compare(result, "label")
 
 
@@ -232,7 +232,7 @@ def test_rows_without_features_or_target_are_left_out_of_every_block(photos: pd.
     photos.iloc[[4, 8], 1] = None
     result = nbfeat.extract(photos, END, f"{MEANS} --normalize standard", images="path")
     found = nbfeat.compare(result, "label", cv=3, speed=False)
-    assert "3 of 20 rows are left out: 1 without features and 2 without label." in repr(found)
+    assert "3 of 20 rows were left out: 1 without features and 2 without label." in repr(found)
     kept, folds = np.delete(np.arange(20), [3, 4, 8]), StratifiedKFold(3, shuffle=True, random_state=0)
     rows, labels = result["mobilenet"].iloc[kept], photos["label"].iloc[kept]
     by_hand = cross_val_score(make_pipeline(StandardScaler(), SVC(C=10)), rows, labels, cv=folds)
@@ -249,9 +249,9 @@ def test_groups_are_never_on_both_sides_of_a_fold(extracted: Extraction, photos:
         assert not sides[0] & sides[1]
     found = nbfeat.compare(extracted, "label", groups=photos["patient"], cv=3, speed=False)
     assert "1 without group" in repr(found)
-    assert "groups kept whole" in repr(found)
+    assert "groups kept together" in repr(found)
     assert nbfeat.compare(extracted, np.arange(20) / 7, groups=photos["patient"], cv=3, speed=False).score == "R²"
-    with pytest.raises(RequestError, match=r"10 groups, fewer than 11 folds. Take cv=10"):
+    with pytest.raises(RequestError, match=r"10 groups are too few for 11 folds. Use `cv=10`"):
         nbfeat.compare(extracted, "label", groups=photos["patient"], cv=11)
 
 
@@ -263,7 +263,7 @@ def test_a_predefined_split_is_of_the_rows_of_the_frame(extracted: Extraction, p
     assert list(train) == list(range(13))
     found = nbfeat.compare(extracted, labels, cv=split, speed=False)
     assert found.scores.shape == (2, 1)
-    assert "One fold does not tell" in repr(found)
+    assert "A single fold doesn't show" in repr(found)
     assert "±" not in repr(found).split("\n")[2]
 
 
@@ -276,13 +276,13 @@ def test_many_rows_are_drawn_in_proportion_and_a_series_goes_by_its_index(
     np.testing.assert_array_equal(drawn(1000, 50, labels), rows)
     assert len(drawn(30, 7, None)) == 7
     found = nbfeat.compare(extracted, "label", rows=12, cv=3, speed=False)
-    assert "12 of 20 rows were drawn" in repr(found)
+    assert "12 of 20 rows were scored" in repr(found)
     assert "12 rows of 4 classes" in repr(found)
-    assert "drawn" not in repr(nbfeat.compare(extracted, "label", rows=None, speed=False))
+    assert "sample" not in repr(nbfeat.compare(extracted, "label", rows=None, speed=False))
 
     found = nbfeat.compare(extracted, photos["label"].sample(frac=1, random_state=0), speed=False)
     pd.testing.assert_frame_equal(found.scores, nbfeat.compare(extracted, "label", speed=False).scores)
-    with pytest.raises(RequestError, match=r"index is not the frame's.*\.to_numpy\(\)"):
+    with pytest.raises(RequestError, match=r"differs from the frame's.*\.to_numpy\(\)"):
         nbfeat.compare(extracted, photos["label"].reset_index(drop=True))
 
 
@@ -303,12 +303,12 @@ def test_what_a_target_is(values: Any, is_classes: bool) -> None:
 
 
 def test_what_a_target_is_taken_for_is_said_where_it_is_a_guess(extracted: Extraction) -> None:
-    assert "taken for classes" in repr(nbfeat.compare(extracted, np.arange(20) % 3, speed=False))
+    assert "treated as classes" in repr(nbfeat.compare(extracted, np.arange(20) % 3, speed=False))
     forced = nbfeat.compare(extracted, np.arange(20) % 3, model=SVR(), speed=False)
     assert forced.score == "R²"
-    assert "taken for" not in repr(forced)
+    assert "treated as" not in repr(forced)
     assert not read_target(pd.DataFrame({"y": [0, 1]}), "y", as_classes=None).note
-    assert "taken for a quantity" in read_target(pd.DataFrame({"y": range(40)}), "y", as_classes=None).note
+    assert "treated as a quantity" in read_target(pd.DataFrame({"y": range(40)}), "y", as_classes=None).note
 
 
 # What cannot be
@@ -317,29 +317,29 @@ def test_what_a_target_is_taken_for_is_said_where_it_is_a_guess(extracted: Extra
 @pytest.mark.parametrize(
     ("target", "options", "words"),
     [
-        ("lable", {}, r"no|not one column of the frame. Did you mean label"),
+        ("lable", {}, r"The frame has no column 'lable' for the target. Did you mean label"),
         (["a"] * 3, {}, r"shape \(3,\) for 20 rows"),
-        (["a"] * 20, {}, r"All 20 rows have the target 'a'.*two classes"),
-        (["a"] * 18 + ["b"] * 2, {}, r"'b' \(2\). Take cv=2, or make them None"),
-        ([None] * 20, {}, r"No row has a target"),
+        (["a"] * 20, {}, r"All 20 rows have the same target, 'a'.*two classes"),
+        (["a"] * 18 + ["b"] * 2, {}, r"'b' \(2\). Use `cv=2`, or set them to None"),
+        ([None] * 20, {}, r"All values of 'target' are missing"),
         ([[1], [2]] * 10, {}, r"shape \(20, 1\)"),
         (pd.date_range("2026-01-01", periods=20), {}, r"values of type Timestamp"),
         ([1.5, np.inf] * 10, {}, r"infinite"),
-        ("label", {"model": "svn"}, r"no model 'svn'. Did you mean svm"),
-        ("label", {"model": SVC}, r"make one, SVC\(\)"),
-        ("label", {"model": 3}, r"an estimator of scikit-learn, not 3"),
-        ("label", {"model": SVR()}, r"holds classes, which a regressor cannot learn"),
-        ("label", {"cv": 1}, r"folds from 2, not 1"),
+        ("label", {"model": "svn"}, r"`model='svn'`. Did you mean svm"),
+        ("label", {"model": SVC}, r"not a class: pass SVC\(\)"),
+        ("label", {"model": 3}, r"a scikit-learn estimator, not 3"),
+        ("label", {"model": SVR()}, r"has classes, which regressors can't predict"),
+        ("label", {"cv": 1}, r"at least 2 folds, not 1"),
         ("label", {"cv": "five"}, r"a number of folds.*not 'five'"),
-        ("label", {"cv": StratifiedKFold(9)}, r"StratifiedKFold could not split the 20 rows: n_splits=9"),
-        ("label", {"cv": PredefinedSplit([0, -1])}, r"is of 2 rows, not of the frame's 20"),
+        ("label", {"cv": StratifiedKFold(9)}, r"StratifiedKFold failed to split the 20 rows: n_splits=9"),
+        ("label", {"cv": PredefinedSplit([0, -1])}, r"must cover the frame's 20 rows, not 2"),
         ("label", {"scoring": "acuracy"}, r"not 'acuracy'. Did you mean accuracy"),
-        ("label", {"scoring": "f1"}, r"scikit-learn cannot score mobilenet.*multiclass"),
-        ("label", {"rows": 8}, r"rows=8 is too few.*rows=20"),
-        (np.arange(20) / 7, {"cv": 15}, r"20 rows are too few for 15 folds.*Take cv=10"),
-        (np.arange(20) / 7, {"model": SVC()}, r"holds fractions, which a classifier cannot learn"),
-        ("label", {"cv": PredefinedSplit(np.where(np.arange(20) % 4, 0, -1))}, r"A fold has one class alone of label"),
-        (np.arange(20) / 7, {"cv": LeaveOneOut()}, r"not defined in a fold: take fewer folds"),
+        ("label", {"scoring": "f1"}, r"scikit-learn failed to score mobilenet.*multiclass"),
+        ("label", {"rows": 8}, r"`rows=8` is too few.*`rows=20`"),
+        (np.arange(20) / 7, {"cv": 15}, r"20 rows are too few for 15 folds.*Use `cv=10`"),
+        (np.arange(20) / 7, {"model": SVC()}, r"has fractions, which classifiers can't predict"),
+        ("label", {"cv": PredefinedSplit(np.where(np.arange(20) % 4, 0, -1))}, r"A fold has only one class of label"),
+        (np.arange(20) / 7, {"cv": LeaveOneOut()}, r"undefined in a fold. Use fewer folds"),
     ],
 )
 def test_what_cannot_be_is_said_with_the_next_step(
@@ -350,12 +350,12 @@ def test_what_cannot_be_is_said_with_the_next_step(
 
 
 def test_only_a_finished_extraction_can_be_compared_and_a_fold_may_have_too_few_rows(photos: pd.DataFrame) -> None:
-    with pytest.raises(RequestError, match="returned, not DataFrame"):
+    with pytest.raises(RequestError, match="must be an Extraction, not DataFrame"):
         nbfeat.compare(photos, "label")  # type: ignore[arg-type] # as people do
     with pytest.raises(ExtractionError, match="isn't finished"):
         nbfeat.compare(Extraction(photos, END, images="path"), "label")
     result = nbfeat.extract(photos, f"{END} --components 18", images="path")
-    with pytest.raises(RequestError, match=r"mobilenet, in a fold: `components=18`.*16 rows"):
+    with pytest.raises(RequestError, match=r"mobilenet, in one fold: .*components.*16 rows"):
         nbfeat.compare(result, "label", speed=False)
 
 
@@ -366,13 +366,15 @@ def test_whether_there_is_a_winner_goes_by_what_the_lead_varies() -> None:
     def told(*rows: list[float]) -> str:
         return verdict(pd.DataFrame(list(rows), index=list("abcdefg"[: len(rows)])), "accuracy", 1 / 2)
 
-    assert told([0.9, 0.8, 0.85], [0.8, 0.7, 0.74]).startswith("a is best: it leads b by 0.103 ± 0.006")
+    assert told([0.9, 0.8, 0.85], [0.8, 0.7, 0.74]).startswith(
+        "a is best: it leads b by 0.103 ± 0.006 accuracy across folds"
+    )
     no_winner = told([0.9, 0.7, 0.8], [0.7, 0.8, 0.8])
     assert no_winner.startswith("No clear winner between a and b: a leads b by 0.033 ± 0.1")
     assert "between a and c:" in told([0.9, 0.7, 0.8], [0.88, 0.68, 0.79], [0.7, 0.8, 0.8])
     assert "a, b, c, d and 2 more" in told(*[[0.5, 0.6]] * 6)
     assert told([0.9, 0.8]) == ""
-    assert "One fold" in told([0.9], [0.8])
+    assert "A single fold" in told([0.9], [0.8])
 
 
 @pytest.mark.parametrize("cv", [2, 3, 5, 10])
@@ -412,7 +414,7 @@ def test_what_cannot_be_scored_is_one_sentence(extracted: Extraction, options: d
 def test_warnings_are_counted_neither_shown_nor_lost(extracted: Extraction) -> None:
     before = list(warnings.filters)
     found = nbfeat.compare(extracted, "label", model=LogisticRegression(max_iter=1), speed=False)
-    assert "Warnings: 10 × ConvergenceWarning. The first: lbfgs failed to converge" in repr(found)
+    assert "Warnings: 10 × ConvergenceWarning. First: lbfgs failed to converge" in repr(found)
     assert warnings.filters == before
     assert "Warnings" not in repr(nbfeat.compare(extracted, "label", speed=False))
 
@@ -535,7 +537,7 @@ def test_the_plot_names_everything_with_the_best_on_top() -> None:
     assert ax is mine
     assert not plt.get_fignums()
     assert ax.get_xlabel() == "accuracy of each fold"
-    assert ax.get_title(loc="left").startswith(r"accuracy: \$a\$ of \$b")
+    assert ax.get_title(loc="left").startswith(r"accuracy of predicting \$a\$ of \$b")
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [  # type: ignore[union-attr]
         "ResNet50", "MobileNetV2", "mean ± standard deviation",
     ]  # fmt: skip

@@ -59,8 +59,8 @@ def test_features_that_are_all_the_same_are_one_group_without_all_their_pairs() 
     found = nbfeat.duplicates(featured(rows))
     assert len(found.frame) == 3_000
     assert found.rest.sum() == 1
-    assert "One group holds 3,000 of 3,000 rows: the features tell little apart" in repr(found)
-    assert "and 2,994 more rows of these groups" in repr(found)
+    assert "One group has 3,000 of 3,000 rows: the threshold may be too large" in repr(found)
+    assert "and 2,994 more rows in these groups" in repr(found)
     nearly = Space([rows + RANDOM.normal(0, 1e-3, rows.shape).astype(np.float32)], "cosine")
     tracemalloc.start()
     assert len(np.unique(nearly.groups(np.arange(3_000), 0.1))) == 1
@@ -75,18 +75,18 @@ def test_no_duplicates_is_said_and_only_some_of_many_groups_are_shown() -> None:
     assert "… and 28 more groups: see .frame" in repr(found)
     assert found._repr_html_().count("<tr>") == 24 + 1
     found = nbfeat.duplicates(featured(np.eye(8)))
-    assert "No two of 8 rows are nearly the same" in repr(found)
+    assert "No two of 8 rows are nearly identical" in repr(found)
     assert "a tenth of the median" in repr(found)
     assert found.threshold == pytest.approx(0.1)
     assert found.rest.all()
     assert "No two of 8 rows" in found._repr_html_()
     assert list(found.frame.columns) == ["group", "distance"]
-    with pytest.raises(RequestError, match="no two rows are so near"):
+    with pytest.raises(RequestError, match="no two rows are within the threshold"):
         found.plot()
     assert nbfeat.duplicates(featured(np.eye(1))).frame.empty
     nothing: list[Any] = [-1, np.nan, "near", True]
     for threshold in nothing:
-        with pytest.raises(RequestError, match="threshold takes a distance of at least 0"):
+        with pytest.raises(RequestError, match="`threshold` must be a distance of at least 0"):
             nbfeat.duplicates(featured(np.eye(4)), threshold)
 
 
@@ -99,7 +99,7 @@ def test_groups_are_shown_and_rows_without_features_counted(photos: pd.DataFrame
     assert list(found.frame.index) == ["row 3", "again", HOSTILE, "row 7", "seven"]
     assert list(found.frame["group"]) == [1, 1, 1, 2, 2]
     html = found._repr_html_()
-    assert "2 groups of nearly equal images: 5 of 22 rows" in html
+    assert "2 groups of nearly identical images: 5 of 22 rows" in html
     assert "1 row without features left out" in html
     assert HOSTILE not in html
     assert html.count("<img ") == 5

@@ -43,7 +43,7 @@ def test_those_shown_are_spread_over_the_frame_and_the_rest_is_counted(photos: p
     assert repr(found) == "Thumbnails of 4 of 20 images"
     html = found._repr_html_()
     assert re.findall(r'title="(row \d+)', html) == ["row 0", "row 6", "row 13", "row 19"]
-    assert "… and 16 more; those shown are evenly spread" in html
+    assert "… and 16 more; the images shown are evenly sampled" in html
     assert "more" not in nbfeat.thumbnails(photos)._repr_html_()
     assert len(shown(nbfeat.thumbnails(photos, limit=None)._repr_html_())) == 20
     with pytest.raises(RequestError, match=r"limit`? must be a whole number"):
@@ -56,7 +56,7 @@ def test_captions_are_of_the_columns_asked_for(photos: pd.DataFrame) -> None:
     assert re.findall(r'break-word">([^<]+)</div>', html) == ["train", "0.1235", "missing"]
     assert ">kind 0<" in nbfeat.thumbnails(photos, limit=1)._repr_html_()
     assert ">row 0<" in nbfeat.thumbnails(photos[["path"]], limit=1)._repr_html_()
-    with pytest.raises(RequestError, match="caption 'lable' is not one column of the frame"):
+    with pytest.raises(RequestError, match="no column 'lable' for the caption"):
         nbfeat.thumbnails(photos, caption="lable")
 
 

@@ -84,14 +84,14 @@ def test_several_blocks_count_the_same() -> None:
 def test_a_row_is_named_by_its_label_and_what_is_none_is_told() -> None:
     frame = featured(ROWS, label="x").rename(index={101: 100})
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"to": 100}, r"2 rows are labelled 100.*reset_index"),
-        ({"to": 3}, r"3 is no label of the index \(which begins with 100, 100 and 102\)"),
+        ({"to": 100}, r"2 rows are labeled 100.*reset_index"),
+        ({"to": 3}, r"3 is neither a label of the index \(which starts with 100, 100 and 102\)"),
         ({"k": 0}, "`k` must be a whole number"),
         ({"metric": "cosin"}, r"`metric` must be .*, not 'cosin'. Did you mean cosine"),
         ({"features": "net"}, r"has no block 'net'. Did you mean net0"),
-        ({"result": frame[["label"]]}, "has no columns of features"),
+        ({"result": frame[["label"]]}, "has no feature columns"),
         ({"result": [1, 2]}, "must be a pandas DataFrame, not list"),
-        ({"caption": "lable"}, r"caption 'lable' is not one column of the frame. Did you mean label"),
+        ({"caption": "lable"}, r"no column 'lable' for the caption. Did you mean label"),
     ]
     for options, words in refused:
         with pytest.raises(RequestError, match=words):
@@ -114,7 +114,7 @@ def test_rows_without_features_are_left_out_and_counted(photos: pd.DataFrame, tm
         nbfeat.similar(result, to="row 5")
     with pytest.raises(ExtractionError, match="isn't finished: 0 of 20 images"):
         nbfeat.similar(nbfeat.Extraction(photos, "MobileNet --size 32", images="path"), to="row 0")
-    with pytest.raises(RequestError, match=r"'row 44' is no label.*no such file.*Did you mean row 4"):
+    with pytest.raises(RequestError, match=r"'row 44' is neither a label.*no such file.*Did you mean row 4"):
         nbfeat.similar(result, to="row 44")
 
 
@@ -136,7 +136,7 @@ def test_an_image_of_no_row_is_extracted_as_the_result_was(photos: pd.DataFrame,
     result.to_parquet(tmp_path / "result.parquet")
     again = nbfeat.similar(nbfeat.read(tmp_path / "result.parquet"), to=copy, k=20)
     pd.testing.assert_frame_equal(again.frame, nbfeat.similar(result, to=copy, k=20).frame)
-    with pytest.raises(RequestError, match=r"Pass what %extract or nbfeat.extract returned"):
+    with pytest.raises(RequestError, match=r"Pass the result of `nbfeat.extract`"):
         nbfeat.similar(result.frame, to=copy)
 
 
@@ -145,7 +145,9 @@ def test_of_two_image_columns_one_is_compared_with_a_new_image(photos: pd.DataFr
     photos.loc["row 0", "back"] = str(tmp_path / "gone.png")
     result = nbfeat.extract(photos, "MobileNet --size 32", images=["path", "back"])
     to = Path(photos["path"].iloc[2]).read_bytes()
-    with pytest.raises(RequestError, match=r"of 2 columns of images: choose one .*features='path_mobilenet' or 'back"):
+    with pytest.raises(
+        RequestError, match=r"from 2 image columns. Choose one .*`features='path_mobilenet'` or `features='back"
+    ):
         nbfeat.similar(result, to=to)
     found = nbfeat.similar(result, to=to, features="back_mobilenet")
     assert found.frame.index[0] == "row 17"
@@ -168,7 +170,7 @@ def test_the_gallery_shows_the_one_asked_for_first_and_escapes_everything(photos
     result = nbfeat.extract(photos.rename(index={"row 4": HOSTILE}), "MobileNet --size 32", images="path")
     found = nbfeat.similar(result, to="row 3", k=19)
     html = found._repr_html_()
-    assert html.index("asked for") < html.index(distance_text(found.frame["distance"].iloc[0]))
+    assert html.index("query") < html.index(distance_text(found.frame["distance"].iloc[0]))
     assert HOSTILE not in html
     assert "&lt;img src=x" in html
     assert html.count('<img src="data:image/webp;base64,') == 20
@@ -178,7 +180,7 @@ def test_the_gallery_shows_the_one_asked_for_first_and_escapes_everything(photos
     assert set(others) == {first.replace("#1e88e5", "transparent")}, "the frame moves its image out of the line"
     axes = found.plot()
     assert len(axes) == 20
-    assert axes[0].get_xlabel().startswith("asked for")
+    assert axes[0].get_xlabel().startswith("query")
     plt.close("all")
 
 

@@ -74,9 +74,9 @@ def test_of_many_rows_some_are_drawn_with_the_classes_in_proportion() -> None:
     assert abs((found.frame["label"] == "few").sum() - 500) <= 1
     assert found.frame.index.is_monotonic_increasing
     assert found.frame.index.is_unique
-    assert "5,000 of 10,000 rows drawn" in repr(found)
+    assert "5,000 of 10,000 rows sampled" in repr(found)
     html = found._repr_html_()
-    assert "5,000 of 10,000 rows drawn" in html
+    assert "5,000 of 10,000 rows sampled" in html
     assert len(html) < 200_000
     pd.testing.assert_frame_equal(nbfeat.scatter(featured(rows, label=labels)).frame, found.frame)
     assert len(nbfeat.scatter(featured(rows, label=labels), None, limit=10).frame) == 10
@@ -107,7 +107,7 @@ def test_classes_are_few_and_named() -> None:
 def test_what_cannot_be_drawn_is_told_and_one_color_needs_no_column(monkeypatch: pytest.MonkeyPatch) -> None:
     frame = featured(ROWS, lable=LABELS)
     assert nbfeat.scatter(frame, None).plot().get_legend() is None
-    with pytest.raises(RequestError, match=r"color 'label' is not one column of the frame. Did you mean lable"):
+    with pytest.raises(RequestError, match=r"no column 'label' for the color. Did you mean lable"):
         nbfeat.scatter(frame)
     own = nbfeat.scatter(frame, LABELS)
     assert legend(own) == ["a", "b", "c"]
@@ -119,9 +119,9 @@ def test_what_cannot_be_drawn_is_told_and_one_color_needs_no_column(monkeypatch:
     monkeypatch.setitem(sys.modules, "umap", None)
     with pytest.raises(RequestError, match="pip install umap-learn"):
         nbfeat.scatter(frame, None, "umap")
-    with pytest.raises(RequestError, match="all 60 rows have the same features"):
+    with pytest.raises(RequestError, match="All 60 rows have the same features"):
         nbfeat.scatter(featured(np.ones((60, 3))), None)
-    with pytest.raises(RequestError, match="tsne takes at least 4 rows with features, and there are 3"):
+    with pytest.raises(RequestError, match="tsne needs at least 4 rows with features, not 3"):
         nbfeat.scatter(featured(ROWS[:3]), None, "tsne")
     two = nbfeat.scatter(featured(ROWS[:2]), None)
     assert len(two.frame) == 2

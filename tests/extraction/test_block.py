@@ -128,21 +128,21 @@ def test_a_blank_body_is_the_line_magic() -> None:
 @pytest.mark.parametrize(
     ("line", "body", "words"),
     [
-        ("", None, "needs the name of a dataframe"),
+        ("", None, "needs a dataframe and a backbone"),
         ("photos", None, "No backbone was named"),
         ("frames['train'] VGG16", None, r"train = frames\['train'\]"),
         ("photos VGG16 ResNet50", None, "takes one backbone"),
         ("photos VGG16 --pool max", None, "Unknown option --pool. Did you mean --pooling"),
         ("photos VGG16 --pooling", None, "expected one argument"),
         ("photos VGG16 --prefix 'open", None, "Unclosed quotation mark"),
-        ("photos VGG16 --into 2x", None, "--into takes a name"),
+        ("photos VGG16 --into 2x", None, "--into must be a variable name"),
         ("photos VGG16 --size 0", None, "whole number from 1"),
         ("photos VGG16 --alpha x", None, "width multiplier"),
         ("photos", "import os", "one feature block per line"),
         ("photos", "x = 3", "one feature block per line"),
         ("photos", "print(1)", "one feature block per line"),
-        ("photos", "VGG16 -i path", "-i is an option of the whole run"),
-        ("photos", "VGG16 --quiet", "--quiet is an option of the whole run"),
+        ("photos", "VGG16 -i path", "-i applies to the whole run"),
+        ("photos", "VGG16 --quiet", "--quiet applies to the whole run"),
     ],
 )
 def test_what_a_cell_cannot_mean_gets_one_clear_line(line: str, body: str | None, words: str) -> None:

@@ -211,8 +211,8 @@ def test_an_empty_frame_gets_its_columns(repeat: Repeat, train: pd.DataFrame, te
 @pytest.mark.parametrize(
     ("blocks", "options", "words"),
     [
-        (["ResNet50"], {}, r"like.* repeats the blocks of .*: (drop|leave) `?ResNet50"),
-        ([], {"pooling": "max"}, r"repeats the blocks of .*: (drop|leave) .*pooling"),
+        (["ResNet50"], {}, r"like.* repeats the blocks of .*: drop `?ResNet50"),
+        ([], {"pooling": "max"}, r"repeats the blocks of .*: drop .*pooling"),
         ([], {"fit_on": "split == 'test'"}, r"uses the fitted normalization of .*: drop .*fit.on"),
         ([], {"precision": "bfloat16"}, r"computed in float32.*in bfloat16: drop .*precision"),
     ],
@@ -322,16 +322,16 @@ def test_names_that_are_no_results_come_with_near_ones(shell_here: InteractiveSh
     names["photos"], names["train_result"] = train, extract(train, BLOCK, images="path")
     names["number"] = 3
     for line, words in {
-        "photos --like train_reslt": r"no 'train_reslt' in this notebook\. Did you mean train_result\?",
-        "photos --like xyz": r"no 'xyz' in this notebook\. Results here: train_result\.",
-        "photos --like number": r"number is a int, not a result\..*result = %extract",
+        "photos --like train_reslt": r"'train_reslt' is not defined in this notebook\. Did you mean train_result\?",
+        "photos --like xyz": r"'xyz' is not defined in this notebook\. Results here: train_result\.",
+        "photos --like number": r"number must be a result, not int\..*result = %extract",
         "photos --like gone.parquet": r"File not found: 'gone\.parquet'\. Check the path; relative paths start at",
     }.items():
         with pytest.raises(UsageError, match=words):
             shell_here.run_line_magic("extract", line)
-    with pytest.raises(UsageError, match="leave the lines of the body away"):
+    with pytest.raises(UsageError, match="drop the lines of the body"):
         shell_here.run_cell_magic("extract", "photos --like train_result", "ResNet50")
-    with pytest.raises(UsageError, match="--like is an option of the whole run"):
+    with pytest.raises(UsageError, match="--like applies to the whole run"):
         shell_here.run_cell_magic("extract", "photos", f"{BLOCK} --like train_result")
     assert names["photos"] is train
 

@@ -40,7 +40,7 @@ def test_slow_decoding_is_found_to_be_the_bottleneck(photos: pd.DataFrame, monke
     monkeypatch.setattr("nbfeat.extraction.pipeline.pixels_of", slowed(pipeline.__dict__["pixels_of"]))
     extraction = Extraction(photos, BLOCK, images="path")
     steps = list(extraction.steps())
-    assert "waiting for images to be decoded" in progress(steps[-1])
+    assert "bottleneck: decoding images" in progress(steps[-1])
     assert extraction.profile["decoding"] >= 20 * 0.02
     assert extraction.profile.sentence.startswith("Decoding is the bottleneck: the network waited for images in ")
     assert "bottleneck: decoding" in repr(extraction)

@@ -64,7 +64,7 @@ def start(shared_data: Path, seconds: float = 0.05, *, cache: bool = False) -> s
 
 
 def begin(lab: Site, name: str, first: str, *cells: str) -> tuple[Any, Any]:
-    """Open a notebook of these cells, the second of which makes a panel; choose Pocket in it."""
+    """Open a notebook of these cells, whose second one makes a panel, and choose Pocket in it."""
     page = lab.open(lab.write(name, first, PANEL, *cells))
     run_cell(page, 0)
     run_cell(page, 1)
@@ -101,7 +101,7 @@ def test_choosing_running_cancelling_going_on_and_the_same_by_code(lab: Site, sh
     page, one = begin(lab, "story.ipynb", start(shared_data, cache=True), "photos.shape", "%extract_panel --code")
     one.get_by_label("Normalization", exact=True).select_option("l2")
     one.get_by_text("More options").click()
-    one.get_by_label("Fitting").select_option("crop")  # pixels that no other test has put into the cache
+    one.get_by_label("Resize").select_option("crop")  # pixels that no other test has put into the cache
     assert "512 columns · 614 kB" in one.locator(".nbfeat-block").inner_text()
     press(one, "Extract")
     page.wait_for_function(MOVING)
@@ -156,7 +156,7 @@ def test_clicks_are_answered_while_a_cell_runs_and_nothing_is_bound_under_it(lab
     press(one, "Cancel", "Cancelled")
     assert page.locator(".jp-InputPrompt", has_text="*").count() == 1, "it was answered after the cell alone"
     press(one, "Extract")
-    one.get_by_text("all computed · waiting for the running cell to end").wait_for()
+    one.get_by_text("everything is computed · waiting for the running cell to finish").wait_for()
     (lab.root / "go").touch()
     wait_for_cells(page)
     assert output(page, 2) == "True"
@@ -233,7 +233,7 @@ def test_it_is_worked_with_the_keyboard_alone_and_every_field_has_a_label(lab: S
 
 def test_the_saved_notebook_shows_the_report_without_a_kernel(lab: Site, shared_data: Path) -> None:
     page, one = begin(lab, "saved.ipynb", start(shared_data, 0))
-    assert page.get_by_text("nothing has run yet").is_hidden()
+    assert page.get_by_text("hasn't run yet").is_hidden()
     press(one, "Extract", "Done")
     page.wait_for_function("() => /512 new columns/.test(document.querySelector('[class^=nbfeat-still]').textContent)")
     page.evaluate("async () => { await jupyterapp.commands.execute('docmanager:save') }")

@@ -103,7 +103,7 @@ def test_work_waits_for_the_end_of_the_running_cell(notebook: InteractiveShell, 
     assert not [one for one in notebook.events.callbacks["post_run_cell"] if one.__name__ == "once"]
 
 
-# What the frame has become meanwhile
+# What happens to the frame in the meantime
 
 Held = tuple[dict[str, Any], Callable[[], None], Extraction]
 
@@ -139,14 +139,14 @@ def test_features_never_come_to_stand_beside_other_images(photos: pd.DataFrame) 
         lambda frame: frame.reset_index(),
     ):
         names["photos"] = changed = change(photos.copy())
-        with pytest.raises(ExtractionError, match="not those that were read, so nothing was bound"):
+        with pytest.raises(ExtractionError, match="have changed, so nothing was attached"):
             bind()
         assert names["photos"] is changed
     names["photos"] = 7
-    with pytest.raises(ExtractionError, match="photos is not a dataframe any more but int"):
+    with pytest.raises(ExtractionError, match="photos now has type int"):
         bind()
     del names["photos"]
-    with pytest.raises(ExtractionError, match="There is no photos any more"):
+    with pytest.raises(ExtractionError, match="photos no longer exists"):
         bind()
     assert names == {}
 
@@ -158,5 +158,5 @@ def test_sorting_in_place_meanwhile_mixes_nothing_up(photos: pd.DataFrame) -> No
     photos["path"] = list(backwards["path"])
     extraction.run()
     assert list(extraction.frame.index) == [f"row {number}" for number in range(20)]
-    with pytest.raises(ExtractionError, match="nothing was bound"):
+    with pytest.raises(ExtractionError, match="nothing was attached"):
         bind()

@@ -54,10 +54,10 @@ def test_the_result_can_be_kept_and_silenced(notebook: InteractiveShell) -> None
 def test_bad_usage_is_usage_error_itself_and_binds_nothing(notebook: InteractiveShell) -> None:
     before = notebook.user_ns["photos"]
     for line, words in (
-        ("%extract foto MobileNet", r"no 'foto'.*photos"),
+        ("%extract foto MobileNet", r"'foto' is not defined.*photos"),
         ("%extract photos MobilNet", "no backbone"),
         ("%backbones Nothing*", "Nothing"),
-        ("%extract_cache wipe", "takes nothing, or clear"),
+        ("%extract_cache wipe", "alone or with clear"),
     ):
         with pytest.raises(UsageError, match=words) as caught:
             run_cell(notebook, line)
@@ -95,7 +95,7 @@ def test_an_interrupt_binds_nothing_says_how_far_it_came_and_stops(
     with capture_output() as output:
         outcome = notebook.run_cell("%extract photos MobileNet --size 32")
     assert isinstance(outcome.error_in_exec, KeyboardInterrupt)
-    assert "8 of 20 kept; run the cell again to go on" in output.stdout
+    assert "8 of 20 images are saved. Run the cell again to continue." in output.stdout
     assert notebook.user_ns["photos"] is before
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("nbfeat")]
 

@@ -106,7 +106,7 @@ def test_every_state_and_transition_as_it_is_clicked(opened: Open, notebook: Int
     gate.open()
     assert one.wait(30)
     check_look(one, State.CANCELLED)
-    assert "nothing was bound · Extract goes on, what is done is kept" in one._progress.value
+    assert "photos is unchanged · press Extract to resume (finished features are cached)" in one._progress.value
     assert notebook.user_ns["photos"] is before
     first = one.job
     check_look(finished(one), State.DONE)
@@ -121,7 +121,7 @@ def test_every_state_and_transition_as_it_is_clicked(opened: Open, notebook: Int
     one.cancel()
     assert one.wait(30)
     second = one.job
-    one.blocks.cards[0].options["prefix"].value = "other"  # another choice after cancelling: it begins anew
+    one.blocks.cards[0].options["prefix"].value = "other"  # another choice after cancelling: it starts from scratch
     assert finished(one).job is not second
     assert one.result is not None
     assert one.result.columns[0] == "other_0000"
@@ -142,7 +142,7 @@ def test_a_run_that_fails_says_why_and_the_next_may_not(
     notebook.user_ns["photos"] = photos
     check_look(finished(one), State.DONE)
     notebook.user_ns["photos"] = lost
-    check_look(finished(one), State.FAILED)  # and no result of another run beside it
+    check_look(finished(one), State.FAILED)  # without the result of an earlier run
     notebook.user_ns["photos"] = photos
     one.options["no_cache"].value = True
     monkeypatch.setattr(FakeEngine, "collect", broken)
@@ -220,10 +220,10 @@ def test_a_frame_that_changes_meanwhile_keeps_its_changes_and_a_deleted_one_is_n
     gate.open()
     assert one.wait(30)
     check_look(one, State.FAILED)
-    assert "There is no photos any more" in one._progress.value
+    assert "photos no longer exists" in one._progress.value
     assert "photos" not in notebook.user_ns
     notebook.run_cell("1")
-    assert "no dataframe in this notebook" in one.source.missing.value
+    assert "have a dataframe yet" in one.source.missing.value
     assert one.extract_button.disabled
     notebook.user_ns["photos"] = frame
     notebook.run_cell("1")
@@ -291,12 +291,12 @@ def test_the_frame_may_be_given_itself_by_name_or_not_at_all(
     assert repr(opened("photos")) == "Panel(photos, idle)"
     assert len(repr(opened("a" * 300))) <= 110
     for wrong, words in (
-        (photos.copy(), "Give it one first"), ("_hidden", "Give it one first"), ("foto", "no 'foto'.*photos"),
+        (photos.copy(), "Give it one first"), ("_hidden", "Give it one first"), ("foto", "'foto' is not def.*photos"),
     ):  # fmt: skip
         with pytest.raises(RequestError, match=words):
             Panel(wrong)
     monkeypatch.setattr(panel, "get_ipython", lambda: None)
-    with pytest.raises(RequestError, match=r"works in a notebook.*nbfeat\.extract"):
+    with pytest.raises(RequestError, match=r"works only in a notebook.*nbfeat\.extract"):
         nbfeat.Panel()
 
 
@@ -409,7 +409,7 @@ def test_settings_are_obeyed_and_shown(notebook: InteractiveShell, opened: Open)
 def test_the_code_goes_to_a_new_cell(notebook: InteractiveShell) -> None:
     magics: Any = notebook.magics_manager.registry["ExtractMagics"]
     magics._panel = None
-    with pytest.raises(UsageError, match="no panel yet"):
+    with pytest.raises(UsageError, match="No panel is open"):
         notebook.run_line_magic("extract_panel", "--code")
     one = notebook.run_line_magic("extract_panel", "photos")
     try:
@@ -418,7 +418,11 @@ def test_the_code_goes_to_a_new_cell(notebook: InteractiveShell) -> None:
     finally:
         one.close()
         notebook.rl_next_input = None
-    for line, words in (("foto", "no 'foto'"), ("photos VGG16", "takes the name of a dataframe"), ("a.b", "name")):
+    for line, words in (
+        ("foto", "'foto' is not defined"),
+        ("photos VGG16", "needs the name of a dataframe"),
+        ("a.b", "name"),
+    ):
         with pytest.raises(UsageError, match=words):
             notebook.run_line_magic("extract_panel", line)
 
@@ -494,7 +498,7 @@ def test_thumbnails_and_what_is_missing_are_shown(
     settle()
     assert one.source.strip.value.count('<img src="data:image/webp') == 11
     assert one.source.strip.value.count("nbfeat-lost") == 1
-    assert one.source.missing.value == "20 images · ⚠ 1 without a value · ⚠ 1 file is not there"
+    assert one.source.missing.value == "20 images · ⚠ 1 without a value · ⚠ 1 file not found"
     notebook.user_ns["photos"] = photos.iloc[2:]
     one._after_a_cell()
     settle()
@@ -569,7 +573,7 @@ def test_it_is_shown_with_a_report_that_stays_when_it_is_gone(opened: Open, monk
     one._ipython_display_()
     one._ipython_display_()  # shown twice
     assert [kind for _, kind in seen] == [False, True, False, True]
-    assert "while the notebook runs" in seen[0][0]["text/plain"]
+    assert "while the notebook is running" in seen[0][0]["text/plain"]
     assert "idle" not in seen[0][0]["text/plain"], "what was so when it was shown is saved, and soon wrong"
     assert f"nbfeat-still-{one.box.model_id}" in seen[1][0]["text/html"]
     assert f".nbfeat-still-{one.box.model_id}{{display:none}}" in one._style.value

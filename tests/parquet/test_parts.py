@@ -689,7 +689,7 @@ def test_the_magic_writes_and_binds_nothing_and_says_so(
     shell.reset(new_session=False)
     shell.user_ns["photos"] = photos
     cell = f"%extract photos {BLOCK} --images path --batch-size 3 --parquet {folder}"
-    with pytest.raises(UsageError, match=r"--parquet binds nothing.*--into more: leave it away"):
+    with pytest.raises(UsageError, match=r"With --parquet no dataframe is created. Drop --into more"):
         run_cell(shell, f"{cell} --into more")
     assert not folder.exists()
 
@@ -703,17 +703,16 @@ def test_the_magic_writes_and_binds_nothing_and_says_so(
     with monkeypatch.context() as patch, capture_output() as shown:
         patch.setattr(Extraction, "steps", interrupted)
         shell.run_cell(cell)
-    assert "12 of 20 kept; run the cell again to go on. Nothing was bound." in shown.stdout
+    assert "12 of 20 images are saved. Run the cell again to continue." in shown.stdout
     bound = {name for name in shell.user_ns if not name.startswith("_")}
     with capture_output() as shown:
         result = shell.run_cell(cell).result
     assert "20 of 20 images · 12 already in files" in shown.outputs[-1].data["text/plain"] + shown.stdout
     assert shell.user_ns["photos"] is photos
     assert {name for name in shell.user_ns if not name.startswith("_")} == bound
-    assert "Nothing was bound: photos is as it was." in repr(result)
-    assert f"Read it with `nbfeat.read('{folder}')`" in result._repr_html_().replace("&#x27;", "'").replace(
-        "&#39;", "'"
-    )
+    assert "photos is unchanged: the features are only on disk." in repr(result)
+    shown_as = result._repr_html_().replace("&#x27;", "'").replace("&#39;", "'")
+    assert f"Read it with `nbfeat.read('{folder}')`" in shown_as
     assert names(folder) == FILES
     assert nbfeat.extract(photos, BLOCK, images="path").cached == 0, "the setting of the cache is not asked for"
     again = run_cell(shell, f"%extract photos --like {folder}")

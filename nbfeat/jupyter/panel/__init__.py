@@ -1,1 +1,1 @@
-"""The panel: a result from choices alone."""
+"""The widget panel: choose and run an extraction by clicking."""

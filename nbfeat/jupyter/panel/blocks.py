@@ -1,4 +1,4 @@
-"""The panel's feature blocks: a card for each, which says its columns and their memory before anything runs."""
+"""The panel's feature blocks: one card each, showing its columns and memory before anything runs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from nbfeat.html import escape
 from nbfeat.inference.layers import expected_width, layer_names
 from nbfeat.jupyter.panel.widgets import DEFAULT, Kit, OptionWidgets, offer, tree
 
-FIRST = "MobileNetV2"  # light, and usual
-ALWAYS_SHOWN = ("layer", "pooling", "normalize", "components", "prefix")  # the others are folded away
+FIRST = "MobileNetV2"  # small and popular
+ALWAYS_SHOWN = ("layer", "pooling", "normalize", "components", "prefix")  # the others are under "More options"
 
 
 class Card:
@@ -32,7 +32,7 @@ class Card:
             continuous_update=False,
             description="Backbone (type to search)",
             placeholder=f"one of {len(CATALOG)} networks",
-            tooltip="Clear it to see all, or type a part of a name",
+            tooltip="Clear to see all, or type part of a name",
         )
         self.options = OptionWidgets(kit, BLOCK_OPTIONS)
         self.remove = kit.button("Remove", "quiet", "Remove this block", lambda: removed(self))
@@ -51,20 +51,20 @@ class Card:
         return " ".join([quoted(self.backbone.value), *spelled(BLOCK_OPTIONS, self.options.given)])
 
     def expect(self, rows: int) -> int:
-        """Show which columns the block will make of `rows` images and what memory they take; return how many."""
+        """Show the columns and memory the block needs for `rows` images; return the number of columns."""
         defaults = {name: value for name, value in self._kit.settings().items() if name in self.options}
         try:
             block = FeatureBlock.parse(self.text, defaults)[0]
             backbone = find(block.backbone)
             column, expected = backbone.column, (block.components, True) if block.components else None
             expected = expected or expected_width(backbone, block.cut, alpha=block.alpha, size=block.size)
-        except NbfeatError:  # which is told elsewhere
+        except NbfeatError:  # shown elsewhere
             self.expected.value = ""
             return 0
         prefix = column_prefix(block, column)
         self.options["prefix"].placeholder = column_prefix(replace(block, prefix=None), column)
         if expected is None:
-            self.expected.value = f"<b>width</b> is known once it runs · <code>{escape(prefix)}_0000 …</code>"
+            self.expected.value = f"<b>width</b> unknown until it runs · <code>{escape(prefix)}_0000 …</code>"
             return 0
         width, is_exact = expected
         first, *_, last = column_names(prefix, max(width, 2))
@@ -79,7 +79,7 @@ class Card:
         return width
 
     def refresh(self) -> None:
-        """Offer the layers, multipliers and weights that the backbone has, and the defaults of now."""
+        """Offer the backbone's layers, multipliers and weights, and the current defaults."""
         backbone = CATALOG.get(self.backbone.value)
         if backbone is None:
             self.options.refresh()
@@ -95,18 +95,18 @@ class Card:
 
 
 class Blocks:
-    """All blocks of a panel, at least one."""
+    """The blocks of a panel, at least one."""
 
     def __init__(self, kit: Kit) -> None:
         self._kit, self.cards = kit, [Card(kit, self.remove)]
-        self.more = kit.button("Add a block", "quiet", "Another network, layer or pooling, in the same pass", self.add)
+        self.more = kit.button("Add a block", "quiet", "Another network, layer or pooling in the same pass", self.add)
         self.total = kit.html("expected")
         self._cards = kit.box("blocks")
         self.box = kit.part("Feature blocks", self._cards, kit.box("line", self.more, self.total))
         self._draw()
 
     def add(self) -> Card:
-        """Add a block: of the last one's backbone, cut at the next customary layer before the end."""
+        """Add a block with the last backbone, cut at the last customary layer not used yet."""
         card = Card(self._kit, self.remove)
         name = card.backbone.value = self.cards[-1].backbone.value
         taken = {one.options["layer"].value for one in self.cards if one.backbone.value == name}
@@ -118,7 +118,7 @@ class Blocks:
         return card
 
     def remove(self, card: Card) -> None:
-        """Take a block away, unless it is the last one."""
+        """Remove a block, unless it is the only one."""
         if len(self.cards) > 1 and card in self.cards:
             self.cards.remove(card)
             self._draw()
@@ -127,7 +127,7 @@ class Blocks:
                 widget.close()
 
     def expect(self, rows: int, columns: int) -> None:
-        """Show what each block will give of `rows` rows and `columns` image columns, and all of them."""
+        """Show the expected columns of each block, and their total, for `rows` rows and `columns` image columns."""
         width = columns * sum([card.expect(rows * columns) for card in self.cards])
         self.total.value = f"{width:,} new columns · {format_bytes(4 * rows * width)}" if len(self.cards) > 1 else ""
 

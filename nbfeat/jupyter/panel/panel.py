@@ -1,4 +1,4 @@
-"""Panel: the choices of %%extract as widgets, the same work as a Job, and the code of what was clicked."""
+"""Panel: the options of %%extract as widgets, run in the background, with the equivalent code."""
 
 from __future__ import annotations
 
@@ -23,66 +23,63 @@ from nbfeat.jupyter.panel.result import ELSEWHERE, LOOKS, Result, code_of, progr
 from nbfeat.jupyter.panel.source import Source, frame_to_open
 from nbfeat.jupyter.panel.widgets import STYLE, Kit, OptionWidgets, labelled
 
-SECONDS_BETWEEN = 0.3  # updates of the progress: each is one message, and all others come with a change of state
-# Options of the run that are chosen here; others are chosen elsewhere in the panel, or need free text, which is what
-# the grammar is for.
+SECONDS_BETWEEN = 0.3  # updates of the progress
+# Run options offered here; the others are elsewhere in the panel or need free text.
 CHOSEN_HERE = {"batch_size", "device", "precision", "allow_remote", "no_cache", "replace"}
 
 
 class Panel:
-    """Choose what to extract by clicking, run it beside the notebook, and take the code of what was clicked.
+    """Choose what to extract by clicking, run it in the background, and copy the equivalent code.
 
     Parameters
     ----------
-    frame
+    frame : DataFrame or str, optional
         A dataframe of this notebook, or its name; by default the first one with a column of images.
 
     Attributes
     ----------
-    code
-        The cell that does the same.
-    result
-        The Extraction of the last run that was done, or None.
-    state
-        How the work stands.
+    code : str
+        The equivalent %%extract cell.
+    result : Extraction or None
+        The last completed run.
 
     Raises
     ------
     RequestError
-        Where there is no notebook, or no name for the frame.
+        If this isn't a notebook, or the frame has no name.
 
     Examples
     --------
-    >>> nbfeat.Panel(photos)  # doctest: +SKIP
+    >>> panel = nbfeat.Panel(photos)  # doctest: +SKIP
     """
 
     def __init__(self, frame: Any = None) -> None:
         self._shell: Any = get_ipython()
         if self._shell is None:
             way = "nbfeat.extract(frame, 'ResNet50', images='path')"
-            raise RequestError(f"The panel works in a notebook. Elsewhere, use {way}.")
+            raise RequestError(f"The panel works only in a notebook. Elsewhere, use `{way}`.")
         chosen = frame_to_open(frame, self._names())
         self.job: Job | None = None
         self.result: Extraction | None = None
         self.code, self.problem = "", ""
         self._request: grammar.Request | None = None
-        self._ran: tuple[str, FrameSnapshot] | None = None  # what the job works at: its code and its frame
+        self._ran: tuple[str, FrameSnapshot] | None = None  # the code and the frame of the job
         self._drawn_at, self._drawn_state = 0.0, State.IDLE
-        self._static: Any = None  # the handle of the static report
+        self._static: Any = None  # display handle of the static report
         self._known_settings = self._settings()
         kit = self._kit = Kit(self._settings, self._changed)
         self.source = Source(kit, self._names)
         self.blocks = Blocks(kit)
         self.options = OptionWidgets(kit, [option for option in RUN_OPTIONS if option.name in CHOSEN_HERE])
         self.results = Result(kit)
-        self.extract_button = kit.button("Extract", "go", "Extract the features, beside the notebook", self._pressed)
-        stops = "Stop after the batch in hand; what is done is kept"
+        self.extract_button = kit.button("Extract", "go", "Extract the features in the background", self._pressed)
+        stops = "Stops after the current batch; finished features are cached"
         self.cancel_button = kit.button("Cancel", "quiet", stops, self.cancel)
         self._progress, self._problem, self._code = map(kit.html, ("progress", "problem", "code"))
-        self._spoken = kit.html("spoken")  # for screen readers, which are told of states and not of every step
+        self._spoken = kit.html("spoken")  # screen readers announce states, not every step
         self._style = kit.html("style")
         self.box = self._laid_out()
-        hidden = f".nbfeat-still-{self.box.model_id}{{display:none}}"  # the static report, while the panel lives
+        hidden = f".nbfeat-still-{self.box.model_id}{{display:none}}"  # hides the static report while the panel is live
         self._style.value = f"<style>{STYLE}</style><style>{hidden}</style>"
         self.source.refresh(chosen)
         self._changed()
@@ -101,19 +98,19 @@ class Panel:
 
     @property
     def state(self) -> State:
-        """How the work stands."""
+        """The state of the run: idle, running, cancelling, cancelled, failed or done."""
         return self.job.state if self.job else State.IDLE
 
     def extract(self) -> None:
-        """Start, or go on with what was cancelled, where nothing was chosen otherwise meanwhile."""
+        """Start in the background, or resume a cancelled run if the choices and images haven't changed."""
         with self._kit.turn():
             if self.state.is_busy:
                 return
-            self._changed()  # a choice made just before may be on its way in another thread
+            self._changed()  # a recent choice may still be on its way from another thread
             if self._request is None:
                 return
             try:
-                if not self._can_go_on():
+                if not self._can_resume():
                     self._begin(self._request)
                 assert self.job is not None
                 self.job.start()
@@ -122,31 +119,41 @@ class Panel:
                 self._draw()
 
     def cancel(self) -> None:
-        """Stop after the batch in hand. Nothing is bound; what is done is kept."""
+        """Stop after the current batch; the frame is unchanged and finished features are cached."""
         if self.job is not None:
             self.job.cancel()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait until nothing is running, and tell whether that came about; the cell that waits binds the frame."""
-        # Where the running cell is what calls this, and not a click or a thread beside it.
+        """Wait until nothing is running.
+
+        Parameters
+        ----------
+        seconds : float, optional
+            The longest time to wait; by default without limit.
+
+        Returns
+        -------
+        bool
+            Whether the run has ended. The cell that waits gets the new frame.
+        """
         in_a_cell = is_running_a_cell(self._shell) and threading.current_thread() is threading.main_thread()
         return self.job is None or self.job.wait(seconds, bind=in_a_cell)
 
     def to_cell(self) -> None:
-        """Put the code into a new cell below the one that calls this."""
+        """Put the equivalent code in a new cell below the current one."""
         self._shell.set_next_input(self.code)
 
     def close(self) -> None:
-        """Take the panel off the screen, and stop what it does."""
+        """Remove the panel and stop its run."""
         self.cancel()
-        with suppress(ValueError):  # closed before
+        with suppress(ValueError):  # already closed
             self._shell.events.unregister("post_run_cell", self._after_a_cell)
         self._kit.close()
 
     def _pressed(self) -> None:
         self.extract()
         if self.state is State.RUNNING:
-            self.cancel_button.focus()  # the button that was clicked can be pressed no more
+            self.cancel_button.focus()  # the clicked button is disabled now
 
     def _begin(self, request: grammar.Request) -> None:
         names = self._shell.user_ns
@@ -157,15 +164,15 @@ class Panel:
         self._ran = self.code, snapshot
         self.job = Job(extraction, bind, partial(between_cells, self._shell), self._moved)
 
-    def _can_go_on(self) -> bool:
-        """Tell whether what was cancelled is what is asked for now, of the same images."""
+    def _can_resume(self) -> bool:
+        """Return whether the cancelled run has the current choices and the same images."""
         if self.job is None or self.state is not State.CANCELLED or self._ran is None:
             return False
         code, snapshot = self._ran
         return code == self.code and not snapshot.why_not(self.job.extraction, self._names().get(snapshot.name))
 
     def _moved(self) -> None:
-        """Show a step or a change of state; called by the thread that works."""
+        """Show a step or a change of state; called from the worker thread."""
         with self._kit.turn():
             job = self.job
             assert job is not None
@@ -183,7 +190,7 @@ class Panel:
                 self._static.update(self._report(), raw=True)
 
     def _changed(self) -> None:
-        """Write the code of what is chosen, and say what it will give, or why it cannot be."""
+        """Update the code and the expected columns, or show the problem with the choices."""
         options = spelled(RUN_OPTIONS, {**self.source.given, **self.options.given})
         line = " ".join([self.source.frame.value or "", *options])
         blocks = [card.text for card in self.blocks.cards]
@@ -192,7 +199,7 @@ class Panel:
             self._request = grammar.read(line, "\n".join(blocks), self._settings())
             assert self._request is not None
             frame = grammar.frame_called(self._request.frame, self._names())
-            Extraction(frame, self._request.blocks, **self._request.for_extraction)  # which has done nothing yet
+            Extraction(frame, self._request.blocks, **self._request.for_extraction)  # only checks: nothing runs yet
         except NbfeatError as error:
             self.problem = labelled(str(error))
         self.code = "\n".join(map(grammar.literal, [f"%%extract {line}", *blocks]))
@@ -202,7 +209,7 @@ class Panel:
         self._draw()
 
     def _after_a_cell(self, *_: object) -> None:
-        """Look at the notebook again: a cell may have made, changed or deleted a frame, or set a default."""
+        """Refresh after a cell, which may have made, changed or deleted a frame, or set a default."""
         with self._kit.turn():
             settings, self._known_settings = self._known_settings, self._settings()
             if self.source.has_news() or settings != self._known_settings:
@@ -213,24 +220,24 @@ class Panel:
                 self._changed()
 
     def _names(self) -> Mapping[str, Any]:
-        return dict(self._shell.user_ns)  # a cell may be changing it just now
+        return dict(self._shell.user_ns)  # a copy, because a cell may be changing it
 
     @property
     def _magics(self) -> Any:
-        return self._shell.magics_manager.registry.get("ExtractMagics")  # None where the extension is not loaded
+        return self._shell.magics_manager.registry.get("ExtractMagics")  # None if the extension isn't loaded
 
     def _settings(self) -> dict[str, Any]:
         return self._magics.defaults() if self._magics else {}
 
     def _draw(self) -> None:
-        """Show how it stands: while it runs one widget changes, the others with the state."""
+        """Show the state; during a run only the progress widget changes."""
         with self._kit.turn():
             state = self.state
             self._progress.value = progress_of(self.job, self._ran[1].name if self._ran else "")
             self.extract_button.disabled = state.is_busy or bool(self.problem)
             self.cancel_button.disabled = state is not State.RUNNING
             if state is not State.DONE:
-                self.results.hide()  # it is another run's
+                self.results.hide()  # from an earlier run
             self._problem.value = f"⚠ {escape(self.problem)}" if self.problem else ""
             if state is not self._drawn_state or not self._spoken.value:
                 self._spoken.value = f'<span role="status">{LOOKS[state][1]}</span>'
@@ -240,7 +247,7 @@ class Panel:
         return static_report(self.job, self.code, self.box.model_id)
 
     def _ipython_display_(self) -> None:
-        """Show the panel, and beside it, unseen while it lives, the static report that is saved with the notebook."""
+        """Show the panel, and the static report, hidden while the panel is live, that is saved with the notebook."""
         display({**self.box._repr_mimebundle_(), "text/plain": ELSEWHERE}, raw=True)  # type: ignore[no-untyped-call]
         if self._static is None:
             self._static = display(self._report(), raw=True, display_id=True)  # type: ignore[no-untyped-call]

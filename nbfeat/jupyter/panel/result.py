@@ -1,4 +1,4 @@
-"""What the panel shows of its work: how it stands, its code, its report, failures, a scatter and a comparison."""
+"""The panel's output: progress, equivalent code, report, failures, scatter and comparison."""
 
 from __future__ import annotations
 
@@ -13,34 +13,33 @@ from nbfeat.jupyter.job import Job, State, in_background
 from nbfeat.jupyter.panel.widgets import Kit, labelled, offer
 from nbfeat.jupyter.progress import counts, progress
 
-ELSEWHERE = "A panel is here while the notebook runs. What is saved of it:"  # and then the static report
-# Of each state: a sign and a word beside its color, and a text that `progress_of` fills.
-LOOKS = {
+ELSEWHERE = "The panel appears here while the notebook is running. Its saved report:"  # followed by the static report
+LOOKS = {  # sign, word (color isn't the only cue), and a text that `progress_of` fills in
     State.IDLE: ("○", "Ready", ""),
     State.RUNNING: ("▶", "Running", "{progress}"),
-    State.CANCELLING: ("…", "Cancelling", "{counts} · stopping after the batch in hand"),
-    State.CANCELLED: ("■", "Cancelled", "{counts} · nothing was bound · Extract goes on{kept}"),
+    State.CANCELLING: ("…", "Cancelling", "{counts} · stopping after the current batch"),
+    State.CANCELLED: ("■", "Cancelled", "{counts} · {name} is unchanged · press Extract to resume{kept}"),
     State.FAILED: ("✕", "Failed", "{error}"),
     State.DONE: ("✓", "Done", "{name} has {width} new columns · {counts}"),
 }
 REPORT, FAILURES, SCATTER, COMPARISON = "Report", "Failures", "Scatter", "Comparison"
 FAILURES_SHOWN = 24
-MOST_COLUMNS = 60  # offered to color by
+MOST_COLUMNS = 60  # offered for coloring
 
 
 def progress_of(job: Job | None, name: str) -> Html:
-    """Draw how `job`, whose frame is called `name`, stands: a bar, the sign and word of its state, more words."""
+    """Draw the progress of `job`, whose frame is called `name`: a bar, the sign and word of its state, and details."""
     sign, word, text = LOOKS[job.state if job else State.IDLE]
     step, drawn = job.step if job else None, ""
     if job:
-        error = job.error  # of one that is none of nbfeat's own, its kind too
+        error = job.error  # with its type, unless it is nbfeat's own
         now = progress(step) if step and step.done else job.coming or "starting"
         text = text.format(
             name=name,
             width=f"{len(job.extraction.columns):,}" if job.extraction.state == "done" else "",
             counts=" · ".join(counts(step)) if step else "no images",
-            progress="all computed · waiting for the running cell to end" if job.is_binding else now,
-            kept=", what is done is kept" if job.extraction.keeps else "",
+            progress="everything is computed · waiting for the running cell to finish" if job.is_binding else now,
+            kept=" (finished features are cached)" if job.extraction.keeps else "",
             error=labelled(f"{'' if isinstance(error, NbfeatError) else f'{type(error).__name__}: '}{error}"),
         )
         if job.state not in {State.IDLE, State.FAILED}:
@@ -49,27 +48,27 @@ def progress_of(job: Job | None, name: str) -> Html:
 
 
 def code_of(code: str, *, loaded: bool) -> Html:
-    """Draw the cell that does the same: a click selects all of it."""
-    first = "" if loaded else " after <code>%load_ext nbfeat</code>"
+    """Draw the equivalent cell; a click selects all of it."""
+    first = "" if loaded else " (run <code>%load_ext nbfeat</code> first)"
     return Html(
-        f'<h4>Same as{first}</h4><pre title="A click selects all of it">{escape(code)}</pre>'
-        "<div>Click it and press Ctrl+C to copy; <code>%extract_panel --code</code> puts it into a new cell.</div>"
+        f'<h4>Equivalent code{first}</h4><pre title="Click to select all">{escape(code)}</pre>'
+        "<div>Click and press Ctrl+C to copy; <code>%extract_panel --code</code> puts it in a new cell.</div>"
     )
 
 
 def static_report(job: Job | None, code: str, number: str) -> dict[str, str]:
-    """Return what stands for the panel of that `number` where there is no kernel: the report, and the code."""
+    """Return what replaces panel `number` when no kernel is running: the report and the code."""
     extraction = job.extraction if job and job.state is not State.IDLE else None
-    report = extraction._repr_html_() if extraction else escape("A panel of nbfeat in which nothing has run yet.")
-    cell = f'{paragraph("Same as")}<pre style="opacity:.8;font-size:90%">{escape(code)}</pre>'
+    report = extraction._repr_html_() if extraction else escape("An nbfeat panel that hasn't run yet.")
+    cell = f'{paragraph("Equivalent code")}<pre style="opacity:.8;font-size:90%">{escape(code)}</pre>'
     return {
         "text/html": f'<div class="nbfeat-still-{number}">{report}{cell}</div>',
-        "text/plain": f"{extraction!r}\nSame as\n{code}" if extraction else code,
+        "text/plain": f"{extraction!r}\nEquivalent code\n{code}" if extraction else code,
     }
 
 
 class Result:
-    """What came of a run, page by page; nothing before the first."""
+    """The result of a run, page by page; empty before the first."""
 
     def __init__(self, kit: Kit) -> None:
         self.pages = kit.make(widgets.ToggleButtons, "pages", options=[REPORT])
@@ -80,16 +79,16 @@ class Result:
         self._whole, self.box.children = self.box.children, ()
         self._of: Extraction | None = None
         self._made: dict[tuple[str, object], Html] = {}  # pages, by what they show
-        self._asked: tuple[str, object] | None = None  # for which page: another that gets ready is not shown
+        self._asked: tuple[str, object] | None = None  # the requested page, the only one shown when ready
         self._kit = kit
         kit.on_choice(lambda _: self._turn(), self.pages, self.column)
 
     def show(self, extraction: Extraction) -> None:
-        """Show what `extraction` gave, its report first."""
+        """Show the result of `extraction`, its report first."""
         self._of, self._made = extraction, {}
         failed = len(extraction.failures)
         failures = [(f"{FAILURES} ({failed:,})", FAILURES)] if failed else []
-        # Columns to color by, ``label`` first where there is one; features and images are none.
+        # Columns to color by, ``label`` first, without features and images.
         others = {*extraction.columns, *(part.column for part in extraction.parts)}
         columns = [column for column in extraction.frame.columns if column not in others][:MOST_COLUMNS]
         with self._kit.filling():
@@ -99,11 +98,11 @@ class Result:
         self._turn()
 
     def hide(self) -> None:
-        """Show nothing."""
+        """Hide the result."""
         self._of, self.box.children = None, ()
 
     def _turn(self) -> None:
-        """Show the page that is chosen; what takes a while is made in a thread."""
+        """Show the chosen page; slow ones are made in a thread."""
         if self._of is None:
             return
         page = self.pages.value
@@ -116,14 +115,14 @@ class Result:
         elif key in self._made:
             self.page.value = self._made[key]
         else:
-            self.page.value = paragraph(f"Making the {page.lower()} …")
+            self.page.value = paragraph(f"Preparing the {page.lower()} …")
             in_background("page", self._make, key, self._of)
 
     def _make(self, key: tuple[str, object], of: Extraction) -> None:
         try:
             page = _drawn(of, *key)
             made = {key: page}
-        except Exception as error:  # whatever it is, it is shown: nobody sees what a thread raises
+        except Exception as error:  # show any error: nobody sees what a thread raises
             kind = "" if isinstance(error, NbfeatError) else f"{type(error).__name__}: "
             page, made = paragraph(f"⚠ {kind}{error}"), {}
         if self._of is of:

@@ -1,4 +1,4 @@
-"""The panel's source: which dataframe, which column, what the images look like, how many are missing."""
+"""The panel's image source: the dataframe, its image column, thumbnails and missing files."""
 
 from __future__ import annotations
 
@@ -29,45 +29,45 @@ if TYPE_CHECKING:
     import pandas as pd
 
 THUMBNAILS = 12
-SIDE = 96  # pixels of a thumbnail, drawn at two thirds: sharp on dense screens, 2 kB each
-MOST_COLUMNS = 60  # offered: more than that nobody looks through
-SHORT = 30  # characters of a name that is offered
+SIDE = 96  # pixels of a thumbnail, drawn at two thirds to be sharp on high-density screens; 2 kB each
+MOST_COLUMNS = 60  # to offer: nobody scrolls through more
+SHORT = 30  # characters of an offered name
 ALL_ROWS = ("all rows", DEFAULT)
-FEW = 6  # values of a column that rows can be chosen by
-PAUSE = 0.1  # seconds, in which the panel is drawn, or another column is chosen
-LOOKED_AT = 1000  # rows, to find such columns
+FEW = 6  # most values of a column for choosing rows
+PAUSE = 0.1  # seconds, to let the panel draw or another column be chosen
+LOOKED_AT = 1000  # rows to look at for such columns
 
 
 class Source:
-    """Which frame of `names` and which of its columns."""
+    """The chosen frame and its image column."""
 
     def __init__(self, kit: Kit, names: Callable[[], Mapping[str, Any]]) -> None:
         self._kit, self._names = kit, names
         self.frame = kit.make(Dropdown, description="Dataframe", tooltip="A dataframe of this notebook")
-        holds = "The column that holds paths, bytes or arrays of images"
+        holds = "The column with image paths, bytes or arrays"
         self.images = kit.make(Dropdown, description=LABELS["images"], tooltip=holds)
-        learns = "Rows that standard, minmax, whiten and components learn from: name those you train on"
-        self.rows = kit.make(Dropdown, description=LABELS["fit_on"], options=[ALL_ROWS], tooltip=learns)
+        fits = "Rows used to fit standard, minmax, whiten and PCA: choose your training rows"
+        self.rows = kit.make(Dropdown, description=LABELS["fit_on"], options=[ALL_ROWS], tooltip=fits)
         self.strip, self.missing = kit.html("strip"), kit.html("missing")
         fields = kit.box("fields", self.frame, self.images, self.rows)
         self.box = kit.part("Images", fields, self.strip, self.missing)
-        self._frame: Callable[[], pd.DataFrame | None] = lambda: None  # whose images are shown, held weakly
-        self._seen: tuple[object, ...] = ()  # what else those images depend on, a new object for each look at them
+        self._frame: Callable[[], pd.DataFrame | None] = lambda: None  # whose images are shown (weak)
+        self._seen: tuple[object, ...] = ()  # what else those images depend on; a new object for each look
         kit.on_choice(self._chose, self.frame, self.images, self.rows)
 
     @property
     def chosen(self) -> pd.DataFrame | None:
-        """The frame that is chosen, as it is now."""
+        """The chosen frame, as it is now."""
         return self._names().get(self.frame.value) if self.frame.value else None
 
     @property
     def given(self) -> dict[str, Any]:
-        """The options of the run that are chosen here."""
+        """The run options chosen here."""
         images = {"images": [str(column) for column in self.images.value]} if self.images.value else {}
         return {**images, **({"fit_on": self.rows.value} if self.rows.value else {})}
 
     def refresh(self, chosen: str | None = None) -> None:
-        """Look at the notebook again: which frames there are, and what is in the one that is chosen."""
+        """Read the notebook's frames and the columns of the chosen one again."""
         with self._kit.filling():
             frames = grammar.frames_in(self._names())
             offer(self.frame, frame_choices(frames))
@@ -80,7 +80,7 @@ class Source:
         self._look(frame)
 
     def has_news(self) -> bool:
-        """Tell whether a frame was made, resized or deleted since the last refresh, or the one that is chosen bound."""
+        """Return whether a frame was made, resized, deleted or reassigned since the last refresh."""
         offered = list(self.frame.options)
         return frame_choices(grammar.frames_in(self._names())) != offered or self.chosen is not self._frame()
 
@@ -92,7 +92,7 @@ class Source:
         self._kit.changed()
 
     def _look(self, frame: pd.DataFrame | None) -> None:
-        """Show what is in the column, unless that is what is shown already."""
+        """Show the images of the column, unless they are already shown."""
         columns = list(self.images.value or ())
         root = Path(self._kit.settings().get("root", "")).expanduser().absolute()
         seen = (0 if frame is None else len(frame), *map(str, columns), root)
@@ -101,7 +101,7 @@ class Source:
         self._frame, self._seen = (lambda: None) if frame is None else weakref.ref(frame), seen
         try:
             if frame is None:
-                raise RequestError("There is no dataframe in this notebook yet. Make one with a column of image paths.")
+                raise RequestError("This notebook doesn't have a dataframe yet. Make one with a column of image paths.")
             check_frame(frame)
             values = [value for column in columns for value in frame[column].tolist()]
         except (NbfeatError, KeyError) as error:
@@ -110,11 +110,10 @@ class Source:
             return
         missing = sum(map(is_missing, values))
         self.missing.value = _counted(len(values), missing, None)
-        # Files may be on a slow disk: the panel does not wait for them.
-        in_background("look", self._read, values, missing, root, seen)
+        in_background("look", self._read, values, missing, root, seen)  # files may be on a slow disk
 
     def _read(self, values: Sequence[object], missing: int, root: Path, seen: object) -> None:
-        """Draw some of the images, then count the files that are not there; nothing once another look has begun."""
+        """Draw some images, then count missing files; stop if another look has started."""
         time.sleep(PAUSE)
         if seen is not self._seen:
             return
@@ -129,28 +128,28 @@ class Source:
             self.missing.value = _counted(len(values), missing, lost)
 
 
-def frame_to_open(asked: Any, names: Mapping[str, Any]) -> str | None:
-    """Return the name of the frame that is asked for; of the first one with images where none is."""
+def frame_to_open(given: Any, names: Mapping[str, Any]) -> str | None:
+    """Return the name of the requested frame, or of the first one with images."""
     frames = grammar.frames_in(names)
-    if asked is None:
+    if given is None:
         return next((name for name, frame in frames.items() if likely_columns(frame)), next(iter(frames), None))
-    known = grammar.frame_called(asked, names) if isinstance(asked, str) else asked
+    known = grammar.frame_called(given, names) if isinstance(given, str) else given
     check_frame(known)
     named = [name for name, frame in frames.items() if frame is known]
     if not named:
-        raise RequestError("The panel binds features to the name of a dataframe. Give it one first: photos = …")
-    return asked if isinstance(asked, str) and asked in named else named[0]
+        raise RequestError("The panel needs a dataframe that has a name. Give it one first: photos = …")
+    return given if isinstance(given, str) and given in named else named[0]
 
 
 def frame_choices(frames: Mapping[str, pd.DataFrame]) -> list[Choice]:
-    """Return the frames that can be chosen, each with its size."""
+    """Return the frames to choose from, with their sizes."""
     return [(f"{name} · {len(frame):,} × {frame.shape[1]:,}", name) for name, frame in frames.items()]
 
 
 def image_choices(frame: pd.DataFrame) -> list[Choice]:
-    """Return the columns that can be chosen: those that look like images, all of these together, then others."""
+    """Return the columns to choose from: those that look like images, all of these combined, then others."""
     labels = [str(label) for label in frame.columns]
-    # The cell has to name it, on one line.
+    # The written cell must be able to name it on one line.
     can_be_named = {label for label, count in Counter(labels).items() if count == len(label.splitlines()) == 1}
     usable = [place for place in possible_columns(frame) if labels[place] in can_be_named]
     likely = [place for place in likely_columns(frame) if place in usable]
@@ -159,11 +158,11 @@ def image_choices(frame: pd.DataFrame) -> list[Choice]:
     if len(likely) > 1:
         choices.append((" + ".join(short[place] for place in likely), tuple(frame.columns[likely])))
     others = [place for place in usable if place not in likely][: MOST_COLUMNS - len(choices)]
-    return [*choices, *((f"{short[place]} (no images, it seems)", (frame.columns[place],)) for place in others)]
+    return [*choices, *((f"{short[place]} (doesn't look like images)", (frame.columns[place],)) for place in others)]
 
 
 def queries(frame: pd.DataFrame) -> list[str]:
-    """Return what chooses rows by a column of few values, such as ``split == 'train'``."""
+    """Return queries on columns with few values, such as ``split == 'train'``."""
     found: list[str] = []
     some = frame.iloc[:: max(1, len(frame) // LOOKED_AT)]
     labels = Counter(frame.columns)
@@ -181,7 +180,7 @@ def queries(frame: pd.DataFrame) -> list[str]:
 
 
 def thumbnail(value: object, root: Path) -> Html:
-    """Draw one image small, or a sign in its place that says why it cannot be read."""
+    """Draw a thumbnail, or a sign whose tooltip says why the image can't be read."""
     name = escape(name_of(value))
     try:
         pixels = read_pixels(value, [PixelSpec(SIDE, "crop")], root)[0]
@@ -190,12 +189,12 @@ def thumbnail(value: object, root: Path) -> Html:
         return Html(f'<span class="nbfeat-lost" role="img" title="{title}" aria-label="{name}">✕</span>')
     data = io.BytesIO()
     Image.fromarray(pixels).save(data, "WEBP", quality=75)
-    address = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
-    return Html(f'<img src="{address}" alt="{name}" title="{name}">')
+    url = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return Html(f'<img src="{url}" alt="{name}" title="{name}">')
 
 
 def is_lost(value: object, root: Path) -> bool:
-    """Tell whether a path leads to nothing."""
+    """Return whether the file of a path is missing."""
     try:
         path = path_of(value, root)
         return path is not None and not os.path.exists(path)
@@ -204,11 +203,11 @@ def is_lost(value: object, root: Path) -> bool:
 
 
 def _counted(images: int, missing: int, lost: int | None) -> str:
-    """Say how many images there are, and how many of them are missing; `lost` is None while files are looked for."""
+    """Return how many images there are and how many are missing; `lost` is None while checking files."""
     parts = [f"{images:,} image{'s' if images != 1 else ''}"]
     parts += [f"⚠ {missing:,} without a value"] if missing else []
     if lost is None:
-        parts.append("looking for the files …")
+        parts.append("checking files …")
     elif lost:
-        parts.append("⚠ 1 file is not there" if lost == 1 else f"⚠ {lost:,} files are not there")
+        parts.append(f"⚠ {lost:,} file{'s' if lost != 1 else ''} not found")
     return " · ".join(parts if len(parts) > 1 else [*parts, "none missing"])

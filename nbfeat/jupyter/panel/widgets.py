@@ -1,4 +1,4 @@
-"""The panel's widgets: one for each option of the table, labelled, choices only; and the style of all of them."""
+"""The panel's widgets: one labeled widget per option, and their shared style."""
 
 from __future__ import annotations
 
@@ -14,31 +14,28 @@ import ipywidgets as widgets
 from nbfeat.extraction.options import BLOCK_OPTIONS, Option
 from nbfeat.jupyter import grammar
 
-Choice = tuple[str, Any]  # what is shown, and what is meant by it
+Choice = tuple[str, Any]  # label and value
 STYLE = files("nbfeat.jupyter.panel").joinpath("panel.css").read_text(encoding="utf-8")
 
-# What the panel offers of options that take more; the written code takes all of it.
-OFFERED = {
+OFFERED = {  # choices for options that accept other values in code
     "components": (2, 8, 16, 32, 50, 64, 100, 128, 256, 512),
     "size": (32, 64, 96, 112, 128, 160, 192, 224, 256, 299, 331, 384, 448, 512),
     "batch_size": (1, 4, 8, 16, 32, 64, 128, 256),
     "device": ("cpu", "gpu"),
 }
-DEFAULT = ""  # chosen where an option is not written; None is what a Dropdown has where nothing is chosen
+DEFAULT = ""  # the option is not written; None means that a Dropdown has no choice
 LABELS = {option.name: option.name.capitalize() for option in BLOCK_OPTIONS} | {
     "normalize": "Normalization", "components": "Components (PCA)", "images": "Image column",
-    "fit_on": "Fit normalization on", "batch_size": "Batch size", "no_cache": "Ignore the cache",
-    "allow_remote": "Fetch images from URLs",
-    "device": "Device", "precision": "Precision",
-    "replace": "Overwrite columns of the same names", "size": "Image size", "resize": "Fitting",
+    "fit_on": "Fit normalization on", "batch_size": "Batch size", "no_cache": "Ignore the cache", "device": "Device",
+    "allow_remote": "Fetch images from URLs", "replace": "Overwrite columns with the same names", "size": "Image size",
+    "precision": "Precision",
 }  # fmt: skip
 
 
 class Kit:
-    """Makes the widgets of one panel, labelled, and of classes that the style knows.
+    """Makes the widgets of one panel; they share one layout and one style per type, to save messages.
 
-    They share one layout and a style for each kind: that is a third of the models and messages. `settings` returns the
-    user's own defaults as they are now; `changed` is called after each choice.
+    `settings` returns the user's current defaults; `changed` is called after each choice.
     """
 
     def __init__(self, settings: Callable[[], Mapping[str, Any]], changed: Callable[[], None]) -> None:
@@ -50,7 +47,7 @@ class Kit:
         self._made = weakref.WeakSet[Any]()
 
     def make(self, kind: type, name: str = "", **traits: Any) -> Any:
-        """Return a widget whose class in the style is `name`."""
+        """Return a widget with the CSS class `name`."""
         traits |= {"style": self._styles[kind]} if kind in self._styles else {}
         made = kind(layout=self._layout, _dom_classes=(f"nbfeat-{name}",) if name else (), **traits)
         if made.has_trait("style"):
@@ -59,7 +56,7 @@ class Kit:
         return made
 
     def html(self, name: str, value: str = "") -> widgets.HTML:
-        """Return a piece of html."""
+        """Return an HTML widget."""
         return self.make(widgets.HTML, name, value=value)
 
     def button(self, text: str, name: str, tooltip: str, pressed: Callable[[], object]) -> widgets.Button:
@@ -74,15 +71,15 @@ class Kit:
         return made
 
     def box(self, name: str, *children: Any) -> widgets.Box:
-        """Return a box; how it lays things out, the style says."""
+        """Return a box, laid out by the style sheet."""
         return self.make(widgets.Box, name, children=children)
 
     def part(self, title: str, *children: Any) -> widgets.Box:
-        """Return a part of the panel under a heading."""
+        """Return a section of the panel with a heading."""
         return self.box("part", self.html("heading", f"<h4>{title}</h4>"), *children)
 
     def on_choice(self, chosen: Callable[[Any], object], *of: Any) -> None:
-        """Call `chosen` with a widget of which somebody chose another value."""
+        """Call `chosen` with the widget when the user changes its value."""
 
         def change(event: Mapping[str, Any]) -> None:
             with self.turn():
@@ -94,11 +91,10 @@ class Kit:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Go on while others wait: clicks come from two threads, that of the cells too, steps from the one that works.
+        """Hold the lock: clicks arrive in two threads and steps in a third.
 
-        Afterwards, clicks are answered while a cell runs. ipykernel 7.4 takes clicks on a widget in the thread that
-        last published on it, which for one that a cell has made or changed is the thread of the cells; before that and
-        after, it is the front end's choice, which is another thread.
+        Afterwards, let clicks be handled while a cell runs: ipykernel 7.4 handles them in the thread that last
+        published on the widget, which may be the one that runs cells; other versions let the front end choose.
         """
         with self._lock:
             yield
@@ -108,7 +104,7 @@ class Kit:
 
     @contextmanager
     def filling(self) -> Iterator[None]:
-        """Change widgets, which nobody chose."""
+        """Change widgets without reporting the changes as choices."""
         with self.turn():
             self._is_filling = True
             try:
@@ -117,13 +113,13 @@ class Kit:
                 self._is_filling = False
 
     def close(self) -> None:
-        """Take all widgets out of memory, those that are shown only at times, too, and what they share."""
+        """Free all widgets, hidden ones included, and what they share."""
         for one in (*self._made, self._layout, *self._styles.values()):
             one.close()
 
 
 class OptionWidgets(dict[str, Any]):
-    """A widget for each option of a table, by its name."""
+    """One widget per option of a table, by name."""
 
     def __init__(self, kit: Kit, table: Iterable[Option]) -> None:
         super().__init__()
@@ -140,17 +136,17 @@ class OptionWidgets(dict[str, Any]):
 
     @property
     def given(self) -> dict[str, Any]:
-        """The options that were chosen, defaults left out."""
+        """The chosen options, without defaults."""
         return {name: one.value for name, one in self.items() if one.value not in (DEFAULT, None, False)}
 
     def refresh(self, **choices: Iterable[Any]) -> None:
-        """Offer the defaults of now, and other `choices` of the options that have none of their own."""
+        """Offer the current defaults, and `choices` for options without fixed ones."""
         for name, option in self._table.items():
             if name in choices or option.choices or name in OFFERED:
                 offer(self[name], self._choices(name, choices.get(name)))
 
     def _choices(self, name: str, choices: Iterable[Any] | None = None) -> list[Choice]:
-        """Return what a Dropdown offers: the default first, which writes nothing, then the other choices."""
+        """Return the choices of a Dropdown, the default (which is not written) first."""
         option, settings = self._table[name], self._settings()
         default = settings.get(name, option.default)
         first = f"{default} (your setting)" if name in settings else str(default)
@@ -170,7 +166,7 @@ def labelled(message: str) -> str:
 
 
 def offer(dropdown: widgets.Dropdown, options: Sequence[Choice]) -> None:
-    """Change what a Dropdown offers, and keep what is chosen where it is still offered."""
+    """Change the choices of a Dropdown, keeping the current one if still offered."""
     if list(dropdown.options) != list(options):
         kept, values = dropdown.value, [value for _, value in options]
         dropdown.options = options
@@ -178,7 +174,7 @@ def offer(dropdown: widgets.Dropdown, options: Sequence[Choice]) -> None:
 
 
 def tree(widget: Any) -> Iterator[Any]:
-    """Walk through a widget and all within it."""
+    """Yield a widget and all its descendants."""
     yield widget
     for child in getattr(widget, "children", ()):
         yield from tree(child)
