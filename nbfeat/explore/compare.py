@@ -35,16 +35,9 @@ WIDTH, LETTER, HEAD_HEIGHT, ROW_HEIGHT, LEGEND_BELOW = 5.5, 0.085, 1.7, 0.5, 0.5
 
 
 def compare(
-    result: Extraction,
-    target: object,
-    model: object = "svm",
-    *,
-    cv: object = 5,
-    groups: object = None,
-    scoring: object = None,
-    rows: int | None = ROWS,
-    speed: bool = True,
-) -> Comparison:
+    result: Extraction, target: object, model: object = "svm", *, cv: object = 5, groups: object = None,
+    scoring: object = None, rows: int | None = ROWS, speed: bool = True,
+) -> Comparison:  # fmt: skip
     """Score every feature block of a result by cross-validation, best first.
 
     All blocks are scored on the same rows and folds. Normalization is fitted again in each fold, on its training rows

@@ -71,13 +71,9 @@ class Tile:
 
 
 def thumbnails(
-    frame: Data,
-    images: Hashable | None = None,
-    caption: Hashable | Sequence[Hashable] | None = None,
-    *,
-    limit: int | None = LIMIT,
-    root: str | Path | None = None,
-) -> Thumbnails:
+    frame: Data, images: Hashable | None = None, caption: Hashable | Sequence[Hashable] | None = None, *,
+    limit: int | None = LIMIT, root: str | Path | None = None,
+) -> Thumbnails:  # fmt: skip
     """Show the images of a frame as a gallery.
 
     Images are shown upright and saved small: 24 add less than 300 kB to a notebook. An unreadable image is replaced by

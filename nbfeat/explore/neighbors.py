@@ -33,16 +33,10 @@ CHAINED = 0.5  # of all rows in one group: then the threshold is too large
 
 
 def similar(
-    result: Data,
-    to: object,
-    k: int = NEIGHBORS,
-    *,
-    features: str | None = None,
-    metric: Metric = "cosine",
-    caption: Hashable | Sequence[Hashable] | None = None,
-    images: Hashable | None = None,
+    result: Data, to: object, k: int = NEIGHBORS, *, features: str | None = None, metric: Metric = "cosine",
+    caption: Hashable | Sequence[Hashable] | None = None, images: Hashable | None = None,
     root: str | Path | None = None,
-) -> Similar:
+) -> Similar:  # fmt: skip
     """Find the rows whose features are nearest to those of one image.
 
     The search is exact. Rows without features are left out.
@@ -97,15 +91,10 @@ def similar(
 
 
 def duplicates(
-    result: Data,
-    threshold: float | None = None,
-    *,
-    features: str | None = None,
-    metric: Metric = "cosine",
-    caption: Hashable | Sequence[Hashable] | None = None,
-    images: Hashable | None = None,
+    result: Data, threshold: float | None = None, *, features: str | None = None, metric: Metric = "cosine",
+    caption: Hashable | Sequence[Hashable] | None = None, images: Hashable | None = None,
     root: str | Path | None = None,
-) -> Duplicates:
+) -> Duplicates:  # fmt: skip
     """Find groups of nearly identical images: copies that were re-saved, resized or slightly cropped.
 
     All pairs of rows are compared. Rows at most `threshold` apart are in the same group, directly or through other

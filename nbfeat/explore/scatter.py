@@ -46,13 +46,8 @@ MANY_POINTS = 1_000
 
 
 def scatter(
-    result: Data,
-    color: object = "label",
-    method: Method = "pca",
-    *,
-    features: str | None = None,
-    limit: int = LIMIT,
-) -> Scatter:
+    result: Data, color: object = "label", method: Method = "pca", *, features: str | None = None, limit: int = LIMIT,
+) -> Scatter:  # fmt: skip
     """Plot features in two dimensions, colored by a column. The same rows always give the same plot.
 
     Parameters

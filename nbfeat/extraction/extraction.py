@@ -321,18 +321,7 @@ class Extraction(FeatureTable):
         }  # fmt: skip
 
     def to_recipe(self, source: str = "the earlier result") -> Recipe:
-        """Return the recipe that `like` repeats: blocks, fitted normalization and everything that decides the features.
-
-        Parameters
-        ----------
-        source : str, default "the earlier result"
-            What messages call this result.
-
-        Raises
-        ------
-        RequestError
-            This isn't finished, or its frame has no rows.
-        """
+        """Return `fitted`, called `source` in messages; raise RequestError if unfinished or without rows."""
         if self.state != "done":
             raise RequestError(
                 f"{source} can't be repeated: its state is {self.state!r}, {self.done:,} of {self.total:,} images. "
@@ -383,13 +372,7 @@ class Extraction(FeatureTable):
         return raw
 
     def speed_of(self, part: FeatureColumns) -> float:
-        """Measure images per second from file to features, without the cache; NaN if no image can be read.
-
-        Parameters
-        ----------
-        part : FeatureColumns
-            The block to measure, one of `parts`.
-        """
+        """Measure images per second of one of `parts`, from file to features, without the cache."""
         assert part.network is not None
         images = self.request.images_of(part.column)
         good = np.flatnonzero(self.progress.ok[images])
@@ -397,13 +380,7 @@ class Extraction(FeatureTable):
         return images_per_second(part.network, part.block.cut.key, some, self.root, remote=self._run.remote)
 
     def images_in(self, column: Hashable) -> list[object]:
-        """Return the cells of an image column as they were when this was created.
-
-        Parameters
-        ----------
-        column : Hashable
-            Name of the image column.
-        """
+        """Return the cells of an image column as they were when this was created."""
         return self.request.images[self.request.images_of(column)]
 
 

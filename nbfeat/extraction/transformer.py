@@ -89,22 +89,12 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
     """
 
     def __init__(
-        self,
-        blocks: Blocks = "ResNet50",
-        *,
-        images: Hashable | Sequence[Hashable] | None = None,
-        layer: str | Sequence[str] | None = None,
-        pooling: Pooling = "avg",
-        normalize: Normalize = "none",
-        components: int | None = None,
-        weights: str | Path | None = None,
-        on_failure: Literal["nan", "raise"] = "nan",
-        precision: str = "auto",
-        device: str = "auto",
-        batch_size: int | str = "auto",
-        allow_remote: bool = False,
+        self, blocks: Blocks = "ResNet50", *, images: Hashable | Sequence[Hashable] | None = None,
+        layer: str | Sequence[str] | None = None, pooling: Pooling = "avg", normalize: Normalize = "none",
+        components: int | None = None, weights: str | Path | None = None, on_failure: Literal["nan", "raise"] = "nan",
+        precision: str = "auto", device: str = "auto", batch_size: int | str = "auto", allow_remote: bool = False,
         cache: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.blocks, self.images, self.layer, self.pooling, self.normalize = blocks, images, layer, pooling, normalize
         self.components, self.weights, self.on_failure, self.precision = components, weights, on_failure, precision
         self.device, self.batch_size, self.allow_remote, self.cache = device, batch_size, allow_remote, cache

@@ -42,15 +42,9 @@ class KerasEngine:
     """Run the network of `spec` on `devices` (``cpu`` or ``gpu:N``), and pass notes for the report to `tell`."""
 
     def __init__(
-        self,
-        spec: NetworkSpec,
-        *,
-        devices: tuple[str, ...],
-        precision: Precision,
-        batch_size: int | None,
-        base: Base | None = None,
-        tell: Callable[[str], None] = lambda _: None,
-    ) -> None:
+        self, spec: NetworkSpec, *, devices: tuple[str, ...], precision: Precision, batch_size: int | None,
+        base: Base | None = None, tell: Callable[[str], None] = lambda _: None,
+    ) -> None:  # fmt: skip
         keras: Any = importlib.import_module("keras")
         backend, shape = keras.backend.backend(), (spec.size, spec.size, 3)
         library = f"Keras {keras.__version__} on {_LIBRARIES.get(backend, backend)}"
