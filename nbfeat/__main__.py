@@ -1,8 +1,4 @@
-"""``python -m nbfeat``: the main job from end to end, on real handwriting, in under a minute and without internet.
-
-scikit-learn's digits are written as image files; features of two blocks are attached to the dataframe of their paths;
-a support-vector machine is cross-validated on them.
-"""
+"""``python -m nbfeat``: images → features → a cross-validated support-vector machine, offline, in under a minute."""
 
 from __future__ import annotations
 
@@ -17,13 +13,13 @@ from nbfeat.errors import NbfeatError
 if TYPE_CHECKING:
     import pandas as pd
 
-# Digits are strokes, not things, so an earlier layer beside the end.
+# Digits are strokes, not objects, so also try an earlier layer.
 BLOCKS = ("Pocket", "Pocket --layer block3_out")
-SIZE = 64  # pixels, as the files have: more would only be blur
+SIZE = 64  # pixels, the size of the files
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the demonstration and print what it does."""
+    """Run the demo and print what it does."""
     from nbfeat.extraction.extraction import Extraction
 
     parser = argparse.ArgumentParser(prog="python -m nbfeat", description=__doc__.splitlines()[0] if __doc__ else "")
@@ -31,7 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     count = max(50, min(1797, parser.parse_args(arguments).images))
     with tempfile.TemporaryDirectory(prefix="nbfeat-demo-") as folder:
         digits = _write_digits(Path(folder), count)
-        print(f"{len(digits):,} handwritten digits written as image files; the dataframe has columns path and label.\n")
+        print(
+            f"{len(digits):,} handwritten digits, written as image files; the dataframe has the columns path and label.\n"
+        )
         try:
             result = Extraction(digits, *BLOCKS, images="path", size=SIZE)
             for step in result.steps():

@@ -1,4 +1,4 @@
-"""Small html tables that follow the notebook's theme; whatever comes from data is escaped here and nowhere else."""
+"""Small HTML tables that follow the notebook's theme; the only place where data is escaped."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _NUMBER = _CELL + ";text-align:right;font-variant-numeric:tabular-nums"
 
 
 def escape(text: object) -> Html:
-    """Escape `text` for html, quotes too; what is Html already is escaped again, so mark it only once."""
+    """Escape `text`, including quotes; Html is escaped again, so don't pass it here."""
     return Html(html.escape(str(text), quote=True))
 
 
 def table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> Html:
-    """Draw rows of cells; every cell is escaped, numbers are set to the right with thousands separators."""
+    """Draw rows of escaped cells; numbers are right-aligned with thousands separators."""
     titles = "".join(f'<th style="{_HEAD}">{escape(cell)}</th>' for cell in head)
     top = f"<thead><tr>{titles}</tr></thead>" if head else ""
     body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
@@ -42,21 +42,21 @@ def details(summary: str, body: Html) -> Html:
 
 
 def paragraph(text: str, *, strong: bool = False) -> Html:
-    """Set one line of text, in bold where it is a heading."""
+    """Draw one line of text, in bold if `strong`."""
     weight = ";font-weight:600" if strong else ""
     return Html(f'<div style="margin:.2em 0;line-height:1.4{weight}">{escape(text)}</div>')
 
 
 def bar(share: float) -> Html:
     """Draw a thin progress bar, `share` of it (0 … 1) filled."""
-    # A variable with a color to fall back on: it is Jupyter's own accent where there is one.
+    # Jupyter's accent color, with a fallback.
     filled = f"width:{max(0.0, min(1.0, share)):.1%};height:100%;background:var(--jp-brand-color1,#1e88e5)"
     track = "height:6px;margin:.35em 0;max-width:32em;border-radius:3px;overflow:hidden;background:rgba(128,128,128,.3)"
     return Html(f'<div style="{track}"><div style="{filled}"></div></div>')
 
 
 def text_table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:
-    """Draw the same rows in plain text, columns aligned."""
+    """Draw rows as plain text with aligned columns."""
     cells = [[f"{cell:,}" if isinstance(cell, (int, float)) else str(cell) for cell in row] for row in rows]
     if head:
         cells.insert(0, list(head))

@@ -19,17 +19,14 @@ from typing import Any
 
 _FAST_MATH = "ONEDNN_DEFAULT_FPMATH_MODE"
 _FOLDER = Path(__file__).resolve().parents[1]
-# Keras and OpenVINO import these only because they are there: seconds of start-up, 600 MB, telemetry, a font cache.
+# Keras and OpenVINO import these if installed: seconds of start-up, 600 MB, telemetry, a font cache.
 _NOT_NEEDED_BY_A_CHILD = {
     "openvino_telemetry", "tensorflow", "torch", "jax", "matplotlib", "pandas", "sklearn", "IPython",
 }  # fmt: skip
 
 
 def import_openvino() -> Any:
-    """Import OpenVINO without its telemetry, which would send at import and write to ``~/intel``.
-
-    Raises ImportError where OpenVINO is not installed or cannot be loaded.
-    """
+    """Import OpenVINO without its telemetry, which would send data and write to ``~/intel``; may raise ImportError."""
     masked = "openvino_telemetry" not in sys.modules
     if masked:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # makes the import fail; OpenVINO has a stub for that
@@ -52,7 +49,7 @@ def without_fast_math() -> Iterator[None]:
 
 
 def quiet_child() -> None:
-    """Prepare a child process, before it imports Keras, to build networks: nothing is sent or imported in vain."""
+    """Prepare a child process to import Keras and build networks, without telemetry or unneeded imports."""
     sys.meta_path.insert(0, _Refuse())
     warnings.simplefilter("ignore")
     keras: Any = importlib.import_module("keras")
@@ -69,7 +66,7 @@ def quiet_child() -> None:
 
 
 class _Refuse(MetaPathFinder):
-    """Let nothing be found that a child does not need."""
+    """Blocks imports that a child doesn't need."""
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> None:  # the protocol's
         if fullname.partition(".")[0] in _NOT_NEEDED_BY_A_CHILD:
@@ -100,10 +97,7 @@ def child_command(module: str, *arguments: str) -> list[str]:
 
 @contextmanager
 def keras_defaults() -> Iterator[None]:
-    """Give Keras the settings of a fresh session for the block, and the user's own ones back after it.
-
-    Settings, layer counters and the generator that Keras takes its seeds from are all put back.
-    """
+    """Give Keras the settings of a fresh session; restore the user's settings, layer counters and seeds afterwards."""
     import random
 
     keras: Any = importlib.import_module("keras")
@@ -138,12 +132,12 @@ _undo = ExitStack()
 
 @contextmanager
 def pillow_defaults() -> Iterator[None]:
-    """Give Pillow its own defaults for as long as anybody is in the block, and the user's settings back after it.
+    """Give Pillow its defaults while any block runs; restore the user's settings afterwards.
 
-    Truncated files fail, huge ones fail at Pillow's own limit, and its warnings are neither shown nor raised:
-    they come from decoder threads, where the caller's filters cannot be relied on.
+    Truncated and huge files fail, and Pillow's warnings are ignored: they come from decoder threads, where the
+    caller's filters don't work reliably.
     """
-    global _users  # noqa: PLW0603 - runs may overlap; the last one out puts the settings back
+    global _users  # noqa: PLW0603 - runs may overlap; the last one restores the settings
     with _lock:
         _users += 1
         if _users == 1:
@@ -174,16 +168,16 @@ def _set_pillow() -> None:
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_USAGE_DISABLED": "1",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # what its other parts write to the terminal
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as there, a cluster that is started binds to 127.0.0.1
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # what its processes write to the terminal
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a new cluster binds to 127.0.0.1
 }
 
 
 @contextmanager
 def quiet_ray() -> Iterator[tuple[Any, Callable[..., Any]]]:
-    """Yield Ray, which says and sends nothing in the block, and what calls it to begin and to end.
+    """Yield Ray, silent and without telemetry, and a function that calls it in a thread.
 
-    That is in a thread, where Ray takes no signals: an interrupt waits for its end, and a second one does not.
+    In a thread, Ray handles no signals: a first interrupt waits for it, a second one doesn't.
     """
     before, thread = ray_variables(), ThreadPoolExecutor(1, thread_name_prefix="nbfeat-ray")
     loggers = [logging.getLogger(name) for name in ("ray", "ray.data")]
@@ -213,12 +207,12 @@ def quiet_ray() -> Iterator[tuple[Any, Callable[..., Any]]]:
 
 
 def ray_variables() -> dict[str, str]:
-    """Return what the environment says to Ray."""
+    """Return Ray's environment variables."""
     return {name: value for name, value in os.environ.items() if name.startswith(("RAY_", "PYTHONBREAKPOINT"))}
 
 
 def put_ray_variables_back(before: dict[str, str]) -> None:
-    """Let the environment say to Ray what it said `before`, and take back what Ray set itself."""
+    """Restore Ray's environment variables, removing those that Ray set."""
     for name in ray_variables().keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)

@@ -1,7 +1,7 @@
-"""Where nbfeat keeps files: one private folder, written whole or not at all.
+"""The private folder for nbfeat's files, and files that are written completely or not at all.
 
-The folder is ``NBFEAT_HOME`` if that is set, else the platform's cache folder for ``nbfeat``. What lies there is loaded
-as a network and run, so a folder that somebody else owns or may write to is not used.
+It is ``NBFEAT_HOME``, or the platform's cache folder. Networks in it are loaded and run, so a folder that another user
+owns or can write to isn't used.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 
 
 class HomeError(OSError):
-    """The home folder cannot be used; the message says why and how to mend it."""
+    """The home folder can't be used; the message says why and what to do."""
 
 
 def home() -> Path:
-    """Return the folder where nbfeat keeps files; it need not exist yet."""
+    """Return nbfeat's folder, which may not exist yet."""
     if chosen := os.environ.get("NBFEAT_HOME"):
         return Path(chosen).expanduser().absolute()
     import platformdirs
@@ -30,10 +30,7 @@ def home() -> Path:
 
 
 def keep(name: str) -> Path:
-    """Return the subfolder `name` of the home folder, made private, ready to be written.
-
-    Raises HomeError where it cannot be made, cannot be written, or is not ours alone.
-    """
+    """Create the private subfolder `name` of the home folder and return it; raise HomeError if it can't be used."""
     top = home()
     try:
         for folder in (top, top / name):
@@ -43,36 +40,33 @@ def keep(name: str) -> Path:
         raise
     except OSError as error:
         raise HomeError(
-            f"{top} cannot be used: {error.strerror or error}. Set NBFEAT_HOME to a folder that you can write to."
+            f"{top} can't be used: {error.strerror or error}. Set NBFEAT_HOME to a folder that you can write to."
         ) from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise HomeError(f"{folder} cannot be written. Set NBFEAT_HOME to a folder that you can write to.")
+        raise HomeError(f"{folder} isn't writable. Set NBFEAT_HOME to a folder that you can write to.")
     return folder
 
 
 def check_private(folder: Path) -> None:
-    """Raise HomeError where `folder` belongs to, or may be written by, anybody else."""
+    """Raise HomeError if another user owns `folder` or can write to it."""
     if os.name != "posix":
-        return  # Windows: the profile folder's access list already says so
+        return  # on Windows, the access list of the profile folder does this
     status = folder.stat()
     if status.st_uid != os.getuid():
-        raise HomeError(f"{folder} belongs to another user and is not used. Set NBFEAT_HOME to a folder of your own.")
+        raise HomeError(f"{folder} belongs to another user, so it isn't used. Set NBFEAT_HOME to a folder of your own.")
     if stat.S_IMODE(status.st_mode) & 0o022:
         raise HomeError(
-            f"{folder} may be written by others and is not used. Run `chmod go-w {folder}`, or set NBFEAT_HOME."
+            f"{folder} is writable by other users, so it isn't used. Run `chmod go-w {folder}`, or set NBFEAT_HOME."
         )
 
 
 @contextmanager
 def folder_written_whole(final: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `final`; on success rename it there, on failure leave nothing.
-
-    Where another process was first, its folder stays and this one is dropped.
-    """
+    """Yield a temporary folder that becomes `final` on success, unless another process was first."""
     made = Path(tempfile.mkdtemp(prefix=f".{final.name[:24]}-", dir=final.parent))
     try:
         yield made
-        # Renaming onto a folder that is not empty fails: somebody else was first, or what is there is broken.
+        # Renaming to a non-empty folder fails: another process was first, or the folder is broken.
         if final.exists() and not (final / "manifest.json").exists():
             shutil.rmtree(final, ignore_errors=True)
         with suppress(OSError):
@@ -83,7 +77,7 @@ def folder_written_whole(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def file_written_whole(final: Path) -> Iterator[Path]:
-    """Give the name of a temporary file beside `final`; on success rename it there, on failure leave nothing."""
+    """Yield the name of a temporary file that becomes `final` on success and is deleted on failure."""
     made = final.with_name(f".{final.name[:24]}-{secrets.token_hex(4)}")
     try:
         yield made
@@ -93,7 +87,7 @@ def file_written_whole(final: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write `text` to a temporary file beside `path` and rename it there."""
+    """Write `text` to `path`, completely or not at all."""
     with file_written_whole(path) as made:
         made.write_text(text, encoding="utf-8")
 
@@ -104,7 +98,7 @@ _REMOTE = (
 
 
 def file_system(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
-    """Return the kind of file system that `folder` is on, e.g. ``ext4`` or ``nfs4``; "" where it cannot be told."""
+    """Return the file system of `folder`, e.g. ``ext4`` or ``nfs4``; "" if unknown."""
     try:
         lines = [line.split() for line in mounts.read_text(encoding="utf-8").splitlines()]
     except OSError:
@@ -112,11 +106,11 @@ def file_system(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> st
     resolved, deepest, kind = folder.resolve(), 0, ""
     for words in lines:
         point = words[4].replace("\\040", " ")
-        if resolved.is_relative_to(point) and len(point) >= deepest:  # of two on one point, the later one is seen
+        if resolved.is_relative_to(point) and len(point) >= deepest:  # the last mount on a point hides the others
             deepest, kind = len(point), words[words.index("-") + 1]
     return kind
 
 
 def is_remote(kind: str) -> bool:
-    """Tell whether a `kind` of file system is shared between machines."""
+    """Return whether a file system is shared between machines."""
     return kind.startswith(_REMOTE)

@@ -1,4 +1,4 @@
-"""Bytes, an array or a PIL image → RGB pixels, or why not: the words for an image that fails are chosen here.
+"""Bytes, an array or a PIL image → RGB pixels, or the reason why an image fails.
 
 Every failure passes through `explained`; what a server answers is put into words in `remote`.
 """
@@ -25,14 +25,14 @@ from nbfeat.images.resize import Pixels, PixelSpec
 Source: TypeAlias = bytes | npt.NDArray[np.generic] | Image.Image
 
 MOST_PIXELS = 178_956_970
-# Older Pillows widen a thin image before they shorten it: 90 megabytes at this length and 224 pixels.
+# Older Pillows widen a thin image before shortening it: 90 MB at this length and 224 pixels.
 LONGEST_SIDE = 100_000
 _ONE_AT_A_TIME = 40_000_000
 LONGEST_TEXT = 200
-OUT_OF_MEMORY = "not enough memory to decode it"  # the one reason that is not of the image
+OUT_OF_MEMORY = "not enough memory to decode it"  # the only reason that isn't about the image
 
-# The name of the format, Pillow's module, suffixes, how a file begins. Never EPS or WMF, which run other programs. MPO
-# is opened by the reader of JPEG. TGA, which has no sign and which any data might be, comes last.
+# Format, Pillow's module, suffixes, signature. Never EPS or WMF, which run other programs. The JPEG reader opens MPO.
+# TGA comes last: it has no signature, so any data could be TGA.
 _FORMATS = (
     ("JPEG", "Jpeg", ".jpg .jpeg .jpe .jfif .mpo", rb"\xff\xd8\xff"),
     ("PNG", "Png", ".png .apng", rb"\x89PNG\r\n\x1a\n"),
@@ -49,22 +49,22 @@ _FORMATS = (
     ("QOI", "Qoi", ".qoi", rb"qoif"),
     ("TGA", "Tga", ".tga .icb .vda .vst", rb"(?!)"),
 )
-# Pillow would import them at the first image, in whichever thread that is, and all its other formats too.
+# Otherwise Pillow would import all its formats at the first image, in some thread.
 for _module in (*(module for _, module, _, _ in _FORMATS), "Mpo"):
     importlib.import_module(f"PIL.{_module}ImagePlugin")
 
-NAMES = tuple(name.replace(" ", "").upper() for name, *_ in _FORMATS)  # as Pillow has them
+NAMES = tuple(name.replace(" ", "").upper() for name, *_ in _FORMATS)  # as in Pillow
 SUFFIXES = frozenset(suffix for _, _, suffixes, _ in _FORMATS for suffix in suffixes.split())
 _SIGNS = {sign: name for name, _, _, sign in _FORMATS}
 _FOREIGN = {
-    rb"%!PS|\xc5\xd0\xd3\xc6": "a PostScript file, which is not read: convert it to PNG",
-    rb"%PDF": "a PDF file, which is not read: convert it to PNG",
-    rb".{4}ftyp(hei|hev|mif1|msf1)": "a HEIC photograph, which is not read: convert it to JPEG",
+    rb"%!PS|\xc5\xd0\xd3\xc6": "a PostScript file: convert it to PNG",
+    rb"%PDF": "a PDF file: convert it to PNG",
+    rb".{4}ftyp(hei|hev|mif1|msf1)": "a HEIC photograph: convert it to JPEG",
     rb".{4}ftyp": "a video, not an image",
-    rb"\xff\x0a|\x00\x00\x00\x0cJXL ": "a JPEG XL file, which is not read: convert it to JPEG",
+    rb"\xff\x0a|\x00\x00\x00\x0cJXL ": "a JPEG XL file: convert it to JPEG",
     rb"version https://git-lfs": "a Git LFS pointer instead of the image: run `git lfs pull`",
     rb"(?i)\s*<(!doctype html|html)": "a web page, not an image",
-    rb"(?i)\s*(<[?!][^>]*>\s*)*<svg": "an SVG drawing, which is not read: convert it to PNG",
+    rb"(?i)\s*(<[?!][^>]*>\s*)*<svg": "an SVG drawing: convert it to PNG",
     rb"[\t\n\r -~]+\Z": "text, not an image",
 }
 _BITS_PER_SAMPLE, _ORIENTATION = 258, 0x0112
@@ -88,7 +88,7 @@ def pixels_of(source: Source, specs: Sequence[PixelSpec]) -> list[Pixels]:
 
 
 def thumbnail_of(source: Source, side: int) -> Image.Image:
-    """Return a loaded image in its own proportions, at most `side` pixels wide and high; raise as `pixels_of` does."""
+    """Return a loaded image with its proportions, at most `side` pixels wide and high; raise like `pixels_of`."""
     with explained(source), _decoded(source, [PixelSpec(side)]) as (image,):
         if (longest := max(image.size)) <= side:
             return image
@@ -97,21 +97,21 @@ def thumbnail_of(source: Source, side: int) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Make an upright RGB image of one of the caller's, which may stand in several rows and is not changed."""
-    with _turn(*image.size), _lent[id(image) % len(_lent)]:  # of two threads that load one image at once, both fail
+    """Return an upright RGB copy of the caller's image, which several rows may share."""
+    with _turn(*image.size), _lent[id(image) % len(_lent)]:  # two threads that load one image at once would both fail
         return _upright_rgb(image)
 
 
 @contextlib.contextmanager
 def explained(source: object = b"") -> Iterator[None]:
-    """Turn whatever is raised over an image into an ImageError whose message is one short sentence."""
+    """Turn any error into an ImageError with one short sentence."""
     try:
         yield
     except ImageError as error:
         if len(text := str(error)) <= LONGEST_TEXT:
             raise
         raise ImageError(short(text)) from None
-    except Exception as error:  # a broken file makes the decoders raise nearly every class there is
+    except Exception as error:  # decoders raise nearly any class for a corrupt file
         raise ImageError(_reason(error, source if isinstance(source, bytes) else b"")) from error
 
 
@@ -124,15 +124,15 @@ def _reason(error: Exception, data: bytes) -> str:
         return f"too many pixels ({int(found[1]):,})" if found else "too many pixels"
     if isinstance(error, UnidentifiedImageError):
         if kind := kind_of(data):
-            return f"damaged: it begins as {kind}, but its header cannot be read"
-        return kind_of(data, _FOREIGN) or "not an image, or of a format that is not read"
+            return f"damaged: it starts like {kind}, but its header can't be read"
+        return kind_of(data, _FOREIGN) or "not an image, or in an unsupported format"
     if "truncated" in text.lower():
         return "damaged: the image file is truncated"
     return short(f"damaged: {text[:1].lower()}{text[1:]}" if text else f"damaged ({type(error).__name__})")
 
 
 def file_reason(error: OSError | ValueError, kind: str = "file") -> str:
-    """Say in a few words why the system does not give a file."""
+    """Say in a few words why a file can't be opened."""
     match error:
         case FileNotFoundError() | NotADirectoryError():
             return f"no such {kind}"
@@ -140,31 +140,31 @@ def file_reason(error: OSError | ValueError, kind: str = "file") -> str:
             return "permission denied"
         case OSError():
             return (error.strerror or type(error).__name__).lower()
-    return "the path holds a character that no file name can"  # such as a NUL: the system was not asked
+    return "the path contains a character that file names can't have"  # such as NUL
 
 
 def size_objection(size: int, most: int) -> str:
-    """Say why a file of so many bytes is not read; "" where nothing speaks against it."""
+    """Say why a file of this size isn't read; "" if it is."""
     if not size:
         return "the file is empty"
     return f"too large for an image ({size:,} bytes)" if size > most else ""
 
 
 def short(text: str, most: int = LONGEST_TEXT) -> str:
-    """Return `text` on one line, printable everywhere, its middle left out where it is longer than `most`."""
+    """Return `text` on one printable line, with its middle left out if it is longer than `most`."""
     line = printable(text)
     head = most // 3
     return line if len(line) <= most else f"{line[:head]}…{line[head + 1 - most :]}"
 
 
 def kind_of(data: bytes, signs: dict[bytes, str] = _SIGNS) -> str | None:
-    """Return the name of the image format that `data` begins as, or None; TGA has no sign to know it by."""
+    """Return the image format of `data` by its signature, or None; TGA has no signature."""
     return next((name for sign, name in signs.items() if re.match(sign, data[:1024], re.DOTALL)), None)
 
 
 @contextlib.contextmanager
 def _decoded(source: Source, specs: Sequence[PixelSpec]) -> Iterator[list[Image.Image]]:
-    """Give the block the RGB image to fit to each of `specs`, its JPEGs reduced as far as that allows."""
+    """Yield the RGB image to fit to each of `specs`; JPEGs are reduced as far as they allow."""
     if isinstance(source, Image.Image):
         with _turn(*source.size):
             yield [source] * len(specs)
@@ -183,7 +183,7 @@ def _decoded(source: Source, specs: Sequence[PixelSpec]) -> Iterator[list[Image.
 
 
 def _turn(width: int, height: int) -> contextlib.AbstractContextManager[object]:
-    """Return the block to decode an image of this size in; raise ImageError where it has too many pixels, or none."""
+    """Return a context to decode an image of this size in; raise ImageError if it has too many pixels or none."""
     if not width * height:
         raise ImageError("the image has no pixels")
     if width * height > MOST_PIXELS:
@@ -195,12 +195,12 @@ def _turn(width: int, height: int) -> contextlib.AbstractContextManager[object]:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    # Converting a palette with transparency writes into the palette, which may be the caller's.
+    # Converting a palette with transparency changes the palette, which may be the caller's.
     return _turned(_rgb(image.copy() if image.mode in {"P", "PA"} else image), lambda: image)
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Return width and height where simplejpeg gives Pillow's pixels to the bit, else None."""
+    """Return width and height if simplejpeg gives exactly Pillow's pixels, else None."""
     if not data.startswith(b"\xff\xd8"):
         return None
     try:
@@ -214,18 +214,18 @@ def _read_jpeg(data: bytes, width: int, height: int, factor: int) -> Image.Image
     shape = (resize.reduced(height, factor), resize.reduced(width, factor))
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=shape[0], min_width=shape[1])
-    except ValueError:  # strict: what Pillow only warns of, such as stray bytes before a marker, is an error here
+    except ValueError:  # strict: here it is an error what Pillow only warns about, such as stray bytes before a marker
         pixels = None
     if pixels is None or pixels.shape[:2] != shape:
         return _upright_rgb(Image.open(io.BytesIO(data), formats=NAMES))
-    # Opening takes 16 µs, less than looking for the letters "Exif" through a file that lacks them.
+    # Opening takes 16 µs, less than searching a file without them for the letters "Exif".
     return _turned(Image.fromarray(pixels), lambda: JpegImagePlugin.JpegImageFile(io.BytesIO(data)))
 
 
 def _turned(image: Image.Image, tagged: Callable[[], Image.Image]) -> Image.Image:
     try:
         turn = _UPRIGHT.get(tagged().getexif().get(_ORIENTATION))
-    except Exception:  # the pixels are read; a tag that cannot be is as good as none
+    except Exception:  # the pixels are fine; ignore an unreadable tag
         turn = None
     return image if turn is None else image.transpose(turn)
 
@@ -234,10 +234,10 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         image = _eight_bit_grey(image)
     if image.mode in {"I", "F"}:
-        raise ImageError("32-bit and float images have no defined range: convert them to 8 or 16 bits")
+        raise ImageError("32-bit and float images have no defined range: convert it to 8 or 16 bits")
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
-    if image.mode == "La":  # Pillow knows no other way out of it
+    if image.mode == "La":  # Pillow has no other conversion
         image = image.convert("LA")
     image = image if image.mode == "RGBA" else image.convert("RGBA")
     white = Image.new("RGB", image.size, "white")
@@ -246,7 +246,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit_grey(image: Image.Image) -> Image.Image:
-    # convert("RGB") would clip 16 bits to 255, and Pillow does not stretch the 12 bits of a TIFF to 16.
+    # convert("RGB") would clip 16 bits to 255, and Pillow doesn't scale the 12 bits of a TIFF to 16.
     values = np.asarray(image)
     bits = image.tag_v2.get(_BITS_PER_SAMPLE) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
     grey = _scaled(values, 4_095 if bits == (12,) else 65_535)
@@ -263,7 +263,7 @@ def _scaled(values: npt.NDArray[np.generic], top: int) -> Pixels:
 def _size_of(array: npt.NDArray[np.generic]) -> tuple[int, int]:
     if array.ndim not in {2, 3} or array.size == 0 or array.shape[2:] not in {(), (1,), (3,), (4,)}:
         shape = "×".join(map(str, array.shape)) or "()"
-        raise ImageError(f"an array of shape {shape}: only height × width, or with 1, 3 or 4 channels last, is read")
+        raise ImageError(f"an array of shape {shape}, not height × width with 0, 1, 3 or 4 channels last")
     return array.shape[1], array.shape[0]
 
 

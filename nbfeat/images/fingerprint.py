@@ -1,4 +1,4 @@
-"""The content hash of an image, and the state of a file: what tells that it is the same as before.
+"""The content hash of an image and the state of a file, which tell whether it is the same as before.
 
 Both are 16 bytes of SHA-256. Equal content is never computed twice; a file whose state is known need not be read.
 """
@@ -18,12 +18,12 @@ from PIL import Image
 from nbfeat.errors import ImageError
 
 LENGTH = 16
-# File systems count time in steps of up to 2 s (FAT): a change within the step that a file was read in leaves no trace.
+# File times have steps of up to 2 s (FAT): a change within the step in which a file was read leaves no trace.
 SETTLED_AFTER_NS = 2_000_000_000
 
 
 def digest(source: bytes | npt.NDArray[Any] | Image.Image) -> bytes:
-    """Return what tells this content from any other; raise ImageError where there are no bytes to tell it by."""
+    """Return the hash of this content; raise ImageError if it has no bytes."""
     if isinstance(source, bytes):
         return hashlib.sha256(source).digest()[:LENGTH]
     array = np.asarray(source)
@@ -35,7 +35,7 @@ def digest(source: bytes | npt.NDArray[Any] | Image.Image) -> bytes:
 
 
 def state(path: str, status: os.stat_result) -> bytes:
-    """Return what tells this state of the file at `path` from any other, as its `status` was read."""
+    """Return the hash of the state of the file at `path`, from its `status`."""
     parts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return hashlib.sha256(f"{path}\0{parts}".encode(errors="surrogateescape")).digest()[:LENGTH]
 
@@ -53,5 +53,5 @@ def seen(path: str) -> bytes:
 
 
 def is_settled(status: os.stat_result) -> bool:
-    """Tell whether a later change is sure to change the state: the last one is past, and not just now."""
+    """Return whether any later change would change the state: the last one was long enough ago."""
     return max(status.st_mtime_ns, status.st_ctime_ns) + SETTLED_AFTER_NS < time.time_ns()

@@ -1,4 +1,4 @@
-"""Which addresses of images are read, how they are shown, and which machines may be connected to: public ones."""
+"""Which image URLs are read, how they are displayed, and which hosts may be connected to: public ones."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from nbfeat.errors import ImageError
 WEB = frozenset({"http", "https"})
 FETCHED = WEB | {"s3", "gs"}
 ARCHIVE = "zip"
-PRIVATE = "NBFEAT_REMOTE_PRIVATE"  # the environment variable that allows private machines
-NOT_ALLOWED = "images by address are read only with --allow-remote (allow_remote=True)"
+PRIVATE = "NBFEAT_REMOTE_PRIVATE"  # the environment variable that allows private hosts
+NOT_ALLOWED = "URLs are fetched only with `allow_remote=True`"
 
-# A chain of fsspec's begins with `name::`; without slashes only what is no likely name of a file is taken for a scheme.
+# fsspec's chains start with `name::`; without slashes, only an unlikely file name counts as a scheme.
 _SCHEME = re.compile(
     r"\s*(?:(?P<chain>[a-z][a-z0-9+.-]+::)|(?P<any>[a-z][a-z0-9+.-]+)://|"
     r"(?P<known>file|https?|s3|gs|zip|ftps?|sftp|hdfs|github|gitlab|data(?=:\w+/)):)",
     re.IGNORECASE,
 )
-# Up to the "@"; of a password with a slash in it, too.
+# Up to the "@", even if the password contains a slash.
 _USER = re.compile(r"(?<=://)(?:[^/?#]*@|(?!\[)[^/?#:@]*:(?!:|\d*(?:[/?#]|$)).*@)", re.DOTALL)
 _AFTER = re.compile(r"(?<=[?#]).+", re.DOTALL)
 
 _GLOBAL_UNICAST, _NAT64 = ip_network("2000::/3"), ip_network("64:ff9b::/96")
-# What older Pythons take for public, and the one public address at which Azure answers its own machines.
+# What older Pythons consider public, and the public address where Azure answers its own machines.
 _NOT_PUBLIC = tuple(map(ip_network, ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "3fff::/20")))
 
 
 class PrivateMachineError(OSError):
-    """A machine may not be connected to; an OSError, so that a host's other addresses are tried."""
+    """A host may not be connected to; an OSError, so that its other addresses are tried."""
 
 
 def scheme_of(text: str) -> str:
@@ -46,16 +46,14 @@ def scheme_of(text: str) -> str:
 
 
 def check(text: str) -> str:
-    """Return the scheme of an address that is read; raise ImageError for any other."""
+    """Return the scheme of a URL; raise ImageError if it isn't supported."""
     text, scheme = text.strip(), scheme_of(text)
     if scheme.endswith("::"):
-        raise ImageError("chained addresses are not read, except zip://image::archive of a local archive")
+        raise ImageError("chained URLs aren't supported, except zip://image::archive for a local archive")
     if scheme not in FETCHED | {ARCHIVE}:
-        raise ImageError(f"{scheme}: addresses are not read, only http, https, s3, gs and zip: download the file first")
+        raise ImageError(f"{scheme}: URLs aren't supported, only http, https, s3, gs and zip: download the file first")
     if not text[len(scheme) :].startswith("://"):
-        raise ImageError(
-            f"an address begins with {scheme}://, but this one does not; pathlib takes a slash away: {redact_url(text)}"
-        )
+        raise ImageError(f"a URL starts with {scheme}://, but pathlib has removed a slash: {redact_url(text)}")
     return scheme
 
 
@@ -71,13 +69,13 @@ def redact_url(text: str) -> str:
 
 
 def are_private_allowed() -> bool:
-    """Tell whether the environment allows to connect to private machines."""
+    """Return whether the environment allows private hosts."""
     return os.environ.get(PRIVATE, "") not in {"", "0"}
 
 
 def is_public(machine: IPv4Address | IPv6Address) -> bool:
-    """Tell whether `machine` is one of the internet, and not of this network or none at all."""
-    if isinstance(machine, IPv6Address):  # which is what it wraps, where it wraps one of IPv4: mapped, 6to4, NAT64
+    """Return whether `machine` is a public address of the internet."""
+    if isinstance(machine, IPv6Address):  # it counts as the IPv4 address that it wraps: mapped, 6to4, NAT64
         within = IPv4Address(machine.packed[-4:]) if machine in _NAT64 else machine.ipv4_mapped or machine.sixtofour
         if within is not None:
             return is_public(within)

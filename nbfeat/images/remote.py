@@ -1,4 +1,4 @@
-"""An address → the bytes of its image: fetched from the web or a bucket within limits, or read from a zip archive.
+"""A URL → the bytes of its image, fetched from the web or a bucket within limits, or read from a zip archive.
 
 One thread with an event loop asks for all of them. Whoever needs an image waits for it in a thread of its own, which
 takes no processor. Nothing is read beyond a limit, whatever a server says of itself: bodies are taken in pieces and
@@ -43,10 +43,10 @@ if TYPE_CHECKING:
 AGENT = "nbfeat (+https://github.com/nbfeat/nbfeat)"
 MEGABYTE = 1_000_000
 REDIRECTS = {301, 302, 303, 307, 308}
-SECONDS_SIGNED = 900  # that a signature holds: more than a download may take
+SECONDS_SIGNED = 900  # validity of a signature, longer than a download may take
 GOOGLE = "https://storage.googleapis.com"
-MOST_OPEN = 8  # archives; the directory of a large one takes longer to read than an image of it
-# The decoders of other methods give back whatever there is at once, a gigabyte out of a kilobyte.
+MOST_OPEN = 8  # archives; reading the directory of a large one takes longer than an image
+# The decoders of other methods return everything at once, even 1 GB from 1 kB.
 METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 
 _NEEDED = {
@@ -59,20 +59,20 @@ _NEEDED = {
 _REASONS = {401: "permission denied", 403: "permission denied", 404: "not found", 410: "not found"}
 _PHRASES = {status.value: f" ({status.phrase.lower()})" for status in HTTPStatus}
 _NO_SUCH_HOST = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
-_WRITTEN_OUT = re.compile(r"[!-~]+")  # an address with nothing left to be quoted
-_chance = random.SystemRandom()  # the user's own generator is left alone
+_WRITTEN_OUT = re.compile(r"[!-~]+")  # a URL with nothing left to quote
+_chance = random.SystemRandom()  # doesn't touch the user's generator
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much of anything one image may take."""
+    """The limits for one image."""
 
     size: int = 64 * MEGABYTE  # bytes
-    answering: float = 10.0  # seconds to look a host up and connect to it, and between two pieces of the answer
-    seconds: float = 120.0  # in all: connecting, redirects, further tries and what is waited between them
+    answering: float = 10.0  # seconds to connect, and between two pieces of the answer
+    seconds: float = 120.0  # in total, with redirects, further tries and the pauses between them
     redirects: int = 5
     tries: int = 3
-    pause: float = 0.5  # seconds before the second try, twice as long before the third; more or less, by chance
+    pause: float = 0.5  # seconds before the second try, twice that before the third, with jitter
     longest_pause: float = 30.0  # that a server may ask for
     at_once: int = 16  # images
 
@@ -82,19 +82,19 @@ LIMITS = Limits()
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What may be fetched, as it was decided where a run was asked for: wherever its images are fetched, it holds."""
+    """What may be fetched, as decided in the process that requested the run."""
 
     limits: Limits
-    private: bool  # whether private machines may be connected to
+    private: bool  # whether private hosts are allowed
 
     @classmethod
     def here(cls, limits: Limits | None = None) -> Self:
-        """Return what this process may fetch."""
+        """Return the access of this process."""
         return cls(limits or LIMITS, public_hosts.are_private_allowed())
 
 
 class Fetcher(AbstractContextManager["Fetcher"]):
-    """Gets images by address until it is closed; threads may call it at once. Paths of archives start at `root`."""
+    """Fetches images from URLs until it is closed; thread-safe. Paths of archives start at `root`."""
 
     def __init__(self, root: Path, access: Access | None = None) -> None:
         access = access or Access.here()
@@ -112,12 +112,12 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         self._thread.start()
 
     def __call__(self, address: str) -> bytes:
-        """Return the bytes of the image at `address`; raise ImageError with the reason why not."""
+        """Return the bytes of the image at `address`, or raise ImageError with the reason."""
         scheme = public_hosts.check(address)
         if missing := [module for module in _NEEDED[scheme].split() if find_spec(module) is None]:
-            raise ImageError(f"{scheme}: addresses need {missing[0]}, which is not here: pip install 'nbfeat[remote]'")
-        stopped = ImageError(f"the run was stopped before it was fetched: {redact_url(address)}")
-        with self._turn:  # so that nothing is asked of a loop that has ended, which would never answer
+            raise ImageError(f"{scheme}: URLs need {missing[0]}, which isn't installed: pip install {missing[0]}")
+        stopped = ImageError(f"the run stopped before it was fetched: {redact_url(address)}")
+        with self._turn:  # a loop that has ended would never answer
             if self._is_closed:
                 raise stopped
             is_web = scheme != ARCHIVE
@@ -130,9 +130,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
     def _member(self, address: str) -> bytes:
         member, path = _member_and_archive(address, self.root)
         if not member:
-            raise ImageError(
-                "zip addresses are read only of an archive on this machine: zip://image.jpg::folder/archive.zip"
-            )
+            raise ImageError("zip URLs need an archive on this machine: zip://image.jpg::folder/archive.zip")
         try:
             archive, most = self._archive_at(path), self.limits.size
             if (info := archive.NameToInfo.get(member)) is None:
@@ -140,21 +138,21 @@ class Fetcher(AbstractContextManager["Fetcher"]):
             objection = (
                 "a folder, not a file" if info.is_dir()
                 else "encrypted" if info.flag_bits & 1
-                else "compressed in another way than deflate, which is not read" if info.compress_type not in METHODS
+                else "compressed by a method other than deflate" if info.compress_type not in METHODS
                 else size_objection(info.file_size, most)
             )  # fmt: skip
             if objection:
                 raise ImageError(f"{objection}: {member} in {path}")
-            with archive.open(info) as file:  # it ends at the size that the archive tells, whatever there is
+            with archive.open(info) as file:  # it ends at the size that the archive states
                 return file.read(most)
         except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error):
-            reason = "the archive is damaged, or is no zip"
+            reason = "the archive is damaged or isn't a zip file"
         except (OSError, ValueError) as error:
             reason = file_reason(error, "archive")
         raise ImageError(f"{reason}: {path}")
 
     def close(self) -> None:
-        """Cancel what is under way, so that nobody waits any longer; close connections and archives, end the thread."""
+        """Cancel open requests, close connections and archives, and end the thread."""
         with self._turn:
             if self._is_closed:
                 return
@@ -162,7 +160,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         cancelling = asyncio.run_coroutine_threadsafe(self._cancel(), self._loop)
         cancelling.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
         self._thread.join()
-        # The system's look-up of a host cannot be interrupted: a thread of its own ends when that does.
+        # The system's host lookup can't be interrupted: its thread ends when it does.
         self._lookups.shutdown(wait=False, cancel_futures=True)
         self._loop.close()
         self._archive_at.cache_clear()
@@ -192,7 +190,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         raise ImageError(f"{reason}: {redact_url(address)}")
 
     async def _get(self, address: str, headers: Mapping[str, str]) -> bytes:
-        """Return what is at an address, in as many tries as it takes; no other server may see the `headers`."""
+        """Return the content of a URL, with several tries; no other server may see the `headers`."""
         limits, url, tries = self.limits, _url(address), 0
         while True:
             try:
@@ -200,7 +198,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
             except _TransientError as error:
                 after = limits.pause * 2**tries * _chance.uniform(0.5, 1.5) if error.after is None else error.after
                 if after > limits.longest_pause:
-                    raise ImageError(f"{error}; it asks to come back in {after:,.0f} s") from None
+                    raise ImageError(f"{error}; retry after {after:,.0f} s") from None
                 tries += 1
                 if tries == limits.tries:
                     raise
@@ -214,19 +212,19 @@ class Fetcher(AbstractContextManager["Fetcher"]):
                     if response.status not in REDIRECTS or "Location" not in response.headers:
                         return await self._body(response)
                     further = _redirected(url, response.headers["Location"])
-            except Exception as error:  # each of the library's and the system's has its sentence
+            except Exception as error:  # from the library or the system
                 raise error if isinstance(error, ImageError) else _explained(error, self.limits) from None
             headers = headers if further.origin() == url.origin() else {}
             url = further
         raise ImageError(f"redirected more than {self.limits.redirects} times")
 
     def _new_session(self) -> aiohttp.ClientSession:
-        """Return what keeps connections, with no proxy, cookie or password of the environment."""
+        """Return a session without proxies, cookies or passwords from the environment."""
         import aiohttp
 
         session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, socket_factory=None if self.private else public_socket),
-            # The deadline is ours: the library's begins anew with each redirect.
+            # We keep the deadline ourselves: the library's restarts with each redirect.
             timeout=aiohttp.ClientTimeout(None, connect=self.limits.answering, sock_read=self.limits.answering),
             headers={"User-Agent": AGENT, "Accept": "image/*, */*;q=0.5", "Accept-Encoding": "identity"},
             cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False, trust_env=False,
@@ -241,25 +239,25 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         if status != HTTPStatus.OK:
             raise ImageError(f"{_REASONS[status]} ({status})" if status in _REASONS else words)
         if response.headers.get("Content-Encoding", "identity").strip().lower() not in {"", "identity"}:
-            raise ImageError("the answer is compressed, though that was not asked for, and is not read")
+            raise ImageError("the answer is compressed, which wasn't requested")
         data = bytearray()
         if (response.content_length or 0) <= (most := self.limits.size):
             while len(data) <= most and (piece := await response.content.readany()):
                 data += piece
         if max(response.content_length or 0, len(data)) > most:
-            raise ImageError(f"larger than {most / MEGABYTE:g} MB, the most that is fetched of an image")
+            raise ImageError(f"larger than {most / MEGABYTE:g} MB, the limit for an image")
         if not data:
             raise ImageError("the answer is empty")
         return bytes(data)
 
     async def _signed(self, address: str) -> tuple[str, Mapping[str, str]]:
-        """Return the address and the headers to ask for an image in a bucket with.
+        """Return the URL and the headers to request an image from a bucket.
 
         fsspec finds credentials and signs; it reads nothing itself, so that all limits hold.
         """
         scheme, (bucket, _, key) = scheme_of(address), address.partition("://")[2].partition("/")
         if not bucket or not key:
-            raise ImageError("an address of a bucket, not of an image in it")
+            raise ImageError("the URL of a bucket, not of an image in it")
         headers: dict[str, str] = {}
         try:
             async with self._signing:
@@ -270,8 +268,8 @@ class Fetcher(AbstractContextManager["Fetcher"]):
                 return await system._url(f"{bucket}/{key}", expires=SECONDS_SIGNED), headers  # `url` blocks
             await asyncio.to_thread(system.credentials.apply, headers)
             return system.url(f"{bucket}/{key}"), headers
-        except Exception as error:  # of hundreds; and what they say may show what nobody should see
-            raise ImageError(f"{scheme}: addresses cannot be signed ({type(error).__name__})") from None
+        except Exception as error:  # hundreds of kinds, and their messages may contain secrets
+            raise ImageError(f"{scheme}: the URL can't be signed ({type(error).__name__})") from None
 
     async def _s3(self) -> Any:
         import fsspec
@@ -279,15 +277,15 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         # Buckets made since 2020 refuse older signatures.
         config: dict[str, Any] = {"signature_version": "s3v4", "retries": {"total_max_attempts": self.limits.tries}}
         config |= dict.fromkeys(("connect_timeout", "read_timeout"), self.limits.answering)
-        options: dict[str, Any] = {"config_kwargs": config, "cache_regions": True}  # finds the region of a bucket
-        if not self.private:  # no other endpoint, whatever the environment, its files or fsspec's say
+        options: dict[str, Any] = {"config_kwargs": config, "cache_regions": True}  # to find the region of a bucket
+        if not self.private:  # no other endpoint from the environment or configuration files
             config |= {"ignore_configured_endpoint_urls": True, "proxies": {}}
             options |= {"endpoint_url": None, "client_kwargs": {}}
-        await asyncio.to_thread(fsspec.get_filesystem_class, "s3")  # to import it takes seconds
+        await asyncio.to_thread(fsspec.get_filesystem_class, "s3")  # importing it takes seconds
         for more in ({}, {"anon": True}):
             system = fsspec.filesystem("s3", asynchronous=True, skip_instance_cache=True, **options, **more)
             await system.set_session()
-            self._opened.push_async_exit(system._s3creator)  # its only way to close all its connections
+            self._opened.push_async_exit(system._s3creator)  # the only way to close all its connections
             if system.anon or system.key or await system.session.get_credentials() is not None:
                 break
         return system
@@ -302,17 +300,17 @@ class Fetcher(AbstractContextManager["Fetcher"]):
 def _archive(path: str) -> zipfile.ZipFile:
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ImageError(f"a folder, pipe or device, not an archive: {path}")
-    return zipfile.ZipFile(path)  # which closes itself when nobody holds it
+    return zipfile.ZipFile(path)  # closes itself when unused
 
 
 def absolute(address: str, root: Path) -> str:
-    """Return an address that names the same archive wherever paths start; all but those of archives as they are."""
+    """Return the URL of an archive with an absolute path; others unchanged."""
     member, path = _member_and_archive(address, root)
     return f"{ARCHIVE}://{member}::{path}" if member else address
 
 
 def _member_and_archive(address: str, root: Path) -> tuple[str, str]:
-    """Return the member and the path of the archive that `address` names, empty where it names none on this machine."""
+    """Return the member and path of a local archive; empty for other URLs."""
     member, _, archive = address.partition("://")[2].partition("::")
     if scheme_of(address) != ARCHIVE or not member or not archive or "::" in archive or scheme_of(archive):
         return "", ""
@@ -320,7 +318,7 @@ def _member_and_archive(address: str, root: Path) -> tuple[str, str]:
 
 
 class _TransientError(ImageError):
-    """Another try may do better, `after` so many seconds."""
+    """Another try may succeed, after `after` seconds."""
 
     def __init__(self, reason: str, after: float | None = None) -> None:
         super().__init__(reason)
@@ -328,26 +326,26 @@ class _TransientError(ImageError):
 
 
 def _url(text: str, base: str = "") -> yarl.URL:
-    """Read an address, leaving what is quoted as it is: a signature holds for what was signed."""
+    """Parse a URL without changing its quoting, which may be signed."""
     import yarl
 
     with suppress(ValueError):
         url = yarl.URL(urljoin(base, text), encoded=bool(_WRITTEN_OUT.fullmatch(text)))
         if url.host:
             return url
-    raise ImageError("no address that could be asked for")
+    raise ImageError("not a valid URL")
 
 
 def _redirected(url: yarl.URL, location: str) -> yarl.URL:
     scheme = scheme_of(location) or url.scheme
     if scheme not in WEB or (url.scheme, scheme) == ("https", "http"):
         what = f"to {scheme}:" if scheme not in WEB else "from https to http"
-        raise ImageError(f"redirected {what}, which is not followed")
+        raise ImageError(f"redirected {what}, which isn't allowed")
     return _url(location, str(url))
 
 
 def _asked_to_wait(text: str) -> float | None:
-    """Return the seconds that a ``Retry-After`` asks for, which may be a date."""
+    """Return the seconds of a ``Retry-After``, which may be a date."""
     if text.strip().isdecimal():
         return float(text)
     with suppress(ValueError, TypeError, OverflowError):
@@ -356,26 +354,26 @@ def _asked_to_wait(text: str) -> float | None:
 
 
 def _explained(error: Exception, limits: Limits) -> ImageError:
-    """Return what `error` means, a _TransientError where another try may do better."""
+    """Return an ImageError for `error`: a _TransientError if another try may succeed."""
     import aiohttp
 
     cause: BaseException | None = error
-    while cause is not None:  # a connection may be refused however deep that is wrapped
+    while cause is not None:  # the refusal may be wrapped
         if isinstance(cause, public_hosts.PrivateMachineError):
-            return ImageError(f"{cause} is a private address, which is only connected to where {PRIVATE}=1 is set")
+            return ImageError(f"{cause} is a private address: set {PRIVATE}=1 to allow it")
         cause = getattr(cause, "os_error", None) or cause.__cause__
-    system = getattr(error, "os_error", error)  # what the library says itself shows addresses
+    system = getattr(error, "os_error", error)  # the library's own messages contain URLs
     number = 0 if isinstance(system, ssl.SSLError) else getattr(system, "errno", None) or 0
     lost = f"the connection failed ({os.strerror(number).lower()})" if number in errno.errorcode else ""
     for kinds, reason, may_pass in (
         (TimeoutError, f"no answer within {limits.answering:g} s", True),
-        (aiohttp.ClientConnectorCertificateError, "the server's certificate is not valid", False),
-        (aiohttp.ClientSSLError, "no secure connection could be made", False),
+        (aiohttp.ClientConnectorCertificateError, "the server's certificate isn't valid", False),
+        (aiohttp.ClientSSLError, "no secure connection is possible", False),
         (aiohttp.ClientConnectorDNSError if number in _NO_SUCH_HOST else (), "no such host", False),
-        (aiohttp.ClientConnectorDNSError, "the host could not be looked up", True),
+        (aiohttp.ClientConnectorDNSError, "the host lookup failed", True),
         ((aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError), lost or "the connection was lost", True),
         (ValueError, "no address that could be asked for", False),
     ):
         if isinstance(error, kinds):
             return (_TransientError if may_pass else ImageError)(reason)
-    return ImageError("the server's answer is none of HTTP")
+    return ImageError("the server's answer isn't HTTP")

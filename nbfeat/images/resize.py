@@ -1,4 +1,4 @@
-"""An RGB image, of a JPEG or any other, → the pixels of a network: how large, fitted how, with which filter."""
+"""An RGB image → the pixels of a network: size, resizing and interpolation."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
-LEAST_REDUCED = 4  # at two times the target the cosine fell to 0.995
+LEAST_REDUCED = 4  # at twice the target, the cosine fell to 0.995
 _FILTERS = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS}
 
 
 @dataclass(frozen=True, slots=True)
 class PixelSpec:
-    """How large a square image becomes, and by which way of fitting and filter."""
+    """The size of the square, how an image is fitted to it, and the filter."""
 
     size: int
     resize: Resize = "squash"
@@ -30,7 +30,7 @@ class PixelSpec:
 
     @property
     def short_side(self) -> int:
-        """The pixels that the short side of the image is scaled to, before anything is cut off."""
+        """Pixels that the short side is scaled to before cropping."""
         return round(self.size * 256 / 224) if self.resize == "crop" else self.size
 
 
@@ -49,7 +49,7 @@ def reduction(width: int, height: int, spec: PixelSpec) -> int:
 
 
 def reduced(side: int, factor: int) -> int:
-    """Return what a side of so many pixels becomes when it is decoded at 1 / `factor`."""
+    """Return the length of a side that is decoded at 1 / `factor`."""
     return -(-side // factor)
 
 
@@ -62,8 +62,7 @@ def fitted(image: Image.Image, spec: PixelSpec) -> Pixels:
         out = Image.new("RGB", target)
         out.paste(image.resize((width, height), kind), ((spec.size - width) // 2, (spec.size - height) // 2))
     elif spec.resize == "crop":
-        # The square in the middle that, scaled, is what cropping to the target would leave: scaling an image of 1 by
-        # 30,000 whole before cutting would take gigabytes.
+        # Crop first: scaling all of an image of 1 × 30,000 pixels would take gigabytes.
         side = min(image.size) * spec.size / spec.short_side
         left, top = ((length - side) / 2 for length in image.size)
         out = image.resize(target, kind, (left, top, left + side, top + side))

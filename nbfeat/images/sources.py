@@ -1,4 +1,4 @@
-"""A cell of the image column → the image that it stands for, and its pixels; and which column that is."""
+"""A cell of the image column → its image and pixels; and which column is the image column."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from nbfeat.images.resize import Pixels, PixelSpec
 if TYPE_CHECKING:
     import pandas as pd
 
-Fetch: TypeAlias = Callable[[str], bytes]  # an address → what is there; raises ImageError
+Fetch: TypeAlias = Callable[[str], bytes]  # URL → bytes; raises ImageError
 
-# 178,956,970 pixels, the most that are decoded, are one gigabyte at 16 bits and three channels, uncompressed.
+# The largest image, 178,956,970 pixels, is 1 GB uncompressed at 16 bits and three channels.
 MOST_BYTES = 2 << 30
 
 
@@ -43,12 +43,12 @@ def read_pixels(value: object, specs: Sequence[PixelSpec], root: Path, fetch: Fe
 
 
 def read_thumbnail(value: object, side: int, root: Path) -> Image.Image:
-    """Return an image as a network sees it, in its own proportions, at most `side` pixels wide and high."""
+    """Return an image with its proportions, at most `side` pixels wide and high."""
     return decode.thumbnail_of(load_image(value, root)[0], side)
 
 
 def load_image(value: object, root: Path, fetch: Fetch | None = None) -> tuple[Source, bytes | None]:
-    """Return what `load` does, PIL images upright and RGB; an ImageError may be otherwise at the next try."""
+    """Return the result of `load`, with PIL images upright and RGB; an ImageError may not be permanent."""
     with decode.explained():
         source, state = load(value, root, fetch)
         return decode.upright(source) if isinstance(source, Image.Image) else source, state
@@ -70,26 +70,26 @@ def load(value: object, root: Path, fetch: Fetch | None = None) -> tuple[Source,
     if isinstance(value, (bytes, bytearray, memoryview)):
         if data := bytes(value):
             return data, None
-        raise ImageError("the value holds no bytes")
+        raise ImageError("the value has no bytes")
     if isinstance(value, (Image.Image, np.ndarray)):
         return value, None
-    raise ImageError(f"a value of type {type(value).__name__}: only paths, bytes, PIL images and uint8 arrays are read")
+    raise ImageError(f"a value of type {type(value).__name__}, not a path, bytes, a PIL image or a uint8 array")
 
 
 def path_of(value: object, root: Path) -> str | None:
-    """Return the absolute path that the cell `value` stands for, or None; raise ImageError for addresses."""
+    """Return the absolute path in the cell `value`, or None; raise ImageError for URLs."""
     value = held(value)
     if not isinstance(value, (str, os.PathLike)) or is_missing(value):
         return None
     text = _text_of(value)
     if ":" in text and (scheme := scheme_of(text)):
         text = _path_of_url(text, scheme)
-    # Not pathlib: a frame of cached images spends most of its time here. A "~somebody" who is no user stays as it is.
+    # Not pathlib: a frame of cached images spends most of its time here. "~name" of an unknown user stays unchanged.
     return os.path.join(root, os.path.expanduser(text) if text[:1] == "~" else text)
 
 
 def address_of(value: object) -> str | None:
-    """Return the address that the cell `value` is, None where it is something else: a path, data, or no text."""
+    """Return the URL in the cell `value`; None if it is anything else."""
     value = held(value)
     if isinstance(value, (str, os.PathLike)) and ":" in (text := _text_of(value)):
         return text.strip() if scheme_of(text) not in {"", "file", "data"} else None
@@ -97,21 +97,21 @@ def address_of(value: object) -> str | None:
 
 
 def hosts(values: Iterable[object]) -> set[str]:
-    """Return the hosts and buckets that addresses among the cells `values` name."""
+    """Return the hosts and buckets of the URLs among the cells `values`."""
     found = (address_of(value) for value in values)
     fetched = (redact_url(address) for address in found if address and scheme_of(address) in public_hosts.FETCHED)
     return {address.partition("://")[2].partition("/")[0].lower() for address in fetched} - {""}
 
 
 def held(value: object) -> object:
-    """Return what a mapping of bytes and path holds; anything else as it is."""
+    """Return the content of a mapping of bytes and path; anything else unchanged."""
     if isinstance(value, Mapping):
         return next((part for key in ("bytes", "path") if not is_missing(part := value.get(key))), None)
     return value
 
 
 def is_missing(value: object) -> bool:
-    """Tell whether `value` is None, NaN, pandas' NA or NaT, or blank text; without importing pandas."""
+    """Return whether `value` is None, NaN, pandas' NA or NaT, or blank text, without importing pandas."""
     if isinstance(value, str):
         return not value.strip()
     if isinstance(value, (float, np.floating)):
@@ -122,20 +122,20 @@ def is_missing(value: object) -> bool:
 def _text_of(path: str | os.PathLike[Any]) -> str:
     try:
         return os.fsdecode(path)
-    except Exception:  # objects for remote paths have no local one, and say so each in their own way
+    except Exception:  # objects for remote paths have no local path and raise different errors
         return str(path)
 
 
 def _path_of_url(text: str, scheme: str) -> str:
     if scheme == "data":
-        raise ImageError("data: addresses are not read: decode them to bytes first")
+        raise ImageError("data: URLs aren't supported: decode it to bytes first")
     if scheme != "file":
         public_hosts.check(text)
         raise ImageError(public_hosts.NOT_ALLOWED)
     rest = text.partition(":")[2]
     host, path = rest[2:].partition("/")[::2] if rest.startswith("//") else ("", rest)
     if host.lower() not in {"", "localhost"}:
-        raise ImageError("remote addresses are not read: download the file first")
+        raise ImageError("remote URLs aren't supported here: download the file first")
     path = unquote(f"/{path}" if rest.startswith("//") else path, errors="surrogateescape")
     return path.lstrip("/") if os.name == "nt" else path
 
@@ -144,7 +144,7 @@ def _read_file(name: str) -> tuple[bytes, bytes | None]:
     path = Path(name)
     try:
         before = path.stat()
-        if not stat.S_ISREG(before.st_mode):  # opening a pipe waits for ever, and opening a device may do anything
+        if not stat.S_ISREG(before.st_mode):  # opening a pipe blocks forever, and opening a device can do anything
             kind = "a folder" if stat.S_ISDIR(before.st_mode) else "a pipe, socket or device"
             raise ImageError(f"{kind}, not a file: {path}")
         if objection := decode.size_objection(before.st_size, MOST_BYTES):
@@ -161,7 +161,7 @@ def _read_file(name: str) -> tuple[bytes, bytes | None]:
 
 
 def state_of(value: object, root: Path) -> bytes | None:
-    """Return the state of the file that the cell `value` names, without opening it; None where that cannot be had."""
+    """Return the state of the file in the cell `value`, without opening it; None if unknown."""
     try:
         path = path_of(value, root)
         return None if path is None else fingerprint.state(path, os.stat(path))
@@ -189,7 +189,7 @@ def name_of(value: object) -> str:
 
 
 def spread(count: int, most: int) -> npt.NDArray[np.intp]:
-    """Return up to `most` positions, evenly spread over `count`."""
+    """Return up to `most` positions, evenly spaced over `count`."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.intp))
 
 
@@ -204,18 +204,18 @@ def image_column(frame: pd.DataFrame, asked: Hashable | None) -> Hashable:
         if len(likely) != 1:
             known = _described(frame, likely)
             if likely:
-                raise RequestError(f"{len(likely)} columns look like images: {known}. Name one with --images COLUMN.")
+                raise RequestError(f"{len(likely)} columns look like images: {known}. Name one with `images=COLUMN`.")
             if len(frame):
-                known = f"No column looks like images: {known or 'there is none'}."
-                raise RequestError(f"{known} Name the right one with --images COLUMN.")
-            raise RequestError("The frame has no rows to tell the image column by. Name it with --images COLUMN.")
+                known = f"No column looks like images: {known or 'the frame has none'}."
+                raise RequestError(f"{known} Name the right one with `images=COLUMN`.")
+            raise RequestError("The frame has no rows, so its image column is unknown. Name it with `images=COLUMN`.")
         asked = frame.columns[likely[0]]
     labels = frame.columns
     same = [label for label in labels if label == asked] or [label for label in labels if str(label) == str(asked)]
     if len(same) == 1:
         return same[0]
     if same:
-        raise RequestError(f"{len(same)} columns are called {asked!s}: rename all but one.")
+        raise RequestError(f"{len(same)} columns are named {asked!s}: rename all but one.")
     likely, names = likely_columns(frame), [str(label) for label in frame.columns]
     which = "Columns that look like images" if likely else "Its columns"
     known = f"{which}: {_described(frame, likely) or 'none'}."
@@ -233,7 +233,7 @@ def likely_columns(frame: pd.DataFrame) -> list[int]:
 
 
 def possible_columns(frame: pd.DataFrame) -> list[int]:
-    """Return the positions of the columns that can hold images: those that are no numbers, truths or times."""
+    """Return the positions of the columns that can hold images: not numbers, booleans or times."""
     return [place for place, dtype in enumerate(frame.dtypes) if getattr(dtype, "kind", "O") not in "biufcmM"]
 
 
@@ -256,7 +256,7 @@ def _looks_like_image(value: object) -> bool:
 
 
 def _described(frame: pd.DataFrame, places: Sequence[int], most: int = 10) -> str:
-    """Name columns, all where there are no `places`, with the first value of each, as a sentence does."""
+    """List columns, or all if `places` is empty, each with its first value."""
     places, parts = places or range(frame.shape[1]), []
     for place in places[:most]:
         first = next(iter(frame.iloc[:, place].dropna().iloc[:1].tolist()), None)

@@ -55,9 +55,9 @@ def test_names_that_are_no_text_are_kept(tmp_path: Path) -> None:
 
 def test_a_folder_without_images_is_told(tmp_path: Path) -> None:
     make(tmp_path, "notes.txt")
-    with pytest.raises(RequestError, match="holds no image that can be read"):
+    with pytest.raises(RequestError, match="has no images"):
         nbfeat.folder(tmp_path)
     with pytest.raises(RequestError, match="is a file, not a folder"):
         nbfeat.folder(tmp_path / "notes.txt")
-    with pytest.raises(RequestError, match="is no folder on this machine"):
+    with pytest.raises(RequestError, match="exist"):
         nbfeat.folder(tmp_path / "gone")
