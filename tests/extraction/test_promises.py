@@ -79,7 +79,7 @@ def test_weights_that_cannot_be_had_are_one_sentence_with_file_address_and_place
 
 
 def test_a_file_that_holds_no_weights_is_refused(photos: pd.DataFrame, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="there is no file"):
+    with pytest.raises(RequestError, match="or an existing file"):
         nbfeat.extract(photos, "MobileNet --weights nosuch.h5", images="path")
     (tmp_path / "x.weights.h5").write_bytes(b"not hdf5")
     with pytest.raises(WeightsError, match=r"x\.weights\.h5 cannot be read as weights in HDF5"):
