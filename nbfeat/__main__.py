@@ -27,9 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     count = max(50, min(1797, parser.parse_args(arguments).images))
     with tempfile.TemporaryDirectory(prefix="nbfeat-demo-") as folder:
         digits = _write_digits(Path(folder), count)
-        print(
-            f"{len(digits):,} handwritten digits, written as image files; the dataframe has the columns path and label.\n"
-        )
+        print(f"{len(digits):,} handwritten digits as image files, and a dataframe with their path and label.\n")
         try:
             result = Extraction(digits, *BLOCKS, images="path", size=SIZE)
             for step in result.steps():

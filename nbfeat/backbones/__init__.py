@@ -1,4 +1,4 @@
-"""Which networks there are, and how to build them; the package is also the public function that lists them."""
+"""The available networks and how they are built; the package itself is callable and lists them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from types import ModuleType
 from typing import Any
 
 
-class _Listing(ModuleType):  # Python lets a module choose its class
+class _Listing(ModuleType):
     def __call__(self, pattern: str = "*") -> Any:
-        """List the backbones whose names match `pattern`: see `nbfeat.backbones.catalog.backbones`."""
+        """List the backbones whose names match `pattern`; see `nbfeat.backbones.catalog.backbones`."""
         from nbfeat.backbones.catalog import backbones
 
         return backbones(pattern)
+
+    def __repr__(self) -> str:
+        return "<nbfeat.backbones: call it, nbfeat.backbones('Res*')>"
 
 
 sys.modules[__name__].__class__ = _Listing

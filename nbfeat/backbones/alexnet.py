@@ -1,7 +1,7 @@
-"""AlexNet in Keras, as ``torchvision.models.alexnet`` has it.
+"""AlexNet in Keras, matching ``torchvision.models.alexnet``.
 
-The variant with one tower (Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks"): no
-local response normalization, fewer kernels than in 2012. Layers are called as in the papers, and follow the ReLU.
+This is the single-tower variant (Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks"),
+without local response normalization. Layers are named as in the papers; their outputs include the ReLU.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _POOLED = {"conv1": "pool1", "conv2": "pool2", "conv5": "pool5"}
 
 
 def build(size: int) -> Any:
-    """Build AlexNet up to `fc7`, for square images of `size` pixels scaled as `torch`; `pool5` ends convolutions."""
+    """Build AlexNet up to `fc7` for square images of `size` pixels with `torch` scaling."""
     import keras
     from keras import layers
 
     pixels = keras.Input((size, size, 3))
-    # PyTorch pads evenly on all sides. So does Keras' "same", but only where a kernel takes steps of one.
+    # PyTorch pads evenly on all sides; Keras' "same" does so only with a stride of 1.
     x = layers.ZeroPadding2D(2, name="conv1_pad")(pixels)
     for name, _, _, after, side in _CONVOLUTIONS:
         steps: dict[str, Any] = {"strides": 4} if name == "conv1" else {"padding": "same"}
         x = layers.Conv2D(after, side, activation="relu", name=name, **steps)(x)
         if name in _POOLED:
             x = layers.MaxPooling2D(3, strides=2, name=_POOLED[name])(x)
-    # At 224 pixels every window is one cell; where the map is one cell, Keras' adaptive pooling fails on TensorFlow.
+    # Keras' adaptive pooling fails on TensorFlow for a 1 × 1 map.
     average = layers.UpSampling2D if x.shape[1] == 1 else layers.AdaptiveAveragePooling2D
     x = layers.Flatten(name="flatten")(average(GRID, name="avgpool")(x))
     x = layers.Dense(WIDTH, activation="relu", name="fc6")(x)
@@ -47,13 +47,13 @@ def build(size: int) -> Any:
 
 
 def weights_from(state: Arrays) -> LayerWeights:
-    """Convert torchvision's state dict, without the classifiers, to what each layer's `set_weights` takes."""
+    """Convert torchvision's state dict, without the classifiers, to arrays for each layer's `set_weights`."""
     take = partial(array_of, state, find("AlexNet"))
     found: LayerWeights = {}
     for name, key, before, after, side in _CONVOLUTIONS:
         kernel = take(f"{key}.weight", after, before, side, side).transpose(2, 3, 1, 0)
         found[name] = [kernel, take(f"{key}.bias", after)]
-    # PyTorch flattens channels, rows, columns; Keras' Flatten rows, columns, channels, whichever layout it is fed.
+    # PyTorch flattens channels, rows, columns; Keras flattens rows, columns, channels in either layout.
     fc6 = take("classifier.1.weight", WIDTH, 256 * GRID * GRID)
     fc6 = fc6.reshape(WIDTH, 256, GRID, GRID).transpose(2, 3, 1, 0).reshape(-1, WIDTH)
     found["fc6"] = [fc6, take("classifier.1.bias", WIDTH)]

@@ -1,4 +1,4 @@
-"""Backbone: what one network is called, takes and gives, and where it is built."""
+"""Backbone: the name, input, layers and origin of one network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A customary cut point: `channels` (at alpha 1) for every `stride` pixels; 0 is a vector, or is not known yet."""
+    """A common cut point: `channels` (at alpha 1) per `stride` pixels; 0 means a vector or not known yet."""
 
     name: str
     stride: int
@@ -26,57 +26,53 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backbone:
-    """A network without its classifier, built by `module` of `package`.
+    """A network without its classifier; width, parameters and channels of a user model are unknown until built."""
 
-    A network of the user's own has no width, parameters and layers' channels, not being known before it is built.
-    """
-
-    name: str  # of one in a file, the path
+    name: str  # the path if it is a file
     family: str = "own"
     module: str = ""
-    size: int  # side of its input in pixels: of a file, the one that it takes, or 0 for any
+    size: int  # side of its input in pixels; 0 for a file that takes any
     smallest: int = 1
     width: int = 0  # of the default cut, at alpha 1
     scaling: Scaling
     parameters: int = 0  # at alpha 1
     layers: tuple[Layer, ...]
     package: Literal["keras.applications", "nbfeat.backbones", "file", "registered"] = "keras.applications"
-    end: str = ""  # the layer of the default cut where it is not the last, which may have no name of its own
-    published: str = ""  # the file of its weights where PyTorch publishes them
-    bundled: str = ""  # the SHA-256 of its weights where they are in this package
+    end: str = ""  # the layer of the default cut if it is not the last
+    published: str = ""  # the name of the weights file that PyTorch publishes
+    bundled: str = ""  # the SHA-256 of the weights in this package
     alphas: tuple[float, ...] = ()  # width multipliers with published weights
     default_weights: str = "own"
-    function: Callable[[int], Any] | None = None  # that builds one that is registered
+    function: Callable[[int], Any] | None = None  # builds a registered network
 
     @property
     def is_user_model(self) -> bool:
-        """Whether it is a network of the user's own."""
+        """Whether the user supplied the network."""
         return self.package in {"file", "registered"}
 
     @property
     def title(self) -> str:
-        """What it is called where people read it: a file without its folders."""
+        """The display name: for a file, its name without folders."""
         return Path(self.name).name if self.package == "file" else self.name
 
     @property
     def column(self) -> str:
-        """The first part of its columns' names: letters and digits of its own, in lower case, without a suffix."""
+        """The prefix of its column names: lower-case letters, digits and underscores, without a file suffix."""
         if self.package != "file":
             return self.name.lower()
-        # Composed: some file systems take letters and their accents apart.
+        # Some file systems decompose accented letters.
         words = re.sub(r"\W+", "_", unicodedata.normalize("NFKC", Path(self.name).stem).lower()).strip("_")
         return words if words.isidentifier() else f"model_{words}".rstrip("_")
 
     def width_at(self, alpha: float | None) -> int:
-        """Return the width of the default cut when the network is built with `alpha`."""
+        """Return the width of the default cut at `alpha`."""
         if alpha is None:
             return self.width
         if not self.alphas:
-            raise RequestError(f"{self.name} has no width multiplier: leave --alpha away.")
+            raise RequestError(f"{self.name} has no width multiplier: drop `alpha`.")
         if not 0 < alpha < float("inf"):
-            way = "take a number above 0, such as 0.5"
-            raise RequestError(f"--alpha {alpha} is no width multiplier for {self.name}: {way}.")
+            raise RequestError(f"`alpha` must be a positive number for {self.name}, not {alpha}. Try `alpha=0.5`.")
         if self.family == "MobileNetV2":
-            # Its last convolution never gets narrower (Sandler et al. 2018), and wider in eights only.
+            # Its last convolution never gets narrower and grows in multiples of 8 (Sandler et al. 2018).
             return max(self.width, int(self.width * alpha + 4) // 8 * 8)
         return int(self.width * alpha)

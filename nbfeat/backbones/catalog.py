@@ -1,15 +1,13 @@
-"""Which backbones there are: the table of published ones, those that were registered, and finding one by its name.
+"""The catalog of backbones: published ones from ``catalog.csv``, registered ones, and lookup by name.
 
-The table is ``catalog.csv``, written by hand, so that help, completion and checks never wait for Keras; a test builds
-every network and compares. Scaling is what the published weights expect; "none" where the network itself does it.
+The table is written by hand so that help, completion and checks never wait for Keras; a test builds every network and
+compares. Scaling is what the published weights expect, or "none" if the network scales its own input.
 
-Layers are chosen so that every stage has its end and every stride its layer, as far as Keras names them: the others are
-numbered by a counter that depends on what was built before. So the stems of Inception are missing, as are the
-activations at the end of MobileNetV3 and NASNet. Version 2 of ResNet strides in the last block of a stage, not in the
-first, and its blocks end before the activation. Where a stage of ConvNeXt ends Keras has a nameless addition, and the
-``…_identity`` before it is one block's branch alone, so its cuts are where the next stage begins; the default cut is
-the last stage, pooled and only then normalized. Built without an input size, the NASNets come out as other networks:
-Keras compares the sizes of feature maps.
+Layers cover every stage and stride, as far as Keras names them: it numbers the others by a counter that depends on what
+was built before. This leaves out the stems of Inception and the final activations of MobileNetV3 and NASNet. ResNet V2
+strides in the last block of a stage and its blocks end before the activation. A ConvNeXt stage ends in a nameless
+addition, so its cuts are where the next stage begins; its default cut is the last stage, pooled and then normalized.
+NASNet needs an input size to build the right network: Keras compares the sizes of feature maps.
 """
 
 from __future__ import annotations
@@ -30,33 +28,39 @@ if TYPE_CHECKING:
 
 
 def find(name: str) -> Backbone:
-    """Return the backbone called `name`, whatever its case, or the one in the ``.keras`` file of that path."""
+    """Return the backbone called `name`, ignoring case, or the one in the ``.keras`` file at that path."""
     if name.endswith(SUFFIXES):
         return backbone_at(name)
     if known := _known(name):
         return CATALOG[known]
-    raise RequestError(sentences(f"There is no backbone {name!r}.", near(name, CATALOG), "`%backbones` lists all."))
+    hint = near(name, CATALOG)
+    raise RequestError(sentences(f"Backbone {name!r} not found.", hint, "`nbfeat.backbones()` lists all."))
 
 
 def _known(name: str) -> str:
-    """Return how the catalog spells `name`; "" where it has no such backbone."""
+    """Return the catalog's spelling of `name`, or "" if it is not listed."""
     return next((known for known in CATALOG if known.casefold() == name.casefold()), "")
 
 
 def backbones(pattern: str = "*") -> pd.DataFrame:
-    """List the backbones whose name matches `pattern`; RequestError where none does.
+    """List the backbones whose names match a pattern.
 
     Parameters
     ----------
-    pattern
-        Shell wildcards (``*``, ``?``, ``[…]``), in any case.
+    pattern : str, default "*"
+        Shell wildcards (``*``, ``?``, ``[…]``); case is ignored.
 
     Returns
     -------
     pandas.DataFrame
-        One row per backbone, by name: its family, the side of its input in pixels, its width (features per image), its
-        parameters without the classifier, how its pixels are scaled, the alphas and the layers one can name, and the
-        weights it has by default. Width and parameters of registered networks are not known before they are built.
+        One row per backbone, indexed by name: family, input size (side in pixels), width (features per image),
+        parameters (without the classifier), scaling, alphas (published width multipliers), layers to cut at, and
+        default weights. Width and parameters are missing for registered networks, which are built later.
+
+    Raises
+    ------
+    RequestError
+        If no name matches.
 
     Examples
     --------
@@ -68,7 +72,7 @@ def backbones(pattern: str = "*") -> pd.DataFrame:
     chosen = [each for name, each in CATALOG.items() if fnmatchcase(name.casefold(), pattern.casefold())]
     if not chosen:
         hint = near(pattern.strip("*?"), CATALOG)
-        raise RequestError(sentences(f"No backbone's name matches {pattern!r}.", hint, "`%backbones` lists all."))
+        raise RequestError(sentences(f"No backbone matches {pattern!r}.", hint, "`nbfeat.backbones()` lists all."))
     columns = {
         "family": [each.family for each in chosen],
         "input size": [each.size for each in chosen],
@@ -85,34 +89,40 @@ def backbones(pattern: str = "*") -> pd.DataFrame:
 def register_backbone(
     name: str, build: Callable[[int], keras.Model], *, input_size: int, scaling: Scaling, layers: Iterable[str] = ()
 ) -> None:
-    """Add a network of your own to the backbones, for this session; RequestError where a value cannot be.
+    """Register your own network as a backbone for this session.
 
     Parameters
     ----------
-    name
-        What to call it; the name of a published backbone is refused, one that was registered before is replaced.
-    build
-        Takes the side of the images in pixels and returns a functional or Sequential Keras model without classifier
-        whose input is ``(size, size, 3)``, with the weights it is to have. It is called each time that features are
-        extracted, so that what is kept is told by its weights and never by its name.
-    input_size
-        The side of its images in pixels, where ``--size`` does not say otherwise.
-    scaling
-        How pixels are prepared: ``"tf"``, ``"torch"``, ``"caffe"``, or ``"none"`` for 0 … 255.
-    layers
-        Names of the layers that completion offers to cut at.
+    name : str
+        A Python identifier. Registering a name again replaces it; published names are refused.
+    build : callable
+        Takes the image side in pixels and returns a functional or Sequential Keras model without a classifier, with
+        input ``(size, size, 3)`` and its weights set. It is called for every extraction; cached features are identified
+        by the weights, not by the name.
+    input_size : int
+        Default side of the input images in pixels.
+    scaling : {"tf", "torch", "caffe", "none"}
+        How pixels are scaled, as in ``keras.applications``; ``"none"`` passes 0 … 255.
+    layers : iterable of str, optional
+        Layer names that completion suggests to cut at.
+
+    Raises
+    ------
+    RequestError
+        If a value is invalid or the name belongs to a published backbone.
 
     Examples
     --------
+    >>> import keras
     >>> def build(size):
     ...     image = keras.Input((size, size, 3))
     ...     return keras.Model(image, keras.layers.Conv2D(32, 3, name="conv")(image))
-    >>> nbfeat.register_backbone("MyNet", build, input_size=96, scaling="tf", layers=["conv"])  # doctest: +SKIP
+    >>> nbfeat.register_backbone("MyNet", build, input_size=96, scaling="tf", layers=["conv"])
     """
     names = (None,) if isinstance(layers, str) else tuple(layers)
     _check(name, build, input_size, scaling)
     if not all(isinstance(layer, str) for layer in names):
-        raise RequestError(f"layers takes names of layers, such as ['conv5'], not {layers!r}.")
+        raise RequestError(f"`layers` must be a list of layer names such as ['conv5'], not {layers!r}.")
     CATALOG.pop(_known(name), None)
     cuts = tuple(Layer(str(layer), 0, 0) for layer in names)
     CATALOG[name] = Backbone(
@@ -122,20 +132,21 @@ def register_backbone(
 
 def _check(name: object, build: object, input_size: object, scaling: object) -> None:
     if not isinstance(name, str) or not name.isidentifier():
-        way = "Choose one such as 'MyNet'."
-        raise RequestError(f"A backbone's name is letters, digits and underscores, not {name!r}. {way}")
+        raise RequestError(f"`name` must be a Python identifier, not {name!r}. Choose one such as 'MyNet'.")
     if (known := _known(name)) and CATALOG[known].package != "registered":
         raise RequestError(f"{known} is a published backbone. Choose another name, such as 'My{known}'.")
     if not callable(build):
-        raise RequestError(f"build must be a function of the size that returns a model, not {type(build).__name__}.")
+        raise RequestError(
+            f"`build` must be a function that takes the size and returns a model, not {type(build).__name__}."
+        )
     if scaling not in SCALINGS:
-        raise RequestError(f"scaling cannot be {scaling!r}. Choose {listing(SCALINGS, 'or')}.")
+        raise RequestError(f"`scaling` must be {listing(SCALINGS, 'or')}, not {scaling!r}.")
     if isinstance(input_size, bool) or not isinstance(input_size, int) or not 1 <= input_size <= LARGEST:
-        raise RequestError(f"input_size takes a whole number of pixels from 1 to {LARGEST:,}, not {input_size!r}.")
+        raise RequestError(f"`input_size` must be an integer from 1 to {LARGEST:,} pixels, not {input_size!r}.")
 
 
 def _published() -> Iterator[Backbone]:
-    """Read the table; each layer in it is a name, its stride and its channels."""
+    """Read the table; its layers are name:stride:channels."""
     with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             fields: dict[str, Any] = {name: int(value) if value.isdigit() else value for name, value in row.items()}

@@ -1,12 +1,11 @@
-"""GoogLeNet in Keras, as torchvision has it.
+"""GoogLeNet in Keras, matching ``torchvision.models.googlenet``.
 
 Inception v1 (Szegedy et al. 2015, "Going deeper with convolutions") with batch norm and without local response
-normalization. Sizes and names of weights are those of ``torchvision.models.googlenet``. Layers are called as in the
-paper, among them the "5x5" convolutions, although their kernels are 3 × 3 in torchvision and its weights
+normalization. Layers are named as in the paper, even the "5x5" convolutions, whose kernels are 3 × 3 in torchvision
 (https://github.com/pytorch/vision/issues/906).
 
-The published weights expect pixels scaled as `tf`: torchvision scales them as `torch`, (p - 0.485) / 0.229 for red, and
-then, by ``transform_input``, x * 0.229 / 0.5 + (0.485 - 0.5) / 0.5, which together are p / 0.5 - 1.
+The published weights expect `tf` scaling: torchvision applies `torch` scaling, (p - 0.485) / 0.229 for red, and then
+``transform_input``, x * 0.229 / 0.5 + (0.485 - 0.5) / 0.5, which together give p / 0.5 - 1.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from nbfeat.backbones.torch_weights import Arrays, Convolution, LayerWeights, ar
 EPSILON = 0.001  # of every batch norm
 _NORM = ("weight", "bias", "running_mean", "running_var")  # gamma, beta, moving mean and variance
 _STEM = (
-    # Of the names, `_conv`, `_bn` and `_relu` are left away, and so is `.conv` or `.bn` of the keys.
+    # Without the suffixes `_conv`, `_bn` and `_relu` of the names and `.conv` and `.bn` of the keys.
     Convolution("conv1", "conv1", 3, 64, 7),
     Convolution("conv2", "conv2", 64, 64, 1),
     Convolution("conv3", "conv3", 64, 192, 3),
@@ -38,16 +37,16 @@ _INCEPTIONS = {
     "5a": (832, 256, 160, 320, 32, 128, 128),
     "5b": (832, 384, 192, 384, 48, 128, 128),
 }
-_POOLED = {"3b": (3, "pool3"), "4e": (2, "pool4")}  # side and name of the pooling that follows
+_POOLED = {"3b": (3, "pool3"), "4e": (2, "pool4")}  # side and name of the next pooling
 
 
 def build(size: int) -> Any:
-    """Build GoogLeNet up to `inception_5b`, for square images of `size` pixels scaled as `tf`, without classifiers."""
+    """Build GoogLeNet up to `inception_5b` for square images of `size` pixels with `tf` scaling."""
     import keras
 
     conv1, conv2, conv3 = _STEM
     pixels = keras.Input((size, size, 3))
-    # PyTorch pads evenly on all sides. So does Keras' "same", but only where a kernel takes steps of one.
+    # PyTorch pads evenly on all sides; Keras' "same" does so only with a stride of 1.
     x = keras.layers.ZeroPadding2D(3, name="conv1_pad")(pixels)
     x = _pool(_convolve(x, conv1, strides=2, padding="valid"), 3, "pool1")
     x = _pool(_convolve(_convolve(x, conv2), conv3), 3, "pool2")
@@ -68,11 +67,10 @@ def _convolve(x: Any, convolution: Convolution, strides: int = 1, padding: str =
 
 
 def _pool(x: Any, side: int, name: str) -> Any:
-    """Take maxima in steps of two, also of a last window that is only partly inside (PyTorch's ``ceil_mode``)."""
+    """Max-pool with stride 2, including a last partial window (PyTorch's ``ceil_mode``)."""
     from keras import layers
 
-    # With steps of two that window lacks one row at most, so it begins inside, as PyTorch demands. PyTorch fills up
-    # with minus infinity; zeros are as good, because no value is below zero after a ReLU.
+    # PyTorch pads with minus infinity; zero gives the same result after a ReLU.
     if lacking := (x.shape[1] - side) % 2:
         x = layers.ZeroPadding2D(((0, lacking), (0, lacking)), name=f"{name}_pad")(x)
     return layers.MaxPooling2D(side, strides=2, name=name)(x)
@@ -83,7 +81,10 @@ def _inception(x: Any, part: str) -> Any:
 
     one, three_reduce, three, five_reduce, five, projection = _branches(part)
     pooled = layers.MaxPooling2D(3, strides=1, padding="same", name=f"inception_{part}_pool")(x)
-    branches = [_convolve(x, one), _convolve(_convolve(x, three_reduce), three)]  # the order decides that of weights
+    branches = [
+        _convolve(x, one),
+        _convolve(_convolve(x, three_reduce), three),
+    ]  # this order sets the order of the weights
     branches += [_convolve(_convolve(x, five_reduce), five), _convolve(pooled, projection)]
     return layers.Concatenate(name=f"inception_{part}")(branches)
 
@@ -102,7 +103,7 @@ def _branches(part: str) -> tuple[Convolution, ...]:
 
 
 def weights_from(state: Arrays) -> LayerWeights:
-    """Convert torchvision's state dict, without the classifiers, to what each layer's `set_weights` takes."""
+    """Convert torchvision's state dict, without the classifiers, to arrays for each layer's `set_weights`."""
     take = partial(array_of, state, find("GoogLeNet"))
     found: LayerWeights = {}
     for name, key, before, after, side in chain(_STEM, *map(_branches, _INCEPTIONS)):

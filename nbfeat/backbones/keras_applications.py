@@ -1,4 +1,4 @@
-"""Build a network without its classifier: one of keras.applications, or one that is written here."""
+"""Build a network without its classifier, from keras.applications or from this package."""
 
 from __future__ import annotations
 
@@ -11,18 +11,14 @@ from nbfeat.errors import RequestError, listing
 
 
 def build(backbone: Backbone, *, size: int, alpha: float | None = None, weights: str | None = None) -> Any:
-    """Build `backbone` with ``include_top=False`` for square images of `size` pixels.
-
-    A network written here may go on after the default cut. Layers have the names of a fresh session only if this
-    process (or thread) has built nothing before.
-    """
+    """Build `backbone` with ``include_top=False`` for square images of `size` pixels, possibly past the default cut."""
     check(backbone, size=size, alpha=alpha, weights=weights)
     if backbone.package == "nbfeat.backbones":
         return importlib.import_module(f"{backbone.package}.{backbone.module}").build(size)
     application = getattr(importlib.import_module("keras").applications, backbone.name)
     width = {} if alpha is None else {"alpha": alpha}
     with warnings.catch_warnings():
-        # MobileNet says which input size its weights come from when the size is none of its four.
+        # MobileNet warns if the size isn't one of the four that its weights were trained at.
         warnings.filterwarnings("ignore", message=".*Weights for input shape")
         try:
             return application(include_top=False, weights=weights, input_shape=(size, size, 3), **width)
@@ -31,17 +27,15 @@ def build(backbone: Backbone, *, size: int, alpha: float | None = None, weights:
 
 
 def check(backbone: Backbone, *, size: int, alpha: float | None, weights: str | None = None) -> None:
-    """Raise RequestError where the catalog already knows that it cannot be built so."""
+    """Raise RequestError if the catalog shows that `backbone` cannot be built with these options."""
     if weights == "bundled" and not backbone.bundled:
-        raise RequestError(f"The weights of {backbone.name} are not bundled, only Pocket's: leave --weights away.")
+        raise RequestError(f"{backbone.name} has no bundled weights, only Pocket does: drop `weights`.")
     if weights == "imagenet" and backbone.bundled:
-        raise RequestError(
-            f"{backbone.name} has no ImageNet weights: leave --weights away for its own, which are bundled."
-        )
+        raise RequestError(f"{backbone.name} has no ImageNet weights: drop `weights` to use its bundled ones.")
     if weights == "imagenet" and alpha is not None and backbone.alphas and alpha not in backbone.alphas:
-        published = listing(map(str, backbone.alphas))
-        raise RequestError(f"{backbone.name} has published weights for --alpha {published}, not for {alpha}.")
+        published = listing(map(str, backbone.alphas), "or")
+        raise RequestError(f"{backbone.name} has no published weights for `alpha={alpha}`. Choose {published}.")
     if size < backbone.smallest:
-        raise RequestError(f"{backbone.name} takes images of at least {backbone.smallest} pixels, not --size {size}.")
+        raise RequestError(f"`size` must be at least {backbone.smallest} for {backbone.name}, not {size}.")
     if alpha is not None and not backbone.alphas:
-        raise RequestError(f"{backbone.name} has no width multiplier: leave --alpha away.")
+        raise RequestError(f"{backbone.name} has no width multiplier: drop `alpha`.")

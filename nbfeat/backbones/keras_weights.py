@@ -1,8 +1,8 @@
-"""Weights in a file of Keras' (``.weights.h5``, ``.h5``, ``.keras``), looked at and given to a network that they fit.
+"""Check Keras weights files (``.weights.h5``, ``.h5``, ``.keras``) and load them into a network.
 
-An HDF5 file may send its reader to other files (external links, external storage, virtual datasets) and may declare
-more numbers than it has bytes; a zip may hold other things than a model, or become much larger. Here all of this is
-looked at before anything is opened or read. Files of a network with its classifier serve the network without it.
+An HDF5 file can refer to other files (external links or storage, virtual datasets) and declare more numbers than it has
+bytes; a zip can hold foreign parts or expand. All of this is checked before any data is read. Weights saved with a
+classifier also load into the network without it.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from nbfeat.errors import Refused, WeightsError, damaged, quote, refusing
 
 MOST_LINKS = 100_000  # a network of a thousand layers has 5,000
 MOST_LEVELS = 64
-MOST_RATIO = 16  # weights compress to a half at best, those that were pruned to a tenth
-SLACK = 1 << 20  # bytes; new weights are zeros, and a small file may hold little else
-# Deflate, shuffle, Fletcher's checksum and LZF, which h5py brings itself; others would be looked for on this machine.
+MOST_RATIO = 16  # weights compress to half at best, pruned ones to a tenth
+SLACK = 1 << 20  # bytes; a small file may hold little but zeros
+# Deflate, shuffle, Fletcher32 and LZF ship with h5py; HDF5 would search this machine for plugins for any other.
 _FILTERS = frozenset({1, 2, 3, 32_000})
 _WEIGHTS = "model.weights.h5"
 
 
 def check_hdf5(path: Path) -> None:
-    """Raise WeightsError where a file is no HDF5, leads out of itself, holds other things than numbers, or expands."""
+    """Raise WeightsError if a file is not HDF5, refers to other files, holds more than plain numbers, or expands."""
     import h5py
 
-    advice = "Save the weights anew with model.save_weights(), or download them again."
+    advice = "Save the weights again with model.save_weights(), or download them again."
     with refusing(path, "weights in HDF5", advice), h5py.File(path, "r") as file:
         names = set[bytes]()
 
@@ -43,42 +43,42 @@ def check_hdf5(path: Path) -> None:
             if len(names) >= MOST_LINKS or name.count(b"/") > MOST_LEVELS:
                 return Refused(f"it has more than {MOST_LINKS:,} links, or more than {MOST_LEVELS} levels of groups")
             group, _, own = name.rpartition(b"/")
-            if group and group not in names:  # HDF5 would take it as a path, and follow other links on the way
-                return Refused(f"its link {quote(own)} has a name that is a path")
+            if group and group not in names:  # HDF5 would resolve it and follow links on the way
+                return Refused(f"the name of its link {quote(own)} is a path")
             if link.type not in {h5py.h5l.TYPE_HARD, h5py.h5l.TYPE_SOFT}:
-                return Refused(f"its link {quote(own)} leads to another file")
-            if link.type == h5py.h5l.TYPE_HARD:  # what a soft link leads to has a hard one too
+                return Refused(f"its link {quote(own)} points to another file")
+            if link.type == h5py.h5l.TYPE_HARD:  # the target of a soft link has one too
                 names.add(name)
             return None
 
-        # By hard links alone, and each group once. Nothing is opened before it is sure that no link leads elsewhere.
+        # Visits hard links, each group once, so nothing is opened before every link was checked.
         if refused := file.id.links.visit(refusal, info=True):
             raise refused
         things, size = (h5py.h5o.open(file.id, name) for name in names), path.stat().st_size
         declared = sum(_bytes_declared(one) for one in things if isinstance(one, h5py.h5d.DatasetID))
         if declared > MOST_RATIO * size + SLACK:
-            raise Refused(f"its {size:,} bytes would become more than {MOST_RATIO} times as many")
+            raise Refused(f"its {size:,} bytes would expand more than {MOST_RATIO} times")
 
 
 def _bytes_declared(dataset: Any) -> int:
-    """Return how many bytes reading a dataset, or a chunk of it, would take; refuse one that is not plain numbers."""
+    """Return the bytes needed to read a dataset or one of its chunks; refuse one that isn't plain numbers."""
     import h5py
 
     stored, kind = dataset.get_create_plist(), dataset.get_type()
     name = quote(h5py.h5i.get_name(dataset) or b"")
     if stored.get_layout() == h5py.h5d.VIRTUAL or stored.get_external_count():
-        raise Refused(f"the numbers of its dataset {name} are in another file")
+        raise Refused(f"the data of its dataset {name} is in another file")
     if kind.get_class() not in {h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5t.ENUM}:
-        raise Refused(f"its dataset {name} is not of numbers")
+        raise Refused(f"its dataset {name} is not numeric")
     for number in range(stored.get_nfilters()):
         if (known := stored.get_filter(number)[0]) not in _FILTERS:
-            raise Refused(f"its dataset {name} is stored with filter {known}, which is not used here")
+            raise Refused(f"its dataset {name} uses filter {known}, which is not supported")
     lengths = [dataset.shape or (), stored.get_chunk() if stored.get_layout() == h5py.h5d.CHUNKED else ()]
     return max(map(math.prod, lengths)) * int(kind.get_size())
 
 
 def check_archive(path: Path) -> None:
-    """Raise WeightsError where a ``.keras`` file has other parts than a model, or they lead elsewhere or expand."""
+    """Raise WeightsError if a ``.keras`` file has foreign parts, refers to other files, or expands."""
     with _opened(path) as archive, tempfile.TemporaryDirectory(prefix="nbfeat-") as folder:
         whole = Path(folder, _WEIGHTS)
         with archive.open(_WEIGHTS) as packed, whole.open("wb") as out:
@@ -87,27 +87,27 @@ def check_archive(path: Path) -> None:
 
 
 def description(path: Path) -> dict[str, Any]:
-    """Return what a ``.keras`` file says of its model, without Keras; WeightsError where it cannot be read."""
+    """Return the model configuration in a ``.keras`` file, read without Keras."""
     with _opened(path) as archive:
         return cast("dict[str, Any]", json.loads(archive.read("config.json")))
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    advice = "Save it anew with model.save('model.keras')."
-    with refusing(path, "a model of Keras", advice), zipfile.ZipFile(path) as archive:
+    advice = "Save it again with model.save('model.keras')."
+    with refusing(path, "a Keras model", advice), zipfile.ZipFile(path) as archive:
         names, size = archive.namelist(), path.stat().st_size
         if unknown := [name for name in names if name not in {"metadata.json", "config.json", _WEIGHTS}]:
-            raise Refused(f"its part {quote(unknown[0])} is none that a model of stock layers has")
+            raise Refused(f"its part {quote(unknown[0])} doesn't belong in a model of stock layers")
         if len(set(names)) != len(names) or not {"config.json", _WEIGHTS} <= set(names):
-            raise damaged("it has not the parts of a model")
+            raise damaged("it doesn't have the parts of a model")
         if sum(part.file_size for part in archive.infolist()) > MOST_RATIO * size + SLACK:
-            raise Refused(f"its {size:,} bytes would become more than {MOST_RATIO} times as many")
+            raise Refused(f"its {size:,} bytes would expand more than {MOST_RATIO} times")
         yield archive
 
 
 def load(network: Any, path: Path) -> None:
-    """Give `network` the weights in the file at `path`; raise WeightsError where they are not its own."""
+    """Load the weights at `path` into `network`; raise WeightsError if they don't fit."""
     (check_archive if path.suffix == ".keras" else check_hdf5)(path)
     by_name = {"by_name": True} if path.suffix != ".keras" and _is_by_name(network, path) else {}
     try:
@@ -117,7 +117,7 @@ def load(network: Any, path: Path) -> None:
 
 
 def cloned(network: Any, edit: Callable[[Any, dict[str, Any]], object], *, inputs: Any = None) -> Any:
-    """Clone `network` with its weights for `inputs`, each layer by its configuration after `edit` was given both."""
+    """Clone `network` with its weights for `inputs`; `edit` may change each layer's configuration."""
 
     def clone(layer: Any) -> Any:
         config = layer.get_config()
@@ -129,14 +129,14 @@ def cloned(network: Any, edit: Callable[[Any, dict[str, Any]], object], *, input
     twin.set_weights(network.get_weights())
     for layer in leaves(twin):
         if isinstance(layer, keras.layers.Normalization):
-            layer.finalize_state()  # it computes with what it made of its weights when it was built
+            layer.finalize_state()  # it computes with values derived from its weights
     return twin
 
 
 def leaves(layer: Any) -> Iterator[Any]:
-    """Walk the layers that hold no others; those inside a layer of the user's own are found like any other."""
+    """Walk the layers that contain no other layers, including those inside custom layers."""
     keras: Any = importlib.import_module("keras")
-    inner = [part for part in layer._layers if isinstance(part, keras.layers.Layer)]  # no public way
+    inner = [part for part in layer._layers if isinstance(part, keras.layers.Layer)]  # Keras has no public name for it
     for part in inner:
         yield from leaves(part)
     if not inner and isinstance(layer, keras.layers.Layer) and not isinstance(layer, keras.layers.InputLayer):
@@ -144,7 +144,7 @@ def leaves(layer: Any) -> Iterator[Any]:
 
 
 def _is_by_name(network: Any, path: Path) -> bool:
-    """Tell whether a file is of the older kind; such a one is compared here, since Keras passes over gaps."""
+    """Tell whether a file is in the older format, and compare its shapes, since Keras skips gaps."""
     import h5py
 
     with refusing(path, "weights in HDF5"), h5py.File(path, "r") as file:
@@ -156,24 +156,22 @@ def _is_by_name(network: Any, path: Path) -> bool:
             if not layer.weights:
                 continue
             if layer.name not in saved:
-                raise _do_not_fit(network, path, f"{layer.name}, which the file has not")
+                raise _do_not_fit(network, path, f"{layer.name}, which is missing from the file")
             arrays, here = saved[layer.name], [tuple(weight.shape) for weight in layer.weights]
             there = [tuple(arrays[name].shape) for name in map(os.fsdecode, arrays.attrs["weight_names"])]
             if here != there:
-                ours, theirs = (
-                    " and ".join(_sides(str(one)) for one in shapes) or "nothing" for shapes in (here, there)
-                )
+                ours, theirs = (" and ".join(_sides(str(one)) for one in each) or "nothing" for each in (here, there))
                 raise _do_not_fit(network, path, f"{layer.name}: {ours} here, {theirs} in the file")
     return True
 
 
 def _first_difference(text: str) -> str:
-    """Find the first layer that differs, and how, in what Keras says at length."""
+    """Extract the first layer that differs, and how, from Keras' long message."""
     name = re.search(r"<\w+ name=([^,>]+)", text)
     shapes = re.search(r"variable\.shape=(\([^)]*\)), Received: value\.shape=(\([^)]*\))", text)
     count = re.search(r"expected (\d+) variables?, but received (\d+)", text)
     if name is None:
-        return text.splitlines()[0] if text else "of which Keras does not say"
+        return text.splitlines()[0] if text else "not named by Keras"
     if shapes:
         return f"{name[1]}: {_sides(shapes[1])} here, {_sides(shapes[2])} in the file"
     return f"{name[1]}: {count[1]} arrays here, {count[2]} in the file" if count else name[1]
@@ -181,8 +179,8 @@ def _first_difference(text: str) -> str:
 
 def _do_not_fit(network: Any, path: Path, first: str) -> WeightsError:
     return WeightsError(
-        f"The weights in {path.name} do not fit {network.name}: the first layer that differs is {first}. Name the "
-        "backbone they were saved from, with its --alpha."
+        f"The weights in {path.name} do not fit {network.name}: the first layer that differs is {first}. "
+        "Use the backbone and `alpha` they were saved from."
     )
 
 

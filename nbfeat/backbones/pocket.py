@@ -1,22 +1,11 @@
-"""Pocket: a small convolutional network whose weights are in the package, so that it needs no download.
+"""Pocket: a small convolutional network whose weights ship with the package.
 
-Twenty plain convolutions with ReLU, in five blocks around a shortcut, each narrow in its middle (He et al. 2016, "Deep
-residual learning"). It was trained with batch norms, which are folded into the convolutions here.
+Twenty plain convolutions with ReLU in five residual bottleneck blocks (He et al. 2016, "Deep residual learning"). The
+batch norms used in training are folded into the convolutions.
 
-**Model card.** Data: 54,000 photographs of Tiny ImageNet (64 × 64 pixels, 200 classes), 6,000 more held out. Terms:
-these are for non-commercial research and education, and so are the weights; see ``POCKET-LICENSE``. Recipe: the
-program in the project's history, with seed 0; Pocket learned the classes and, mostly, the features that MobileNetV2 and
-MobileNet 0.75 give of the photographs, 44 epochs in 81 minutes on one core of a machine that was busy with other work.
-Weights: float16. Figures: with a linear classifier on its features, 51 % of the held-out photographs (at 64 pixels) are
-given their class, of 200, and 76 % within five guesses; of 300 photographs of five flowers, in five-fold
-cross-validation of ``make_pipeline(StandardScaler(), SVC(C=10))``, 0.767, where random weights have 0.40, raw pixels
-0.43, MobileNet 0.25 has 0.81 and MobileNetV2 0.82. Eight shuffles of those photographs give 0.73 to 0.773, 0.753 in
-the mean; at 96 pixels 0.765 in the mean, for half as much work again.
-
-Good for: trying things out, teaching, tests, a first look at photographs of things, animals and places. Not good for:
-fine differences, small things in large pictures, text, faces, medical or satellite images; results that are published,
-for which take a larger backbone; any decision about people. It has seen 200 kinds of things, as photographs on the
-web show them, and inherits what is uneven in those.
+**Model card.** Trained on 54,000 photographs of Tiny ImageNet (64 × 64 pixels, 200 classes), on the class labels and
+mostly on the features of MobileNetV2 and MobileNet 0.75, for 44 epochs; weights in float16. License: non-commercial
+research and education, see ``POCKET-LICENSE``. Accuracy, and what it isn't suited to: ``notebooks/guide/networks.md``.
 """
 
 from __future__ import annotations
@@ -35,7 +24,7 @@ WEIGHTS = Path(__file__).with_suffix(".npz")
 
 
 class Convolution(NamedTuple):
-    """A convolution and its ReLU; what the convolution called `shortcut` gave is added between the two."""
+    """A convolution and its ReLU; the output of the convolution `shortcut` is added in between."""
 
     name: str
     before: int  # channels
@@ -70,7 +59,7 @@ CONVOLUTIONS = (
 
 
 def build(size: int) -> Any:
-    """Build Pocket for square images of `size` pixels scaled as `torch`; weights are as Keras initializes them."""
+    """Build Pocket, without its weights, for square images of `size` pixels with `torch` scaling."""
     import keras
     from keras import layers
 
@@ -78,7 +67,7 @@ def build(size: int) -> Any:
     given: dict[str, Any] = {}
     for each in CONVOLUTIONS:
         if each.stride > 1:
-            # Even padding on all sides, as PyTorch has it: Keras' "same" pads unevenly where a kernel takes steps.
+            # Pads evenly on all sides as PyTorch does; Keras' "same" does not with a stride.
             x = layers.ZeroPadding2D(each.side // 2, name=f"{each.name}_pad")(x)
         how = {"padding": "valid" if each.stride > 1 else "same", "activation": None if each.shortcut else "relu"}
         x = layers.Conv2D(each.after, each.side, strides=each.stride, name=each.name, **how)(x)
@@ -91,8 +80,8 @@ def build(size: int) -> Any:
 
 
 def read(sha256: str) -> dict[str, list[NDArray[np.float32]]]:
-    """Return each layer's kernel (rows, columns, inputs, outputs) and bias, from the file here of that SHA-256."""
-    advice = "Install nbfeat again: `pip install --force-reinstall --no-deps nbfeat`."
+    """Return each layer's kernel (rows, columns, inputs, outputs) and bias, from the weights file with that SHA-256."""
+    advice = "Reinstall nbfeat: `pip install --force-reinstall --no-deps nbfeat`."
     try:
         content = WEIGHTS.read_bytes()
     except OSError as error:
@@ -100,8 +89,8 @@ def read(sha256: str) -> dict[str, list[NDArray[np.float32]]]:
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise WeightsError(
-            f"The weights of Pocket in {WEIGHTS} are not those of this release: their SHA-256 begins with {found[:8]}, "
-            f"not with {sha256[:8]}. {advice}"
+            f"The weights of Pocket in {WEIGHTS} don't belong to this release: their SHA-256 starts with {found[:8]}, "
+            f"not {sha256[:8]}. {advice}"
         )
     weights: dict[str, list[NDArray[np.float32]]] = {}
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:

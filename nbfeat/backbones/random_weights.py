@@ -1,8 +1,7 @@
-"""Seeded random weights, for tests and for trying things out.
+"""Seeded random weights, for tests and experiments.
 
-As Keras initializes them, features have norms from 1e-18 (MobileNet) to 1e10 (EfficientNetV2L), so they are drawn here
-(He et al. 2015, by fan-in) and every batch norm takes its statistics from one batch of smooth noise. NumPy draws them,
-so that they are the same on every Keras backend.
+Keras' initializers give feature norms from 1e-18 (MobileNet) to 1e10 (EfficientNetV2L). Here NumPy draws the weights
+(He et al. 2015, by fan-in), the same on every backend, and one batch of smooth noise sets the batch norm statistics.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from nbfeat.backbones.keras_weights import leaves
 
 SEED = 20_150_206  # the day He et al.'s "Delving deep into rectifiers" appeared
 CALIBRATION_IMAGES = 8
-# The middle and half the range of scaled pixels; a network without scaling takes 0 … 255 and scales inside itself.
+# The middle and half the range of scaled pixels; with "none" they are 0 … 255.
 _RANGES = {"tf": (0, 1), "torch": (0, 2), "caffe": (0, 127.5), "none": (127.5, 127.5)}
 
 
 def draw(network: Any, scaling: Scaling) -> None:
-    """Give `network` seeded random weights whose features have a sane scale, the same on every backend."""
+    """Give `network` seeded random weights that keep its features at a sensible scale."""
     layers = importlib.import_module("keras").layers
     for layer in leaves(network):
         for variable in layer.weights:
             shape, is_norm = variable.shape, isinstance(layer, layers.BatchNormalization)
             if variable.name == "bias" or (is_norm and variable.name in {"gamma", "beta"}):
-                # As Keras has them; but what it has on OpenVINO is a graph, compiled whenever it is asked for.
+                # Keras' own values, but on OpenVINO those would be graphs, compiled at every access.
                 variable.assign(np.full(shape, variable.name == "gamma", "float32"))
             if "kernel" not in variable.name:
                 continue
@@ -42,7 +41,7 @@ def draw(network: Any, scaling: Scaling) -> None:
 
 
 def _calibrate(network: Any, scaling: Scaling) -> None:
-    """Set the statistics of every batch norm from one pass over smooth noise."""
+    """Set all batch norm statistics from one pass over smooth noise."""
     keras: Any = importlib.import_module("keras")
     kind = keras.layers.BatchNormalization
     if not (norms := [layer for layer in network.layers if isinstance(layer, kind)]):
@@ -66,7 +65,7 @@ def _calibrate(network: Any, scaling: Scaling) -> None:
             twin.get_layer(layer.name).set_weights(layer.get_weights())
     noise = _smooth_noise(network.input_shape[1], scaling)
     measure = keras.Model(twin.inputs, [moments(twin.get_layer(norm.name).input) for norm in norms])
-    # On OpenVINO a tensor is a graph of its own: `predict` computes all of them at once.
+    # On OpenVINO each tensor is a separate graph; `predict` computes all of them at once.
     all_at_once = keras.backend.backend() == "openvino"
     measured = measure.predict(noise, verbose=0) if all_at_once else measure(noise, training=False)
     for norm, (mean, variance) in zip(norms, measured, strict=True):
@@ -75,7 +74,7 @@ def _calibrate(network: Any, scaling: Scaling) -> None:
 
 
 def _smooth_noise(size: int, scaling: Scaling) -> NDArray[np.float32]:
-    """Draw images in the range of `scaling` whose neighboring pixels are alike, as in photographs."""
+    """Draw images in the range of `scaling` that are smooth like photographs."""
     middle, spread = _RANGES[scaling]
     coarse = np.random.default_rng(SEED).normal(middle, 0.6 * spread, (CALIBRATION_IMAGES, 9, 9, 3))
     at = np.linspace(0, 8, size)

@@ -1,10 +1,9 @@
-"""The weights in a PyTorch checkpoint (``.pth``), read without PyTorch and without running what the file says.
+"""Read the weights in a PyTorch checkpoint (``.pth``) without PyTorch and without running code from the file.
 
-A checkpoint is a pickle that describes tensors, and beside it the bytes of their storages: since PyTorch 1.6 as members
-of a zip, before that in a row. Python's own unpickler, the one in Python, reads it with the steps and names that state
-dicts need and no others (``torch/_utils.py``, ``torch/serialization.py``). Whatever a file holds, reading it runs
-nothing, opens no other file, and takes no more memory than the tensors do that its own bytes can fill, a copy of one of
-them, and some 50 MB.
+A checkpoint is a pickle that describes tensors, plus the bytes of their storages: members of a zip since PyTorch 1.6,
+consecutive before that. Python's pure-Python unpickler reads it, limited to the opcodes and names that state dicts need
+(``torch/_utils.py``, ``torch/serialization.py``). Reading any file runs nothing, opens no other file, and takes no more
+memory than the tensors that its bytes can fill, a copy of one of them, and about 50 MB.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from nbfeat.backbones.backbone import Backbone
 from nbfeat.errors import Refused, WeightsError, damaged, quote, refusing
 
 Arrays = dict[str, NDArray[Any]]
-LayerWeights = dict[str, list[NDArray[np.float32]]]  # what each layer's `set_weights` takes, by the layer's name
-Places = dict[str, tuple[int, int]]  # where the bytes of each storage begin in the file, and how many they are
+LayerWeights = dict[str, list[NDArray[np.float32]]]  # arrays for `set_weights`, by layer name
+Places = dict[str, tuple[int, int]]  # offset and number of bytes of each storage in the file
 
-MOST_BYTES = 4 << 20  # of a pickle, in which a tensor takes about 100, and of a zip's table of contents
+MOST_BYTES = 4 << 20  # of a pickle (about 100 per tensor) and of a zip's table of contents
 MOST_STEPS = 500_000  # a tensor takes about 50; a step takes up to 100 bytes of memory
 MOST_AXES = 32  # NumPy 1's limit
-MOST_ELEMENTS = 1 << 48  # more than any file has, and far from where 64 bits overflow
+MOST_ELEMENTS = 1 << 48  # more than any file has, and far below a 64-bit overflow
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 _TYPES = {
     "Double": "<f8", "Float": "<f4", "Half": "<f2", "BFloat16": "V2", "Long": "<i8", "Int": "<i4", "Short": "<i2",
@@ -44,61 +43,58 @@ _MEMBER = re.compile(
     r"((?!\.\.?/)[^/\\\0]+)/"
     r"(data\.pkl|data/[0-9]{1,20}|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id)"
 )
-_InPython: Any = pickle._Unpickler  # each step is a method, which the one in C lacks
-# None is of protocol 0: its numbers are decimal text, which takes quadratic time to read.
+_InPython: Any = pickle._Unpickler  # its steps are methods, unlike those of the one in C
+# None from protocol 0, whose decimal numbers take quadratic time to read.
 _STEPS = b"\x80(.N\x88\x89KMJ\x8aGUTX\x8c]})t\x85\x86\x87hjqr\x94c\x93QRae"
 _HARMLESS_FLAGS = 0x0808  # sizes follow the data, names are UTF-8
 
 
 def read(path: Path) -> Arrays:
-    """Return the tensors of a state dict by name, in the file's order; WeightsError where there is anything else.
-
-    bfloat16, which NumPy lacks, becomes float32 without loss. Names of one tensor (tied weights) have one array.
-    """
-    advice = "Save the weights alone, with torch.save(model.state_dict(), ...), or download them again."
+    """Return the tensors of a state dict by name, in file order; bfloat16 becomes float32, tied weights share one."""
+    advice = "Save only the weights, with torch.save(model.state_dict(), ...), or download them again."
     with refusing(path, "PyTorch weights", advice), path.open("rb") as file:
         head, size = file.read(20), os.fstat(file.fileno()).st_size
         if not head.startswith((b"PK\3\4", b"\x80")):
-            raise Refused(f"it is no checkpoint of PyTorch's (it begins with {quote(head)})")
+            raise Refused(f"it is not a PyTorch checkpoint (it starts with {quote(head)})")
         value, places = _read_zip(file) if head.startswith(b"PK") else _read_row(file, size)
-        if isinstance(value, dict):  # it may be beside what training needs
+        if isinstance(value, dict):  # training checkpoints nest it
             value = next((value[key] for key in ("state_dict", "model") if isinstance(value.get(key), dict)), value)
         if not isinstance(value, dict) or not value:
-            raise Refused("it holds no state dict")
+            raise Refused("it doesn't hold a state dict")
         arrays, by_name, room = Arrays(), Arrays(), size
         for name, tensor in value.items():
             if type(name) is not str or type(tensor) is not _Tensor:
-                raise Refused(f"its entry {quote(str(name))} is no tensor")
-            # Text has a hash that the file cannot foresee, to make all its tensors collide.
+                raise Refused(f"its entry {quote(str(name))} is not a tensor")
+            # A file cannot predict the hash of text, so it cannot make its tensors collide.
             one, storage = f"{tensor.storage.key} {tensor.offset} {tensor.shape} {tensor.strides}", tensor.storage
             if one not in arrays:
                 start, length = places.get(storage.key, (0, -1))
                 if length != storage.count * storage.dtype.itemsize:
-                    raise damaged(f"its storage {storage.key} is missing or has another size than its pickle says")
+                    raise damaged(f"its storage {storage.key} is missing, or its size differs from its pickle")
                 room -= tensor.span * storage.dtype.itemsize
                 if room < 0:
-                    raise Refused("its tensors share their bytes and would take more memory than the file has bytes")
+                    raise Refused("its tensors share bytes and would take more memory than the size of the file")
                 arrays[one] = tensor.read(file, start)
             by_name[name] = arrays[one]
         return by_name
 
 
 def _read_zip(file: BinaryIO) -> tuple[object, Places]:
-    """Return what the checkpoint describes, and where its storages lie, by their keys."""
+    """Return the pickled value and the places of its storages by key."""
     places = _members(file)
     if not 0 < places.get("data.pkl", (0, 0))[1] <= MOST_BYTES:
-        raise Refused(f"it is a zip without the data.pkl of a checkpoint, or with one of over {MOST_BYTES:,} bytes")
+        raise Refused(f"it is a zip whose data.pkl is missing, empty or larger than {MOST_BYTES:,} bytes")
     if "byteorder" in places and _bytes_at(file, *places["byteorder"]) != b"little":
         raise Refused("its numbers are not little-endian")
     unpickler = _Unpickler(_bytes_at(file, *places["data.pkl"]))
     value = unpickler.load()
     if unpickler.file.read(1):
-        raise damaged("its data.pkl goes on after its end")
+        raise damaged("its data.pkl continues after its end")
     return value, {name.removeprefix("data/"): place for name, place in places.items()}
 
 
 def _members(file: BinaryIO) -> Places:
-    """Return where the members of a zip lie, once it is sure that they lie apart, and as they were written."""
+    """Return the places of a zip's members after checking that they don't overlap and their checksums match."""
     end = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # ZipFile would read a table of any size
     if not end or end[5] > MOST_BYTES or end[8]:
         raise damaged("it does not end with the table of contents of its zip")
@@ -109,24 +105,24 @@ def _members(file: BinaryIO) -> Places:
             if member.compress_type or member.flag_bits & ~_HARMLESS_FLAGS or member.file_size != member.compress_size:
                 raise Refused(f"its member {name} is compressed or encrypted")
             if not known or len(folders | {known[1]}) > 1:
-                raise Refused(f"its member {name} is none that a checkpoint has")
+                raise Refused(f"its member {name} doesn't belong in a checkpoint")
             folders.add(known[1])
             start = member.header_offset + 30 + sum(struct.unpack("<2H", _bytes_at(file, member.header_offset + 26, 4)))
             if member.header_offset < free or known[2] in places or (member.header_offset and not places):
                 raise damaged(f"its member {name} overlaps another")
             places[known[2]], free = (start, member.file_size), start + member.file_size
         if free > archive.start_dir or len(places) != end[4]:
-            raise damaged("its table of contents is not that of its members")
+            raise damaged("its table of contents doesn't match its members")
         if bad := archive.testzip():
-            raise damaged(f"the bytes of its member {quote(bad)} are not those that were written")
+            raise damaged(f"the checksum of its member {quote(bad)} doesn't match")
     return places
 
 
 def _read_row(file: BinaryIO, size: int) -> tuple[object, Places]:
-    """Return what a checkpoint from before PyTorch 1.6 describes, and where its storages lie, by their keys."""
+    """Do the same for a checkpoint from before PyTorch 1.6."""
     unpickler = _Unpickler(_bytes_at(file, 0, MOST_BYTES))
     if unpickler.load() != _MAGIC or unpickler.load() != _VERSION:
-        raise Refused("it is a pickle, but none that PyTorch wrote")
+        raise Refused("it is a pickle that PyTorch didn't write")
     system, value, keys = unpickler.load(), unpickler.load(), unpickler.load()
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise Refused("its numbers are not little-endian")
@@ -134,11 +130,11 @@ def _read_row(file: BinaryIO, size: int) -> tuple[object, Places]:
     for key in keys:
         storage = unpickler.storages.get(key) if isinstance(key, str) else None
         if storage is None or _bytes_at(file, at, 8) != storage.count.to_bytes(8, "little"):
-            raise damaged("its storages are not those that its pickle describes")
+            raise damaged("its storages don't match its pickle")
         places[storage.key] = at + 8, storage.count * storage.dtype.itemsize
         at += 8 + places[storage.key][1]
     if at > size:
-        raise damaged(f"it should have {at:,} bytes and has {size:,}")
+        raise damaged(f"it should have {at:,} bytes but has {size:,}")
     return value, places
 
 
@@ -150,13 +146,13 @@ def _bytes_at(file: BinaryIO, start: int, count: int) -> bytes:
 @dataclass(frozen=True, slots=True)
 class _Storage:
     key: str
-    dtype: np.dtype[Any]  # two plain bytes for bfloat16, which NumPy has not
+    dtype: np.dtype[Any]  # two plain bytes for bfloat16, which NumPy lacks
     count: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A view that lies within its storage; offset, strides and span, from its first to its last, count elements."""
+    """A view within its storage; offset, strides and span (first to last) count elements."""
 
     storage: _Storage
     offset: int
@@ -165,11 +161,11 @@ class _Tensor:
     span: int
 
     def read(self, file: BinaryIO, start: int) -> NDArray[Any]:
-        """Return its elements from a file where its storage begins at byte `start`, as an array in C order."""
+        """Return its elements as a C-ordered array; its storage starts at byte `start`."""
         item = self.storage.dtype.itemsize
         file.seek(start + self.offset * item)
         elements = np.fromfile(file, self.storage.dtype, self.span)
-        # NumPy too refuses a view that leaves `elements`. An axis of length 1 may have any stride.
+        # NumPy also rejects a view outside `elements`; an axis of length 1 may have any stride.
         steps = [step * item if length > 1 else 0 for length, step in zip(self.shape, self.strides, strict=True)]
         array = np.ndarray(self.shape, elements.dtype, elements, 0, steps).astype(elements.dtype, "C", copy=False)
         if array.dtype.kind == "b":
@@ -182,24 +178,24 @@ class _Tensor:
 
 
 def _naturals(*numbers: object) -> bool:
-    """Tell whether all are ints that a file may have so many elements; NumPy takes no bool for a length."""
+    """Tell whether all are ints (not bools) in the range of element counts."""
     return all(type(number) is int and 0 <= number < MOST_ELEMENTS for number in numbers)
 
 
 class _Steps(dict[int, Any]):
-    """What each step of a pickle does; any other step, and one too many, is refused."""
+    """The supported pickle opcodes; any other, and too many of them, are refused."""
 
     left = MOST_STEPS
 
     def __getitem__(self, step: int) -> Any:
         self.left -= 1
         if self.left < 0 or step not in self:
-            raise Refused(f"its pickle has a step, {quote(bytes([step]))}, that no state dict needs, or too many")
+            raise Refused(f"its pickle has an unsupported step, {quote(bytes([step]))}, or too many steps")
         return super().__getitem__(step)
 
 
 class _Unpickler(_InPython):  # type: ignore[misc]
-    """Reads pickles in a row; it recurses into nothing, sets no attributes, hashes only text and small numbers."""
+    """Reads consecutive pickles; never recurses or sets attributes, and hashes only text and small numbers."""
 
     def __init__(self, data: bytes) -> None:
         self.file = io.BytesIO(data)
@@ -215,7 +211,7 @@ class _Unpickler(_InPython):  # type: ignore[misc]
         if full == "collections.OrderedDict":
             return self._ordered_dict
         if full not in _FOUND:
-            raise Refused(f"it asks for {quote(full)}, which weights do not need and which was not run")
+            raise Refused(f"it refers to {quote(full)}, which weights don't need (it was not run)")
         return _FOUND[full]
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -223,16 +219,16 @@ class _Unpickler(_InPython):  # type: ignore[misc]
             case ("storage", np.dtype() as dtype, str(key), str(), count, *view) if view in ([], [None]):
                 storage = _Storage(key, dtype, count)
             case _:
-                raise Refused("its pickle refers to what is not the storage of a tensor")
-        # The key is in the text of every tensor, so it is kept short.
+                raise Refused("its pickle refers to something other than a tensor's storage")
+        # Every tensor's text includes the key, so it must be short.
         if not re.fullmatch(r"[0-9]{1,20}", key, re.ASCII) or not _naturals(count):
             raise damaged("a storage in it has an impossible name or size")
         if self.storages.setdefault(key, storage) != storage:
-            raise damaged(f"it describes storage {key} in two ways")
+            raise damaged(f"it describes storage {key} twice, differently")
         return storage
 
     def _ordered_dict(self, pairs: Iterable[Any] = ()) -> dict[Any, Any]:
-        """Make a dict of nothing, or of a list of pairs, as Python 2 wrote it; one list may be given many times."""
+        """Make a dict, from a list of pairs if Python 2 wrote it; a file may repeat one list many times."""
         made = dict[Any, Any]()
         for key, value in pairs:
             self.dispatch.left -= 1
@@ -244,22 +240,22 @@ class _Unpickler(_InPython):  # type: ignore[misc]
             self.stack[-1][_key(key)] = value
 
     def _build(self) -> None:
-        """Leave out the state of an OrderedDict, which is the `_metadata` of a state dict."""
+        """Skip the state of an OrderedDict, the `_metadata` of a state dict."""
         self.stack.pop()
         if type(self.stack[-1]) is not dict:
-            raise damaged("its pickle sets what has no state")
+            raise damaged("its pickle sets the state of something that has none")
 
     _KNOWN: ClassVar[dict[int, Any]] = {
         **{step: _InPython.dispatch[step] for step in _STEPS},
         pickle.SETITEM[0]: lambda self: self._fill([self.stack.pop(-2), self.stack.pop()]),
         pickle.SETITEMS[0]: lambda self: self._fill(self.pop_mark()),
         pickle.BUILD[0]: _build,
-        pickle.FRAME[0]: lambda self: self.read(8),  # how long a frame is
+        pickle.FRAME[0]: lambda self: self.read(8),  # the length of a frame
     }
 
 
 def _key(key: Any) -> Any:
-    # Text is hashed with a secret of the process and small numbers do not collide; other keys could take for ever.
+    # Text hashes are salted and small numbers don't collide; other keys could collide on purpose and take forever.
     if not (type(key) is str or _naturals(key)):
         raise Refused("a dict in its pickle has a key that is neither text nor a number")
     return key
@@ -268,19 +264,19 @@ def _key(key: Any) -> Any:
 def _rebuild_tensor(
     storage: Any, offset: Any, shape: Any, strides: Any, _gradient: Any = None, _hooks: Any = None, metadata: Any = None
 ) -> _Tensor:
-    """Describe a tensor that lies within its storage and has no more elements than it."""
+    """Describe a tensor after checking that it lies within its storage."""
     if not (
         type(storage) is _Storage and type(shape) is tuple and type(strides) is tuple
         and len(shape) == len(strides) <= MOST_AXES and _naturals(offset, *shape, *strides)
-        and math.prod(length or 1 for length in shape) <= MOST_ELEMENTS  # NumPy checks those beside a zero too
+        and math.prod(length or 1 for length in shape) <= MOST_ELEMENTS  # NumPy also checks lengths next to a zero
     ):  # fmt: skip
         raise damaged("a tensor in it has an impossible shape")
     if metadata:
-        raise Refused("a tensor in it is to be conjugated or negated")
+        raise Refused("a tensor in it is marked as conjugated or negated")
     last = sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
     span = 0 if 0 in shape else last + 1
     if math.prod(shape) > storage.count or (span and offset + span > storage.count):
-        raise damaged("a tensor in it reaches beyond its storage")
+        raise damaged("a tensor in it extends beyond its storage")
     return _Tensor(storage, offset, shape, strides, span)
 
 
@@ -293,7 +289,7 @@ _FOUND: dict[str, Any] = {
 
 
 class Convolution(NamedTuple):
-    """A convolution of a network written here."""
+    """A convolution of AlexNet or GoogLeNet."""
 
     name: str  # in Keras
     key: str  # in a state dict
@@ -303,12 +299,12 @@ class Convolution(NamedTuple):
 
 
 def array_of(arrays: Arrays, backbone: Backbone, key: str, *shape: int) -> NDArray[np.float32]:
-    """Return one array of what is published for `backbone`, as float32; WeightsError where it is not of this shape."""
-    advice = f"Take the file that torchvision publishes, {backbone.published}."
+    """Return one array of the published weights as float32; raise WeightsError if its shape differs."""
+    advice = f"Use the file that torchvision publishes, {backbone.published}."
     if key not in arrays:
-        raise WeightsError(f"There is no {key} among these weights, so they are not {backbone.name}'s. {advice}")
+        raise WeightsError(f"These weights don't belong to {backbone.name}: {key} is missing. {advice}")
     if arrays[key].shape != shape:
         both = arrays[key].shape, shape
         found, wanted = (" × ".join(f"{side:,}" for side in one) or "a single number" for one in both)
-        raise WeightsError(f"{key} is {found}; {backbone.name} has {wanted} there. {advice}")
+        raise WeightsError(f"These weights don't fit {backbone.name}: {key} is {found}, not {wanted}. {advice}")
     return np.ascontiguousarray(arrays[key], np.float32)

@@ -1,8 +1,7 @@
-"""Weights for a network: published ones, bundled ones, a file, or drawn from a seed; found, downloaded, verified.
+"""Find, download, verify and load a network's weights: published, bundled, from a file, or random.
 
-Published weights of Keras' own networks come from the address and with the check that Keras gives them, into Keras' own
-folder; those of the networks written here from where PyTorch publishes them, checked by the hash in their name: once,
-into the home folder, or from where PyTorch itself left them.
+Keras downloads and verifies the weights of its own networks. Those of AlexNet and GoogLeNet come from PyTorch's server
+or cache, verified by the hash in their names, and are stored in the home folder.
 """
 
 from __future__ import annotations
@@ -28,29 +27,29 @@ from nbfeat.paths import file_written_whole, home
 HOST = "https://download.pytorch.org/models"
 PATIENCE = 30.0  # seconds without a byte
 NOTE_EVERY = 1.0  # seconds
-LARGEST = 1_000_000_000  # bytes; AlexNet's have 244 million
+LARGEST = 1_000_000_000  # bytes; AlexNet's take 244 million
 
 Tell = Callable[[str], None]
 CHECKPOINTS = (".pth", ".pt")
-NAMED = ("imagenet", "bundled", "random")  # what --weights takes beside files
+NAMED = ("imagenet", "bundled", "random")  # accepted besides files
 SUFFIXES = (".h5", ".keras", *CHECKPOINTS)
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What was loaded: one of NAMED or a file name, and the SHA-256 of the file or of the drawn arrays."""
+    """The loaded weights: one of NAMED or a file name, and the SHA-256 of the file or the drawn arrays."""
 
     name: str
     sha256: str
 
 
 def load(backbone: Backbone, make: Callable[[str | None], Any], weights: str, tell: Tell) -> tuple[Any, Loaded]:
-    """Build the network of `backbone` by `make` and give it `weights`; `tell` hears of a download before it begins."""
+    """Build the network of `backbone` with `make` and load `weights`; `tell` is called before a download."""
     if weights == "imagenet" and backbone.package == "keras.applications":
         with _watched_downloads(tell) as files:
             network = make("imagenet")
         return network, Loaded("imagenet", digest(Path(files[-1])))
-    # Reading files takes more imports than a notebook needs.
+    # These imports are slow and often not needed.
     from nbfeat.backbones import keras_weights, pocket, random_weights
 
     network = make(None)
@@ -63,7 +62,7 @@ def load(backbone: Backbone, make: Callable[[str | None], Any], weights: str, te
         return network, Loaded("random", digest_of_arrays(network.get_weights()))
     path = on_this_machine(backbone) if weights == "imagenet" else weights_file(weights)
     if path is None:
-        raise _not_downloaded(backbone, "they were not downloaded")
+        raise _not_downloaded(backbone, "no download was started")
     if path.suffix in CHECKPOINTS:
         _load_checkpoint(backbone, network, path)
     else:
@@ -73,15 +72,13 @@ def load(backbone: Backbone, make: Callable[[str | None], Any], weights: str, te
 
 
 def weights_file(weights: str) -> Path:
-    """Return the path of a weights file, or say what `weights` may be."""
+    """Return the absolute path of a weights file; raise RequestError if it is not one."""
     path = Path(weights).expanduser()
     if not path.is_file():
-        raise RequestError(
-            f"--weights takes imagenet, bundled, random or a file of weights; there is no file {weights!r}."
-        )
+        raise RequestError(f"`weights` must be imagenet, bundled, random or an existing file, not {weights!r}.")
     if path.suffix not in SUFFIXES:
-        endings = "its name should end in .weights.h5, .h5, .keras or .pth"
-        raise RequestError(f"{path.name} is not a file of weights: {endings}.")
+        endings = ".weights.h5, .h5, .keras or .pth"
+        raise RequestError(f"{path.name} is not a weights file: use one whose name ends in {endings}.")
     return path.absolute()
 
 
@@ -92,7 +89,7 @@ def digest(path: Path) -> str:
 
 
 def digest_of_arrays(arrays: list[NDArray[np.float32]]) -> str:
-    """Return the SHA-256 of the bytes of arrays, in order."""
+    """Return the SHA-256 of the arrays' bytes, in order."""
     total = hashlib.sha256()
     for array in arrays:
         total.update(np.ascontiguousarray(array).data)
@@ -102,8 +99,8 @@ def digest_of_arrays(arrays: list[NDArray[np.float32]]) -> str:
 def _load_checkpoint(backbone: Backbone, network: Any, path: Path) -> None:
     if not backbone.published:
         raise WeightsError(
-            f"{path.name} is a checkpoint of PyTorch's, which is read for AlexNet and GoogLeNet alone: give "
-            f"{backbone.name} a file of Keras weights."
+            f"{path.name} is a PyTorch checkpoint, which works only for AlexNet and GoogLeNet: use Keras weights for "
+            f"{backbone.name}."
         )
     from nbfeat.backbones import torch_weights
 
@@ -114,7 +111,7 @@ def _load_checkpoint(backbone: Backbone, network: Any, path: Path) -> None:
 
 @contextmanager
 def _watched_downloads(tell: Tell) -> Iterator[list[str]]:
-    """Watch Keras' `get_file`: tell of downloads, and turn a failed one into a sentence that helps."""
+    """Wrap Keras' `get_file` to announce downloads and raise WeightsError if one fails."""
     from keras.src.backend import config
     from keras.src.utils import file_utils
 
@@ -123,7 +120,7 @@ def _watched_downloads(tell: Tell) -> Iterator[list[str]]:
     def get_file(fname: str, origin: str, *args: Any, **kwargs: Any) -> str:
         place = Path(config.keras_home(), "models", fname)
         if not place.exists():
-            tell(f"downloading {fname} (once; it stays in {place.parent})")
+            tell(f"downloading {fname} (once; it is saved in {place.parent})")
         try:
             path: str = original(fname, origin, *args, **kwargs)
         except Exception as error:
@@ -140,7 +137,7 @@ def _watched_downloads(tell: Tell) -> Iterator[list[str]]:
 
 
 def on_this_machine(backbone: Backbone) -> Path | None:
-    """Return a whole file of the published weights of `backbone`, or None."""
+    """Return a complete file of the published weights of `backbone`, or None."""
     torch_home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch"
     for folder in (home() / "weights", Path(torch_home).expanduser() / "hub" / "checkpoints"):
         with suppress(OSError):
@@ -150,15 +147,15 @@ def on_this_machine(backbone: Backbone) -> Path | None:
 
 
 def fetch(backbone: Backbone, folder: Path) -> Generator[str, None, Path]:
-    """Return where the published weights of `backbone` are, downloaded to `folder` if need be; yield how far it is."""
+    """Return the path of the published weights, downloaded to `folder` if needed; yield the progress."""
     if here := on_this_machine(backbone):
         return here
     name = backbone.published
-    yield f"downloading {name} (once; it stays in {folder})"
+    yield f"downloading {name} (once; it is saved in {folder})"
     with file_written_whole(folder / name) as half:
         yield from _download(backbone, half)
         if not _is_published(backbone, name, sha256 := digest(half)):
-            raise _not_downloaded(backbone, f"what came is another file: its SHA-256 begins with {sha256[:8]}")
+            raise _not_downloaded(backbone, f"the server sent a different file: its SHA-256 starts with {sha256[:8]}")
     return folder / name
 
 
@@ -167,9 +164,9 @@ def _download(backbone: Backbone, path: Path) -> Iterator[str]:
     import urllib.error
     import urllib.request
 
-    address, done, noted_at = f"{HOST}/{backbone.published}", 0, time.monotonic()
+    url, done, noted_at = f"{HOST}/{backbone.published}", 0, time.monotonic()
     try:
-        with path.open("wb") as file, urllib.request.urlopen(address, timeout=PATIENCE) as answer:
+        with path.open("wb") as file, urllib.request.urlopen(url, timeout=PATIENCE) as answer:
             total = int(answer.headers.get("Content-Length") or 0)
             while part := answer.read1(1 << 20):
                 done += file.write(part)
@@ -183,7 +180,7 @@ def _download(backbone: Backbone, path: Path) -> Iterator[str]:
     except (OSError, http.client.HTTPException) as error:
         reason = str(getattr(error, "reason", error)) or type(error).__name__
         if isinstance(error, TimeoutError):
-            reason = f"nothing came for {PATIENCE:g} seconds"
+            reason = f"no data for {PATIENCE:g} seconds"
         elif isinstance(error, urllib.error.HTTPError):
             error.close()  # it holds the connection
             reason = f"the server answered {error.code} {error.reason}"
@@ -191,7 +188,7 @@ def _download(backbone: Backbone, path: Path) -> Iterator[str]:
 
 
 def _is_published(backbone: Backbone, name: str, sha256: str) -> bool:
-    """Tell whether a file of this name, in which PyTorch puts digits of the SHA-256, is the one for `backbone`."""
+    """Tell whether a file is the published one: PyTorch puts the first digits of the SHA-256 in its name."""
     digits = re.search(r"-([0-9a-f]{8,})\.pth$", name)
     return name == backbone.published and digits is not None and sha256.startswith(digits[1])
 
@@ -200,8 +197,8 @@ def _not_downloaded(backbone: Backbone, reason: str) -> WeightsError:
     return _not_here(f"{HOST}/{backbone.published}", home() / "weights" / backbone.published, reason)
 
 
-def _not_here(address: str, place: Path, reason: str) -> WeightsError:
+def _not_here(url: str, place: Path, reason: str) -> WeightsError:
     return WeightsError(
         f"The weights {place.name} are not on this machine and could not be downloaded ({reason}). "
-        f"Download {address} and put it at {place}, or use --weights random to try things out."
+        f"Download {url} and save it as {place}, or use `weights='random'` to try things out."
     )

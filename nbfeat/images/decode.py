@@ -1,6 +1,6 @@
 """Bytes, an array or a PIL image → RGB pixels, or the reason why an image fails.
 
-Every failure passes through `explained`; what a server answers is put into words in `remote`.
+Every failure passes through `explained`; answers of servers are described in `remote`.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ _lent = tuple(threading.Lock() for _ in range(61))
 
 
 def pixels_of(source: Source, specs: Sequence[PixelSpec]) -> list[Pixels]:
-    """Return the pixels (size, size, 3) of a loaded image for each of `specs`; threads may call this at once.
+    """Return the pixels (size, size, 3) of a loaded image for each of `specs`; thread-safe.
 
-    An ImageError depends on nothing but its content and the decoders, unless the reason is OUT_OF_MEMORY.
+    An ImageError depends only on the content and the decoders, unless the reason is OUT_OF_MEMORY.
     """
     with explained(source), _decoded(source, specs) as images:
         return [resize.fitted(image, spec) for image, spec in zip(images, specs, strict=True)]

@@ -41,10 +41,7 @@ def state(path: str, status: os.stat_result) -> bytes:
 
 
 def seen(path: str) -> bytes:
-    """Return the state of the file at `path`, then what of it all machines see alike; b"" where there is none.
-
-    A device has another number on each machine, and so a file another state.
-    """
+    """Return the state of the file at `path`, then the part that machines share (no device); b"" if missing."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):

@@ -14,7 +14,7 @@ WEB = frozenset({"http", "https"})
 FETCHED = WEB | {"s3", "gs"}
 ARCHIVE = "zip"
 PRIVATE = "NBFEAT_REMOTE_PRIVATE"  # the environment variable that allows private hosts
-NOT_ALLOWED = "URLs are fetched only with `allow_remote=True`"
+NOT_ALLOWED = "image URLs are fetched only with `allow_remote=True`"
 
 # fsspec's chains start with `name::`; without slashes, only an unlikely file name counts as a scheme.
 _SCHEME = re.compile(
@@ -36,7 +36,7 @@ class PrivateMachineError(OSError):
 
 
 def scheme_of(text: str) -> str:
-    """Return what `text` begins with where that makes it an address, in small letters, else "".
+    """Return the scheme of a URL in lower case; "" for other text.
 
     >>> scheme_of("HTTPS://example.org/a.jpg"), scheme_of("simplecache::s3://b/a.jpg"), scheme_of("C:/a.jpg")
     ('https', 'simplecache::', '')
@@ -58,7 +58,7 @@ def check(text: str) -> str:
 
 
 def redact_url(text: str) -> str:
-    """Return `text` as it may be shown: of addresses, neither user and password nor what follows a "?".
+    """Return `text` for display: URLs without user, password and query.
 
     >>> redact_url("https://me:secret@example.org/a.jpg?signature=abc")
     'https://example.org/a.jpg?…'
@@ -86,10 +86,7 @@ def is_public(machine: IPv4Address | IPv6Address) -> bool:
 
 
 def public_socket(info: tuple[Any, ...]) -> socket.socket:
-    """Return the socket to connect to the very address in `info`; raise PrivateMachineError where it is not public.
-
-    It is made right before it is connected, whichever way the address was found, so that nothing can come between.
-    """
+    """Return a socket for the address in `info`, just before it connects; raise PrivateMachineError unless public."""
     family, kind, protocol, _, address = info
     if family not in {socket.AF_INET, socket.AF_INET6} or not is_public(ip_address(address[0])):
         raise PrivateMachineError(str(address[0]))

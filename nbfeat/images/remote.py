@@ -1,8 +1,7 @@
 """A URL → the bytes of its image, fetched from the web or a bucket within limits, or read from a zip archive.
 
-One thread with an event loop asks for all of them. Whoever needs an image waits for it in a thread of its own, which
-takes no processor. Nothing is read beyond a limit, whatever a server says of itself: bodies are taken in pieces and
-never decompressed, each redirect is looked at before it is followed, and one deadline holds for all tries together.
+One thread with an event loop sends all requests; threads that need an image wait for it. No limit relies on what a
+server says: bodies are read in pieces and never decompressed, redirects are checked, and all tries share one deadline.
 """
 
 from __future__ import annotations
@@ -372,7 +371,7 @@ def _explained(error: Exception, limits: Limits) -> ImageError:
         (aiohttp.ClientConnectorDNSError if number in _NO_SUCH_HOST else (), "no such host", False),
         (aiohttp.ClientConnectorDNSError, "the host lookup failed", True),
         ((aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError), lost or "the connection was lost", True),
-        (ValueError, "no address that could be asked for", False),
+        (ValueError, "not a valid URL", False),
     ):
         if isinstance(error, kinds):
             return (_TransientError if may_pass else ImageError)(reason)

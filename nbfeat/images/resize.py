@@ -35,9 +35,9 @@ class PixelSpec:
 
 
 def reduction(width: int, height: int, spec: PixelSpec) -> int:
-    """Return by which of 1, 2, 4, 8 a JPEG of this size is reduced while it is decoded.
+    """Return the factor (1, 2, 4 or 8) by which a JPEG of this size is reduced while decoding.
 
-    Only as far as the short side stays LEAST_REDUCED times the target: the features' cosine to a full one stays 0.9995.
+    The short side stays at least LEAST_REDUCED times the target, so features keep a cosine of 0.9995.
 
     >>> reduction(4000, 3000, PixelSpec(224)), reduction(500, 375, PixelSpec(224))
     (2, 1)

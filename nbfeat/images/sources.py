@@ -31,9 +31,9 @@ MOST_BYTES = 2 << 30
 
 
 def read_pixels(value: object, specs: Sequence[PixelSpec], root: Path, fetch: Fetch | None = None) -> list[Pixels]:
-    """Return the pixels of the image that the cell `value` stands for, an array (size, size, 3) for each of `specs`.
+    """Return the pixels of the image in the cell `value`, an array (size, size, 3) for each of `specs`.
 
-    Relative paths start at `root`; `fetch` gets what is at an address. Raises ImageError for anything wrong with it.
+    Relative paths start at `root`; `fetch` reads URLs. Raises ImageError with the reason.
 
     >>> grey = np.full((40, 60), 128, np.uint8)
     >>> [pixels.shape for pixels in read_pixels(grey, [PixelSpec(32), PixelSpec(48, "crop")], Path())]
@@ -55,9 +55,9 @@ def load_image(value: object, root: Path, fetch: Fetch | None = None) -> tuple[S
 
 
 def load(value: object, root: Path, fetch: Fetch | None = None) -> tuple[Source, bytes | None]:
-    """Return what the cell `value` stands for, and the state of its file where that is sure to change with the file.
+    """Return the image in the cell `value`, and the state of its file if that changes whenever the file does.
 
-    Without `fetch` nothing is read that an address names. Raises ImageError with the reason why not.
+    Without `fetch`, URLs aren't read. Raises ImageError with the reason.
     """
     if fetch is not None and (address := address_of(value)) is not None:
         return fetch(address), None
@@ -170,7 +170,7 @@ def state_of(value: object, root: Path) -> bytes | None:
 
 
 def name_of(value: object) -> str:
-    """Return a short text for `value`: its path, or what it is; never raises.
+    """Return a short text for `value`, its path or kind; never raises.
 
     >>> name_of(b"..."), name_of(np.zeros((32, 32, 3), np.uint8)), name_of(None)
     ('<bytes, 3>', '<array 32×32×3 uint8>', 'None')
@@ -196,8 +196,7 @@ def spread(count: int, most: int) -> npt.NDArray[np.intp]:
 def image_column(frame: pd.DataFrame, asked: Hashable | None) -> Hashable:
     """Return the label of the column `asked` for, or of the one column that looks like images.
 
-    A column looks like images where at least 9 of 10 do among 50 values spread over the frame, missing ones aside.
-    Raises RequestError where there is none or several; it names them with their first values.
+    A column looks like images if 9 of 10 of 50 sampled values do. Raises RequestError, naming candidates, if unclear.
     """
     if asked is None:
         likely = likely_columns(frame)

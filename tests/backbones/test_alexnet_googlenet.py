@@ -152,21 +152,21 @@ def test_the_first_array_that_is_missing_or_of_another_shape_is_named() -> None:
     with pytest.raises(WeightsError) as caught:
         googlenet.weights_from(state)
     assert str(caught.value) == (
-        "There is no inception4c.branch3.1.bn.running_var among these weights, so they are not GoogLeNet's. "
-        "Take the file that torchvision publishes, googlenet-1378be20.pth."
+        "These weights don't belong to GoogLeNet: inception4c.branch3.1.bn.running_var is missing. "
+        "Use the file that torchvision publishes, googlenet-1378be20.pth."
     )
-    with pytest.raises(WeightsError, match=r"There is no features\.0\.weight among these weights"):
+    with pytest.raises(WeightsError, match=r"to AlexNet: features\.0\.weight is missing"):
         alexnet.weights_from(state)
     # The tower of 2012 as others publish it has 96 kernels.
     others["features.0.weight"] = np.ones((96, 3, 11, 11), np.float32)
     with pytest.raises(WeightsError) as caught:
         alexnet.weights_from(others)
     assert str(caught.value) == (
-        "features.0.weight is 96 × 3 × 11 × 11; AlexNet has 64 × 3 × 11 × 11 there. "
-        "Take the file that torchvision publishes, alexnet-owt-7be5be79.pth."
+        "These weights don't fit AlexNet: features.0.weight is 96 × 3 × 11 × 11, not 64 × 3 × 11 × 11. "
+        "Use the file that torchvision publishes, alexnet-owt-7be5be79.pth."
     )
     state["conv1.bn.bias"] = np.ones((), np.float32)
-    with pytest.raises(WeightsError, match=r"conv1\.bn\.bias is a single number; GoogLeNet has 64 there"):
+    with pytest.raises(WeightsError, match=r"conv1\.bn\.bias is a single number, not 64"):
         googlenet.weights_from(state)
 
 

@@ -43,13 +43,13 @@ def test_names_families_and_layers_are_consistent() -> None:
 def test_find_takes_any_case_and_names_what_is_near_and_where_all_are() -> None:
     assert find("ResNet50") is find("resnet50") is find("RESNET50") is CATALOG["ResNet50"]
     with pytest.raises(
-        RequestError, match=r"^There is no backbone 'Resnet5'\. Did you mean ResNet50.*`%backbones` lists"
+        RequestError, match=r"^Backbone 'Resnet5' not found\. Did you mean ResNet50.*`nbfeat\.backbones\(\)` lists"
     ):
         find("Resnet5")
     for name in ("", "*", "Grüße", "<img src=x>"):
         with pytest.raises(RequestError) as caught:
             find(name)
-        assert str(caught.value) == f"There is no backbone {name!r}. `%backbones` lists all."
+        assert str(caught.value) == f"Backbone {name!r} not found. `nbfeat.backbones()` lists all."
 
 
 def test_width_at_alpha() -> None:
@@ -60,7 +60,7 @@ def test_width_at_alpha() -> None:
         with pytest.raises(RequestError, match=f"{name} has no width multiplier"):
             find(name).width_at(1.0)
     for alpha in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(RequestError, match=f"--alpha {alpha} is no width multiplier for MobileNet"):
+        with pytest.raises(RequestError, match=f"`alpha` must be a positive number for MobileNet, not {alpha}"):
             find("MobileNet").width_at(alpha)
 
 
@@ -80,7 +80,7 @@ def test_backbones_matches_wildcards_in_any_case_or_names_what_is_near() -> None
     assert list(backbones("res*").index) == [name for name in CATALOG if name.startswith("ResNet")]
     assert list(backbones("VGG1?").index) == ["VGG16", "VGG19"]
     assert list(backbones("ResNet[15]*V2").index) == ["ResNet50V2", "ResNet101V2", "ResNet152V2"]
-    with pytest.raises(RequestError, match=r"No backbone's name matches 'Rezn\*'.*`%backbones` lists all\.$"):
+    with pytest.raises(RequestError, match=r"No backbone matches 'Rezn\*'.*`nbfeat\.backbones\(\)` lists all\.$"):
         backbones("Rezn*")
     with pytest.raises(RequestError, match=r"Did you mean .*ResNet50"):
         backbones("*ResNet5")

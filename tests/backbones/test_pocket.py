@@ -55,7 +55,7 @@ def test_a_file_that_is_not_the_release_s_is_refused_in_a_sentence(
         pocket.read(POCKET.bundled)
     text = str(caught.value)
     assert str(copy) in text
-    assert "Install nbfeat again" in text
+    assert "Reinstall nbfeat" in text
     assert change == "missing" or POCKET.bundled[:8] in text
 
 
@@ -108,10 +108,10 @@ def test_its_weights_may_be_random(photos: pd.DataFrame) -> None:
 @pytest.mark.parametrize(
     ("block", "words"),
     [
-        ("Pocket --weights imagenet", "Pocket has no ImageNet weights: leave --weights away"),
-        ("VGG16 --weights bundled", "The weights of VGG16 are not bundled, only Pocket's: leave --weights away."),
+        ("Pocket --weights imagenet", "Pocket has no ImageNet weights: drop `weights`"),
+        ("VGG16 --weights bundled", "VGG16 has no bundled weights, only Pocket does: drop `weights`."),
         ("Pocket --alpha 0.5", "Pocket has no width multiplier"),
-        ("Pocket --size 16", "Pocket takes images of at least 32 pixels, not --size 16."),
+        ("Pocket --size 16", "`size` must be at least 32 for Pocket, not 16."),
     ],
 )
 def test_what_it_is_not_is_told(block: str, words: str, photos: pd.DataFrame) -> None:

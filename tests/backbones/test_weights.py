@@ -88,7 +88,7 @@ def test_a_file_that_comes_whole_is_kept_and_not_fetched_again(
 ) -> None:
     server.put(f"/{backbone.published}", sent(DATA, way))
     told, path = fetched(backbone, folder)
-    assert told[0] == f"downloading {backbone.published} (once; it stays in {folder})"
+    assert told[0] == f"downloading {backbone.published} (once; it is saved in {folder})"
     assert (f"downloading {backbone.published}: 0 of 0 MB" in told) == (way != "without a length")
     assert path.read_bytes() == DATA
     assert list(folder.iterdir()) == [path]
@@ -101,8 +101,8 @@ def test_a_file_that_comes_whole_is_kept_and_not_fetched_again(
     [
         ("404", "the server answered 404 Not Found"),
         ("cut", "the connection ended after 50,000 of 100,000 bytes"),
-        ("stalled", "nothing came for 0.2 seconds"),
-        ("another file", "what came is another file: its SHA-256 begins with "),
+        ("stalled", "no data for 0.2 seconds"),
+        ("another file", "the server sent a different file: its SHA-256 starts with "),
         ("too large", "it is larger than 60,000 bytes"),
         ("nobody there", "Connection refused"),
     ],
@@ -123,8 +123,8 @@ def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(
     assert reason in text
     assert "\n" not in text
     assert text.endswith(
-        f"Download {weights.HOST}/{backbone.published} and put it at {folder / backbone.published}, or use --weights "
-        "random to try things out."
+        f"Download {weights.HOST}/{backbone.published} and save it as {folder / backbone.published}, or use "
+        "`weights='random'` to try things out."
     )
     assert not list(folder.iterdir())
 
@@ -171,10 +171,12 @@ def test_checkpoints_are_for_the_networks_that_have_them(photos: pd.DataFrame, t
         WeightsError, match=r"mobilenet.pth is a checkpoint of PyTorch's, which is read for AlexNet and"
     ):
         nbfeat.extract(photos, f"MobileNet --size 64 --weights {file}", images="path")
-    with pytest.raises(WeightsError, match=r"There is no conv1.conv.weight among these weights, so they are not Goo"):
+    with pytest.raises(WeightsError, match=r"These weights don't belong to GoogLeNet: conv1.conv.weight is missing"):
         nbfeat.extract(photos, f"GoogLeNet --size 64 --weights {file}", images="path")
     file.write_bytes(b"no checkpoint")
-    with pytest.raises(WeightsError, match=r"mobilenet.pth cannot be read as PyTorch weights: it is no checkpoint"):
+    with pytest.raises(
+        WeightsError, match=r"mobilenet.pth cannot be read as PyTorch weights: it is not a PyTorch checkpoint"
+    ):
         nbfeat.extract(photos, f"GoogLeNet --size 64 --weights {file}", images="path")
 
 

@@ -74,12 +74,12 @@ def test_weights_that_cannot_be_had_are_one_sentence_with_file_address_and_place
     assert "densenet121_weights_tf_dim_ordering_tf_kernels_notop.h5" in text
     assert "https://storage.googleapis.com/" in text
     assert str(tmp_path / "models") in text
-    assert "--weights random" in text
+    assert "weights='random'" in text
     assert not list((tmp_path / "models").glob("*.h5"))
 
 
 def test_a_file_that_holds_no_weights_is_refused(photos: pd.DataFrame, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="there is no file"):
+    with pytest.raises(RequestError, match="or an existing file"):
         nbfeat.extract(photos, "MobileNet --weights nosuch.h5", images="path")
     (tmp_path / "x.weights.h5").write_bytes(b"not hdf5")
     with pytest.raises(WeightsError, match=r"x\.weights\.h5 cannot be read as weights in HDF5"):
@@ -118,7 +118,7 @@ def test_a_map_that_is_too_large_to_flatten_is_refused_with_the_way_out(
     photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nbfeat.extraction.columns.free_bytes", lambda: 1_000_000)
-    with pytest.raises(RequestError, match=r"16,384 features per image.*1.3 MB.*--pooling avg"):
+    with pytest.raises(RequestError, match=r"16,384 features per image.*1.3 MB.*pooling='avg'"):
         nbfeat.extract(photos, f"{SMALL} --layer conv_pw_1_relu --pooling flatten", images="path")
 
 

@@ -481,7 +481,7 @@ def test_workers_obey_the_limits_of_this_process_and_no_others(
     result = nbfeat.extract(photos, "ResNet50", images="path", allow_remote=True, on="ray")
     assert [reason[:30] for reason in result.failures["reason"]] == ["127.0.0.1 is a private address"]
     result = nbfeat.extract(photos, "ResNet50", images="path", on="ray", cache=False)
-    assert [reason[:15] for reason in result.failures["reason"]] == ["images by addre"]
+    assert [reason[:15] for reason in result.failures["reason"]] == ["image URLs are "]
     assert not web.asked
 
 

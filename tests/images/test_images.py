@@ -137,15 +137,15 @@ MISSING: tuple[object, ...] = (None, float("nan"), np.float32("nan"), pd.NA, pd.
     [
         *((value, "the value is missing") for value in MISSING),
         *((address, NOT_ALLOWED) for address in REMOTE),
-        ("hdfs://node/a", "hdfs: addresses are not read, only http, https, s3, gs and zip: download the file first"),
-        ("file://server/share/a.jpg", "remote addresses are not read: download the file first"),
-        ("data:image/png;base64,iVBORw0KGgo=", "data: addresses are not read: decode them to bytes first"),
-        (b"", "the value holds no bytes"),
-        (7, "a value of type int: only paths, bytes, PIL images and uint8 arrays are read"),
-        ([1, 2], "a value of type list: only paths, bytes, PIL images and uint8 arrays are read"),
+        ("hdfs://node/a", "hdfs: URLs aren't supported, only http, https, s3, gs and zip: download the file first"),
+        ("file://server/share/a.jpg", "remote URLs aren't supported here: download the file first"),
+        ("data:image/png;base64,iVBORw0KGgo=", "data: URLs aren't supported: decode it to bytes first"),
+        (b"", "the value has no bytes"),
+        (7, "a value of type int, not a path, bytes, a PIL image or a uint8 array"),
+        ([1, 2], "a value of type list, not a path, bytes, a PIL image or a uint8 array"),
         (Image.new("RGB", (0, 5)), "the image has no pixels"),
-        (np.zeros(5, np.uint8), "an array of shape 5: only height × width, or with 1, 3 or 4 channels last, is read"),
-        *((np.zeros(shape, np.uint8), f"an array of shape {text}: ") for shape, text in SHAPES.items()),
+        (np.zeros(5, np.uint8), "an array of shape 5, not height × width with 0, 1, 3 or 4 channels last"),
+        *((np.zeros(shape, np.uint8), f"an array of shape {text}, not") for shape, text in SHAPES.items()),
         (np.zeros((5, 6, 3), np.float32), "an array of float32 has no defined range: convert it to uint8 or uint16"),
         *((np.zeros((5, 6), kind), f"an array of {kind} has no") for kind in ("int32", "uint32", "int8", "object")),
         (np.broadcast_to(np.uint8(0), (20_000, 20_000)), "too many pixels (20,000 × 20,000)"),
@@ -173,8 +173,8 @@ def test_files_that_are_not_read(tmp_path: Path) -> None:
     assert reason("pipe.jpg", tmp_path) == f"a pipe, socket or device, not a file: {tmp_path}/pipe.jpg"
     assert reason("/dev/zero").startswith("a pipe, socket or device")
     assert reason("video.jpg", tmp_path).startswith("too large for an image (3,221,225,472 bytes): ")
-    assert reason("a\0b.jpg", tmp_path).startswith("the path holds a character that no file name can: ")
-    assert reason("a\ud800b.jpg", tmp_path).startswith("the path holds a character that no file name can: ")
+    assert reason("a\0b.jpg", tmp_path).startswith("the path contains a character that file names can't have: ")
+    assert reason("a\ud800b.jpg", tmp_path).startswith("the path contains a character that file names can't have: ")
     assert reason("n" * 5_000, tmp_path).startswith("file name too long: ")
     assert len(reason("folder/" * 300 + "a.jpg", tmp_path)) == 200
 
@@ -196,20 +196,20 @@ def test_permission_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     [
         (b"just some text", "text, not an image"),
         (b"x" * 5_000, "text, not an image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a PostScript file, which is not read"),
-        (b"%PDF-1.7\n", "a PDF file, which is not read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a PostScript file"),
+        (b"%PDF-1.7\n", "a PDF file"),
         (b"<!DOCTYPE html><html><body>404</body></html>", "a web page, not an image"),
-        (b'<?xml version="1.0"?>\n<!-- by hand -->\n<svg width="5">', "an SVG drawing, which is not read"),
-        (b"\0\0\0\x18ftypheic" + bytes(40), "a HEIC photograph, which is not read: convert it to JPEG"),
+        (b'<?xml version="1.0"?>\n<!-- by hand -->\n<svg width="5">', "an SVG drawing"),
+        (b"\0\0\0\x18ftypheic" + bytes(40), "a HEIC photograph: convert it to JPEG"),
         (b"\0\0\0\x18ftypmp42" + bytes(40), "a video, not an image"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n", "a Git LFS pointer"),
         (b"\xff\x0a" + bytes(40), "a JPEG XL file"),
-        (bytes(range(150, 250)), "not an image, or of a format that is not read"),
-        (b"\xd7\xcd\xc6\x9a" + bytes(40), "not an image, or of a format that is not read"),  # WMF
+        (bytes(range(150, 250)), "not an image, or in an unsupported format"),
+        (b"\xd7\xcd\xc6\x9a" + bytes(40), "not an image, or in an unsupported format"),  # WMF
         (b"\x89PNG\r\n\x1a\n" + bytes(40), "damaged"),
         (b"\xff\xd8\xff\xe0\0\x10JFIF\0", "damaged"),
         (b"\xff\xd8", "not an image"),
-        (b"GIF89a", "damaged: it begins as GIF, but its header cannot be read"),
+        (b"GIF89a", "damaged: it starts like GIF, but its header can't be read"),
         (b"RIFF\0\0\0\0WEBPVP8 " + bytes(40), "damaged"),
     ],
 )
@@ -307,7 +307,7 @@ def test_modes(mode: str, color: Any, expected: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_modes_without_a_range(mode: str) -> None:
     image = Image.new(mode, (5, 5), 3)
-    expected = "32-bit and float images have no defined range: convert them to 8 or 16 bits"
+    expected = "32-bit and float images have no defined range: convert it to 8 or 16 bits"
     assert reason(image) == reason(encoded(image, "TIFF")) == expected
 
 
@@ -712,7 +712,7 @@ def test_the_column_that_looks_like_images_is_found(values: Any) -> None:
     ],
 )  # fmt: skip
 def test_other_columns_are_not_taken(values: Any) -> None:
-    with pytest.raises(RequestError, match=r"No column looks like images: other \(.+\) and x \(1\)\. .*--images"):
+    with pytest.raises(RequestError, match=r"No column looks like images: other \(.+\) and x \(1\)\. .*`images"):
         image_column(pd.DataFrame({"other": values, "x": 1}), None)
 
 
@@ -729,7 +729,7 @@ def test_several_candidates_are_named_with_their_first_values() -> None:
     with pytest.raises(RequestError) as caught:
         image_column(frame, None)
     assert str(caught.value) == (
-        "2 columns look like images: path ('photos/0.jpg') and mask (<bytes, 3>). Name one with --images COLUMN."
+        "2 columns look like images: path ('photos/0.jpg') and mask (<bytes, 3>). Name one with `images=COLUMN`."
     )
 
 
@@ -743,7 +743,7 @@ def test_many_columns_are_not_all_named() -> None:
 
 @pytest.mark.parametrize("frame", [pd.DataFrame({"pic": []}), pd.DataFrame(index=range(3)), pd.DataFrame()])
 def test_frames_with_nothing_to_go_by(frame: pd.DataFrame) -> None:
-    with pytest.raises(RequestError, match="--images COLUMN"):
+    with pytest.raises(RequestError, match="images=COLUMN"):
         image_column(frame, None)
 
 
@@ -765,10 +765,10 @@ def test_the_column_asked_for() -> None:
 
 def test_labels_that_would_not_do() -> None:
     twice = pd.DataFrame([["a.jpg", "b.jpg", 1]], columns=["pic", "pic", "x"])
-    with pytest.raises(RequestError, match="2 columns are called pic: rename all but one"):
+    with pytest.raises(RequestError, match="2 columns are named pic: rename all but one"):
         image_column(twice, "pic")
     with pytest.raises(RequestError, match="2 columns look like images"):
         image_column(twice, None)
     one_of_two = pd.DataFrame([["a.jpg", "text", 1]], columns=["pic", "pic", "x"])
-    with pytest.raises(RequestError, match="2 columns are called pic"):
+    with pytest.raises(RequestError, match="2 columns are named pic"):
         image_column(one_of_two, None)

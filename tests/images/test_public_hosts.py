@@ -55,16 +55,16 @@ def test_addresses_that_are_read() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("ftp://example.org/a.jpg", "ftp: addresses are not read"),
-        ("github://o:r@main/a.jpg", "github: addresses"),
-        ("github:o/r/a.jpg", "github: addresses"),
-        ("hdfs://node/a.jpg", "hdfs: addresses"),
-        ("memory://a.jpg", "memory: addresses"),
-        ("simplecache::https://example.org/a.jpg", "chained addresses are not read, except zip:"),
+        ("ftp://example.org/a.jpg", "ftp: URLs aren't supported"),
+        ("github://o:r@main/a.jpg", "github: URLs"),
+        ("github:o/r/a.jpg", "github: URLs"),
+        ("hdfs://node/a.jpg", "hdfs: URLs"),
+        ("memory://a.jpg", "memory: URLs"),
+        ("simplecache::https://example.org/a.jpg", "chained URLs aren't supported, except zip:"),
         ("filecache::s3://bucket/a.jpg", "chained"),
         ("file::/etc/passwd", "chained"),
-        ("https:/example.org/a.jpg", "begins with https://, but this one does not"),
-        ("s3:bucket/a.jpg", "begins with s3://"),
+        ("https:/example.org/a.jpg", "starts with https://, but pathlib"),
+        ("s3:bucket/a.jpg", "starts with s3://"),
     ],
 )
 def test_addresses_that_are_not_read(text: str, words: str) -> None:

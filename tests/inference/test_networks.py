@@ -77,4 +77,4 @@ def test_every_kind_of_file_with_a_classifier_serves_the_network_without(tmp_pat
         refused = found[kind]["refused"]
         assert "do not fit mobilenet_0.50_64: the first layer that differs is conv1: 3 × 3 × 3 × 16 here" in refused
         assert "3 × 3 × 3 × 8 in the file" in refused
-    assert "the first layer that differs is block1_conv1, which the file has not" in found["another network"]
+    assert "the first layer that differs is block1_conv1, which is missing from the file" in found["another network"]

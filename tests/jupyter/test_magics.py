@@ -55,7 +55,7 @@ def test_bad_usage_is_usage_error_itself_and_binds_nothing(notebook: Interactive
     before = notebook.user_ns["photos"]
     for line, words in (
         ("%extract foto MobileNet", r"'foto' is not defined.*photos"),
-        ("%extract photos MobilNet", "no backbone"),
+        ("%extract photos MobilNet", "not found"),
         ("%backbones Nothing*", "Nothing"),
         ("%extract_cache wipe", "alone or with clear"),
     ):
