@@ -6,7 +6,7 @@ import re
 
 _VERBS = (
     "bring call change check choose close compare delete drop extract free give install keep leave let lists make move "
-    "name needs? pass put remove rename restore run say select set takes? try update use write"
+    "name needs? pass put remove rename rerun restore run say select set takes? try update use write"
 )
 _STEP = re.compile(
     rf"""

@@ -200,7 +200,7 @@ def test_archives_that_are_more_than_a_model_are_refused(models: Path, tmp_path:
     bad.write_bytes(good.read_bytes()[:-400])
     assert "bad.keras cannot be read as a Keras model" in refusal(bad)
     rewritten(good, bad, config__json=b"[" * 100_000)
-    assert "damaged" in refusal(bad)
+    assert "corrupt" in refusal(bad)
     rewritten(good, bad, config__json=b'{"class_name": "Functional", "config": 3}')
     with pytest.raises((RequestError, WeightsError), match=r"bad\.keras"):
         find(str(bad))
@@ -235,7 +235,7 @@ def test_what_would_run_or_read_other_code_is_refused_wherever_it_is(
         }  # fmt: skip
 
     path = rewritten(models / "plain.keras", tmp_path / "bad.keras", config__json=changed(hide))
-    with pytest.raises(RequestError, match=r"bad\.keras has"):
+    with pytest.raises(RequestError, match=r"bad\.keras (has|uses)"):
         find(str(path))
 
 
@@ -290,7 +290,7 @@ def test_registered_networks_run_and_are_told_by_their_weights() -> None:
     assert found["own cached"] == [0, 3, 0]
     assert found["own engines"][0].startswith("Keras")
     assert (
-        "Own has, in its layer 'times', 'Times', whose code is not in the file, so Keras runs it" in found["own report"]
+        "The layer 'times' of Own uses 'Times', whose code is not in the file, so Keras runs it" in found["own report"]
     )
     assert found["policy"] == "mixed_bfloat16"
     assert found["state kept"]

@@ -167,9 +167,7 @@ def test_keras_fetches_its_own(server: Web) -> None:
 def test_checkpoints_are_for_the_networks_that_have_them(photos: pd.DataFrame, tmp_path: Path) -> None:
     file = tmp_path / "mobilenet.pth"
     file.write_bytes(checkpoint({"conv.weight": np.ones((1, 1), np.float32)}))
-    with pytest.raises(
-        WeightsError, match=r"mobilenet.pth is a checkpoint of PyTorch's, which is read for AlexNet and"
-    ):
+    with pytest.raises(WeightsError, match=r"mobilenet.pth is a PyTorch checkpoint, which works only for AlexNet and"):
         nbfeat.extract(photos, f"MobileNet --size 64 --weights {file}", images="path")
     with pytest.raises(WeightsError, match=r"These weights don't belong to GoogLeNet: conv1.conv.weight is missing"):
         nbfeat.extract(photos, f"GoogLeNet --size 64 --weights {file}", images="path")
