@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import pandas as pd
@@ -148,7 +148,7 @@ def selected(
         raise RequestError(f"No rows are left to score. {notes[0]} Use rows that have all of these.")
     chosen, most = wanted.taken(kept), len(kept) if rows is None else whole("rows")(rows)
     if len(kept) > most:
-        least = cv if isinstance(cv, int) and cv > 1 else 1
+        least = int(cv) if _is_count(cv) else 1
         if least > 1:  # before sampling, which would hide that a class is rare
             _check(least, chosen, None if groups is None else groups.iloc[kept].to_numpy())
         if chosen.is_classes and most < (needed := least * len(np.unique(chosen.answers))):
@@ -158,12 +158,16 @@ def selected(
     return chosen, notes
 
 
+def _is_count(cv: object) -> TypeGuard[int]:
+    return isinstance(cv, int | np.integer) and not isinstance(cv, bool)
+
+
 def folds_of(cv: Any, target: Target, groups: pd.Series | None, frame_rows: int) -> tuple[Folds, str]:
     """Split `target` into folds, given as positions in it, by a number or a splitter; also describe them."""
     from sklearn import model_selection as ms
 
     held = None if groups is None else groups.iloc[target.rows].to_numpy()
-    is_count = isinstance(cv, int | np.integer) and not isinstance(cv, bool)
+    is_count = _is_count(cv)
     if is_count:
         _check(int(cv), target, held)
         kinds = (ms.KFold, ms.StratifiedKFold) if held is None else (ms.GroupKFold, ms.StratifiedGroupKFold)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -221,7 +220,7 @@ def free_bytes(root: Path = ROOT, groups: Path = GROUPS) -> int | None:
     with suppress(OSError, ValueError):
         text = Path("/proc/meminfo").read_text(encoding="ascii")
         if available := re.search(r"^MemAvailable:\s*(\d+)", text, re.MULTILINE):
-            return min(1024 * int(available[1]), *_left_in_groups(root, groups), sys.maxsize)
+            return min([1024 * int(available[1]), *_left_in_groups(root, groups)])
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # macOS: half of physical memory
     except (AttributeError, ValueError, OSError):

@@ -118,11 +118,13 @@ class Run:
             return
         self.cache.use(kept for network in self.networks for kept in network.cache_keys.values())
         self.progress.recount([network.done for network in self.networks])
-        unfinished = set(self.progress.left(self._window))  # whose files may have changed since they were read
-        for image in [image for image, row in self.seen.items() if row in unfinished]:
-            del self.seen[image]
+        left = self.progress.left(self._window)
+        if self.seen:  # the files of unfinished images may have changed since they were read
+            unfinished = set(left)
+            for image in [image for image, row in self.seen.items() if row in unfinished]:
+                del self.seen[image]
         start = time.perf_counter()
-        for batch in cache_lookup(self.images, self.progress.left(self._window), self.networks, self.root, self.cache):
+        for batch in cache_lookup(self.images, left, self.networks, self.root, self.cache):
             self._take(batch)
             self.timings.recalling += time.perf_counter() - start
             yield batch
