@@ -32,7 +32,8 @@ from tests.conftest import ROOT
 GUIDE = ROOT / "notebooks" / "guide"
 OTHERS = ("README.md", "nbfeat/SKILL.md", ".github/llms.txt", ".github/CONTRIBUTING.md")
 PAGES = sorted([*GUIDE.glob("*.md"), *(path for name in OTHERS if (path := ROOT / name).is_file())])
-LINKED = sorted({*PAGES, *(path for folder in ("", ".github", "tests") for path in (ROOT / folder).glob("**/*.md"))})
+OWN = (".github", "binder", "nbfeat", "notebooks", "tests")  # an environment may lie next to them
+LINKED = sorted({*PAGES, *ROOT.glob("*.md"), *(path for folder in OWN for path in (ROOT / folder).rglob("*.md"))})
 REAL = GUIDE / "your-own-network.md"  # its subject is a network that is really built, which takes seconds
 BLOCK = re.compile(r"^```(\w*)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
