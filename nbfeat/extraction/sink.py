@@ -20,8 +20,7 @@ from nbfeat.extraction.network_state import Batch
 from nbfeat.extraction.recipe import Recipe, pack, unpack
 from nbfeat.extraction.request import Request
 from nbfeat.extraction.run import Run
-from nbfeat.images import fingerprint
-from nbfeat.images.sources import held, is_missing, name_of, path_of
+from nbfeat.images.sources import digest_of, name_of
 from nbfeat.parquet import dataset
 from nbfeat.parquet.dataset import Dataset
 from nbfeat.parquet.location import Location
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 BYTES = 64_000_000  # of features in one part
 LEAST_ROWS, MOST_ROWS = 512, 8192  # in one part; at most one part is lost if the process is killed
 LARGER = 3  # times larger parts on a cluster, where each starts new workers, which takes seconds
-LONGEST = 10_000  # characters of a path
 
 
 class MemorySink:
@@ -121,7 +119,7 @@ class DatasetSink:
             "rows": rows,
             "blocks": [[str(part.block), str(part.column), part.prefix] for part in self._parts],
             "images": [
-                [str(column), _digest_of_images(images[at * rows : (at + 1) * rows], self._run.root)]
+                [str(column), digest_of(images[at * rows : (at + 1) * rows], self._run.root)]
                 for at, column in enumerate(self._columns)
             ],
             "columns": [[name, checksum(table, [name])] for name in table.column_names],
@@ -338,19 +336,3 @@ def _made_before(frame: pd.DataFrame, prefixes: Sequence[str], *, replace: bool)
         names = re.compile(rf"(?:{'|'.join(map(re.escape, prefixes))})(?:_\d{{4,}})?|{dataset.FAILURE}")
         positions |= {at for at, label in enumerate(frame.columns) if names.fullmatch(str(label))}
     return positions
-
-
-def _digest_of_images(values: Iterable[object], root: Path) -> str:
-    """Return a digest of the cells of an image column: of absolute paths, or of the content of others."""
-    hasher = hashlib.sha256()
-    for value in values:
-        try:
-            if (text := path_of(value, root)) is None:
-                source = held(value)
-                content: Any = bytes(source) if isinstance(source, bytearray | memoryview) else source
-                text = "" if is_missing(source) else fingerprint.digest(content).hex()
-        except Exception:  # a URL that isn't read, or a broken image
-            text = str(value)
-        data = text[:LONGEST].encode(errors="surrogatepass")
-        hasher.update(b"%d:%b" % (len(data), data))
-    return hasher.hexdigest()

@@ -59,10 +59,23 @@ def test_rows_are_the_same_to_the_bit_for_any_batch_size_order_and_company(
         same(nbfeat.extract(photos, SMALL, batch_size=size, **options).features, whole)
     some = photos.sample(7, random_state=0)
     same(nbfeat.extract(some, SMALL, **options).features, whole.loc[some.index])
-    others = [f"{SMALL} --resize crop --prefix another"]  # a different network
-    if precision == "float32":  # the cache key of a cut doesn't depend on other cuts
-        others.append(f"{SMALL} --layer block1_out --pooling max")
-    same(nbfeat.extract(photos, SMALL, *others, **options)["pocket"], whole)
+    same(nbfeat.extract(photos, SMALL, f"{SMALL} --resize crop --prefix another", **options)["pocket"], whole)
+
+
+@pytest.mark.slow
+def test_cuts_beside_cuts_are_never_mixed_with_those_of_the_cuts_alone(photos: pd.DataFrame) -> None:
+    """OpenVINO fuses layers up to the next cut, so another cut changes the last bits of those after it."""
+    some, options = photos.head(6), {"images": "path", "precision": "float32"}
+    layers = [layer.name for layer in CATALOG["ResNet50V2"].layers][::3]
+    blocks = [f"ResNet50V2 --size 64 --weights random --layer {layer}" for layer in layers]
+    alone = [nbfeat.extract(some, block, **options) for block in blocks]
+    together = nbfeat.extract(some, blocks, **options)
+    same(together.features, nbfeat.extract(some, blocks, **options, cache=False).features)
+    assert together.cached == 0
+    again = [nbfeat.extract(some, block, **options) for block in blocks]
+    for first, second in zip(alone, again, strict=True):
+        same(second.features, first.features)
+        assert second.cached == len(some)
 
 
 def test_an_engine_closed_in_flight_has_all_its_buffers_again(stored: Stored) -> None:
