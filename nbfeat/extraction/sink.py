@@ -108,6 +108,8 @@ class DatasetSink:
         self._own, note = dataset.own_columns(frame, images=self._columns, made=prefixes, dropped=dropped)
         self._dataset = Dataset(self._location, self._identity(len(frame), request.repeats), replace=request.replace)
         self._rows, self._now = len(frame), -1  # the current part
+        self._read: tuple[str, Recipe | None] = "", None
+        self._packed: dict[bool, str] = {}  # the recipe of raw parts, and of others
         self.was_finished, self.files, self.bytes = False, 0, 0
         with suppress(FileNotFoundError):  # another process is writing there, which `held` reports
             self._dataset.survey()
@@ -138,7 +140,9 @@ class DatasetSink:
 
     def _recipe(self) -> Recipe | None:
         first = next(iter([*self._dataset.parts.values(), *self._dataset.raw.values()]), None)
-        return unpack(first.recipe, self._location.name)[0] if first else None
+        if first and first.recipe != self._read[0]:  # it may be large, so read it once
+            self._read = first.recipe, unpack(first.recipe, self._location.name)[0]
+        return self._read[1] if first else None
 
     def _obey(self, recipe: Recipe) -> None:
         if self._run.precision not in {"auto", recipe.precision}:
@@ -200,7 +204,7 @@ class DatasetSink:
         with self._explained():
             self._dataset.begin()
         self._take_normalizers(recipe)
-        self._described = self._describe()
+        self._described, self._packed = self._describe(), {}
         reasons: dict[int, str] = {}
         for number, part in self._dataset.there.items():
             start = self._dataset.rows(number).start
@@ -254,24 +258,25 @@ class DatasetSink:
         matrices = raw if is_raw else normalized(self._parts, [matrix.copy() for matrix in raw])
         self._write(number, matrices, failures, raw=is_raw)
         self._now = -1
-        for network in self._run.networks:
-            network.features.clear()
+        self._run.close_window()
 
     def _write(
         self, number: int, matrices: Sequence[NDArray[np.float32]], failures: Sequence[Failure], *, raw: bool
     ) -> None:
-        made = [part.recipe for part in self._parts]
-        if raw:
-            plain = normalize.Normalizer()
-            made = [replace(one, block=replace(one.block, normalize="none"), normalizer=plain) for one in made]
-        recipe = pack(Recipe(tuple(made), self._described), [])
+        if raw not in self._packed:
+            made = [part.recipe for part in self._parts]
+            if raw:
+                plain = normalize.Normalizer()
+                made = [replace(one, block=replace(one.block, normalize="none"), normalizer=plain) for one in made]
+            self._packed[raw] = pack(Recipe(tuple(made), self._described), [])
         by_prefix = {part.prefix: matrix for part, matrix in zip(self._parts, matrices, strict=True)}
         rows = self._dataset.rows(number)
         with self._explained(), self._run.timings.while_attaching():
             if raw:
-                self._dataset.write_raw(number, by_prefix, recipe, failures)
+                self._dataset.write_raw(number, by_prefix, self._packed[raw], failures)
             else:
-                self._dataset.write(number, self._own.slice(rows.start, len(rows)), by_prefix, recipe, failures)
+                own = self._own.slice(rows.start, len(rows))
+                self._dataset.write(number, own, by_prefix, self._packed[raw], failures)
 
     def _normalize(self) -> Iterator[Batch]:
         unknown = [part for part in self._parts if part.normalizer is None]

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import sqlite3
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -15,6 +16,7 @@ from dataclasses import fields
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from nbfeat.cache import database
 from nbfeat.cache.keys import CacheKey
 from nbfeat.cache.storage import KINDS
 from nbfeat.extraction import pipeline
+from nbfeat.extraction.network_state import Batch
 from nbfeat.extraction.normalize import Normalizer
 from nbfeat.extraction.run import Progress
 from nbfeat.images import decode, fingerprint, resize, sources
@@ -265,6 +268,42 @@ def test_blocks_that_differ_in_normalization_share_one_matrix_and_do_not_spoil_i
     together = run(photos, *blocks, cache=False)
     for block, prefix in zip(blocks, "abc", strict=True):
         same(together[prefix], run(photos, block, cache=False).features)
+
+
+def test_waiting_images_cost_a_batch_nothing() -> None:
+    def lines_of_a_batch(waiting: int) -> int:
+        """Return how many lines Python executes to count a batch while so many images wait for another one."""
+        progress, count = Progress(waiting + 9, 1), 0
+        progress.take(Batch(equal=dict.fromkeys(range(9, waiting + 9), 0)))
+        batch = Batch(rows=[5, 6], failures={7: "broken"}, equal={8: 0})
+
+        def counted(_: FrameType, event: str, __: object) -> Any:
+            nonlocal count
+            count += event == "line"
+            return counted
+
+        sys.settrace(counted)
+        try:
+            assert progress.take(batch) == []
+        finally:
+            sys.settrace(None)
+        assert progress.take(Batch(rows=[0]))[:1] == [(9, 0)]
+        assert progress.equal == waiting + 1
+        return count
+
+    assert lines_of_a_batch(10_000) == lines_of_a_batch(10)
+
+
+def test_equal_images_do_not_wait_for_a_batch_that_nothing_fills(
+    photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "QUIET", 100)
+    frame = pd.concat([photos.head(3)] * 200)
+    extraction = Extraction(frame, BLOCK, images="path", cache=False)
+    done = [step.done for step in extraction.steps()]
+    assert any(0 < count < 300 for count in done)
+    assert done[-1] == 600
+    assert FakeEngine.computed == 3
 
 
 # Failures
