@@ -21,7 +21,7 @@ from nbfeat.extraction.network_state import Batch, NetworkState
 from nbfeat.extraction.profile import Timings
 from nbfeat.extraction.run import Run
 from nbfeat.images import fingerprint
-from nbfeat.images.decode import OUT_OF_MEMORY, Source, pixels_of
+from nbfeat.images.decode import Source, is_permanent, pixels_of
 from nbfeat.images.remote import Access, Fetcher
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import Fetch, address_of, load_image, spread
@@ -231,7 +231,7 @@ class Pipeline:
             item.pixels = dict(zip(specs, pixels_of(source, specs), strict=True))
         except ImageError as error:
             item.reason = str(error)
-            item.is_lasting = isinstance(source, bytes) and item.reason != OUT_OF_MEMORY
+            item.is_lasting = is_permanent(source, item.reason)
         item.decoding = time.perf_counter() - start
 
     def _lacking(self, item: Item) -> list[PixelSpec]:

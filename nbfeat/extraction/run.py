@@ -17,6 +17,7 @@ from nbfeat.errors import ExtractionError, listing, sentences
 from nbfeat.extraction.network_state import Batch, NetworkState, decoders
 from nbfeat.extraction.profile import Bottleneck, Timings
 from nbfeat.extraction.request import Request
+from nbfeat.images.decode import codecs
 from nbfeat.images.public_hosts import NOT_ALLOWED
 from nbfeat.images.remote import Access
 from nbfeat.images.sources import name_of, state_of
@@ -64,7 +65,7 @@ class Run:
         if not self.uses_cache:
             yield
             return
-        self.cache = Cache.at_home(decoders())
+        self.cache = Cache.at_home(f"{decoders()}, {codecs()}")
         try:
             yield
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import random
 import re
@@ -11,6 +12,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import fields
 from importlib.metadata import version
@@ -24,7 +26,7 @@ import pandas as pd
 import pytest
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
-from PIL import Image
+from PIL import Image, Jpeg2KImagePlugin, features
 
 import nbfeat
 from nbfeat import Extraction, RequestError, paths
@@ -329,9 +331,40 @@ def test_what_cannot_be_decoded_is_not_tried_again_until_the_decoders_change(
     assert (again.done, again.cached) == (20, 17)
     assert ", 17 from the cache\n" in repr(again)
     assert "bottleneck" not in repr(again)
-    monkeypatch.setattr("nbfeat.extraction.run.decoders", lambda: "others")
-    run(photos)
-    assert decoded == [b"text"]
+    for change in ("decoders", "codecs"):
+        decoded.clear()
+        monkeypatch.setattr(f"nbfeat.extraction.run.{change}", lambda: "others")
+        run(photos)
+        assert decoded == [b"text"]
+
+
+def test_what_can_be_decoded_depends_on_this_package_and_on_pillows_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = decode.codecs()
+    assert re.fullmatch(r"decoding 1, jpg .+, jpg_2000 \d.+, zlib \d.+, libtiff \d.+, webp \d.+, avif \d.+", usual)
+    monkeypatch.setattr(decode, "DECODING", 2)
+    newer = decode.codecs()
+    monkeypatch.setattr(features, "version", lambda name: None if name == "avif" else "1")
+    assert len({usual, newer, decode.codecs()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        ("broken data stream when reading image file", "damaged: broken data stream when reading image file"),
+        ("out of memory error when reading image file", decode.OUT_OF_MEMORY),
+    ],
+)
+def test_a_jpeg_2000_that_failed_is_tried_again(
+    photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, reason: str, told: str
+) -> None:
+    """OpenJPEG calls a file broken where memory was short."""
+    path = str(Path(photos["path"].iloc[3]).with_suffix(".jp2"))
+    Image.open(photos["path"].iloc[3]).save(path)
+    photos["path"] = [path, *photos["path"].iloc[1:]]
+    with monkeypatch.context() as patch:
+        patch.setattr(Jpeg2KImagePlugin.Jpeg2KImageFile, "load", lambda _: (_ for _ in ()).throw(OSError(reason)))
+        assert list(run(photos).failures["reason"]) == [told]
+    assert run(photos).failures.empty
 
 
 def test_what_is_missing_and_want_of_memory_are_not_remembered(
@@ -550,7 +583,71 @@ def test_the_block_longest_unused_is_evicted_whole_and_the_disk_given_back(many:
     assert file_of(own_cache).stat().st_size < 140_000
     assert run(many, blocks[0]).cached == run(many, blocks[2]).cached == 150
     assert rows(file_of(own_cache), "PRAGMA integrity_check") == [("ok",)]
-    assert rows(file_of(own_cache), "PRAGMA freelist_count") == [(0,)]
+
+
+def key(backbone: str, width: int) -> CacheKey:
+    values: dict[str, Any] = {field.name: "any" for field in fields(CacheKey)}
+    return CacheKey(**{**values, "backbone": backbone, "engine": {}, "width": width})
+
+
+def filled(folder: Path, block: CacheKey, images: int) -> database.Cache:
+    """Open a cache with so many images of `block`, which no run uses any more."""
+    kept = database.Cache(folder)
+    for start in range(0, images, 500):
+        names = [f"{number:016d}".encode() for number in range(start, min(start + 500, images))]
+        kept.keep(database.CacheEntries(vectors=[(block, names, np.zeros((len(names), block.width), np.float32))]))
+    kept._unmeasured = database.LOOK_EVERY
+    return kept
+
+
+@pytest.mark.parametrize(("width", "images", "most"), [(8, 2000, database.MOST_AT_ONCE), (50_000, 30, 5)])
+def test_eviction_takes_a_little_at_a_time_and_more_than_is_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, images: int, most: int
+) -> None:
+    old, new = key("old", width), key("new", width)
+    with closing(filled(tmp_path, old, images)) as kept:
+        size = kept.path.stat().st_size
+        monkeypatch.setattr(database, "LARGEST", size // 2)
+        kept.use([new])
+        left = [images]
+        for number in range(images):
+            vectors = (new, [f"new {number:012d}".encode()], np.zeros((1, width), np.float32))
+            kept.keep(database.CacheEntries(vectors=[vectors]))
+            left.append(sum(row["images"] for row in kept.blocks() if row["backbone"] == "old"))
+            assert kept.path.stat().st_size <= size + 10 * 4 * width + 100_000
+        assert max(before - after for before, after in itertools.pairwise(left)) <= most
+        assert left[-1] < images // 2
+
+
+def test_a_reader_never_waits_for_a_writer(tmp_path: Path) -> None:
+    block = key("any", 8)
+    with closing(filled(tmp_path, block, 3)) as kept, ThreadPoolExecutor(1) as other, kept._lock:
+        assert kept._db is not None
+        kept._db.execute("BEGIN IMMEDIATE")
+        kept._db.execute("DELETE FROM entries")
+        assert len(other.submit(kept.vectors, block, [f"{1:016d}".encode()]).result(timeout=5)) == 1
+        kept._db.execute("ROLLBACK")
+
+
+def test_the_disk_is_given_back_where_the_limit_shrinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(filled(tmp_path, key("old", 1000), 500)) as kept:
+        monkeypatch.setattr(database, "LARGEST", 200_000)
+        for _ in range(20):
+            kept.keep(database.CacheEntries(files={b"state": b"image"}))
+    assert kept.path.stat().st_size < 300_000
+
+
+def test_an_error_in_this_package_deletes_no_cache(
+    photos: pd.DataFrame, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(photos)
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "_touch", lambda *_: (_ for _ in ()).throw(ValueError("a bug")))
+        second = run(photos, "VGG16 --size 32")
+    assert "cannot be written (a bug): features are no longer cached" in second.notes[0]
+    assert file_of(own_cache).name == "features-000000.sqlite"
+    assert run(photos).cached == 20
+    same(run(photos).features, first.features)
 
 
 def test_a_run_that_is_larger_than_the_cache_keeps_what_fits_and_says_so(
