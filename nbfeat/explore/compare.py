@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from nbfeat.errors import RequestError, format_bytes, listing
 from nbfeat.explore import gallery
 from nbfeat.explore.gallery import axes, colors, plain
-from nbfeat.explore.scoring import column_of, folds_of, read_task, scorer_of, scores_of, selected, written
+from nbfeat.explore.scoring import column_of, copies_in, folds_of, read_task, scorer_of, scores_of, selected, written
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.options import FeatureBlock
 from nbfeat.extraction.report import briefly, title_of
@@ -60,7 +60,8 @@ def compare(
         The number of folds (shuffled with a fixed seed, stratified for classes), or a scikit-learn splitter. A
         PredefinedSplit must cover all rows of the frame.
     groups : str or array-like, optional
-        A column, or one value per row: rows of one group are never on both sides of a fold.
+        A column, or one value per row: rows of one group are never on both sides of a fold. By default, copies of an
+        image (rows with equal features) are a group.
     scoring : str or callable, optional
         A scikit-learn scorer or its name. By default the model's own: accuracy, or R² for a quantity.
     rows : int or None, default 5000
@@ -95,6 +96,9 @@ def compare(
         matrices, ok, recomputed = _matrices(result)
         grouping = None if groups is None else column_of(frame, groups, "group")
         chosen, left_out = selected(wanted, ok, grouping, rows, cv)
+        copies = ""
+        if groups is None:
+            grouping, copies = copies_in(matrices.values(), chosen, len(frame))
         folds, how_split = folds_of(cv, chosen, grouping, len(frame))
         scores = {
             part.prefix: scores_of(part.block, part.prefix, matrices[part.prefix], chosen, folds, estimator, scorer)
@@ -105,6 +109,7 @@ def compare(
     notes = [
         verdict(ordered, name, float(np.mean(shares))),
         *left_out,
+        copies,
         chosen.note,
         recomputed,
         *_about(result, warned, speed=speed),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import itertools
 import os
@@ -9,6 +10,7 @@ import random
 import re
 import shutil
 import sqlite3
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from dataclasses import fields
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -554,15 +556,35 @@ def test_on_a_network_file_system_it_works_and_says_that_it_is_slower(
     assert run(photos).cached == 20
 
 
-def test_the_file_system_is_that_of_the_deepest_mount(tmp_path: Path) -> None:
-    mounts = tmp_path / "mountinfo"
+def test_the_file_system_is_that_of_the_deepest_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "mountinfo"
     lines = ["1 0 8:1 / / rw - ext4 /dev/sda rw", "2 1 0:5 / /home rw shared:1 - nfs4 server:/home rw"]
-    mounts.write_text("\n".join([*lines, "3 2 0:6 / /home/my\\040own rw - tmpfs none rw"]))
+    table.write_text("\n".join([*lines, "3 2 0:6 / /home/my\\040own rw - tmpfs none rw"]))
+    mounts = paths._mounts
+    monkeypatch.setattr(paths, "_mounts", lambda folder: mounts(folder, table))
     for folder, kind in (("/", "ext4"), ("/home/a/b", "nfs4"), ("/home/my own/x", "tmpfs"), ("/homes", "ext4")):
-        assert paths.file_system(Path(folder), mounts) == kind
-    assert paths.file_system(tmp_path, tmp_path / "nosuch") == ""
+        assert paths.file_system(Path(folder)) == kind
+    table.unlink()
+    assert paths.file_system(tmp_path) == ""
     assert paths.is_remote("nfs4")
     assert not paths.is_remote("ext4")
+
+
+@pytest.mark.parametrize(("kind", "is_remote"), [(3, False), (4, True)])
+def test_a_share_is_recognized_on_macos_and_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int, is_remote: bool
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "win32")
+        kernel = SimpleNamespace(GetDriveTypeW=lambda drive: kind if drive == tmp_path.anchor else 0)
+        patch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
+        assert paths.is_remote(paths.file_system(tmp_path)) is is_remote
+    share = f"//me@server/a share on {tmp_path} ({'smbfs' if is_remote else 'apfs'}, nodev)"
+    listed = f"/dev/disk3s1 on / (apfs, local)\n{share}\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "darwin")
+        patch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=listed))
+        assert paths.is_remote(paths.file_system(tmp_path / "features")) is is_remote
 
 
 # Size

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from PIL import Image
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.decomposition import PCA
 from sklearn.ensemble import RandomForestClassifier
@@ -28,7 +29,7 @@ from nbfeat import Extraction, ExtractionError, FeatureBlock, RequestError
 from nbfeat.backbones.weights import Loaded
 from nbfeat.explore import scoring as module
 from nbfeat.explore.compare import Comparison, verdict
-from nbfeat.explore.scoring import drawn, folds_of, read_target
+from nbfeat.explore.scoring import copies_in, drawn, folds_of, read_target
 from nbfeat.extraction.pipeline import images_per_second
 from nbfeat.inference import prepared
 from tests.fake import FakeEngine
@@ -165,7 +166,9 @@ def test_other_test_images_change_nothing_that_a_fold_learns(
     fold = 2
     train, test = list(FOLDS.split(photos, photos["label"]))[fold]
     corrupted = photos.copy()
-    corrupted.iloc[test, 0] = [photos["path"].iloc[0]] * len(test)
+    others = np.random.default_rng(2).integers(0, 255, (len(test), 32, 32, 3), dtype=np.uint8)
+    corrupted["path"] = corrupted["path"].astype(object)
+    corrupted.iloc[test, 0] = pd.Series([Image.fromarray(pixels) for pixels in others], dtype=object).array
 
     def seen(frame: pd.DataFrame) -> tuple[Extraction, tuple[bytes, bytes], dict[str, Any]]:
         DATA.clear()
@@ -253,6 +256,31 @@ def test_groups_are_never_on_both_sides_of_a_fold(extracted: Extraction, photos:
     assert nbfeat.compare(extracted, np.arange(20) / 7, groups=photos["patient"], cv=3, speed=False).score == "R²"
     with pytest.raises(RequestError, match=r"10 groups are too few for 11 folds. Use `cv=10`"):
         nbfeat.compare(extracted, "label", groups=photos["patient"], cv=11)
+
+
+def test_copies_of_an_image_are_never_on_both_sides_of_a_fold(photos: pd.DataFrame) -> None:
+    """With random labels, a model can only recognize copies, so any score above chance would be a leak."""
+    thrice = pd.concat([photos] * 3, ignore_index=True).assign(label=np.tile(["a", "b", "b", "a"], 15)[:60])
+    thrice["label"] = np.tile(np.random.default_rng(1).permutation(["a", "b"] * 10), 3)
+    result = nbfeat.extract(thrice, END, MEANS, images="path")
+    target = read_target(thrice, "label", as_classes=None)
+    copies, note = copies_in([result["mobilenet"].to_numpy()], target, 60)
+    assert note == "60 of 60 rows have the same image as another row (equal features): copies were kept in one fold."
+    for train, test in folds_of(5, target, copies, 60)[0]:
+        assert not set(train % 20) & set(test % 20)
+    found = nbfeat.compare(result, "label", speed=False)
+    assert note in found.notes
+    assert found.table["score"].max() <= 0.75
+    assert nbfeat.compare(result, "label", cv=FOLDS, speed=False).table["score"].max() > 0.85  # a splitter is obeyed
+    together = nbfeat.compare(result, "label", groups=np.arange(60) // 20, cv=3, speed=False)  # asked for, so obeyed
+    assert together.table["score"].max() > 0.85
+    assert note not in together.notes
+    apart = nbfeat.compare(result, np.arange(60) / 7, speed=False)
+    assert (apart.score, note in apart.notes) == ("R²", True)
+    with pytest.raises(RequestError, match=r"20 different images are too few for 21 folds\. Use `cv=20` or less"):
+        nbfeat.compare(result, "label", cv=21, speed=False)
+    once = nbfeat.compare(nbfeat.extract(photos, END, images="path"), "label", cv=3, speed=False)
+    assert not any("same image" in note for note in once.notes)
 
 
 def test_a_predefined_split_is_of_the_rows_of_the_frame(extracted: Extraction, photos: pd.DataFrame) -> None:
