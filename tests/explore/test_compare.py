@@ -16,8 +16,9 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.decomposition import PCA
-from sklearn.ensemble import RandomForestClassifier
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.model_selection import GridSearchCV, KFold, LeaveOneOut, PredefinedSplit, StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, Normalizer, StandardScaler
@@ -342,6 +343,7 @@ def test_what_a_target_is_taken_for_is_said_where_it_is_a_guess(extracted: Extra
         (np.arange(20) / 7, {"cv": LeaveOneOut()}, r"undefined in a fold. Use fewer folds"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:R.2 score is not well-defined")  # scikit-learn's, and seen by the user
 def test_what_cannot_be_is_said_with_the_next_step(
     extracted: Extraction, target: Any, options: dict[str, Any], words: str
 ) -> None:
@@ -411,12 +413,32 @@ def test_what_cannot_be_scored_is_one_sentence(extracted: Extraction, options: d
         nbfeat.compare(extracted, "label", speed=False, **options)
 
 
-def test_warnings_are_counted_neither_shown_nor_lost(extracted: Extraction) -> None:
-    before = list(warnings.filters)
-    found = nbfeat.compare(extracted, "label", model=LogisticRegression(max_iter=1), speed=False)
-    assert "Warnings: 10 × ConvergenceWarning. First: lbfgs failed to converge" in repr(found)
-    assert warnings.filters == before
-    assert "Warnings" not in repr(nbfeat.compare(extracted, "label", speed=False))
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [
+        (
+            LogisticRegression(max_iter=1),
+            "10 of 10 fits may not have converged. Use a model with a higher `max_iter`.",
+        ),
+        (make_pipeline(StandardScaler(), LogisticRegression(max_iter=1)), "10 of 10 fits may"),
+        ("logistic", ""),
+        ("svm", ""),
+        (SVC(max_iter=-1), ""),
+        (RidgeClassifier(max_iter=1), ""),  # which has a solver without iterations
+        pytest.param(HistGradientBoostingClassifier(max_iter=2), "", marks=pytest.mark.slow),  # it means to use them up
+    ],
+)
+def test_fits_that_did_not_converge_are_counted_and_warnings_are_left_to_the_user(
+    extracted: Extraction, model: Any, found: str
+) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        text = repr(nbfeat.compare(extracted, "label", model=model, speed=False))
+        assert warnings.filters == before or "Boosting" in text  # whose threads add one of joblib's
+    assert bool(found) is bool(seen) is ("converged" in text)
+    assert found in text
+    assert {one.category for one in seen} <= {ConvergenceWarning}
 
 
 def test_what_comes_from_data_is_escaped(photos: pd.DataFrame) -> None:
