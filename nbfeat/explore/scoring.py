@@ -160,13 +160,15 @@ def selected(
     return chosen, notes
 
 
-def copies_in(blocks: Iterable[Rows], target: Target, total: int) -> tuple[pd.Series | None, str]:
-    """Return groups of rows with equal features, for `total` rows, and a note; None if all rows of `target` differ."""
+def copies_in(blocks: Iterable[Rows], target: Target, cv: object) -> tuple[pd.Series | None, str]:
+    """Return groups of rows with equal features, if `cv` is a number and there are any, and a note on them."""
     _, numbers, counts = np.unique(contents_of(blocks, target.rows), return_inverse=True, return_counts=True)
     if len(counts) == len(numbers):
         return None, ""
-    groups = pd.Series(numbers, target.rows, name=IMAGES).reindex(range(total), fill_value=-1)
     some = f"{int((counts[numbers] > 1).sum()):,} of {len(numbers):,} rows have the same image as another row"
+    if not _is_count(cv):
+        return None, f"{some} (equal features): `cv` may put copies on both sides of a fold."
+    groups = pd.Series(numbers, target.rows, name=IMAGES).reindex(range(target.rows[-1] + 1), fill_value=-1)
     return groups, f"{some} (equal features): copies were kept in one fold."
 
 

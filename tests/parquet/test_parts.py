@@ -546,6 +546,10 @@ def test_features_are_never_attached_to_rows_of_other_images(photos: pd.DataFram
     swapped = frame.assign(path=frame["path"].where(frame.index != 19, frame["path"].iloc[0]))
     with pytest.raises(RequestError, match="row 19 of path"):
         nbfeat.read(tmp_path / form, frame=swapped)
+    strings = frame.astype({"path": "string"})  # with pandas' NA
+    same(nbfeat.read(tmp_path / form, frame=strings).features, nbfeat.read(tmp_path / form, frame=frame).features)
+    with pytest.raises(RequestError, match="row 3 of path"):
+        nbfeat.read(tmp_path / form, frame=strings.assign(path=strings["path"].fillna("a.png")))
     as_paths = frame.assign(path=frame["path"].map(Path, na_action="ignore"))  # the same images
     same(nbfeat.read(tmp_path / form, frame=as_paths).features, nbfeat.read(tmp_path / form, frame=frame).features)
 
