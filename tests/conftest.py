@@ -50,6 +50,7 @@ def modules_of_children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         (folder / "tests").mkdir()
         (folder / "tests" / "__init__.py").write_text(f"__path__ = [{str(ROOT / 'tests')!r}]\n", encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)  # some take the path over from their parent
         patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
         patch.setenv("PYTHONSAFEPATH", "1")  # otherwise the folder in which they run comes first
         yield
