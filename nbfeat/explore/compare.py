@@ -179,7 +179,7 @@ class Comparison:
 
     def _label(self, ax: Axes, ink: str) -> None:
         from matplotlib.lines import Line2D
-        from matplotlib.transforms import offset_copy
+        from matplotlib.transforms import ScaledTranslation
 
         rates = self.table.get("images_per_second", [np.nan] * len(self.table))
         names = [
@@ -196,7 +196,7 @@ class Comparison:
         handles, labels = ax.get_legend_handles_labels()
         found = dict(zip(labels, handles, strict=True))
         found["mean ± standard deviation"] = Line2D([], [], color=ink, marker="D", markersize=5, linewidth=1.5)
-        below = offset_copy(ax.transAxes, ax.get_figure(root=True), y=-LEGEND_BELOW, units="inches")
+        below = ax.transAxes + ScaledTranslation(0, -LEGEND_BELOW, ax.figure.dpi_scale_trans)
         ax.legend(
             list(found.values()), [plain(name) for name in found], loc="upper right", bbox_to_anchor=(1, 0),
             bbox_transform=below, ncols=LEGEND_COLUMNS, frameon=False, borderaxespad=0,
