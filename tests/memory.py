@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,3 +22,7 @@ def peak() -> int:
     Not ``ru_maxrss``, which begins with what the parent had when it forked.
     """
     return bytes_of("VmHWM")
+
+
+# A folder that is in memory, where there is one: a thousand databases on a disk take minutes.
+IN_MEMORY = next((folder for folder in ["/dev/shm"] if os.path.isdir(folder)), None)  # noqa: S108 - it is for this

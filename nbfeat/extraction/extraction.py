@@ -116,7 +116,7 @@ class Extraction(FeatureTable):
         self.blocks, self.parts, self.repeats = request.blocks, request.parts, request.repeats
         self.root, self.total = request.root, len(request.images)  # of images: rows × image columns
         self.state: State = "new"
-        self.seconds = 0.0
+        self.seconds, self._is_prepared = 0.0, False
         executor = executor_for(on, request.images, request.specs) or LocalExecutor()
         self._run = Run(request, executor, cache=parquet is None if cache is None else cache)
         self.progress, self.timings, self.notes = self._run.progress, self._run.timings, self._run.notes
@@ -141,8 +141,8 @@ class Extraction(FeatureTable):
             raise ExtractionError("This extraction is already running: wait for it, or create another one.")
         if self.state == "done":
             return
-        self.state, started = "running", time.perf_counter() - self.seconds
         try:
+            self.state, started = "running", time.perf_counter() - self.seconds
             with isolation.pillow_defaults(), self._run.caching(), self._sink.held(), self._run.executor:
                 for note in self._prepare():
                     self.seconds = time.perf_counter() - started
@@ -203,7 +203,7 @@ class Extraction(FeatureTable):
             return
         if not self._run.networks:
             yield from self._run.open()
-        if self.parts[-1].network is None:
+        if not self._is_prepared:
             if self.repeats:
                 self._run.note(self.repeats.check([self._run.networks[part.network_index] for part in self.parts]))
             for part in self.parts:
@@ -213,6 +213,7 @@ class Extraction(FeatureTable):
                     normalize.check(part.block, part.raw_width, len(self.request.frame) if count is None else count)
             places(self.request.frame, self.parts, replace=self.request.replace)
             self._sink.make_room()
+            self._is_prepared = True
             yield self._coming()
 
     @property

@@ -55,9 +55,9 @@ class NetworkState:
 
     def share(self, row: int, first: int) -> None:
         """Copy the features of image `first` to image `row`, which has the same content."""
-        self.done[row] = True
         for key, vector in self.vectors_at(first).items():
             self.features[key][self._at(row)] = vector
+        self.done[row] = True  # last, as an interrupt may come before
 
     def vectors_at(self, row: int) -> Vectors:
         """Return a copy of the features of a finished image of this window, or of one that was carried over."""

@@ -44,6 +44,7 @@ class MemorySink:
     def __init__(self, run: Run, request: Request) -> None:
         self._run, self._request, self._parts = run, request, request.parts
         self._frame: pd.DataFrame | None = None
+        self._is_spoiled = False  # whether raw features may be lost
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -62,32 +63,34 @@ class MemorySink:
 
     def batches(self) -> Generator[Batch, None, None]:
         """Work until all images are finished, yielding each batch."""
-        yield from self._run.batches()
+        if self._is_spoiled:
+            self._run.forget()
+            self._is_spoiled = False
+        if self._frame is None:  # else interrupted at the very end
+            yield from self._run.batches()
 
     def finish(self) -> None:
         """Normalize the features and attach the columns."""
         with self._run.timings.while_attaching():
-            raw = [part.raw(self._request.images_of(part.column)) for part in self._parts]
-            good, fit_rows = self._run.progress.ok, self._request.fit_rows
-            for part, rows in zip(self._parts, raw, strict=True):
-                chosen = good[self._request.images_of(part.column)]
-                part.learn(rows, chosen if fit_rows is None else chosen & fit_rows)
-            try:
-                self._attach(raw)
-            except BaseException:
-                self._run.forget()  # some rows may already be normalized in place
-                raise
+            if self._frame is None:
+                frame = self._attached()
+                self._is_spoiled, self._frame = False, frame
+        for network in self._run.networks:
+            network.features.clear()  # frees those that no part uses
 
-    def _attach(self, raw: Sequence[NDArray[np.float32]]) -> None:
-        frame = self._request.frame
+    def _attached(self) -> pd.DataFrame:
+        frame, good, fit_rows = self._request.frame, self._run.progress.ok, self._request.fit_rows
+        raw = [part.raw(self._request.images_of(part.column)) for part in self._parts]
+        for part, rows in zip(self._parts, raw, strict=True):
+            chosen = good[self._request.images_of(part.column)]
+            part.learn(rows, chosen if fit_rows is None else chosen & fit_rows)
+        self._is_spoiled = True  # until the end, rows may already be normalized in place
         for part, rows in zip(self._parts, normalized(self._parts, raw), strict=True):
             part.rows = rows
         where = places(frame, self._parts, replace=self._request.replace)
         for part, there in zip(self._parts, where, strict=True):
             part.replaced = bool(there)
-        self._frame = attach(frame, [part.frame(frame.index) for part in self._parts], where)
-        for network in self._run.networks:
-            network.features.clear()  # frees those that no part uses
+        return attach(frame, [part.frame(frame.index) for part in self._parts], where)
 
 
 class DatasetSink:

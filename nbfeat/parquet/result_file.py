@@ -138,7 +138,7 @@ def damage_as(kind: Damage) -> Iterator[None]:
     """Turn any error that a library raises for damaged bytes into DamagedError."""
     try:
         yield
-    except DamagedError:
+    except (DamagedError, MemoryError):
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in {None, errno.EINVAL}:  # a disk error, not damaged bytes

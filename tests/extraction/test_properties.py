@@ -19,11 +19,11 @@ from nbfeat import Extraction, RequestError
 from nbfeat.images import fingerprint
 from nbfeat.inference.engines.base import Vectors
 from tests.fake import FakeEngine
+from tests.memory import IN_MEMORY
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fake_network")]
 LAYERS = ("", "conv_pw_3_relu", "conv_pw_5_relu", "conv_pw_11_relu")
 COLORS = range(6)
-IN_MEMORY = next((folder for folder in ["/dev/shm"] if os.path.isdir(folder)), None)  # noqa: S108 - a disk takes minutes
 thousand = settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
