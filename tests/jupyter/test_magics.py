@@ -173,6 +173,21 @@ def test_tab_offers_what_can_stand_there_and_leaves_other_cells_alone(
     assert found == expected or (expected and expected <= found and cell[-1] in "_ ")
 
 
+def test_tab_offers_names_of_python_in_its_own_cells_alone(notebook: InteractiveShell) -> None:
+    notebook.user_ns["VGG_mine"] = 1
+    for cell, (ours, mine) in {"VGG": (False, True), "%extract photos VGG": (True, False)}.items():
+        with provisionalcompleter():
+            found = [one.text for one in notebook.Completer.completions(cell, len(cell))]
+        assert ("VGG16" in found, "VGG_mine" in found) == (ours, mine)
+
+
+def test_tab_after_a_backbone_that_does_not_exist_offers_nothing_and_raises_nothing(
+    notebook: InteractiveShell,
+) -> None:
+    for before in ("%extract photos Nothing --layer ", "%extract photos /gone.keras --layer ", "%extract --layer "):
+        assert grammar.candidates(before, 0, before, notebook.user_ns) == []
+
+
 def test_two_reloads_leave_one_of_each_and_unloading_leaves_none(notebook: InteractiveShell) -> None:
     def counts() -> tuple[int, ...]:
         matchers = [getattr(one, "matcher_identifier", "") for one in notebook.Completer.custom_matchers]
