@@ -364,7 +364,7 @@ def test_only_a_finished_extraction_can_be_compared_and_a_fold_may_have_too_few_
     with pytest.raises(ExtractionError, match="isn't finished"):
         nbfeat.compare(Extraction(photos, END, images="path"), "label")
     result = nbfeat.extract(photos, f"{END} --components 18", images="path")
-    with pytest.raises(RequestError, match=r"mobilenet, in one fold: .*components.*16 rows"):
+    with pytest.raises(RequestError, match=r"in one fold: .*components=18.* 48 features of MobileNet and 16 rows"):
         nbfeat.compare(result, "label", speed=False)
 
 
