@@ -353,6 +353,13 @@ def test_agreement_is_rounded_down(value: float, text: str) -> None:
     assert f"at least {text} on" in check.message("Pocket", asked=True)
 
 
+def test_values_that_are_not_finite_are_told_whether_it_was_asked_for_or_not() -> None:
+    check = precision.PrecisionCheck("float16", 64, -1.0, 0.0)
+    why = "it gives infinite or NaN values for some of your images"
+    assert check.message("Pocket", asked=True) == f"Pocket runs in float16, as requested, but {why}."
+    assert check.message("Pocket", asked=False) == f"float16 was rejected: {why}, so Pocket runs in float32."
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "words"),

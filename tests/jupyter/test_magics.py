@@ -181,13 +181,6 @@ def test_tab_offers_names_of_python_in_its_own_cells_alone(notebook: Interactive
         assert ("VGG16" in found, "VGG_mine" in found) == (ours, mine)
 
 
-def test_tab_after_a_backbone_that_does_not_exist_offers_nothing_and_raises_nothing(
-    notebook: InteractiveShell,
-) -> None:
-    for before in ("%extract photos Nothing --layer ", "%extract photos /gone.keras --layer ", "%extract --layer "):
-        assert grammar.candidates(before, 0, before, notebook.user_ns) == []
-
-
 def test_two_reloads_leave_one_of_each_and_unloading_leaves_none(notebook: InteractiveShell) -> None:
     def counts() -> tuple[int, ...]:
         matchers = [getattr(one, "matcher_identifier", "") for one in notebook.Completer.custom_matchers]
