@@ -124,6 +124,23 @@ def test_an_image_off_among_those_that_come_later_is_found(
     assert " on 64 of your images is below" in run(enough).notes[0]
 
 
+def test_a_network_that_overflows_runs_in_float32_unless_it_was_asked_for(
+    enough: pd.DataFrame, hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(engine: FakeEngine, vectors: Vectors) -> None:
+        raise NetworkError(f"{engine.name} overflowed")
+
+    monkeypatch.setattr(hardware, "spoil", spoil)
+    result = run(enough)
+    assert result.precision == "float32"
+    assert result.notes[0].startswith("bfloat16 was rejected: it gives infinite or NaN values")
+    hardware.started.clear()
+    assert run(enough, cache=False).notes == result.notes
+    assert hardware.started == ["float32"]  # it is not tried again
+    with pytest.raises(NetworkError, match="bfloat16 overflowed"):
+        run(enough, precision="bfloat16")
+
+
 def test_what_the_hardware_has_not_is_not_spoken_of(enough: pd.DataFrame, hardware: Hardware) -> None:
     hardware.refuses = ("bfloat16",)
     result = run(enough)
