@@ -380,7 +380,8 @@ def test_whether_there_is_a_winner_goes_by_what_the_lead_varies() -> None:
     )
     no_winner = told([0.9, 0.7, 0.8], [0.7, 0.8, 0.8])
     assert no_winner.startswith("No clear winner between a and b: a leads b by 0.033 ± 0.1")
-    assert "between a and c:" in told([0.9, 0.7, 0.8], [0.88, 0.68, 0.79], [0.7, 0.8, 0.8])
+    three = told([0.9, 0.7, 0.8], [0.88, 0.68, 0.79], [0.7, 0.8, 0.8])
+    assert three == "No clear winner between a and c: a leads b by 0.017 ± 0.006 accuracy across folds."
     assert "a, b, c, d and 2 more" in told(*[[0.5, 0.6]] * 6)
     assert told([0.9, 0.8]) == ""
     assert "A single fold" in told([0.9], [0.8])
@@ -438,6 +439,14 @@ def test_warnings_are_counted_neither_shown_nor_lost(extracted: Extraction) -> N
     assert "Warnings: 10 × ConvergenceWarning. First: lbfgs failed to converge" in repr(found)
     assert warnings.filters == before
     assert "Warnings" not in repr(nbfeat.compare(extracted, "label", speed=False))
+
+    def scored(*_: object) -> float:
+        warnings.warn(f"the {next(numbers)}\nof many", RuntimeWarning, stacklevel=1)
+        return 0.5
+
+    numbers = iter(range(1, 11))
+    found = nbfeat.compare(extracted, "label", scoring=scored, speed=False)
+    assert "Warnings: 10 × RuntimeWarning. First: the 1" in found.notes
 
 
 def test_what_comes_from_data_is_escaped(photos: pd.DataFrame) -> None:

@@ -363,6 +363,20 @@ def test_agreement_is_that_of_the_worst_image(exact: Any, other: Any, agreement:
 
 
 @pytest.mark.parametrize(
+    ("seen", "agreement", "total", "auto", "asked"),
+    [
+        (64, 1.0, 9999, True, True), (32, 1.0, 9999, True, True), (31, 1.0, 9999, False, False),
+        (20, 1.0, 40, False, True), (20, 1.0, 41, False, False), (16, 0.9, 9999, True, False), (0, 0.0, 9, True, False),
+    ],
+)  # fmt: skip
+def test_a_check_suffices_if_half_of_the_images_could_be_read(
+    seen: int, agreement: float, total: int, auto: bool, asked: bool
+) -> None:
+    check = precision.PrecisionCheck("bfloat16", seen, agreement, 2.0)
+    assert (check.suffices(total, is_open=True), check.suffices(total, is_open=False)) == (auto, asked)
+
+
+@pytest.mark.parametrize(
     ("value", "text"), [(0.9444, "0.9444"), (0.99899, "0.9989"), (0.99996, "0.9999"), (0.999999, "1.0000")]
 )
 def test_agreement_is_rounded_down(value: float, text: str) -> None:
