@@ -282,7 +282,8 @@ def test_two_blocks_of_one_prefix_are_an_error_naming_both(photos: pd.DataFrame)
 
 
 @pytest.mark.parametrize(
-    "options", [{"batch_size": 0}, {"batch_size": "many"}, {"device": "tpu"}, {"precision": "int8"}]
+    "options",
+    [{"batch_size": 0}, {"batch_size": 4097}, {"batch_size": "many"}, {"device": "tpu"}, {"precision": "int8"}],
 )
 def test_options_of_the_run_are_checked(extract: Face, photos: pd.DataFrame, options: dict[str, object]) -> None:
     with pytest.raises(RequestError):
