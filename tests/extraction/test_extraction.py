@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -13,7 +16,7 @@ import pytest
 
 import nbfeat
 from nbfeat import Extraction, ExtractionError, FeatureBlock, RequestError
-from nbfeat.extraction import columns
+from nbfeat.extraction import columns, pipeline
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import read_pixels
 from nbfeat.inference.spec import Cut
@@ -354,6 +357,39 @@ def test_leaving_the_loop_stops_and_asking_again_goes_on(photos: pd.DataFrame) -
     assert sum(engine.batches) <= 19 + 2 * 3
     good = extraction.ok.to_numpy()
     np.testing.assert_array_equal(extraction.features[good].to_numpy(), expected(photos["path"][good]))
+
+
+def test_a_stop_reads_none_of_the_images_that_were_next(photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, stopping, load = [], threading.Event(), pipeline.__dict__["load_image"]
+
+    def watched(*given: Any) -> Any:
+        looked.append(given)
+        assert len(looked) <= 8 or stopping.wait(30)
+        return load(*given)
+
+    def shutdown(executor: ThreadPoolExecutor, *, wait: bool, cancel_futures: bool) -> None:
+        end(executor, wait=False, cancel_futures=cancel_futures)
+        stopping.set()
+        end(executor, wait=wait)
+
+    end = ThreadPoolExecutor.shutdown
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutdown)
+    monkeypatch.setattr(pipeline, "load_image", watched)
+    monkeypatch.setattr(pipeline, "available_cores", lambda: 2)
+    steps = Extraction(photos, BLOCK, images="path", batch_size=4).steps()
+    while not next(steps).done:
+        pass
+    steps.close()
+    assert len(looked) <= 8 + 2  # of twenty, all of which wait for a thread
+
+
+@pytest.mark.parametrize("others", ["equal", "gone"])
+def test_rows_that_need_no_network_are_counted_on_the_way(photos: pd.DataFrame, others: str) -> None:
+    paths = [*photos["path"], *(list(photos["path"]) * 14 if others == "equal" else ["gone.png"] * 280)]
+    extraction = Extraction(pd.DataFrame({"path": paths}), BLOCK, images="path", batch_size=1)
+    done = [step.done for step in extraction.steps()]
+    assert done[-1] == 300
+    assert max(np.diff(done)) <= pipeline.SETTLED_AT_ONCE + 1
 
 
 def test_steps_count_up_and_say_what_is_coming(photos: pd.DataFrame) -> None:
