@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from nbfeat import Extraction, ExtractionError, FeatureBlock, RequestError
 from nbfeat.extraction import columns, pipeline
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import read_pixels
+from nbfeat.inference.engines.cpu_count import available_cores
 from nbfeat.inference.spec import Cut
 from tests import fake
 from tests.faces import Face, every_face, same
@@ -364,7 +366,9 @@ def test_a_stop_reads_none_of_the_images_that_were_next(photos: pd.DataFrame, mo
 
     def watched(*given: Any) -> Any:
         looked.append(given)
-        assert len(looked) <= 8 or stopping.wait(30)
+        if len(looked) > 8:
+            assert stopping.wait(30)
+            time.sleep(0.1)  # longer than it takes not to wait for this
         return load(*given)
 
     def shutdown(executor: ThreadPoolExecutor, *, wait: bool, cancel_futures: bool) -> None:
@@ -381,13 +385,26 @@ def test_a_stop_reads_none_of_the_images_that_were_next(photos: pd.DataFrame, mo
         pass
     steps.close()
     assert len(looked) <= 8 + 2  # of twenty, all of which wait for a thread
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("nbfeat-decode")]
 
 
 @pytest.mark.parametrize("others", ["equal", "gone"])
-def test_rows_that_need_no_network_are_counted_on_the_way(photos: pd.DataFrame, others: str) -> None:
+def test_rows_that_need_no_network_are_counted_on_the_way_and_few_are_read_ahead(
+    photos: pd.DataFrame, others: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted, submit = [], ThreadPoolExecutor.submit
+
+    def counted(*given: Any) -> Any:
+        submitted.append(given)
+        return submit(*given)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", counted)
     paths = [*photos["path"], *(list(photos["path"]) * 14 if others == "equal" else ["gone.png"] * 280)]
     extraction = Extraction(pd.DataFrame({"path": paths}), BLOCK, images="path", batch_size=1)
-    done = [step.done for step in extraction.steps()]
+    done, ahead = [0], available_cores() + pipeline.BATCHES_AHEAD
+    for step in extraction.steps():
+        done.append(step.done)
+        assert len(submitted) - step.done <= pipeline.SETTLED_AT_ONCE + ahead + 3  # in the network
     assert done[-1] == 300
     assert max(np.diff(done)) <= pipeline.SETTLED_AT_ONCE + 1
 

@@ -54,6 +54,13 @@ def test_it_is_what_scikit_learn_fits_on_the_chosen_rows(
     np.testing.assert_array_equal(normalizer.apply(ROWS.copy()), normalizer.applied_to(ROWS))
 
 
+def test_the_axes_of_many_rows_come_from_one_seed() -> None:
+    rows = np.random.default_rng(0).normal(size=(501, 60)).astype(np.float32)  # for which scikit-learn draws lots
+    normalizer = learn(block("--components 3"), rows, np.ones(501, bool))
+    assert normalizer.axes is not None
+    np.testing.assert_allclose(normalizer.axes, PCA(3, random_state=0).fit(rows).components_, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["standard", "minmax"])
 def test_rows_that_come_in_chunks_are_fitted_as_those_that_come_at_once(
     name: str, monkeypatch: pytest.MonkeyPatch
