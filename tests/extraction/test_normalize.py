@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
+from threadpoolctl import threadpool_limits
 
 from nbfeat import FeatureBlock, RequestError
 from nbfeat.extraction import normalize
-from nbfeat.extraction.normalize import Learner, learn
+from nbfeat.extraction.normalize import Learner, Normalizer, learn
 
 ROWS = np.random.default_rng(0).gamma(0.5, 9, (60, 7)).astype(np.float32)
 ALL = np.ones(60, bool)
@@ -59,6 +60,16 @@ def test_the_axes_of_many_rows_come_from_one_seed() -> None:
     normalizer = learn(block("--components 3"), rows, np.ones(501, bool))
     assert normalizer.axes is not None
     np.testing.assert_allclose(normalizer.axes, PCA(3, random_state=0).fit(rows).components_, rtol=1e-4, atol=1e-4)
+
+
+def test_projections_do_not_depend_on_the_number_of_threads() -> None:
+    axes, rows = (np.random.default_rng(0).normal(size=(n, 20_000)).astype(np.float32) for n in (33, 3))
+    normalizer = Normalizer(center=np.zeros(20_000, np.float32), axes=axes)
+    with threadpool_limits(1, "blas"):
+        expected = [axes @ row for row in rows]
+    for threads in (1, 2):
+        with threadpool_limits(threads, "blas"):
+            np.testing.assert_array_equal(normalizer.apply(rows), expected)
 
 
 @pytest.mark.parametrize("name", ["standard", "minmax"])
