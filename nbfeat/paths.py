@@ -7,9 +7,12 @@ owns or can write to isn't used.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -94,21 +97,34 @@ def write_whole(path: Path, text: str) -> None:
 
 _REMOTE = (
     "nfs", "cifs", "smb", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "fuse.sshfs", "fuse.gluster", "vboxsf",
+    "afp", "webdav", "macfuse", "osxfuse",
 )  # fmt: skip
 
 
-def file_system(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
+def file_system(folder: Path) -> str:
     """Return the file system of `folder`, e.g. ``ext4`` or ``nfs4``; "" if unknown."""
-    try:
-        lines = [line.split() for line in mounts.read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        return ""
     resolved, deepest, kind = folder.resolve(), 0, ""
-    for words in lines:
-        point = words[4].replace("\\040", " ")
+    for point, found in _mounts(resolved):
         if resolved.is_relative_to(point) and len(point) >= deepest:  # the last mount on a point hides the others
-            deepest, kind = len(point), words[words.index("-") + 1]
+            deepest, kind = len(point), found
     return kind
+
+
+def _mounts(folder: Path, table: Path = Path("/proc/self/mountinfo")) -> Iterator[tuple[str, str]]:
+    """Yield mount points and their file systems; on Windows, those of the drive of `folder`."""
+    if sys.platform == "win32":
+        import ctypes
+
+        is_share = ctypes.windll.kernel32.GetDriveTypeW(folder.anchor) == 4  # DRIVE_REMOTE
+        yield folder.anchor, "smb" if is_share else "local"
+    elif sys.platform == "darwin":  # lines such as "//me@server/share on /Volumes/share (smbfs, nodev)"
+        lines = subprocess.run(["/sbin/mount"], capture_output=True, text=True, check=False).stdout
+        yield from re.findall(r"^.+? on (/.*) \((\w+)", lines, re.MULTILINE)
+    else:
+        with suppress(OSError):
+            for line in table.read_text(encoding="utf-8").splitlines():
+                words = line.split()
+                yield words[4].replace("\\040", " "), words[words.index("-") + 1]
 
 
 def is_remote(kind: str) -> bool:

@@ -76,12 +76,8 @@ def main() -> int:
 
 def copied(image: Path) -> Path:
     """Copy the repository to where Binder has it, which is the home folder, and offer the weights that are here."""
-    list_files = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(list_files, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (image / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, image / name)
+    ignored = (line.rstrip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines())
+    shutil.copytree(ROOT, image, symlinks=True, ignore=shutil.ignore_patterns(".git", *ignored))
     if (DATA / "keras_home").is_dir():  # Binder downloads them
         shutil.copytree(DATA / "keras_home", image / ".keras", copy_function=shutil.copyfile)
     return image

@@ -16,11 +16,13 @@ from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 from traitlets.config import Config
 
+import nbfeat
 from nbfeat.inference import prepared
 from tests.faces import FACES, Face
 from tests.fake import FakeEngine, FakeNetwork, Gate
 
 ROOT = Path(__file__).resolve().parents[1]
+INSTALLED = Path(nbfeat.__file__).resolve().parent != ROOT / "nbfeat"  # and not the checkout's
 DATA = Path(os.environ.get("NBFEAT_TEST_DATA", ROOT.parent / "shared" / "data"))
 # Files of long tests that share no fixture of their own: with xdist each test goes to whichever process is idle.
 APART = {"test_architectures.py", "test_notebooks.py", "test_promises.py", "test_robustness.py"}
@@ -37,6 +39,21 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return nodeid if Path(file).name in APART else file
 
     return ByFile(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def modules_of_children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Have child processes import these tests, and the same package as they do, wherever they run."""
+    folder = ROOT
+    if INSTALLED:
+        folder = tmp_path_factory.mktemp("modules")  # where the tests lie without the package beside them
+        (folder / "tests").mkdir()
+        (folder / "tests" / "__init__.py").write_text(f"__path__ = [{str(ROOT / 'tests')!r}]\n", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)  # some take the path over from their parent
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        patch.setenv("PYTHONSAFEPATH", "1")  # otherwise the folder in which they run comes first
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

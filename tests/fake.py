@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from nbfeat.backbones.weights import Loaded
 from nbfeat.inference.engines.base import Pixels, Precision, Vectors, Work
+from nbfeat.inference.prepared import PreparedNetwork
 from nbfeat.inference.spec import Cut, NetworkSpec, Output
 
 GRID = 4
@@ -105,8 +106,7 @@ class FakeNetwork:
     def __iter__(self) -> Iterator[str]:
         yield f"opening a pretended {self.spec.backbone}"
 
-    def key_fields(self, precision: Precision) -> dict[str, object]:
-        return {**self.numbers, "precision": precision}
+    key_fields = PreparedNetwork.key_fields
 
     def start(self, precision: Precision, only: str | None = None) -> FakeEngine:
         assert precision in {"float32", "bfloat16", "float16"}

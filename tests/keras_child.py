@@ -41,9 +41,8 @@ PHOTOGRAPHED: tuple[tuple[str, str, dict[str, float], str], ...] = (
 def run(*words: str, backend: str = "tensorflow", module: str = "tests.keras_child") -> dict[str, Any]:
     """Run a program of this module, or another one of its kind, in a process of its own."""
     command = [sys.executable, "-W", "ignore", "-m", module, *words]
-    root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "KERAS_BACKEND": backend}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert not done.returncode, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -15,6 +16,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 import nbfeat
+from tests import binder_check
 from tests.conftest import ROOT
 from tests.test_notebooks import execute, read
 
@@ -65,7 +67,7 @@ def prepare(home: Path, monkeypatch: pytest.MonkeyPatch, **variables: str) -> st
     """Run what prepares the image for `home`, which is the one in use then, and return what it says."""
     monkeypatch.setenv("NBFEAT_HOME", str(home))
     ran = subprocess.run(
-        [sys.executable, BINDER / "postBuild"], env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+        [sys.executable, BINDER / "postBuild"], env={**os.environ, **variables},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
@@ -104,6 +106,25 @@ def test_a_pretrained_network_is_prepared_where_its_weights_are_had(
     kept = nbfeat.storage.networks
     [pretrained] = kept[kept["backbone"] == "MobileNet"].to_dict("records")
     assert (pretrained["alpha"], pretrained["weights"]) == (0.25, "imagenet")
+
+
+def test_the_repository_is_copied_as_it_is_published_without_git(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    for name in (".git/config", ".github/llms.txt", ".venv/x", "nbfeat/__init__.py", "nbfeat/__pycache__/x.pyc"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    for name in (".gitignore", "binder/postBuild"):
+        (root / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    monkeypatch.setattr(binder_check, "ROOT", root)
+    monkeypatch.setattr(binder_check, "DATA", tmp_path / "nosuch")
+    monkeypatch.setenv("PATH", "")
+    image = binder_check.copied(tmp_path / "image")
+    found = {path.relative_to(image).as_posix() for path in image.rglob("*") if path.is_file()}
+    assert found == {".github/llms.txt", ".gitignore", "binder/postBuild", "nbfeat/__init__.py"}
+    assert os.access(image / "binder" / "postBuild", os.X_OK)
 
 
 def test_the_badges_open_the_quickstart_of_this_repository() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -146,9 +147,9 @@ def test_the_guide_names_every_backbone_family() -> None:
 
 
 def test_only_what_belongs_at_the_top_is_there() -> None:
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if tracked.returncode:
+    if not (ROOT / ".git").exists() or not shutil.which("git"):  # an exported tree may lie in a checkout of others
         pytest.skip("not a git checkout")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     top = {name.partition("/")[0] for name in tracked.stdout.splitlines()}
     allowed = {"pyproject.toml", "README.md", "LICENSE", "nbfeat", "notebooks", "tests", "binder"}
     assert {name for name in top if not name.startswith(".")} <= allowed

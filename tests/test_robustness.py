@@ -36,7 +36,6 @@ from nbfeat.images.decode import NAMES
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import read_pixels
 from nbfeat.parquet.result_file import Failure
-from tests.conftest import ROOT
 from tests.images.images_child import images as image_files, is_a_sentence
 from tests.messages import assert_says_what_to_do
 from tests.mutations import mutated
@@ -339,9 +338,8 @@ def test_a_header_before_anything_gives_pixels_or_a_sentence(file: tuple[str, by
 
 def child(module: str, *words: object, folder: Path) -> dict[str, Any]:
     """Run a module of the tests in a process of its own, and return what it says; where that dies, say of what."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, words)], cwd=folder, env=environment, capture_output=True, check=False,
+        [sys.executable, "-m", module, *map(str, words)], cwd=folder, capture_output=True, check=False,
         timeout=300 * TIMES,
     )  # fmt: skip
     assert done.returncode == 0, f"ended with {done.returncode}: {done.stderr.decode(errors='replace')[-3000:]}"

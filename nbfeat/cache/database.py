@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sqlite3
@@ -26,6 +27,7 @@ SHARE_OF_DISK = 10  # the cache may take a tenth of the free disk space
 LOOK_EVERY = 64_000_000  # bytes written between two checks of the size
 MOST_AT_ONCE = 500  # rows per query or deletion
 BYTES_AT_ONCE = 8_000_000  # per query
+BYTES_EVICTED = 1_000_000  # per transaction, a few milliseconds
 PATIENCE = 10.0  # seconds to wait for another process to finish writing
 
 FORMAT = 2  # of the schema; increased with every change
@@ -41,9 +43,9 @@ CREATE UNIQUE INDEX IF NOT EXISTS keys ON entries (owner, key);
 PRAGMA user_version = {FORMAT};
 COMMIT
 """
+_SIZES = "SELECT * FROM pragma_page_count, pragma_freelist_count, pragma_page_size"
 FILES, FAILURES = "files", "failures by "
-# A missing table or column gives SQLITE_ERROR.
-_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _ERRORS = (sqlite3.Error, OSError, ValueError, TypeError)
 
 Vector = NDArray[np.float32]
@@ -69,10 +71,11 @@ class Cache:
         self.writes = False
         self._folder, self.path = folder, Path()
         self._failures = FAILURES + decoders
-        self._db: sqlite3.Connection | None = None
-        self._lock = threading.RLock()
+        self._db: sqlite3.Connection | None = None  # writes
+        self._reader: sqlite3.Connection | None = None  # so that decoders never wait for a write
+        self._lock, self._reading = threading.RLock(), threading.RLock()
         self._in_use: set[str] = set()  # keys
-        self._unmeasured = LOOK_EVERY
+        self._unmeasured, self._most = LOOK_EVERY, 0
         if folder is not None:
             try:
                 self._open(folder)
@@ -124,10 +127,12 @@ class Cache:
 
     def keep(self, entries: CacheEntries) -> None:
         """Save all entries or none."""
-        self._unmeasured += sum(4 * block.width * len(images) for block, images, _ in entries.vectors)
-        if self._unmeasured >= LOOK_EVERY:
+        size = sum(4 * block.width * len(images) for block, images, _ in entries.vectors)
+        self._unmeasured += size
+        if self._unmeasured >= LOOK_EVERY and self._folder is not None:
+            self._most, self._unmeasured = self.limit(), 0
+        for _ in range(1 + 2 * size // BYTES_EVICTED):  # more than is added
             self._try("written", self._make_room)
-            self._unmeasured = 0
         if entries:
             self._try("written", lambda db: self._insert(db, entries))
 
@@ -163,58 +168,73 @@ class Cache:
 
     def clear(self) -> None:
         """Delete everything and free the disk space."""
-        everything = "BEGIN IMMEDIATE; DELETE FROM entries; DELETE FROM owners; COMMIT; PRAGMA wal_checkpoint(TRUNCATE)"
-        self._try("written", lambda db: db.executescript(everything))
+        everything = "BEGIN IMMEDIATE; DELETE FROM entries; DELETE FROM owners; COMMIT"
+        space = "PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE)"
+        self._try("written", lambda db: db.executescript(f"{everything}; {space}"))
 
     def _make_room(self, db: sqlite3.Connection) -> None:
-        """Evict whole owners, least recently used first, until the cache is within its limit."""
-        limit, used = self.limit(), "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
-        for number, name in db.execute("SELECT id, name FROM owners ORDER BY used").fetchall():
-            if db.execute(used).fetchone()[0] > limit and name not in self._in_use:
-                _evict(db, number)
-        if db.execute(used).fetchone()[0] > limit:
+        """If the cache is over its limit, evict a little of the least recently used owner, which blocks nobody long."""
+        [(pages, free, size)] = db.execute(_SIZES).fetchall()
+        if (pages - free) * size > self._most:
+            for number, name in db.execute("SELECT id, name FROM owners ORDER BY used").fetchall():
+                if name not in self._in_use:
+                    if _evict(db, number):  # what this run adds to it, such as states of files, stays
+                        self._in_use.add(name)
+                    return
             self.writes = False
-            full = f"This run alone fills the cache ({limit / 1e9:,.1f} GB, a tenth of the free disk space)"
+            full = f"This run alone fills the cache ({self._most / 1e9:,.1f} GB, a tenth of the free disk space)"
             self.note = f"{full}: further features are not cached. Set NBFEAT_HOME to a folder on a larger disk."
+        elif pages * size > self._most:  # free pages are reused, but not given back
+            db.executescript(f"PRAGMA incremental_vacuum({BYTES_EVICTED // size})")  # `execute` frees one page
 
     def _open(self, folder: Path) -> None:
         kind = file_system(folder)
         self.path = max(folder.glob("features-*.sqlite"), default=folder / "features-000000.sqlite")
-        self._db = db = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
+        connect = functools.partial(
+            sqlite3.connect, self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False
+        )
+        self._db = db = connect()
+        db.text_factory = functools.partial(str, encoding="utf-8", errors="replace")  # damage must not raise
         [found] = db.execute("PRAGMA user_version").fetchone()
         if found > FORMAT:
             newer = f"it was written by a newer nbfeat, in format {found}"
             raise sqlite3.NotSupportedError(f"{newer}; this version reads format {FORMAT}")
         if found < FORMAT:  # these two only affect a new file
             db.execute("PRAGMA page_size = 4096")  # larger pages write up to four times as much per batch
-            db.execute("PRAGMA auto_vacuum = FULL")
+            db.execute("PRAGMA auto_vacuum = INCREMENTAL")
         # A write-ahead log needs shared memory, which processes on two machines don't have.
         with suppress(sqlite3.OperationalError):  # another process is creating the file, and sets this
             db.execute(f"PRAGMA journal_mode = {'DELETE' if is_remote(kind) else 'WAL'}")
         db.execute("PRAGMA synchronous = NORMAL")
         if found < FORMAT:
             db.executescript(SCHEMA)
-        self.writes = True
+        self._reader, self.writes = connect(), True
+        self._reader.text_factory = db.text_factory
         if is_remote(kind):
             self.note = f"The cache is on a network file system ({kind}). Set NBFEAT_HOME to a faster local folder."
 
     def _try(self, verb: str, work: Callable[[sqlite3.Connection], Any]) -> Any:
         """Return the result of `work`; if it fails, say so in `note` and return None."""
+        is_read = verb == "read"
+        with self._reading if is_read else self._lock:
+            db = self._reader if is_read else self._db
+            if db is None or not (is_read or self.writes):
+                return None
+            try:
+                return work(db)
+            except _ERRORS as error:
+                problem = error
         with self._lock:
-            if self._db is not None and (verb == "read" or self.writes):
-                try:
-                    return work(self._db)
-                except _ERRORS as error:
-                    self._give_up(error, verb)
+            if db in {self._db, self._reader}:  # else another thread has just replaced it
+                self._give_up(problem, verb)
         return None
 
     def _give_up(self, error: Exception, verb: str) -> None:
         """Start a new file if this one is damaged, else stop writing; explain it in `note`."""
         why, way = printable(str(error)), "Free some disk space, or set NBFEAT_HOME to another folder."
-        code = getattr(error, "sqlite_errorcode", None)
-        if code is None and isinstance(error, sqlite3.OperationalError | ValueError | TypeError):
-            code = sqlite3.SQLITE_CORRUPT  # what Python raises for text that cannot be decoded
-        if code == sqlite3.SQLITE_IOERR_SHORT_READ or (code or 0) & 0xFF in _DAMAGED:
+        code = getattr(error, "sqlite_errorcode", None) or 0
+        is_schema = code == sqlite3.SQLITE_ERROR and why.startswith("no such ")  # a table or column
+        if is_schema or code == sqlite3.SQLITE_IOERR_SHORT_READ or code & 0xFF in _DAMAGED:
             damaged = self.path
             self.close()
             with suppress(*_ERRORS):
@@ -225,7 +245,7 @@ class Cache:
             tail = "A new one was started" if self.writes else "Features are not cached: delete that folder"
             self.note = f"The cache in {self._folder} was damaged ({why}). {tail}."
             return
-        if (code or 0) & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
+        if code & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
             why, way = "another program has locked it", "Close that program, and run the cell again."
         elif isinstance(error, sqlite3.NotSupportedError):
             way = "Update nbfeat, or set NBFEAT_HOME to another folder."
@@ -237,10 +257,11 @@ class Cache:
     def close(self) -> None:
         """Close the file; the cache is then off."""
         self.writes = False
-        with self._lock, suppress(sqlite3.Error):
-            if self._db is not None:
-                self._db.close()
-        self._db = None
+        with self._lock, self._reading:
+            for db in filter(None, (self._reader, self._db)):  # the last one empties the write-ahead log
+                with suppress(sqlite3.Error):
+                    db.close()
+            self._db = self._reader = None
 
 
 def with_checksum(value: bytes, key: bytes, owner: str) -> bytes:
@@ -264,16 +285,17 @@ def _touch(db: sqlite3.Connection, owners: dict[str, str]) -> None:
     )
 
 
-def _evict(db: sqlite3.Connection, owner: int) -> None:
-    """Delete an owner and its entries in short transactions, and free the disk space."""
-    some = "DELETE FROM entries WHERE rowid IN (SELECT rowid FROM entries WHERE owner = ? LIMIT ?)"
-    while db.execute(some, (owner, MOST_AT_ONCE)).rowcount:
-        pass
+def _evict(db: sqlite3.Connection, owner: int) -> bool:
+    """Delete some entries of an owner in one short transaction; if it has none, delete the owner and return True."""
+    some = "SELECT rowid, LENGTH(value) FROM entries WHERE owner = ? LIMIT ?"
     with db:
         db.execute("BEGIN IMMEDIATE")
-        db.execute("DELETE FROM entries WHERE owner = ?", (owner,))  # added in the meantime
-        db.execute("DELETE FROM owners WHERE id = ?", (owner,))
-    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        if found := db.execute(some, (owner, MOST_AT_ONCE)).fetchall():
+            rows = [(row,) for row, _ in found]
+            db.executemany("DELETE FROM entries WHERE rowid = ?", rows[: max(1, BYTES_EVICTED // found[0][1])])
+        else:
+            db.execute("DELETE FROM owners WHERE id = ?", (owner,))
+    return not found
 
 
 def bytes_in(folder: Path) -> int:

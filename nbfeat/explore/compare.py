@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +14,7 @@ from numpy.typing import NDArray
 from nbfeat.errors import RequestError, format_bytes, listing
 from nbfeat.explore import gallery
 from nbfeat.explore.gallery import axes, colors, plain
-from nbfeat.explore.scoring import column_of, folds_of, read_task, scorer_of, scores_of, selected, written
+from nbfeat.explore.scoring import column_of, copies_in, folds_of, read_task, scorer_of, scores_of, selected, written
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.options import FeatureBlock
 from nbfeat.extraction.report import briefly, title_of
@@ -60,7 +58,8 @@ def compare(
         The number of folds (shuffled with a fixed seed, stratified for classes), or a scikit-learn splitter. A
         PredefinedSplit must cover all rows of the frame.
     groups : str or array-like, optional
-        A column, or one value per row: rows of one group are never on both sides of a fold.
+        A column, or one value per row: rows of one group are never on both sides of a fold. By default, copies of an
+        image (rows with equal features) are a group.
     scoring : str or callable, optional
         A scikit-learn scorer or its name. By default the model's own: accuracy, or R² for a quantity.
     rows : int or None, default 5000
@@ -88,27 +87,30 @@ def compare(
         raise RequestError(f"`result` must be an Extraction, not {kind}. Pass what `nbfeat.extract` returned.")
     made = set(result.columns)
     frame = result.frame.loc[:, [column not in made for column in result.frame.columns]]
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        wanted, estimator = read_task(frame, target, model)
-        name, scorer = scorer_of(estimator, scoring)
-        matrices, ok, recomputed = _matrices(result)
-        grouping = None if groups is None else column_of(frame, groups, "group")
-        chosen, left_out = selected(wanted, ok, grouping, rows, cv)
-        folds, how_split = folds_of(cv, chosen, grouping, len(frame))
-        scores = {
-            part.prefix: scores_of(part.block, part.prefix, matrices[part.prefix], chosen, folds, estimator, scorer)
-            for part in result.parts
-        }
+    wanted, estimator = read_task(frame, target, model)
+    name, scorer = scorer_of(estimator, scoring)
+    matrices, ok, recomputed = _matrices(result)
+    grouping = None if groups is None else column_of(frame, groups, "group")
+    chosen, left_out = selected(wanted, ok, grouping, rows, cv)
+    if groups is None:
+        grouping, copies = copies_in(matrices.values(), chosen, cv)
+        left_out.append(copies)
+    folds, how_split = folds_of(cv, chosen, grouping, len(frame))
+    stopped: list[bool] = []  # whether each fit used up its iterations; to record warnings would affect all threads
+
+    def watched(model: Any, *data: object) -> object:
+        last = getattr(model, "steps", [("", model)])[-1][1]
+        done = np.array(getattr(last, "n_iter_", 0), float).max()  # NaN where a solver has none; boosting does all
+        stopped.append(0 < (getattr(last, "max_iter", None) or 0) <= done and not hasattr(last, "do_early_stopping_"))
+        return scorer(model, *data)
+
+    scores = {
+        part.prefix: scores_of(part.block, part.prefix, matrices[part.prefix], chosen, folds, estimator, watched)
+        for part in result.parts
+    }
     overview, ordered = _tables(result, scores, speed=speed)
-    shares = [len(test) / len(train) for train, test in folds]
-    notes = [
-        verdict(ordered, name, float(np.mean(shares))),
-        *left_out,
-        chosen.note,
-        recomputed,
-        *_about(result, warned, speed=speed),
-    ]
+    share = float(np.mean([len(test) / len(train) for train, test in folds]))
+    notes = [verdict(ordered, name, share), *left_out, chosen.note, recomputed, *_about(result, stopped, speed=speed)]
     setting = f"{written(estimator)}, {how_split}, {chosen}"
     best = overview["block"].iloc[0]
     return Comparison(overview, ordered, best, chosen.name, name, setting, tuple(filter(None, notes)))
@@ -177,7 +179,7 @@ class Comparison:
 
     def _label(self, ax: Axes, ink: str) -> None:
         from matplotlib.lines import Line2D
-        from matplotlib.transforms import offset_copy
+        from matplotlib.transforms import ScaledTranslation
 
         rates = self.table.get("images_per_second", [np.nan] * len(self.table))
         names = [
@@ -194,7 +196,7 @@ class Comparison:
         handles, labels = ax.get_legend_handles_labels()
         found = dict(zip(labels, handles, strict=True))
         found["mean ± standard deviation"] = Line2D([], [], color=ink, marker="D", markersize=5, linewidth=1.5)
-        below = offset_copy(ax.transAxes, ax.get_figure(root=True), y=-LEGEND_BELOW, units="inches")
+        below = ax.transAxes + ScaledTranslation(0, -LEGEND_BELOW, ax.figure.dpi_scale_trans)
         ax.legend(
             list(found.values()), [plain(name) for name in found], loc="upper right", bbox_to_anchor=(1, 0),
             bbox_transform=below, ncols=LEGEND_COLUMNS, frameon=False, borderaxespad=0,
@@ -290,14 +292,12 @@ def _tables(result: Extraction, scores: Mapping[str, list[float]], *, speed: boo
     return pd.DataFrame(columns, index=prefixes), folds
 
 
-def _about(result: Extraction, warned: Sequence[warnings.WarningMessage], *, speed: bool) -> Iterator[str]:
-    """Yield notes on fitted normalization, scikit-learn's warnings, and how speed was measured."""
+def _about(result: Extraction, stopped: list[bool], *, speed: bool) -> Iterator[str]:
+    """Yield notes on fitted normalization, fits that may not have converged, and how speed was measured."""
     if learned := [part.prefix for part in result.parts if part.block.is_learned]:
         yield f"{listing(learned)}: normalization was fitted in each fold, on its training rows only."
-    if warned:
-        counts = Counter(warning.category.__name__ for warning in warned)
-        first = str(warned[0].message).strip().splitlines()[0]
-        yield f"Warnings: {listing(f'{count:,} × {name}' for name, count in counts.items())}. First: {first}"
+    if any(stopped):
+        yield f"{sum(stopped):,} of {len(stopped):,} fits may not have converged. Use a model with a higher `max_iter`."
     if speed:
         yield (
             "images/s: from file to features, one block at a time, without the cache, measured just now on up to 64 "

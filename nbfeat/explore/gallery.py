@@ -225,7 +225,7 @@ def _read(tiles: Sequence[Tile], root: Path, side: int, make: Callable[[Image.Im
         return list(threads.map(one, tiles))
 
 
-def _encoded(image: Image.Image) -> tuple[str, tuple[int, int]]:
+def encoded(image: Image.Image) -> tuple[str, tuple[int, int]]:
     """Encode as WebP (half the size of JPEG) in the best quality that fits; return a data URL and the image's size."""
     for quality in QUALITIES:
         out = io.BytesIO()
@@ -236,7 +236,7 @@ def _encoded(image: Image.Image) -> tuple[str, tuple[int, int]]:
 
 
 def _tiles(tiles: Sequence[Tile], root: Path) -> str:
-    return "".join(map(_tile, tiles, _read(tiles, root, SIDE, _encoded)))
+    return "".join(map(_tile, tiles, _read(tiles, root, SIDE, encoded)))
 
 
 def _tile(tile: Tile, picture: tuple[str, tuple[int, int]] | str) -> str:

@@ -85,11 +85,11 @@ def scatter(
     if method == "umap" and importlib.util.find_spec("umap") is None:
         raise RequestError("`method='umap'` needs umap-learn. Run `pip install umap-learn`, or use `method='tsne'`.")
     vectors = vectors_of(result, features)
-    values, classes = None, None
+    values, classes, unnamed = None, None, ("", "")
     if color is not None:
         values = column_of(vectors.images.frame, color, "color").iloc[vectors.positions]
         values = values.rename("color") if values.name is None else values
-        classes = _classes(values)
+        classes, unnamed = _classes(values)
     count = len(vectors.positions)
     rows = drawn(count, whole("limit")(limit), None if classes is None else classes.cat.codes.to_numpy())
     positions = vectors.positions[rows]
@@ -100,7 +100,7 @@ def scatter(
     chosen = [f"{len(rows):,} of {count:,} rows sampled"] if len(rows) < count else []
     classes = None if classes is None else classes.iloc[rows].cat.remove_unused_categories()
     title, note = f"{TITLES[method]} of {listing(vectors.blocks)}", " · ".join([*chosen, *vectors.left_out])
-    return Scatter(frame, classes, None if values is None else values.name, names, title, note)
+    return Scatter(frame, classes, None if values is None else values.name, unnamed, names, title, note)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -116,6 +116,7 @@ class Scatter:
     frame: pd.DataFrame
     classes: pd.Series[Any] | None  # each point's name in the legend; None for numbers with a scale
     color: Hashable | None
+    unnamed: tuple[str, str]  # the classes in gray: rare ones together, and missing
     names: tuple[str, str]  # axis labels
     title: str
     note: str  # what was left out
@@ -175,10 +176,10 @@ class Scatter:
     def _draw_classes(self, ax: Axes, classes: pd.Series[Any], look: dict[str, Any]) -> None:
         import seaborn as sns
 
-        named = [name for name in classes.cat.categories if name != MISSING and not name.startswith(OTHERS)]
-        unnamed = [name for name in classes.cat.categories if name not in named]
+        named = [name for name in classes.cat.categories if name not in self.unnamed]
+        unnamed = [name for name in classes.cat.categories if name in self.unnamed]
         # Gray is for unnamed classes, so the palette's own gray (its eighth color) is used only for ten classes.
-        spread = named if len(named) == COLORS else [*named[:7], MISSING, *named[7:]]
+        spread = named if len(named) == COLORS else [*named[:7], self.unnamed[1], *named[7:]]
         order = np.argsort(classes.isin(named).to_numpy(), kind="stable")  # named classes on top
         sns.scatterplot(
             x=self.frame["x"].to_numpy()[order], y=self.frame["y"].to_numpy()[order],
@@ -235,28 +236,34 @@ def _places(points: NDArray[Any], method: Method) -> tuple[NDArray[Any], tuple[s
         return np.asarray(layout.fit_transform(reduced)), ("", "")
 
 
-def _classes(values: pd.Series[Any]) -> pd.Series[Any] | None:
-    """Return each row's class (frequent ones, others combined, or missing) as a categorical; None for a quantity."""
+def _classes(values: pd.Series[Any]) -> tuple[pd.Series[Any] | None, tuple[str, str]]:
+    """Return each row's class as a categorical, None for a quantity; and the names of rare and of missing classes."""
     import pandas as pd
     from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
     known = values.dropna()
     is_number = is_numeric_dtype(values) and not is_bool_dtype(values)
     if is_number and ((known % 1 != 0).any() or known.nunique() > MOST_CLASSES):
-        return None
-    is_categorical = isinstance(known.dtype, pd.CategoricalDtype)
-    order = list(known.cat.categories if is_categorical else known.unique())
+        return None, ("", "")
     try:
-        order = order if is_categorical else sorted(order)
-    except TypeError:  # mixed types
-        order.sort(key=str)
+        counts = known.value_counts(sort=False).to_dict()  # categories and distinct values in order
+    except TypeError as error:
+        kinds = listing(sorted({type(value).__name__ for value in known}))
+        problem = f"{values.name!r} has values of type {kinds}, but needs one class or number per row."
+        raise RequestError(f"{problem} Name another column for `color`, or use `.astype(str)`.") from error
+    order: list[Any] = [value for value, count in counts.items() if count]
+    if not isinstance(known.dtype, pd.CategoricalDtype):
+        try:
+            order = sorted(order)
+        except TypeError:  # mixed types
+            order = sorted(order, key=str)
     names = {value: str(int(value)) if isinstance(value, (float, np.floating)) else str(value) for value in order}
-    counts = known.value_counts()
-    order = [value for value in order if counts.get(value, 0)]
-    others = sorted(order, key=lambda value: -counts[value])[COLORS - 1 :] if len(order) > COLORS else []
+    named_missing = MISSING if MISSING not in names.values() else f"({MISSING})"
+    ranked = sorted(order, key=lambda value: -counts[value])
+    others = set(ranked[COLORS - 1 :] if len(order) > COLORS else ())
     shared = f"{OTHERS}{len(others):,} classes"
     names.update(dict.fromkeys(others, shared))
     named = values.map(names).astype(object)
-    named[values.isna().to_numpy()] = MISSING
-    categories = dict.fromkeys([*(names[value] for value in order if value not in others), shared, MISSING])
-    return named.astype(pd.CategoricalDtype(list(categories)))
+    named[values.isna().to_numpy()] = named_missing
+    categories = dict.fromkeys([*(names[value] for value in order if value not in others), shared, named_missing])
+    return named.astype(pd.CategoricalDtype(list(categories))), (shared, named_missing)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeGuard
 
@@ -11,12 +11,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from nbfeat.errors import RequestError, listing, near, sentences
+from nbfeat.explore.vectors import Rows, contents_of
 from nbfeat.extraction.normalize import learn
 from nbfeat.extraction.options import FeatureBlock
 from nbfeat.inference.spec import whole
 
 MODELS = ("svm", "forest", "logistic")
 MOST_CLASSES = 20  # of whole numbers; with more distinct values they are a quantity
+IMAGES = "different images"
 RARE_SHOWN, COLUMNS_SHOWN, LETTERS_SHOWN = 3, 20, 110
 
 Folds: TypeAlias = list[tuple[NDArray[np.int_], NDArray[np.int_]]]  # training rows and test rows
@@ -150,12 +152,24 @@ def selected(
     if len(kept) > most:
         least = int(cv) if _is_count(cv) else 1
         if least > 1:  # before sampling, which would hide that a class is rare
-            _check(least, chosen, None if groups is None else groups.iloc[kept].to_numpy())
+            _check(least, chosen, None if groups is None else groups.iloc[kept])
         if chosen.is_classes and most < (needed := least * len(np.unique(chosen.answers))):
             raise RequestError(f"`rows={most}` is too few for {least} rows of each class. Use `rows={needed}` or more.")
         notes.append(f"{most:,} of {len(kept):,} rows were scored (a seeded sample). For all, set `rows=None`.")
         chosen = chosen.taken(kept[drawn(len(kept), most, chosen.answers if chosen.is_classes else None, least)])
     return chosen, notes
+
+
+def copies_in(blocks: Iterable[Rows], target: Target, cv: object) -> tuple[pd.Series | None, str]:
+    """Return groups of rows with equal features, if `cv` is a number and there are any, and a note on them."""
+    _, numbers, counts = np.unique(contents_of(blocks, target.rows), return_inverse=True, return_counts=True)
+    if len(counts) == len(numbers):
+        return None, ""
+    some = f"{int((counts[numbers] > 1).sum()):,} of {len(numbers):,} rows have the same image as another row"
+    if not _is_count(cv):
+        return None, f"{some} (equal features): `cv` may put copies on both sides of a fold."
+    groups = pd.Series(numbers, target.rows, name=IMAGES).reindex(range(target.rows[-1] + 1), fill_value=-1)
+    return groups, f"{some} (equal features): copies were kept in one fold."
 
 
 def _is_count(cv: object) -> TypeGuard[int]:
@@ -166,7 +180,7 @@ def folds_of(cv: Any, target: Target, groups: pd.Series | None, frame_rows: int)
     """Split `target` into folds, given as positions in it, by a number or a splitter; also describe them."""
     from sklearn import model_selection as ms
 
-    held = None if groups is None else groups.iloc[target.rows].to_numpy()
+    held = None if groups is None else groups.iloc[target.rows]
     is_count = _is_count(cv)
     if is_count:
         _check(int(cv), target, held)
@@ -189,10 +203,10 @@ def folds_of(cv: Any, target: Target, groups: pd.Series | None, frame_rows: int)
     if target.is_classes and any(len(np.unique(target.answers[train])) == 1 for train, _ in folds):
         raise RequestError(f"A fold has only one class of {target.name} to train on. Use fewer folds or other groups.")
     name = f"{cv} folds" if is_count else f"{type(cv).__name__}, {len(folds)} fold{'s' if len(folds) > 1 else ''}"
-    return folds, f"{name}, groups kept together" if is_count and held is not None else name
+    return folds, f"{name}, groups kept together" if is_count and held is not None and held.name != IMAGES else name
 
 
-def _check(cv: int, target: Target, groups: NDArray[Any] | None) -> None:
+def _check(cv: int, target: Target, groups: pd.Series | None) -> None:
     """Raise if the rows can't be split into `cv` folds, and say why."""
     if cv < 2:
         raise RequestError(f"`cv` must be at least 2 folds, not {cv}.")
@@ -209,8 +223,9 @@ def _check(cv: int, target: Target, groups: NDArray[Any] | None) -> None:
         raise RequestError(f"{problem} {way} them to None to leave them out.")
     if not target.is_classes and total < 2 * cv:
         raise RequestError(f"{total:,} rows are too few for {cv} folds of at least two rows. Use `cv={total // 2}`.")
-    if groups is not None and (count := pd.Series(groups).nunique()) < cv:
-        raise RequestError(f"{count:,} groups are too few for {cv} folds. Use `cv={count}` or less.")
+    if groups is not None and (count := groups.nunique()) < cv:
+        kind = IMAGES if groups.name == IMAGES else "groups"
+        raise RequestError(f"{count:,} {kind} are too few for {cv} folds. Use `cv={count}` or less.")
 
 
 def _wants_classes(model: object) -> bool | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -104,8 +104,7 @@ class Space:
         from scipy.sparse.csgraph import connected_components
 
         # Equal rows are compared once: a thousand of them would give half a million pairs.
-        contents = [blake2b(b"".join(block[row].tobytes() for block in self.blocks)).digest() for row in rows]
-        _, different, which = np.unique(np.array(contents), return_index=True, return_inverse=True)
+        _, different, which = np.unique(contents_of(self.blocks, rows), return_index=True, return_inverse=True)
         numbers = np.arange(len(different), dtype=np.int32)
         for first, second in self._near(rows[different], limit):
             pairs = np.ones(first.size, np.int8), (numbers[first], numbers[second])
@@ -158,6 +157,12 @@ class Space:
                 near = ~is_open
                 near[is_open] = self.between(rows[first[is_open]], rows[second[is_open]]) <= limit
                 yield first[near], second[near]
+
+
+def contents_of(blocks: Iterable[Rows], rows: Positions) -> NDArray[np.bytes_]:
+    """Return a digest of the features of each of `rows`; equal images have equal features."""
+    several = list(blocks)
+    return np.array([blake2b(b"".join(block[row].tobytes() for block in several)).digest() for row in rows])
 
 
 def _in_parts(count: int, measure: Callable[[slice], Floats]) -> Floats:

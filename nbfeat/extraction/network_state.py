@@ -29,6 +29,7 @@ class NetworkState:
     done: NDArray[np.bool_]  # which images of the run have their features
     features: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # by output, one row per image
     slots: NDArray[np.int32] | None = None  # row of each image in `features`; None if they are in order
+    carried: dict[int, Vectors] = field(default_factory=dict)  # by image of an earlier window
     cache_keys: dict[str, CacheKey] = field(default_factory=dict)  # by output
     engine: Engine | None = None
     cached: int = 0  # number of images with cached features
@@ -55,8 +56,13 @@ class NetworkState:
     def share(self, row: int, first: int) -> None:
         """Copy the features of image `first` to image `row`, which has the same content."""
         self.done[row] = True
-        for features in self.features.values():
-            features[self._at(row)] = features[self._at(first)]
+        for key, vector in self.vectors_at(first).items():
+            self.features[key][self._at(row)] = vector
+
+    def vectors_at(self, row: int) -> Vectors:
+        """Return a copy of the features of a finished image of this window, or of one that was carried over."""
+        here = self.features.items()
+        return self.carried.get(row) or {key: features[self._at(row)].copy() for key, features in here}
 
     def forget(self, row: int) -> None:
         """Clear the features of an image that failed."""

@@ -21,7 +21,7 @@ from nbfeat.extraction.network_state import Batch, NetworkState
 from nbfeat.extraction.profile import Timings
 from nbfeat.extraction.run import Run
 from nbfeat.images import fingerprint
-from nbfeat.images.decode import OUT_OF_MEMORY, Source, pixels_of
+from nbfeat.images.decode import Source, is_permanent, pixels_of
 from nbfeat.images.remote import Access, Fetcher
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import Fetch, address_of, load_image, spread
@@ -33,6 +33,7 @@ from nbfeat.inference.precision import readable_sample
 BATCHES_AHEAD = 3  # decoded and waiting; more only costs memory
 FIRST_IMAGES, ROUNDS, SECONDS = 8, 3, 0.3  # to measure speed: images to warm up, rounds, seconds of a round
 SETTLED_AT_ONCE = 64  # rows without a network, reported together
+QUIET = 1_000  # rows without a network, after which a partial batch runs
 
 
 @dataclass(slots=True)
@@ -171,18 +172,25 @@ class Pipeline:
                     queue.engine.close()
 
     def _batches(self, items: Iterator[Item], queues: Sequence[BatchQueue], settled: Batch) -> Iterator[Batch]:
+        quiet = 0  # images since the last one that a network got
         for item in items:
             item.settle(settled)
             for number, queue in enumerate(queues):
                 yield from queue.take(item, item.cached.get(number))
+            quiet = 0 if item.pixels else quiet + 1
+            if quiet == QUIET:  # equal images may wait for a batch that nothing fills
+                yield from self._rest(queues)
             if len(settled.failures) + len(settled.equal) >= SETTLED_AT_ONCE:
                 yield Batch()
+        yield from self._rest(queues)
+        if settled:
+            yield Batch()
+
+    def _rest(self, queues: Sequence[BatchQueue]) -> Iterator[Batch]:
         for queue in queues:
             queue.submit()
         for queue in queues:
             yield from queue.rest()
-        if settled:
-            yield Batch()
 
     def _items(self, executor: ThreadPoolExecutor, rows: Sequence[int], ahead: int) -> Iterator[Item]:
         waiting: deque[Future[Item]] = deque()
@@ -223,7 +231,7 @@ class Pipeline:
             item.pixels = dict(zip(specs, pixels_of(source, specs), strict=True))
         except ImageError as error:
             item.reason = str(error)
-            item.is_lasting = isinstance(source, bytes) and item.reason != OUT_OF_MEMORY
+            item.is_lasting = is_permanent(source, item.reason)
         item.decoding = time.perf_counter() - start
 
     def _lacking(self, item: Item) -> list[PixelSpec]:

@@ -137,12 +137,15 @@ def _difference(frame: pd.DataFrame, result: Result) -> str:
     for column in map(str, result.fitted.columns):
         if column in result.frame.columns and list(frame.columns).count(column) == 1:
             for at, (here, there) in enumerate(zip(frame[column], result.frame[column], strict=True)):
-                if not _is_same(here, there):
+                if not is_same(here, there):
                     return f"row {at:,} of {column} is {name_of(here)}, not {name_of(there)}"
     return ""
 
 
-def _is_same(image: object, other: object) -> bool:
+def is_same(image: object, other: object) -> bool:
+    """Return whether two cells hold the same image, or none."""
     if isinstance(image, str | PurePath) and isinstance(other, str):
         return str(image) == other
-    return np.array_equal(np.array(image, object), np.array(other, object)) or (is_missing(image) and is_missing(other))
+    if image is other or is_missing(image) or is_missing(other):  # which can't be compared
+        return is_missing(image) == is_missing(other)
+    return np.array_equal(np.array(image, object), np.array(other, object))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from nbfeat.errors import ExtractionError, listing, sentences
 from nbfeat.extraction.network_state import Batch, NetworkState, decoders
 from nbfeat.extraction.profile import Bottleneck, Timings
 from nbfeat.extraction.request import Request
+from nbfeat.images.decode import codecs
 from nbfeat.images.public_hosts import NOT_ALLOWED
 from nbfeat.images.remote import Access
 from nbfeat.images.sources import name_of, state_of
@@ -27,6 +28,7 @@ from nbfeat.inference.precision import choose_precision
 
 ROWS_AT_ONCE = 500
 FIRST_REASONS = 3
+CARRIED = 32_000_000  # bytes of features that images of several windows may share
 
 
 class Executor(AbstractContextManager[Any], Protocol):
@@ -50,7 +52,8 @@ class Run:
         self.networks: list[NetworkState] = []
         self.keeps = False  # whether finished features are in the cache
         self.timings, self.cache, self.uses_cache = Timings(), Cache(None), cache and bool(self.images)
-        self.seen: dict[bytes, int] = {}  # content → first image of the window that has it
+        self.seen: dict[bytes, int] = {}  # content → first image that has it, whose features are still in memory
+        self._sources: set[int] = set()  # images that share their features with others
         self.computed_elsewhere = False  # whether some features can't be cached
         self._window: NDArray[np.int64] | None = None
         self._slots: NDArray[np.int32] | None = None  # position of each image in the window
@@ -62,7 +65,7 @@ class Run:
         if not self.uses_cache:
             yield
             return
-        self.cache = Cache.at_home(decoders())
+        self.cache = Cache.at_home(f"{decoders()}, {codecs()}")
         try:
             yield
         finally:
@@ -97,13 +100,26 @@ class Run:
     def look_at(self, window: NDArray[np.int64]) -> None:
         """Work on these images from now on; the caller allocates memory for their features."""
         self._window = window
-        self.seen.clear()  # features of the previous window are gone
+        self.close_window(set(window.tolist()))
         if self._slots is None:  # reused by all windows
             self._slots = np.empty(len(self.images), np.int32)
         self._slots[window] = np.arange(len(window))
         for network in self.networks:
             network.slots = self._slots
+
+    def close_window(self, coming: Collection[int] = ()) -> None:
+        """Free the features, except a few, shared ones first, because images of the `coming` window may share them."""
+        each = sum(4 * output.width for network in self.networks for output in network.outputs.values())
+        rows = [row for row in self.seen.values() if row not in coming and not self.progress.is_open(row)]
+        rows.sort(key=lambda row: (row in self._sources, row), reverse=True)
+        kept = set(rows[: CARRIED // max(1, each)])
+        seen = {image: row for image, row in self.seen.items() if row in kept}
+        carried = [{row: network.vectors_at(row) for row in kept} for network in self.networks]
+        self.seen = {}  # an interrupt here loses only what could have been shared
+        for network, vectors in zip(self.networks, carried, strict=True):
+            network.carried = vectors
             network.features.clear()
+        self.seen = seen
 
     def finished_before(self, images: NDArray[np.int64], reasons: dict[int, str]) -> None:
         """Mark images as finished whose features or failures (`reasons`) an earlier run saved."""
@@ -145,6 +161,7 @@ class Run:
             for network in self.networks:  # it may have cached features
                 network.forget(row)
         for row, first in self.progress.take(batch):
+            self._sources.add(first)
             for network in self.networks:
                 network.share(row, first)
         start = time.perf_counter()
@@ -203,7 +220,7 @@ class Progress:
         self.reasons: dict[int, str] = {}  # failed image → reason
         self._lacking: NDArray[np.int32] = np.full(images, networks, np.int32)  # number of networks still to run
         self._computed = np.zeros(images, bool)
-        self._waiting: dict[int, int] = {}  # image → the one with the same content that it waits for
+        self._waiting: dict[int, list[int]] = {}  # unfinished image → images with the same content, which wait for it
 
     @property
     def ok(self) -> NDArray[np.bool_]:
@@ -211,6 +228,10 @@ class Progress:
         good = np.ones(len(self._lacking), bool)
         good[list(self.reasons)] = False
         return good
+
+    def is_open(self, row: int) -> bool:
+        """Tell whether an image is unfinished."""
+        return bool(self._lacking[row])
 
     def recount(self, done: Sequence[NDArray[np.bool_]]) -> None:
         """Count again from `done`, in case an interrupt came between storing and counting."""
@@ -237,19 +258,22 @@ class Progress:
             self._lacking[rows] -= 1
             self._computed[rows] |= not batch.cached
             self._finish(rows[self._lacking[rows] == 0])
-        self._waiting |= batch.equal
-        return self._shared()
+        for row, first in batch.equal.items():
+            self._waiting.setdefault(first, []).append(row)
+        return self._shared(dict.fromkeys([*batch.rows, *batch.failures, *batch.equal.values()]))
 
-    def _shared(self) -> list[tuple[int, int]]:
-        ready = [(row, first) for row, first in self._waiting.items() if not self._lacking[first]]
-        shared = [pair for pair in ready if pair[1] not in self.reasons]
-        for row, first in ready:
-            del self._waiting[row]
+    def _shared(self, firsts: Iterable[int]) -> list[tuple[int, int]]:
+        shared = []
+        for first in firsts:
+            if self._lacking[first] or not (rows := self._waiting.pop(first, [])):
+                continue
             if first in self.reasons:
-                self._fail(row, self.reasons[first])
-        for row, first in shared:
-            self._lacking[row], self._computed[row] = 0, self._computed[first]
-            self._finish(np.array([row]))
+                for row in rows:
+                    self._fail(row, self.reasons[first])
+                continue
+            self._lacking[rows], self._computed[rows] = 0, self._computed[first]
+            self._finish(np.array(rows))
+            shared += [(row, first) for row in rows]
         self.equal += len(shared)
         return shared
 

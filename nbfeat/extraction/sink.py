@@ -20,8 +20,7 @@ from nbfeat.extraction.network_state import Batch
 from nbfeat.extraction.recipe import Recipe, pack, unpack
 from nbfeat.extraction.request import Request
 from nbfeat.extraction.run import Run
-from nbfeat.images import fingerprint
-from nbfeat.images.sources import held, is_missing, name_of, path_of
+from nbfeat.images.sources import digest_of, name_of
 from nbfeat.parquet import dataset
 from nbfeat.parquet.dataset import Dataset
 from nbfeat.parquet.location import Location
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 BYTES = 64_000_000  # of features in one part
 LEAST_ROWS, MOST_ROWS = 512, 8192  # in one part; at most one part is lost if the process is killed
 LARGER = 3  # times larger parts on a cluster, where each starts new workers, which takes seconds
-LONGEST = 10_000  # characters of a path
 
 
 class MemorySink:
@@ -110,6 +108,8 @@ class DatasetSink:
         self._own, note = dataset.own_columns(frame, images=self._columns, made=prefixes, dropped=dropped)
         self._dataset = Dataset(self._location, self._identity(len(frame), request.repeats), replace=request.replace)
         self._rows, self._now = len(frame), -1  # the current part
+        self._read: tuple[str, Recipe | None] = "", None
+        self._packed: dict[bool, str] = {}  # the recipe of raw parts, and of others
         self.was_finished, self.files, self.bytes = False, 0, 0
         with suppress(FileNotFoundError):  # another process is writing there, which `held` reports
             self._dataset.survey()
@@ -121,7 +121,7 @@ class DatasetSink:
             "rows": rows,
             "blocks": [[str(part.block), str(part.column), part.prefix] for part in self._parts],
             "images": [
-                [str(column), _digest_of_images(images[at * rows : (at + 1) * rows], self._run.root)]
+                [str(column), digest_of(images[at * rows : (at + 1) * rows], self._run.root)]
                 for at, column in enumerate(self._columns)
             ],
             "columns": [[name, checksum(table, [name])] for name in table.column_names],
@@ -140,7 +140,9 @@ class DatasetSink:
 
     def _recipe(self) -> Recipe | None:
         first = next(iter([*self._dataset.parts.values(), *self._dataset.raw.values()]), None)
-        return unpack(first.recipe, self._location.name)[0] if first else None
+        if first and first.recipe != self._read[0]:  # it may be large, so read it once
+            self._read = first.recipe, unpack(first.recipe, self._location.name)[0]
+        return self._read[1] if first else None
 
     def _obey(self, recipe: Recipe) -> None:
         if self._run.precision not in {"auto", recipe.precision}:
@@ -202,7 +204,7 @@ class DatasetSink:
         with self._explained():
             self._dataset.begin()
         self._take_normalizers(recipe)
-        self._described = self._describe()
+        self._described, self._packed = self._describe(), {}
         reasons: dict[int, str] = {}
         for number, part in self._dataset.there.items():
             start = self._dataset.rows(number).start
@@ -256,24 +258,25 @@ class DatasetSink:
         matrices = raw if is_raw else normalized(self._parts, [matrix.copy() for matrix in raw])
         self._write(number, matrices, failures, raw=is_raw)
         self._now = -1
-        for network in self._run.networks:
-            network.features.clear()
+        self._run.close_window()
 
     def _write(
         self, number: int, matrices: Sequence[NDArray[np.float32]], failures: Sequence[Failure], *, raw: bool
     ) -> None:
-        made = [part.recipe for part in self._parts]
-        if raw:
-            plain = normalize.Normalizer()
-            made = [replace(one, block=replace(one.block, normalize="none"), normalizer=plain) for one in made]
-        recipe = pack(Recipe(tuple(made), self._described), [])
+        if raw not in self._packed:
+            made = [part.recipe for part in self._parts]
+            if raw:
+                plain = normalize.Normalizer()
+                made = [replace(one, block=replace(one.block, normalize="none"), normalizer=plain) for one in made]
+            self._packed[raw] = pack(Recipe(tuple(made), self._described), [])
         by_prefix = {part.prefix: matrix for part, matrix in zip(self._parts, matrices, strict=True)}
         rows = self._dataset.rows(number)
         with self._explained(), self._run.timings.while_attaching():
             if raw:
-                self._dataset.write_raw(number, by_prefix, recipe, failures)
+                self._dataset.write_raw(number, by_prefix, self._packed[raw], failures)
             else:
-                self._dataset.write(number, self._own.slice(rows.start, len(rows)), by_prefix, recipe, failures)
+                own = self._own.slice(rows.start, len(rows))
+                self._dataset.write(number, own, by_prefix, self._packed[raw], failures)
 
     def _normalize(self) -> Iterator[Batch]:
         unknown = [part for part in self._parts if part.normalizer is None]
@@ -338,19 +341,3 @@ def _made_before(frame: pd.DataFrame, prefixes: Sequence[str], *, replace: bool)
         names = re.compile(rf"(?:{'|'.join(map(re.escape, prefixes))})(?:_\d{{4,}})?|{dataset.FAILURE}")
         positions |= {at for at, label in enumerate(frame.columns) if names.fullmatch(str(label))}
     return positions
-
-
-def _digest_of_images(values: Iterable[object], root: Path) -> str:
-    """Return a digest of the cells of an image column: of absolute paths, or of the content of others."""
-    hasher = hashlib.sha256()
-    for value in values:
-        try:
-            if (text := path_of(value, root)) is None:
-                source = held(value)
-                content: Any = bytes(source) if isinstance(source, bytearray | memoryview) else source
-                text = "" if is_missing(source) else fingerprint.digest(content).hex()
-        except Exception:  # a URL that isn't read, or a broken image
-            text = str(value)
-        data = text[:LONGEST].encode(errors="surrogatepass")
-        hasher.update(b"%d:%b" % (len(data), data))
-    return hasher.hexdigest()

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError, features
 
 from nbfeat.errors import ImageError, printable
 from nbfeat.images import resize
@@ -30,6 +30,7 @@ LONGEST_SIDE = 100_000
 _ONE_AT_A_TIME = 40_000_000
 LONGEST_TEXT = 200
 OUT_OF_MEMORY = "not enough memory to decode it"  # the only reason that isn't about the image
+DECODING = 1  # increased whenever this module accepts other images
 
 # Format, Pillow's module, suffixes, signature. Never EPS or WMF, which run other programs. The JPEG reader opens MPO.
 # TGA comes last: it has no signature, so any data could be TGA.
@@ -96,6 +97,17 @@ def thumbnail_of(source: Source, side: int) -> Image.Image:
         return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
+def is_permanent(source: Source, reason: str) -> bool:
+    """Tell whether `source` can never be decoded here; JPEG 2000's decoder calls images broken if memory is short."""
+    return isinstance(source, bytes) and reason != OUT_OF_MEMORY and kind_of(source) != "JPEG 2000"
+
+
+def codecs() -> str:
+    """Return the versions of everything that decides which images can be decoded."""
+    found = {name: features.version(name) for name in ("jpg", "jpg_2000", "zlib", "libtiff", "webp", "avif")}
+    return ", ".join(f"{name} {version}" for name, version in {"decoding": DECODING, **found}.items())
+
+
 def upright(image: Image.Image) -> Image.Image:
     """Return an upright RGB copy of the caller's image, which several rows may share."""
     with _turn(*image.size), _lent[id(image) % len(_lent)]:  # two threads that load one image at once would both fail
@@ -116,7 +128,7 @@ def explained(source: object = b"") -> Iterator[None]:
 
 
 def _reason(error: Exception, data: bytes) -> str:
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return OUT_OF_MEMORY
     text = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "the data", str(error).partition("\n")[0])
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -28,6 +29,7 @@ Fetch: TypeAlias = Callable[[str], bytes]  # URL → bytes; raises ImageError
 
 # The largest image, 178,956,970 pixels, is 1 GB uncompressed at 16 bits and three channels.
 MOST_BYTES = 2 << 30
+LONGEST = 10_000  # characters of a path
 
 
 def read_pixels(value: object, specs: Sequence[PixelSpec], root: Path, fetch: Fetch | None = None) -> list[Pixels]:
@@ -167,6 +169,22 @@ def state_of(value: object, root: Path) -> bytes | None:
         return None if path is None else fingerprint.state(path, os.stat(path))
     except (ImageError, OSError, ValueError):
         return None
+
+
+def digest_of(values: Iterable[object], root: Path) -> str:
+    """Return a digest of cells of an image column: of absolute paths, or of the content of others."""
+    hasher = hashlib.sha256()
+    for value in values:
+        try:
+            if (text := path_of(value, root)) is None:
+                source = held(value)
+                content: Any = bytes(source) if isinstance(source, bytearray | memoryview) else source
+                text = "" if is_missing(source) else fingerprint.digest(content).hex()
+        except Exception:  # a URL that isn't read, or a broken image
+            text = str(value)
+        data = text[:LONGEST].encode(errors="surrogatepass")
+        hasher.update(b"%d:%b" % (len(data), data))
+    return hasher.hexdigest()
 
 
 def name_of(value: object) -> str:

@@ -10,19 +10,21 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from filelock import FileLock
 
 from nbfeat.errors import ImageError, NetworkError
 from nbfeat.images.remote import Access, Fetcher
 from nbfeat.images.resize import PixelSpec
-from nbfeat.images.sources import Fetch, read_pixels, spread
+from nbfeat.images.sources import Fetch, digest_of, read_pixels, spread, state_of
 from nbfeat.inference.engines.base import Asked, Engine, Pixels, Precision, Vectors
 from nbfeat.inference.engines.cpu_count import available_cores
 from nbfeat.inference.engines.devices import timed
@@ -34,7 +36,8 @@ AGREES = 0.999  # lowest cosine similarity to float32, for the worst image and o
 IS_FASTER = 1.1  # times as fast as float32; less is not worth a change of values
 MOST_IMAGES = 64
 FIRST_IMAGES = 16  # if these disagree, more would not help
-FOLDER = "precisions"  # in the home folder
+FOLDER, OTHERS = "precisions", "-any.json"  # in the home folder; the end of a check's name, for any images
+PATIENCE = 60.0  # seconds to wait for another process to finish measuring
 FROM_IMAGES = 128  # with fewer images, comparing takes longer than it saves
 ROUNDS = 3  # the fastest counts, because other work on the machine disturbed it least
 SECONDS = 0.5  # a round of this length is enough
@@ -49,6 +52,7 @@ class PrecisionCheck:
     images: int  # 0 if the hardware doesn't support it
     agreement: float  # cosine similarity of the worst image and output
     speedup: float  # times as fast as float32; 0 if not measured
+    day: str = ""  # when it was measured on other images: only the speed if it is better, else everything
 
     @property
     def is_better(self) -> bool:
@@ -58,23 +62,25 @@ class PrecisionCheck:
     def suffices(self, images: int, *, is_open: bool) -> bool:
         """Tell whether the check is based on enough images for a run over `images`."""
         # Up to half of the sampled images may have been unreadable.
-        if is_open:  # a few images are enough to reject
-            return self.agreement < AGREES or 2 * self.images >= MOST_IMAGES
+        if is_open:  # a few images are enough to reject, or to confirm what was measured on others
+            return self.agreement < AGREES or bool(self.day) or 2 * self.images >= MOST_IMAGES
         return 2 * self.images >= min(images, MOST_IMAGES)
 
     def message(self, title: str, *, asked: bool) -> str:
         """Say which precision the network `title` runs in, and why; "" if there was no choice."""
         if not self.images:
             return ""
-        images = f"{self.images:,} of your images"
+        others = f"other images on {self.day}" if self.day else ""
+        whose = others if others and not self.is_better else "of your images"
+        images = f"{self.images:,} {whose}"
         similarity = f"{math.floor(self.agreement * 1e4 + 0.02) / 1e4:.4f} on {images}"  # rounded down: "at least"
         runs = f"{title} runs in {self.precision}{', as requested' if asked else ''}"
         if self.agreement < 0:
-            why = "it gives infinite or NaN values for some of your images"
+            why = f"it gives infinite or NaN values for some {whose}"
             if asked:
                 return f"{runs}, but {why}."
         elif asked or self.is_better:
-            faster = "" if asked else f", {self.speedup:.1f} times as fast"
+            faster = "" if asked else f", {self.speedup:.1f} times as fast" + (f" (on {others})" if others else "")
             return f"{runs}: similarity to float32 is at least {similarity}{faster}."
         elif self.agreement < AGREES:
             why = f"similarity {similarity} is below the {AGREES} threshold"
@@ -89,29 +95,57 @@ def choose_precision(
     """Choose the precision of `network`; return it with its engine, if started, and a sentence for the report."""
     # ``auto`` compares once, if there are enough images. A requested precision is always used, but also compared.
     is_open, message = asked == "auto", ""
-    exact: Engine | None = None
-    sample = functools.cache(lambda: _sample(spec, images, root, remote))  # one sample for all candidates
     candidates: tuple[Precision, ...] = network.faster if asked == "auto" else () if asked == "float32" else (asked,)
+    exact = functools.cache(lambda: network.start("float32"))
+    sample = functools.cache(lambda most: _sample(spec, images, root, remote, most))  # one for all candidates
     for precision in candidates:
-        file = _file(network, spec, precision)
-        check, other = _known(file, precision), None
-        if check is None or not check.suffices(len(images), is_open=is_open):
-            if len(images) < (FROM_IMAGES if is_open else 1):
+        names = _names(network, spec, precision, images, root)
+        known, other = functools.partial(_known, precision=precision, images=len(images), is_open=is_open), None
+        if (check := known(names[0])) is None:
+            if len(images) < (FROM_IMAGES if is_open else 1) and not known(names[1]):
                 continue
             yield f"comparing {precision} with float32 on some of your images"
-            exact = exact or network.start("float32")
-            check, other = _compared(network, precision, exact, sample, is_open=is_open)
-            if check.images or other is None:  # else no image could be read, which the run reports
-                with suppress(HomeError, OSError):  # the next run compares again
-                    write_whole(keep(FOLDER) / file, json.dumps(asdict(check)))
+            with _one_at_a_time():
+                check, other = _decided(network, precision, names, known, exact, sample, is_open=is_open)
         message = check.message(network.spec.network.title, asked=not is_open) or message
         if check.is_better or not is_open:
             return precision, other, message
-    return "float32" if asked == "auto" else asked, exact, message
+    return "float32" if asked == "auto" else asked, exact() if exact.cache_info().currsize else None, message
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Let no other process measure meanwhile: both would be slow, and the second can use what the first finds."""
+    with ExitStack() as stack:
+        with suppress(OSError, NotImplementedError):  # the other one hangs, or files can't be locked here
+            stack.enter_context(FileLock(keep(FOLDER) / ".lock", timeout=PATIENCE))
+        yield
+
+
+def _decided(
+    network: PreparedNetwork, precision: Precision, names: tuple[str, str],
+    known: Callable[[str], PrecisionCheck | None], exact: Callable[[], Engine], sample: Callable[[int], Pixels], *,
+    is_open: bool,
+) -> tuple[PrecisionCheck, Engine | None]:  # fmt: skip
+    """Return the check for these images, and the engine if one was started; confirm what was measured on others."""
+    if found := known(names[0]):  # by another process, just now
+        return found, None
+    before = known(names[1]) if is_open else None
+    if before and not before.is_better:
+        return before, None
+    pixels = sample(FIRST_IMAGES if before else MOST_IMAGES)
+    check, other = _compared(network, precision, exact(), pixels, is_open=is_open, is_timed=not before)
+    if before and check.agreement >= AGREES:
+        check = replace(check, speedup=before.speedup, day=before.day)
+    if check.images or other is None:  # else no image could be read, which the run reports
+        with suppress(HomeError, OSError):  # the next run compares again
+            for name in names[: 1 if check.day else 2]:
+                write_whole(keep(FOLDER) / name, json.dumps(asdict(check)))
+    return check, other
 
 
 def _compared(
-    network: PreparedNetwork, precision: Precision, exact: Engine, sample: Callable[[], Pixels], *, is_open: bool
+    network: PreparedNetwork, precision: Precision, exact: Engine, pixels: Pixels, *, is_open: bool, is_timed: bool
 ) -> tuple[PrecisionCheck, Engine | None]:
     """Compare on the first images of the sample and, if those agree, on the rest; then time both engines."""
     try:
@@ -120,14 +154,14 @@ def _compared(
         if not is_open:
             raise
         return PrecisionCheck(precision, 0, 0.0, 0.0), None
-    pixels, agreement, seen, speedup = sample(), 1.0, 0, 0.0
+    agreement, seen, speedup = 1.0, 0, 0.0
     first = FIRST_IMAGES if is_open else len(pixels)
     try:
         for some in (pixels[:first], pixels[first:]):
             if agreement >= AGREES and len(some):
                 agreement = min(agreement, agreement_of(vectors_of(exact, some), vectors_of(other, some)))
                 seen += len(some)
-        if agreement >= AGREES and seen:
+        if agreement >= AGREES and seen and is_timed:
             speedup = _speedup(exact, other, pixels)
     except NetworkError:  # float16 overflowed
         if not is_open:
@@ -160,17 +194,18 @@ def agreement_of(exact: Vectors, other: Vectors) -> float:
     return least
 
 
-def _sample(spec: PixelSpec, images: Sequence[object], root: Path, remote: Access | None) -> Pixels:
-    found = readable_sample(images, lambda image, fetch: read_pixels(image, [spec], root, fetch)[0], root, remote)
+def _sample(spec: PixelSpec, images: Sequence[object], root: Path, remote: Access | None, most: int) -> Pixels:
+    found = readable_sample(images, lambda image, fetch: read_pixels(image, [spec], root, fetch)[0], root, remote, most)
     # Shuffled, so that the first images are also spread over the frame.
     order = np.random.default_rng(0).permutation(len(found))
     return np.stack([found[at] for at in order]) if found else np.empty((0,), np.uint8)
 
 
 def readable_sample(
-    images: Sequence[object], read: Callable[[object, Fetch | None], Read], root: Path, remote: Access | None
-) -> list[Read]:
-    """Return the results of `read` for up to 64 evenly sampled `images`, without those that cannot be read."""
+    images: Sequence[object], read: Callable[[object, Fetch | None], Read], root: Path, remote: Access | None,
+    most: int = MOST_IMAGES,
+) -> list[Read]:  # fmt: skip
+    """Return the results of `read` for up to `most` evenly sampled `images`, without those that cannot be read."""
 
     def read_one(image: object) -> list[Read]:
         try:
@@ -178,25 +213,32 @@ def readable_sample(
         except ImageError:
             return []
 
-    some = [images[at] for at in spread(len(images), MOST_IMAGES)]
+    some = [images[at] for at in spread(len(images), most)]
     threads = available_cores() + (remote.limits.at_once if remote else 0)
     fetcher = Fetcher(root, remote) if remote else nullcontext()
     with ThreadPoolExecutor(threads, thread_name_prefix="nbfeat-decode") as pool, fetcher as fetch:
         return [one for found in pool.map(read_one, some) for one in found]
 
 
-def _known(file: str, precision: Precision) -> PrecisionCheck | None:
-    """Return a cached check; None if there is none or it is damaged."""
+def _known(name: str, *, precision: Precision, images: int, is_open: bool) -> PrecisionCheck | None:
+    """Return a cached check; None if there is none, it is damaged, or it is based on too few images."""
     with suppress(OSError, ValueError, TypeError):
-        found = PrecisionCheck(**json.loads((home() / FOLDER / file).read_text(encoding="utf-8")))
+        path = home() / FOLDER / name
+        found = PrecisionCheck(**json.loads(path.read_text(encoding="utf-8")))
         numbers = type(found.images) is int and type(found.agreement) is type(found.speedup) is float
-        return found if numbers and found.precision == precision else None
+        if numbers and found.precision == precision and found.suffices(images, is_open=is_open):
+            day = datetime.fromtimestamp(path.stat().st_mtime).astimezone().date()
+            return replace(found, day=str(day)) if name.endswith(OTHERS) else found
     return None
 
 
-def _file(network: PreparedNetwork, pixels: PixelSpec, precision: Precision) -> str:
-    """Name the cached check by network, outputs, pixels, engine and CPU."""
+def _names(
+    network: PreparedNetwork, pixels: PixelSpec, precision: Precision, images: Sequence[object], root: Path
+) -> tuple[str, str]:
+    """Name the cached checks on these images and on any, by network, outputs, pixels, engine and CPU."""
     spec = {**asdict(network.spec), "weights": network.weights.sha256}
     rest = {"pixels": asdict(pixels), "precision": precision, "numerics": NUMERICS}
     decided = json.dumps({**network.numbers, "spec": spec, **rest}, sort_keys=True)
-    return f"{hashlib.sha256(decided.encode()).hexdigest()[:40]}.json"
+    key = hashlib.sha256(decided.encode()).hexdigest()[:40]
+    some = [images[at] for at in spread(len(images), MOST_IMAGES)]
+    return f"{key}-{digest_of([*some, *(state_of(image, root) for image in some)], root)[:16]}.json", f"{key}{OTHERS}"

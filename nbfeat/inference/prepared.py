@@ -34,7 +34,6 @@ class PreparedNetwork:
     numbers: dict[str, object]  # everything about the engine, except its precision, that affects the features
     faster: tuple[Precision, ...] = ()  # precisions that may be faster than float32, in the order to try them
     note = ""  # for the report; a run may change it
-    _keeps_apart: frozenset[Precision] = frozenset()  # in which a cut's output never depends on other cuts
 
     def __init__(self, spec: NetworkSpec, *, devices: tuple[str, ...], batch_size: int | None) -> None:
         self.spec, self.devices, self._asked_size = spec, devices, batch_size
@@ -78,7 +77,7 @@ class PreparedNetwork:
         self.name, self.outputs, self.weights = openvino.name(), stored.outputs, stored.weights
         self.batch_size, self.note = self._asked_size or openvino.BATCH, stored.note
         self.numbers = {"engine": openvino.name(threads=False), "cpu": hardware.cpu()}
-        self.faster, self._keeps_apart = openvino.FASTER, frozenset({"float32"})  # others depend on layer fusion
+        self.faster = openvino.FASTER
         self._start: Callable[[Precision, str | None], Engine] = lambda precision, only: openvino.OpenVINOEngine(
             stored, precision=precision, batch_size=self.batch_size, only=only
         )
@@ -108,9 +107,9 @@ class PreparedNetwork:
 
     def key_fields(self, precision: Precision) -> dict[str, object]:
         """Return everything about the engine that affects the features it computes in `precision`."""
-        # Unless known to be independent of them, a cut's output may depend on the other cuts.
-        beside = {} if precision in self._keeps_apart else {"beside": [cut.key for cut in self.spec.cuts]}
-        return {**self.numbers, "precision": precision, **beside}
+        # An engine fuses layers up to the next cut, so the last bits of one output depend on the other cuts.
+        beside = sorted({f"{cut.layer}:{self.outputs[cut.key].pooling}" for cut in self.spec.cuts})
+        return {**self.numbers, "precision": precision, "beside": beside}
 
     def start(self, precision: Precision, only: str | None = None) -> Engine:
         """Return an engine for all outputs or `only` one; raise NetworkError if `precision` is not available."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ _MAGIC_ONLY = {"into", "no_cache", "quiet", "help"}  # options that Extraction d
 # An option as a message names it in Python form: `size`, `size=224`.
 _NAMED = re.compile(rf"`({'|'.join(option.name for option in OPTIONS)}|cache)(?:=([^`]*))?`")
 _DOLLAR = re.compile(r"(.*?)\$(\$?[\w.]+)(?=([^']*'[^']*')*[^']*$)")  # as in DollarFormatter: not in single quotes
+_WORD = re.compile(r"""(?:[^\s'"]|'[^']*'?|"[^"]*"?)+""")  # its quotation marks may not be closed yet
 # At the start of a line, or on the right of an assignment.
 _MAGIC = re.compile(r"^(?:\s*[\w.]+\s*=)?\s*(%{1,2})(extract_cache|extract_panel|extract|backbones)\b")
 _VALUES = {  # offered by Tab, for options that accept more
@@ -94,16 +95,10 @@ def read(line: str, body: str | None, defaults: Mapping[str, Any]) -> Request | 
         if extra := [*rest, *(f"--{name}" for name in block)] or (["the lines of the body"] if lines else []):
             raise RequestError(f"--like repeats the blocks of {given['like']}: drop {listing(extra)}.")
         return Request(frame, (), run)
-    return Request(frame, _read_blocks(rest, block, lines), run)
-
-
-def _read_blocks(words: list[str], defaults: dict[str, Any], lines: list[str]) -> tuple[FeatureBlock, ...]:
-    """Read the backbone on the first line and the blocks of the body, for which it is the default."""
-    if not lines:
-        return FeatureBlock.from_options(words, defaults)
-    if words:
-        defaults = {**defaults, "backbone": FeatureBlock.from_options(words, {})[0].backbone}
-    return tuple(block for line in lines for block in _read_line(line, defaults))
+    if lines and rest:  # the backbone of lines that name none
+        block["backbone"] = FeatureBlock.from_options(rest, {})[0].backbone
+    blocks = [_read_line(text, block) for text in lines] or [FeatureBlock.from_options(rest, block)]
+    return Request(frame, tuple(chain.from_iterable(blocks)), run)
 
 
 def _read_line(text: str, defaults: Mapping[str, Any]) -> tuple[FeatureBlock, ...]:
@@ -176,13 +171,6 @@ def respelled(message: str, spell: Callable[[str, str], str] = flag) -> str:
     return _NAMED.sub(lambda found: spell(found[1], (found[2] or "").strip("'\"")), message)
 
 
-def default_of(name: str, value: Any) -> Any:
-    """Check a setting of ``%config ExtractMagics`` like the option's own value."""
-    option = next(option for option in OPTIONS if option.name == name)
-    given, _ = WordParser([option]).read([f"{option.flag}={value}"])
-    return given[name]
-
-
 def usage() -> str:
     """Return the help text that `%extract?` and ``-h`` show."""
     lines = [
@@ -246,8 +234,28 @@ def results_among(known: Mapping[str, Any]) -> list[str]:
     return sorted(name for name, value in known.items() if is_result(value) and not name.startswith("_"))
 
 
+def completions(cell: str, line: int, column: int, names: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Return what is typed before the cursor, and what can replace it, with the quotation marks that it needs."""
+    text = cell.split("\n")[line]
+    before, after = text[:column], text[column:]
+    typed = _WORD.findall(f"{before}.")[-1][:-1]  # the dot makes a word even of nothing
+    before = before.removesuffix(typed)
+    flag, equals, value = typed.partition("=")
+    if equals and any(flag in option.flags for option in OPTIONS):
+        before, typed = f"{before}{flag} ", value
+    with suppress(RequestError):  # the line before has an unclosed quotation mark
+        found = candidates(cell, line, before, names)
+        for word in (typed, typed.rpartition(",")[2]):  # layers may be listed with commas
+            mark = word[:1] if word[:1] in {"'", '"'} else ""
+            start = word.removeprefix(mark).removesuffix(mark)
+            if fitting := [one for one in found if one.startswith(start)]:
+                marked = [f"{mark}{one}{mark}" if mark and mark not in one else quoted(one) for one in fitting]
+                return word, [literal(one.removesuffix(mark) if after.startswith(mark) else one) for one in marked]
+    return typed, []
+
+
 def candidates(cell: str, line: int, before: str, names: Mapping[str, Any]) -> list[str]:
-    """Return completions, without importing Keras; `before` is the cursor's line up to the word being typed."""
+    """Return what can follow `before` on a line of `cell`, without importing Keras."""
     head = cell.partition("\n")[0]
     in_body = line > 0 and head.lstrip().startswith("%%extract ")
     match = _MAGIC.match(head if in_body else before)
@@ -260,12 +268,11 @@ def candidates(cell: str, line: int, before: str, names: Mapping[str, Any]) -> l
     }
     if match[2] in offered:
         return offered[match[2]]
-    first = (head if in_body else before)[match.end() :].split()
-    words, known = (before.split(), BLOCK_OPTIONS) if in_body else (first, OPTIONS)
-    option = next((one for one in known if words and words[-1] in one.flags and not one.switch), None)
-    if option is not None:
-        return _values_of(option, words if in_body else words[1:], first, names)
-    take_value = {flag for one in known if not one.switch for flag in one.flags}
+    first = words_of((head if in_body else before)[match.end() :])
+    words, known = (words_of(before), BLOCK_OPTIONS) if in_body else (first, OPTIONS)
+    take_value = {flag: one for one in known if not one.switch for flag in one.flags}
+    if words and words[-1] in take_value:
+        return _values_of(take_value[words[-1]], words, first, names)
     # Words that are neither options nor their values.
     plain = sum(not word.startswith("-") and last not in take_value for last, word in pairwise(["", *words]))
     flags = [one.flag for one in known]
@@ -277,13 +284,12 @@ def candidates(cell: str, line: int, before: str, names: Mapping[str, Any]) -> l
 def _values_of(option: Option, words: list[str], first: list[str], names: Mapping[str, Any]) -> list[str]:
     if option.choices:
         return list(option.choices)
-    frame = frames_in(names).get(first[0]) if first else None
-    if option.name == "images" and frame is not None:
-        return [quoted(str(column)) for column in frame.select_dtypes(exclude="number").columns]
+    if option.name == "images" and first and first[0] in (frames := frames_in(names)):
+        return [str(column) for column in frames[first[0]].select_dtypes(exclude="number").columns]
     if option.name == "layer":
         for word in (*words, *first):
             with suppress(NbfeatError):  # all layers of the backbone, if already listed
                 return layer_names(find(word))
     if option.name == "like":
-        return [*results_among(names), *(quoted(file.name) for file in sorted(Path().glob(f"*{PARQUET}")))]
+        return [*results_among(names), *(file.name for file in sorted(Path().glob(f"*{PARQUET}")))]
     return list(_VALUES.get(option.name, ()))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextvars
-import os
 import threading
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping
 from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
@@ -16,8 +15,8 @@ from IPython.core.interactiveshell import InteractiveShell
 from nbfeat.errors import ExtractionError, NbfeatError
 from nbfeat.extraction.columns import attach, places
 from nbfeat.extraction.extraction import Extraction
+from nbfeat.extraction.result import is_same
 from nbfeat.extraction.run import Step
-from nbfeat.images.sources import is_missing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -170,6 +169,13 @@ def is_running_a_cell(shell: InteractiveShell) -> bool:
     return getattr(shell.displayhook, "exec_result", None) is not None
 
 
+def running_cell(shell: InteractiveShell) -> tuple[object, object]:
+    """Return the ids of the running cell, if the front end sends it, and of this run of the cell."""
+    parent: Any = getattr(shell, "get_parent", dict)()
+    sent = parent.get("metadata", {})
+    return sent.get("cellId") or sent.get("colab", {}).get("cell_id"), parent.get("header", {}).get("msg_id")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class FrameSnapshot:
     """A shallow copy of a named frame from when the job started, unaffected by later changes."""
@@ -193,18 +199,8 @@ class FrameSnapshot:
         if type(now) is not type(self.frame):
             return f"{self.name} now has type {type(now).__name__}. Make it a dataframe again, then {again}"
         if not now.index.equals(self.frame.index) or not all(
-            column in now.columns and _are_same(now[column].tolist(), extraction.images_in(column))
+            column in now.columns and all(map(is_same, now[column].tolist(), extraction.images_in(column)))
             for column in {part.column for part in extraction.parts}
         ):
             return f"The images of {self.name} have changed, so nothing was attached. To extract new ones, {again}"
         return ""
-
-
-def _are_same(left: Sequence[object], right: Sequence[object]) -> bool:
-    """Compare cells: text by value, anything else by identity."""
-    return len(left) == len(right) and all(
-        one is other
-        or (isinstance(one, str | bytes | os.PathLike) and one == other)
-        or (is_missing(one) and is_missing(other))
-        for one, other in zip(left, right, strict=True)
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import weakref
 from collections.abc import Callable
 from contextlib import closing
 from functools import wraps
@@ -22,10 +22,11 @@ from nbfeat.extraction.options import OPTIONS
 from nbfeat.jupyter import grammar, progress
 
 _MATCHER = "nbfeat"
-TRAITS = (  # options whose defaults can apply to a whole notebook
+_FOR_A_NOTEBOOK = (
     "pooling", "normalize", "weights", "scaling", "resize", "interpolation",
     "images", "root", "batch_size", "device", "precision", "on",
 )  # fmt: skip
+TRAITS = {option.name: option for option in OPTIONS if option.name in _FOR_A_NOTEBOOK}  # defaults of a whole notebook
 
 
 def reported(kind: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -60,18 +61,17 @@ class ExtractMagics(Magics):
     quiet = Bool(False, help="show no progress").tag(config=True)
     short_errors = Bool(True, help="show errors as one line; False for the full traceback").tag(config=True)
     locals().update(
-        (option.name, Unicode("", help=f"{option.help}; empty for the default ({option.default})").tag(config=True))
-        for option in OPTIONS
-        if option.name in TRAITS
+        (name, Unicode("", help=f"{option.help}; empty for the default ({option.default})").tag(config=True))
+        for name, option in TRAITS.items()
     )
-    _panel: Any = None  # the last panel opened here
+    _panel: Any = None  # the last panel opened here (weak)
 
     @validate(*TRAITS)
     def _checked(self, proposal: Any) -> str:
         name, value = proposal["trait"].name, proposal["value"]
         try:
             if value:
-                grammar.default_of(name, value)
+                TRAITS[name].check(value)
         except RequestError as error:
             raise TraitError(str(error)) from None
         return str(value)
@@ -113,15 +113,16 @@ class ExtractMagics(Magics):
 
         expanded = grammar.expand(line, dict(self.shell.user_ns))
         words = grammar.words_of(expanded)
-        if words == [grammar.CODE] and self._panel is None:
-            raise RequestError("No panel is open. Open one first with `%extract_panel photos`, then run this again.")
         if words == [grammar.CODE]:
-            self._panel.to_cell()
+            if (panel := self._panel and self._panel()) is None:
+                raise RequestError("No panel is open. Open one first with `%extract_panel photos`, then run it again.")
+            panel.to_cell()
             return None
         if len(words) > 1 or not all(map(str.isidentifier, words)):
             raise RequestError(f"%extract_panel needs the name of a dataframe or --code, not {expanded.strip()!r}.")
-        self._panel = Panel(*words)
-        return None if grammar.is_silenced(line) else self._panel
+        panel = Panel(*words)
+        self._panel = weakref.ref(panel)
+        return None if grammar.is_silenced(line) else panel
 
     @reported(line_magic)
     def backbones(self, line: str) -> Any:
@@ -140,7 +141,8 @@ class ExtractMagics(Magics):
 
     def defaults(self) -> dict[str, Any]:
         """Return the non-empty settings as options."""
-        given = {name: grammar.default_of(name, value) for name in TRAITS if (value := getattr(self, name))}
+        values = {name: [value] if TRAITS[name].repeat else value for name in TRAITS if (value := getattr(self, name))}
+        given = {name: TRAITS[name].check(value) for name, value in values.items()}
         return {**given, "backbone": self.backbone} if self.backbone else given
 
 
@@ -153,13 +155,10 @@ def load(shell: InteractiveShell) -> None:
     shell.register_magics(ExtractMagics(shell=shell))  # also adds itself to the configurables
 
     @context_matcher(identifier=_MATCHER, priority=100)  # type: ignore[untyped-decorator]
-    def match(context: CompletionContext) -> SimpleMatcherResult:
-        text = context.text_until_cursor
-        word = re.split(r"[\s,]", text)[-1]  # layers may be listed with commas
-        before = text.removesuffix(re.split(r"\s", text)[-1])
-        found = grammar.candidates(context.full_text, context.cursor_line, before, shell.user_ns)
-        fitting = [SimpleCompletion(text=one, type="nbfeat") for one in found if one.startswith(word)]
-        return {"completions": fitting, "matched_fragment": word, "suppress": bool(found)}
+    def match(at: CompletionContext) -> SimpleMatcherResult:
+        word, found = grammar.completions(at.full_text, at.cursor_line, at.cursor_position, shell.user_ns)
+        fitting = [SimpleCompletion(text=one, type="nbfeat") for one in found]
+        return {"completions": fitting, "matched_fragment": word, "suppress": True}
 
     if completer := getattr(shell, "Completer", None):
         completer.custom_matchers.append(match)

@@ -6,6 +6,7 @@ wait in a hidden folder until the normalization is fitted on all of them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import secrets
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 FORMAT = 2  # increased whenever older versions of nbfeat would misread the files
 MANIFEST, RAW, FAILURE = ".nbfeat.json", ".raw", "failure"
 PART = b"nbfeat.part"  # a metadata entry, next to RECIPE
+LARGEST_COPY, REFERENCE = 100_000, "sha256 "  # a recipe of more bytes is only in the first part
 _PART = re.compile(rf"part-\d{{5,}}\.parquet|{re.escape(RAW)}/part-\d{{5,}}\.npz")
 _HALF = re.compile(rf"(?:{re.escape(RAW)}/)?\.(?:part-\d{{5,}}\.(?:parquet|npz)|\.nbfeat\.json)-[0-9a-f]{{8}}")
 _MANIFEST: Mapping[str, type] = {"format": int, "made": str, "chunk": int, "request": dict}
@@ -48,6 +50,11 @@ class Part:
     failures: Sequence[Failure]  # positions count from the part's first row
     rows: int
     is_raw: bool = False  # in the hidden folder
+
+    @property
+    def name(self) -> str:
+        """The file's name in the dataset's folder."""
+        return _raw_name(self.number) if self.is_raw else _name(self.number, _count(self.manifest))
 
 
 class Dataset:
@@ -83,6 +90,10 @@ class Dataset:
         """Whether all parts exist."""
         return bool(self.parts) and len(self.parts) == self.count
 
+    @property
+    def _names(self) -> list[str]:
+        return [part.name for parts in (self.parts, self.raw) for part in parts.values()]
+
     def rows(self, number: int) -> range:
         """Return the rows of a part."""
         return range(number * self.chunk, min(self.request["rows"], (number + 1) * self.chunk))
@@ -99,6 +110,8 @@ class Dataset:
             return
         begun = _read_manifest(self.location) if MANIFEST in sizes else None
         found = _look(self.location, names, is_begun=begun is not None)
+        if not begun and not any(found.values()):  # the one with their recipe is gone
+            return
         manifest = begun or next(part.manifest for part in found.values() if part)
         try:
             difference = next(_differences(manifest["request"], self.request), "")
@@ -126,7 +139,7 @@ class Dataset:
                 f"{self.location.address} was written for a different request: {difference}. Write to another folder, "
                 "or replace this one with `replace=True`."
             )
-        self._forget([*self._useless, *map(_name, self.parts), *map(_raw_name, self.raw)], replaces=True)
+        self._forget([*self._useless, *self._names], replaces=True)
 
     def begin(self) -> None:
         """Write the manifest before the first part, and remove files that are no longer needed."""
@@ -154,18 +167,24 @@ class Dataset:
         schema = pa.schema([(name, array.type) for name, array in arrays.items()], own.schema.metadata)
         table = pa.Table.from_arrays(list(arrays.values()), schema=schema)
         part = {**self._manifest, "number": number, "failures": failures}
-        entries = {RECIPE: recipe.encode(), PART: json.dumps(part).encode()}
-        with self.location.writing(_name(number)) as sink:
+        is_whole = number == 0 or len(recipe) < LARGEST_COPY
+        entries = {
+            RECIPE: recipe.encode() if is_whole else _reference(recipe).encode(),
+            PART: json.dumps(part).encode(),
+        }
+        made = Part(number, self._manifest, recipe, failures, table.num_rows)
+        with self.location.writing(made.name) as sink:
             result_file.write_table(sink, table, entries, [[prefix] for prefix in matrices])
-        self.parts[number] = Part(number, self._manifest, recipe, failures, table.num_rows)
+        self.parts[number] = made
 
     def write_raw(self, number: int, matrices: Matrices, recipe: str, failures: Sequence[Failure]) -> None:
         """Store features until they can be normalized."""
         rows = len(self.rows(number))
         part = {**self._manifest, "number": number, "failures": failures, "recipe": recipe, "rows": rows}
-        with self.location.writing(_raw_name(number)) as sink:
+        made = Part(number, self._manifest, recipe, failures, rows, is_raw=True)
+        with self.location.writing(made.name) as sink:
             np.savez(sink, np.frombuffer(json.dumps(part).encode(), np.uint8), *matrices.values())
-        self.raw[number] = Part(number, self._manifest, recipe, failures, rows, is_raw=True)
+        self.raw[number] = made
 
     def read_raw(self, number: int, prefix: str) -> NDArray[np.float32]:
         """Read one block's features that are not yet normalized."""
@@ -187,15 +206,15 @@ class Dataset:
 
     def clear(self) -> None:
         """Remove the dataset."""
-        for name in [*map(_name, self.parts), *map(_raw_name, self.raw)]:
+        for name in self._names:
             self.location.remove(name)
         self.finish()
         self._forget([])
 
 
-def _name(number: int) -> str:
-    """Return the file name of a part; sorting the names sorts the rows."""
-    return f"part-{number:05d}.parquet"
+def _name(number: int, count: int) -> str:
+    """Return the file name of a part out of `count`; sorting the names sorts the rows."""
+    return f"part-{number:0{max(5, len(str(count - 1)))}d}.parquet"
 
 
 def _raw_name(number: int) -> str:
@@ -209,17 +228,25 @@ def _count(manifest: Mapping[str, Any]) -> int:
 # Metadata
 
 
+def _reference(recipe: str) -> str:
+    """Return what stands for a large recipe in all parts but the first."""
+    return REFERENCE + hashlib.sha256(recipe.encode()).hexdigest()
+
+
 def _look(location: Location, names: Sequence[str], *, is_begun: bool) -> dict[str, Part | None]:
     """Return the metadata of each part, None for a damaged one; raise RequestError if none may be ours."""
-    found: dict[str, Part | None] = {}
-    same: dict[str, Any] = {}  # shared by all parts, because fitted parameters may be large
-    for name in names:
-        if part := _look_at(location, name):
-            manifest = same.setdefault(json.dumps(part.manifest), part.manifest)
-            part = replace(part, manifest=manifest, recipe=same.setdefault(part.recipe, part.recipe))
-        found[name] = part
+    found = {name: _look_at(location, name) for name in names}
     if names and not is_begun and not any(found.values()):
         raise _foreign(location, names)
+    recipes = {_reference(part.recipe): part.recipe for part in found.values() if part}
+    manifests: dict[str, Any] = {}
+    for name, part in found.items():
+        if part:
+            is_whole = not part.recipe.startswith(REFERENCE)
+            recipe = recipes.get(_reference(part.recipe) if is_whole else part.recipe)
+            manifest = manifests.setdefault(json.dumps(part.manifest), part.manifest)
+            # Shared, because fitted parameters may be large. Without its recipe, a part can't be used.
+            found[name] = replace(part, manifest=manifest, recipe=recipe) if recipe else None
     return found
 
 
@@ -246,10 +273,10 @@ def _look_at(location: Location, name: str) -> Part | None:
     except (TypeError, ValueError) as error:
         raise _refusal(location, name) from error
     manifest, rows = {key: values[key] for key in _MANIFEST}, values["rows"]
-    is_named = name == (_raw_name if is_raw else _name)(values["number"])
-    if not is_named or any(not 0 <= failure.position < rows for failure in failures):
+    part = Part(values["number"], manifest, values["recipe"], failures, rows, is_raw)
+    if name != part.name or any(not 0 <= failure.position < rows for failure in failures):
         raise _refusal(location, name)
-    return Part(values["number"], manifest, values["recipe"], failures, rows, is_raw)
+    return part
 
 
 def _read_manifest(location: Location) -> dict[str, Any]:
@@ -345,7 +372,7 @@ def finished(location: Location) -> list[Part]:
         there = f"it has {len(parts):,} of {_count(parts[0].manifest):,} files" if parts else "it has no files"
         raise RequestError(f"{location.address} is not finished: {there}. Rerun its extraction to resume it.")
     if odd := [part for part in parts if part.manifest != parts[0].manifest]:
-        raise _refusal(location, _name(odd[0].number))
+        raise _refusal(location, odd[0].name)
     return parts
 
 
@@ -359,7 +386,7 @@ def read(
     matrices = {prefix: np.empty((rows, width), np.float32) for prefix, width in widths.items()}
     tables, start = [], 0
     for part in parts:
-        with _opened(location, _name(part.number)) as file:
+        with _opened(location, part.name) as file:
             table = result_file.read_table(file, [[prefix] for prefix in widths])
             for prefix, matrix in matrices.items():
                 numbers = table.column(prefix).combine_chunks().flatten().to_numpy()

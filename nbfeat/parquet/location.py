@@ -64,9 +64,8 @@ class Location:
                 raise RequestError(f"The folder {self.folder.parent} doesn't exist: create it, or write elsewhere.")
         found: dict[str, int] = {}
         for prefix in ("", *(f"{folder}/" for folder in folders)):
-            selector = fs.FileSelector(self._path(prefix).rstrip("/"), allow_not_found=True)
             try:
-                infos = self.system.get_file_info(selector)
+                infos = self.system.get_file_info(fs.FileSelector(self._path(prefix).rstrip("/"), allow_not_found=True))
             except OSError as error:
                 reason = error.strerror or error
                 raise ExtractionError(f"{self.address} cannot be read: {reason}. Use another folder.") from error
@@ -119,6 +118,7 @@ class Location:
         from filelock import FileLock, Timeout
 
         file = self.folder / LOCK
+        before = _holder(file)  # older releases of filelock empty the file when they find it locked
         lock = FileLock(file, timeout=0, thread_local=False)  # another thread may close the generator
         try:
             self.folder.mkdir(exist_ok=True)
@@ -127,8 +127,8 @@ class Location:
                 file.write_text(f"process {os.getpid()} of {socket.gethostname()}", encoding="utf-8")
         except Timeout:
             raise ExtractionError(
-                f"{self.address} is being written by {_holder(file) or 'another process'}: wait until it finishes, or "
-                "write to another folder."
+                f"{self.address} is being written by {_holder(file) or before or 'another process'}: wait until it "
+                "finishes, or write to another folder."
             ) from None
         except (OSError, NotImplementedError) as error:
             if not lock.is_locked and getattr(error, "errno", errno.ENOSYS) not in _WITHOUT_LOCKS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,6 @@ from nbfeat.backbones import pocket
 from nbfeat.backbones.catalog import CATALOG
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import read_pixels
-from tests.conftest import ROOT
 from tests.faces import same
 
 POCKET = CATALOG["Pocket"]
@@ -151,20 +149,6 @@ def test_it_works_in_a_fresh_process_without_network_and_with_empty_homes(pictur
     found = json.loads(done.stdout)
     assert (found["shape"], found["ok"]) == ([20, 512], 20)
     assert not done.stderr
-
-
-@pytest.mark.slow
-def test_the_wheel_has_the_weights_and_their_terms(tmp_path: Path) -> None:
-    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
-    if subprocess.run([sys.executable, "-c", "import hatchling"], check=False, capture_output=True).returncode:
-        pytest.skip("hatchling is not installed here")
-    subprocess.run([*pip, str(ROOT)], check=True, capture_output=True)
-    shutil.unpack_archive(next(tmp_path.glob("*.whl")), tmp_path, "zip")
-    assert (tmp_path / "nbfeat/backbones/pocket.npz").read_bytes() == pocket.WEIGHTS.read_bytes()
-    metadata = next(tmp_path.glob("*.dist-info"))
-    assert "non-commercial" in (metadata / "licenses/nbfeat/backbones/POCKET-LICENSE").read_text()
-    assert "License-File: nbfeat/backbones/POCKET-LICENSE" in (metadata / "METADATA").read_text()
-    assert (tmp_path / "nbfeat/SKILL.md").is_file()
 
 
 @pytest.mark.slow

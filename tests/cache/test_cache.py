@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
+import itertools
 import os
 import random
 import re
 import shutil
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import fields
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +28,7 @@ import pandas as pd
 import pytest
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
-from PIL import Image
+from PIL import Image, Jpeg2KImagePlugin, features
 
 import nbfeat
 from nbfeat import Extraction, RequestError, paths
@@ -31,6 +37,7 @@ from nbfeat.cache import database
 from nbfeat.cache.keys import CacheKey
 from nbfeat.cache.storage import KINDS
 from nbfeat.extraction import pipeline
+from nbfeat.extraction.network_state import Batch
 from nbfeat.extraction.normalize import Normalizer
 from nbfeat.extraction.run import Progress
 from nbfeat.images import decode, fingerprint, resize, sources
@@ -270,6 +277,42 @@ def test_blocks_that_differ_in_normalization_share_one_matrix_and_do_not_spoil_i
         same(together[prefix], run(photos, block, cache=False).features)
 
 
+def test_waiting_images_cost_a_batch_nothing() -> None:
+    def lines_of_a_batch(waiting: int) -> int:
+        """Return how many lines Python executes to count a batch while so many images wait for another one."""
+        progress, count = Progress(waiting + 9, 1), 0
+        progress.take(Batch(equal=dict.fromkeys(range(9, waiting + 9), 0)))
+        batch = Batch(rows=[5, 6], failures={7: "broken"}, equal={8: 0})
+
+        def counted(_: FrameType, event: str, __: object) -> Any:
+            nonlocal count
+            count += event == "line"
+            return counted
+
+        sys.settrace(counted)
+        try:
+            assert progress.take(batch) == []
+        finally:
+            sys.settrace(None)
+        assert progress.take(Batch(rows=[0]))[:1] == [(9, 0)]
+        assert progress.equal == waiting + 1
+        return count
+
+    assert lines_of_a_batch(10_000) == lines_of_a_batch(10)
+
+
+def test_equal_images_do_not_wait_for_a_batch_that_nothing_fills(
+    photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "QUIET", 100)
+    frame = pd.concat([photos.head(3)] * 200)
+    extraction = Extraction(frame, BLOCK, images="path", cache=False)
+    done = [step.done for step in extraction.steps()]
+    assert any(0 < count < 300 for count in done)
+    assert done[-1] == 600
+    assert FakeEngine.computed == 3
+
+
 # Failures
 
 
@@ -293,9 +336,40 @@ def test_what_cannot_be_decoded_is_not_tried_again_until_the_decoders_change(
     assert (again.done, again.cached) == (20, 17)
     assert ", 17 from the cache\n" in repr(again)
     assert "bottleneck" not in repr(again)
-    monkeypatch.setattr("nbfeat.extraction.run.decoders", lambda: "others")
-    run(photos)
-    assert decoded == [b"text"]
+    for change in ("decoders", "codecs"):
+        decoded.clear()
+        monkeypatch.setattr(f"nbfeat.extraction.run.{change}", lambda: "others")
+        run(photos)
+        assert decoded == [b"text"]
+
+
+def test_what_can_be_decoded_depends_on_this_package_and_on_pillows_codecs(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = decode.codecs()
+    assert re.fullmatch(r"decoding 1, jpg .+, jpg_2000 \d.+, zlib \d.+, libtiff \d.+, webp \d.+, avif \d.+", usual)
+    monkeypatch.setattr(decode, "DECODING", 2)
+    newer = decode.codecs()
+    monkeypatch.setattr(features, "version", lambda name: None if name == "avif" else "1")
+    assert len({usual, newer, decode.codecs()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        ("broken data stream when reading image file", "damaged: broken data stream when reading image file"),
+        ("out of memory error when reading image file", decode.OUT_OF_MEMORY),
+    ],
+)
+def test_a_jpeg_2000_that_failed_is_tried_again(
+    photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, reason: str, told: str
+) -> None:
+    """OpenJPEG calls a file broken where memory was short."""
+    path = str(Path(photos["path"].iloc[3]).with_suffix(".jp2"))
+    Image.open(photos["path"].iloc[3]).save(path)
+    photos["path"] = [path, *photos["path"].iloc[1:]]
+    with monkeypatch.context() as patch:
+        patch.setattr(Jpeg2KImagePlugin.Jpeg2KImageFile, "load", lambda _: (_ for _ in ()).throw(OSError(reason)))
+        assert list(run(photos).failures["reason"]) == [told]
+    assert run(photos).failures.empty
 
 
 def test_what_is_missing_and_want_of_memory_are_not_remembered(
@@ -485,15 +559,35 @@ def test_on_a_network_file_system_it_works_and_says_that_it_is_slower(
     assert run(photos).cached == 20
 
 
-def test_the_file_system_is_that_of_the_deepest_mount(tmp_path: Path) -> None:
-    mounts = tmp_path / "mountinfo"
+def test_the_file_system_is_that_of_the_deepest_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "mountinfo"
     lines = ["1 0 8:1 / / rw - ext4 /dev/sda rw", "2 1 0:5 / /home rw shared:1 - nfs4 server:/home rw"]
-    mounts.write_text("\n".join([*lines, "3 2 0:6 / /home/my\\040own rw - tmpfs none rw"]))
+    table.write_text("\n".join([*lines, "3 2 0:6 / /home/my\\040own rw - tmpfs none rw"]))
+    mounts = paths._mounts
+    monkeypatch.setattr(paths, "_mounts", lambda folder: mounts(folder, table))
     for folder, kind in (("/", "ext4"), ("/home/a/b", "nfs4"), ("/home/my own/x", "tmpfs"), ("/homes", "ext4")):
-        assert paths.file_system(Path(folder), mounts) == kind
-    assert paths.file_system(tmp_path, tmp_path / "nosuch") == ""
+        assert paths.file_system(Path(folder)) == kind
+    table.unlink()
+    assert paths.file_system(tmp_path) == ""
     assert paths.is_remote("nfs4")
     assert not paths.is_remote("ext4")
+
+
+@pytest.mark.parametrize(("kind", "is_remote"), [(3, False), (4, True)])
+def test_a_share_is_recognized_on_macos_and_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int, is_remote: bool
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "win32")
+        kernel = SimpleNamespace(GetDriveTypeW=lambda drive: kind if drive == tmp_path.anchor else 0)
+        patch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
+        assert paths.is_remote(paths.file_system(tmp_path)) is is_remote
+    share = f"//me@server/a share on {tmp_path} ({'smbfs' if is_remote else 'apfs'}, nodev)"
+    listed = f"/dev/disk3s1 on / (apfs, local)\n{share}\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "darwin")
+        patch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=listed))
+        assert paths.is_remote(paths.file_system(tmp_path / "features")) is is_remote
 
 
 # Size
@@ -514,7 +608,71 @@ def test_the_block_longest_unused_is_evicted_whole_and_the_disk_given_back(many:
     assert file_of(own_cache).stat().st_size < 140_000
     assert run(many, blocks[0]).cached == run(many, blocks[2]).cached == 150
     assert rows(file_of(own_cache), "PRAGMA integrity_check") == [("ok",)]
-    assert rows(file_of(own_cache), "PRAGMA freelist_count") == [(0,)]
+
+
+def key(backbone: str, width: int) -> CacheKey:
+    values: dict[str, Any] = {field.name: "any" for field in fields(CacheKey)}
+    return CacheKey(**{**values, "backbone": backbone, "engine": {}, "width": width})
+
+
+def filled(folder: Path, block: CacheKey, images: int) -> database.Cache:
+    """Open a cache with so many images of `block`, which no run uses any more."""
+    kept = database.Cache(folder)
+    for start in range(0, images, 500):
+        names = [f"{number:016d}".encode() for number in range(start, min(start + 500, images))]
+        kept.keep(database.CacheEntries(vectors=[(block, names, np.zeros((len(names), block.width), np.float32))]))
+    kept._unmeasured = database.LOOK_EVERY
+    return kept
+
+
+@pytest.mark.parametrize(("width", "images", "most"), [(8, 2000, database.MOST_AT_ONCE), (50_000, 30, 5)])
+def test_eviction_takes_a_little_at_a_time_and_more_than_is_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, images: int, most: int
+) -> None:
+    old, new = key("old", width), key("new", width)
+    with closing(filled(tmp_path, old, images)) as kept:
+        size = kept.path.stat().st_size
+        monkeypatch.setattr(database, "LARGEST", size // 2)
+        kept.use([new])
+        left = [images]
+        for number in range(images):
+            vectors = (new, [f"new {number:012d}".encode()], np.zeros((1, width), np.float32))
+            kept.keep(database.CacheEntries(vectors=[vectors]))
+            left.append(sum(row["images"] for row in kept.blocks() if row["backbone"] == "old"))
+            assert kept.path.stat().st_size <= size + 10 * 4 * width + 100_000
+        assert max(before - after for before, after in itertools.pairwise(left)) <= most
+        assert left[-1] < images // 2
+
+
+def test_a_reader_never_waits_for_a_writer(tmp_path: Path) -> None:
+    block = key("any", 8)
+    with closing(filled(tmp_path, block, 3)) as kept, ThreadPoolExecutor(1) as other, kept._lock:
+        assert kept._db is not None
+        kept._db.execute("BEGIN IMMEDIATE")
+        kept._db.execute("DELETE FROM entries")
+        assert len(other.submit(kept.vectors, block, [f"{1:016d}".encode()]).result(timeout=5)) == 1
+        kept._db.execute("ROLLBACK")
+
+
+def test_the_disk_is_given_back_where_the_limit_shrinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(filled(tmp_path, key("old", 1000), 500)) as kept:
+        monkeypatch.setattr(database, "LARGEST", 200_000)
+        for _ in range(20):
+            kept.keep(database.CacheEntries(files={b"state": b"image"}))
+    assert kept.path.stat().st_size < 300_000
+
+
+def test_an_error_in_this_package_deletes_no_cache(
+    photos: pd.DataFrame, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(photos)
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "_touch", lambda *_: (_ for _ in ()).throw(ValueError("a bug")))
+        second = run(photos, "VGG16 --size 32")
+    assert "cannot be written (a bug): features are no longer cached" in second.notes[0]
+    assert file_of(own_cache).name == "features-000000.sqlite"
+    assert run(photos).cached == 20
+    same(run(photos).features, first.features)
 
 
 def test_a_run_that_is_larger_than_the_cache_keeps_what_fits_and_says_so(

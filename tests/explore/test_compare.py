@@ -14,10 +14,12 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from PIL import Image
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.decomposition import PCA
-from sklearn.ensemble import RandomForestClassifier
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.model_selection import GridSearchCV, KFold, LeaveOneOut, PredefinedSplit, StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, Normalizer, StandardScaler
@@ -28,7 +30,7 @@ from nbfeat import Extraction, ExtractionError, FeatureBlock, RequestError
 from nbfeat.backbones.weights import Loaded
 from nbfeat.explore import scoring as module
 from nbfeat.explore.compare import Comparison, verdict
-from nbfeat.explore.scoring import drawn, folds_of, read_target
+from nbfeat.explore.scoring import copies_in, drawn, folds_of, read_target
 from nbfeat.extraction.pipeline import images_per_second
 from nbfeat.inference import prepared
 from tests.fake import FakeEngine
@@ -172,7 +174,9 @@ def test_other_test_images_change_nothing_that_a_fold_learns(
     fold = 2
     train, test = list(FOLDS.split(photos, photos["label"]))[fold]
     corrupted = photos.copy()
-    corrupted.iloc[test, 0] = [photos["path"].iloc[0]] * len(test)
+    others = np.random.default_rng(2).integers(0, 255, (len(test), 32, 32, 3), dtype=np.uint8)
+    corrupted["path"] = corrupted["path"].astype(object)
+    corrupted.iloc[test, 0] = pd.Series([Image.fromarray(pixels) for pixels in others], dtype=object).array
 
     def seen(frame: pd.DataFrame) -> tuple[Extraction, tuple[bytes, bytes], dict[str, Any]]:
         DATA.clear()
@@ -264,6 +268,33 @@ def test_groups_are_never_on_both_sides_of_a_fold(extracted: Extraction, photos:
         nbfeat.compare(extracted, "label", groups=photos["patient"], cv=11)
 
 
+def test_copies_of_an_image_are_never_on_both_sides_of_a_fold(photos: pd.DataFrame) -> None:
+    """With random labels, a model can only recognize copies, so any score above chance would be a leak."""
+    thrice = pd.concat([photos] * 3, ignore_index=True).assign(label=np.tile(["a", "b", "b", "a"], 15)[:60])
+    thrice["label"] = np.tile(np.random.default_rng(1).permutation(["a", "b"] * 10), 3)
+    result = nbfeat.extract(thrice, END, MEANS, images="path")
+    target = read_target(thrice, "label", as_classes=None)
+    copies, note = copies_in([result["mobilenet"].to_numpy()], target, 5)
+    assert note == "60 of 60 rows have the same image as another row (equal features): copies were kept in one fold."
+    for train, test in folds_of(5, target, copies, 60)[0]:
+        assert not set(train % 20) & set(test % 20)
+    found = nbfeat.compare(result, "label", speed=False)
+    assert note in found.notes
+    assert found.table["score"].max() <= 0.75
+    split = nbfeat.compare(result, "label", cv=FOLDS, speed=False)  # a splitter is obeyed
+    assert split.table["score"].max() > 0.85
+    assert any("`cv` may put copies on both sides of a fold" in note for note in split.notes)
+    together = nbfeat.compare(result, "label", groups=np.arange(60) // 20, cv=3, speed=False)  # asked for, so obeyed
+    assert together.table["score"].max() > 0.85
+    assert note not in together.notes
+    apart = nbfeat.compare(result, np.arange(60) / 7, speed=False)
+    assert (apart.score, note in apart.notes) == ("R²", True)
+    with pytest.raises(RequestError, match=r"20 different images are too few for 21 folds\. Use `cv=20` or less"):
+        nbfeat.compare(result, "label", cv=21, speed=False)
+    once = nbfeat.compare(nbfeat.extract(photos, END, images="path"), "label", cv=3, speed=False)
+    assert not any("same image" in note for note in once.notes)
+
+
 def test_a_predefined_split_is_of_the_rows_of_the_frame(extracted: Extraction, photos: pd.DataFrame) -> None:
     labels = photos["label"].where(photos.index != "row 2")
     split = PredefinedSplit(np.where(photos["split"] == "test", 0, -1))
@@ -343,7 +374,7 @@ def test_what_a_target_is_taken_for_is_said_where_it_is_a_guess(extracted: Extra
         ("label", {"cv": StratifiedKFold(9)}, r"StratifiedKFold failed to split the 20 rows: n_splits=9"),
         ("label", {"cv": PredefinedSplit([0, -1])}, r"must cover the frame's 20 rows, not 2"),
         ("label", {"scoring": "acuracy"}, r"not 'acuracy'. Did you mean accuracy"),
-        ("label", {"scoring": "f1"}, r"scikit-learn failed to score mobilenet.*multiclass"),
+        ("label", {"scoring": "f1"}, r"scikit-learn failed to score mobilenet.*(multiclass|pos_label)"),
         ("label", {"rows": 8}, r"`rows=8` is too few.*`rows=20`"),
         (np.arange(20) / 7, {"cv": 15}, r"20 rows are too few for 15 folds.*Use `cv=10`"),
         (np.arange(20) / 7, {"model": SVC()}, r"has fractions, which classifiers can't predict"),
@@ -351,6 +382,7 @@ def test_what_a_target_is_taken_for_is_said_where_it_is_a_guess(extracted: Extra
         (np.arange(20) / 7, {"cv": LeaveOneOut()}, r"undefined in a fold. Use fewer folds"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:R.2 score is not well-defined")  # scikit-learn's, and seen by the user
 def test_what_cannot_be_is_said_with_the_next_step(
     extracted: Extraction, target: Any, options: dict[str, Any], words: str
 ) -> None:
@@ -433,20 +465,32 @@ def test_what_cannot_be_scored_is_one_sentence(extracted: Extraction, options: d
         nbfeat.compare(extracted, "label", speed=False, **options)
 
 
-def test_warnings_are_counted_neither_shown_nor_lost(extracted: Extraction) -> None:
-    before = list(warnings.filters)
-    found = nbfeat.compare(extracted, "label", model=LogisticRegression(max_iter=1), speed=False)
-    assert "Warnings: 10 × ConvergenceWarning. First: lbfgs failed to converge" in repr(found)
-    assert warnings.filters == before
-    assert "Warnings" not in repr(nbfeat.compare(extracted, "label", speed=False))
-
-    def scored(*_: object) -> float:
-        warnings.warn(f"the {next(numbers)}\nof many", RuntimeWarning, stacklevel=1)
-        return 0.5
-
-    numbers = iter(range(1, 11))
-    found = nbfeat.compare(extracted, "label", scoring=scored, speed=False)
-    assert "Warnings: 10 × RuntimeWarning. First: the 1" in found.notes
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [
+        (
+            LogisticRegression(max_iter=1),
+            "10 of 10 fits may not have converged. Use a model with a higher `max_iter`.",
+        ),
+        (make_pipeline(StandardScaler(), LogisticRegression(max_iter=1)), "10 of 10 fits may"),
+        ("logistic", ""),
+        ("svm", ""),
+        (SVC(max_iter=-1), ""),
+        (RidgeClassifier(max_iter=1), ""),  # which has a solver without iterations
+        pytest.param(HistGradientBoostingClassifier(max_iter=2), "", marks=pytest.mark.slow),  # it means to use them up
+    ],
+)
+def test_fits_that_did_not_converge_are_counted_and_warnings_are_left_to_the_user(
+    extracted: Extraction, model: Any, found: str
+) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        text = repr(nbfeat.compare(extracted, "label", model=model, speed=False))
+        assert warnings.filters == before or "Boosting" in text  # whose threads add one of joblib's
+    assert bool(found) is bool(seen) is ("converged" in text)
+    assert found in text
+    assert {one.category for one in seen} <= {ConvergenceWarning}
 
 
 def test_what_comes_from_data_is_escaped(photos: pd.DataFrame) -> None:
@@ -542,8 +586,8 @@ SIX = [
 )  # fmt: skip
 def test_nothing_in_the_plot_is_cut_or_overlaps(comparison: Comparison) -> None:
     ax = comparison.plot()
-    figure = ax.get_figure(root=True)
-    assert figure is not None
+    figure = ax.figure
+    assert isinstance(figure, Figure)
     figure.canvas.draw()
     legend = ax.get_legend()
     assert legend is not None

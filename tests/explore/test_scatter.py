@@ -17,7 +17,8 @@ from sklearn.decomposition import PCA
 
 import nbfeat
 from nbfeat import RequestError
-from nbfeat.explore.scatter import Scatter
+from nbfeat.explore.gallery import COLORS
+from nbfeat.explore.scatter import Scatter, _classes
 from tests.look import HOSTILE, featured
 
 RANDOM = np.random.default_rng(0)
@@ -95,6 +96,10 @@ def test_classes_are_few_and_named() -> None:
     assert legend(nbfeat.scatter(featured(ROWS, label=ordered))) == ["c", "b", "a"]
     assert legend(nbfeat.scatter(featured(ROWS, label=LABELS == "a"))) == ["False", "True"]
 
+    named = np.where(LABELS == "a", "missing", LABELS).astype(object)
+    named[5] = None
+    assert legend(nbfeat.scatter(featured(ROWS, label=named))) == ["b", "c", "missing", "(missing)"]
+
     values = np.linspace(0, 1, 60)
     values[7] = np.nan
     found = nbfeat.scatter(featured(ROWS, age=values), "age")
@@ -102,6 +107,33 @@ def test_classes_are_few_and_named() -> None:
     assert [ax.get_ylabel() for ax in figure.axes] == [found.names[1], "age"]
     assert found.classes is None
     assert legend(found) == ["missing"]
+
+
+def test_distinct_texts_cost_the_same_each() -> None:
+    """Count comparisons of texts: a search in a list for each of them would make four million."""
+
+    class Text(str):
+        __slots__ = ()
+        compared = 0
+
+        def __eq__(self, other: object) -> bool:
+            Text.compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    values = pd.Series([Text(f"{number:05d}") for number in range(2_000)], dtype=object, name="label")
+    classes, _ = _classes(values)
+    assert classes is not None
+    assert len(classes.cat.categories) == COLORS + 1
+    assert Text.compared < 100_000
+
+
+@pytest.mark.parametrize(("value", "kind"), [([1, 2], "list"), ({"a": 1}, "dict"), ({1}, "set")])
+def test_a_column_of_lists_has_no_colors(value: object, kind: str) -> None:
+    frame = featured(ROWS, label=[value] * 60)
+    with pytest.raises(RequestError, match=rf"'label' has values of type {kind}, but .* `color`, or use `\.astype"):
+        nbfeat.scatter(frame)
 
 
 def test_what_cannot_be_drawn_is_told_and_one_color_needs_no_column(monkeypatch: pytest.MonkeyPatch) -> None:

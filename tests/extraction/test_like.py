@@ -16,6 +16,7 @@ from IPython.core.completer import provisionalcompleter
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from nbfeat import Extraction, ExtractionError, RequestError, extract
 from nbfeat.backbones.weights import Loaded
@@ -120,6 +121,26 @@ def test_a_row_is_projected_as_it_would_be_alone(width: int) -> None:
         np.testing.assert_array_equal(normalizer.apply(rows[start:end].copy()), whole[start:end])
     exact = (rows.astype(float) - center) @ axes.T.astype(float)
     np.testing.assert_allclose(whole, exact, atol=1e-5 * width**0.5)
+
+
+def test_a_projection_is_the_same_in_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of joblib have one thread each, a notebook has several; some BLAS then add in a different order."""
+    used, dot = set[int](), np.dot
+
+    def watched(*arrays: Any, **options: Any) -> Any:
+        used.update(one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas")
+        return dot(*arrays, **options)
+
+    monkeypatch.setattr(np, "dot", watched)
+    generator = np.random.default_rng(0)
+    rows, axes = (generator.normal(size=(count, 100_001)).astype(np.float32) for count in (5, 64))
+    normalizer, found = Normalizer(center=rows[0] / 3, axes=axes), list[Any]()
+    for threads in (1, 2, 4):
+        with threadpool_limits(threads, "blas"):
+            found.append(normalizer.apply(rows))
+    np.testing.assert_array_equal(found[1], found[0])
+    np.testing.assert_array_equal(found[2], found[0])
+    assert used == {1}
 
 
 def test_nothing_is_learned_from_the_other_frame(train: pd.DataFrame, test: pd.DataFrame, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,10 +60,23 @@ def test_rows_are_the_same_to_the_bit_for_any_batch_size_order_and_company(
         same(nbfeat.extract(photos, SMALL, batch_size=size, **options).features, whole)
     some = photos.sample(7, random_state=0)
     same(nbfeat.extract(some, SMALL, **options).features, whole.loc[some.index])
-    others = [f"{SMALL} --resize crop --prefix another"]  # a different network
-    if precision == "float32":  # the cache key of a cut doesn't depend on other cuts
-        others.append(f"{SMALL} --layer block1_out --pooling max")
-    same(nbfeat.extract(photos, SMALL, *others, **options)["pocket"], whole)
+    same(nbfeat.extract(photos, SMALL, f"{SMALL} --resize crop --prefix another", **options)["pocket"], whole)
+
+
+@pytest.mark.slow
+def test_cuts_beside_cuts_are_never_mixed_with_those_of_the_cuts_alone(photos: pd.DataFrame) -> None:
+    """OpenVINO fuses layers up to the next cut, so another cut changes the last bits of those after it."""
+    some, options = photos.head(6), {"images": "path", "precision": "float32"}
+    layers = [layer.name for layer in CATALOG["ResNet50V2"].layers][::3]
+    blocks = [f"ResNet50V2 --size 64 --weights random --layer {layer}" for layer in layers]
+    alone = [nbfeat.extract(some, block, **options) for block in blocks]
+    together = nbfeat.extract(some, blocks, **options)
+    same(together.features, nbfeat.extract(some, blocks, **options, cache=False).features)
+    assert together.cached == 0
+    again = [nbfeat.extract(some, block, **options) for block in blocks]
+    for first, second in zip(alone, again, strict=True):
+        same(second.features, first.features)
+        assert second.cached == len(some)
 
 
 def test_an_engine_closed_in_flight_has_all_its_buffers_again(stored: Stored) -> None:
@@ -145,6 +159,44 @@ def test_a_driver_s_files_are_the_sign_of_a_gpu(
     for name in files:
         (tmp_path / name).touch()
     assert devices.sign_of_gpu() is expected
+
+
+def test_on_windows_the_library_of_the_driver_is_the_sign(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(devices, "_DRIVERS", tmp_path / "dev")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("SYSTEMROOT", str(tmp_path))
+    (tmp_path / "System32").mkdir()
+    assert not devices.sign_of_gpu()
+    (tmp_path / "System32" / "nvcuda.dll").touch()
+    assert devices.sign_of_gpu()
+
+
+def test_a_child_finds_the_standard_library_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A stale backport beside the package, such as `pathlib`, must not replace the standard library's."""
+    (tmp_path / "nbfeat").symlink_to(Path(isolation.__file__).parent)
+    for stale in ("pathlib.py", "typing.py", "enum.py"):
+        (tmp_path / stale).write_text("raise SystemExit('stale')")
+    monkeypatch.setattr(isolation, "_FOLDER", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "/of/the/user")
+    child = isolation.child_command("nbfeat.paths"), isolation.child_environment()
+    assert child[1]["PYTHONPATH"] == "/of/the/user"
+    done = subprocess.run(child[0], env=child[1], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_package_without_metadata_has_an_unknown_version(
+    photos: pd.DataFrame, fake_network: type[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fake_network
+
+    def without(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(isolation, "version", without)
+    result = nbfeat.extract(photos, "MobileNet --size 32", images="path")
+    assert set(result.recipe["versions"].values()) == {"unknown"}
+    same(result.like(photos).features, result.features)
+    nbfeat.ImageFeatures("MobileNet --size 32").fit(photos["path"])
 
 
 @pytest.mark.slow

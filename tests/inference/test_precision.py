@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 import nbfeat
-from nbfeat import NetworkError, RequestError
+from nbfeat import NetworkError, RequestError, paths
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.inference import precision
 from nbfeat.inference.engines import devices
@@ -164,7 +167,7 @@ def test_few_images_are_not_worth_comparing(enough: pd.DataFrame, hardware: Hard
     result = run(some)
     assert (result.precision, result.notes, hardware.started) == ("float32", [], ["float32"])
     run(enough)
-    assert run(some).precision == "bfloat16"  # a check of more images is valid for fewer
+    assert run(some).precision == "bfloat16"  # a check of more images is valid for fewer, if some of those agree
 
 
 def test_every_output_counts(enough: pd.DataFrame, hardware: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,15 +241,15 @@ def test_it_is_decided_anew_for_what_is_another(
 )
 def test_what_is_kept_of_it_and_damaged_is_not_used(enough: pd.DataFrame, hardware: Hardware, damage: str) -> None:
     run(enough)
-    (file,) = kept()
-    written = json.loads(file.read_text())
-    assert set(written) == {"precision", "images", "agreement", "speedup"}
-    changed = json.dumps({**written, **json.loads(damage)}) if damage.startswith('{"') else damage
-    file.write_text(changed)
+    ours, others = (json.loads(file.read_text()) for file in kept())
+    assert ours == others
+    assert set(ours) == {"precision", "images", "agreement", "speedup", "day"}
+    for file in kept():
+        file.write_text(json.dumps({**ours, **json.loads(damage)}) if damage.startswith('{"') else damage)
     hardware.started.clear()
     assert run(enough, cache=False).precision == "bfloat16"
     assert hardware.started == ["float32", "bfloat16"]
-    assert json.loads(file.read_text()) == written
+    assert [json.loads(file.read_text()) for file in kept()] == [ours, ours]
 
 
 def test_where_nothing_can_be_kept_it_is_decided_all_the_same(
@@ -256,6 +259,67 @@ def test_where_nothing_can_be_kept_it_is_decided_all_the_same(
     monkeypatch.setenv("NBFEAT_HOME", str(tmp_path / "file"))
     assert [run(enough).precision for _ in range(2)] == ["bfloat16"] * 2
     assert hardware.started == ["float32", "bfloat16"] * 2
+
+
+# Other images
+
+
+@pytest.mark.parametrize("error", [0.0, 0.3])
+def test_a_check_on_other_images_is_confirmed_on_these_before_it_is_reported(
+    enough: pd.DataFrame, photos: pd.DataFrame, hardware: Hardware, error: float
+) -> None:
+    run(enough)
+    hardware.started.clear()
+    hardware.error = error
+    first, again = run(photos), run(photos, cache=False)
+    assert first.notes == again.notes
+    (note,) = first.notes
+    if error:
+        assert note.startswith("bfloat16 was rejected: similarity 0.9")
+        assert " on 16 of your images is below" in note
+        assert hardware.started == ["float32", "bfloat16", "float32"]
+    else:
+        speed = r"2\.0 times as fast \(on other images on \d{4}-\d\d-\d\d\)\."
+        assert re.search(rf"MobileNet runs in bfloat16: .* 1\.0000 on 16 of your images, {speed}", note)
+        assert hardware.started == ["float32", "bfloat16", "bfloat16"]  # confirmed once
+    assert first.precision == ("float32" if error else "bfloat16")
+    assert "on 64 of your images" in run(enough).notes[0]
+
+
+def test_a_rejection_on_other_images_is_reported_as_that(
+    enough: pd.DataFrame, photos: pd.DataFrame, hardware: Hardware
+) -> None:
+    hardware.error = 0.3
+    run(enough)
+    hardware.started.clear()
+    result = run(photos)
+    assert (result.precision, hardware.started) == ("float32", ["float32"])
+    assert re.search(r"similarity 0\.9\d* on 16 other images on \d{4}-\d\d-\d\d is below", result.notes[0])
+    assert "on 16 of your images" in run(enough).notes[0]
+
+
+def test_a_changed_file_is_another_image(enough: pd.DataFrame, hardware: Hardware, tmp_path: Path) -> None:
+    copies = enough.assign(path=[str(shutil.copy(path, tmp_path)) for path in enough["path"]])
+    run(copies)
+    Image.new("RGB", (12, 12), "red").save(copies["path"].iloc[0])
+    assert hardware.started == ["float32", "bfloat16"]
+    assert "on 16 of your images" in run(copies).notes[0]
+
+
+def test_two_at_once_measure_once(enough: pd.DataFrame, hardware: Hardware) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: run(enough, cache=False), range(2)))
+    assert [result.precision for result in results] == ["bfloat16"] * 2
+    assert sorted(hardware.started) == ["bfloat16", "bfloat16", "float32"]
+
+
+def test_a_process_that_never_finishes_measuring_stops_no_other(
+    enough: pd.DataFrame, hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "PATIENCE", 0.1)
+    with FileLock(paths.keep("precisions") / ".lock"):
+        assert run(enough).precision == "bfloat16"
+    assert hardware.started == ["float32", "bfloat16"]
 
 
 # Requested precisions

@@ -181,6 +181,60 @@ def test_tab_offers_names_of_python_in_its_own_cells_alone(notebook: Interactive
         assert ("VGG16" in found, "VGG_mine" in found) == (ours, mine)
 
 
+def completed(notebook: InteractiveShell, line: str) -> set[str]:
+    """Return what a line becomes by each of all completions where it has a bar."""
+    before, _, after = line.partition("|")
+    with provisionalcompleter():
+        found = list(notebook.Completer.completions(before + after, len(before)))
+    return {before[: one.start] + one.text + before[one.end :] + after for one in found}
+
+
+@pytest.mark.parametrize("typed", ["-i m|", "--images 'm|", "--images 'my c|", '-i "my c|', "--images=my|", "-i='my |"])
+@pytest.mark.parametrize("mark", ["", "'"])
+def test_tab_completes_columns_that_need_quotation_marks(
+    notebook: InteractiveShell, photos: pd.DataFrame, typed: str, mark: str
+) -> None:
+    notebook.user_ns["photos"] = photos.rename(columns={"path": "my col"})
+    # Some editors close quotation marks as soon as they are opened.
+    mark = mark and next((one for one in ("'", '"') if one in typed), "")
+    (line,) = completed(notebook, f"%extract photos VGG16 {typed}{mark}")
+    request = grammar.read(line.removeprefix("%extract "), None, {})
+    assert request is not None
+    assert request.run["images"] == ["my col"]
+    assert f"{line} --size 32".count("my col") == 1
+    notebook.user_ns["photos"] = photos.rename(columns={"path": "a"})
+
+
+@pytest.mark.parametrize(
+    ("line", "lines"),
+    [
+        ("%extract photos VGG16 --pooling=|", ["avg", "max", "gem", "flatten"]),
+        ("%extract photos VGG16 --pooling=m|", ["max"]),
+        ("%extract photos VGG16 -p=f|", ["flatten"]),
+        ("%extract photos --images 'path' --pooling=m|", ["max"]),
+        ("%%extract photos --pooling=m|\nVGG16", ["max"]),
+        ("%extract photos VGG16 --layer=block4_pool,block5_p|", ["block5_pool"]),
+        ("%extract photos VGG16 --images it|", ['"it\'s"']),
+        ("%extract photos VGG16 --images 'it|", ['"it\'s"']),
+        ("%extract photos VGG16 --images {|", ["{{x}}"]),
+        ("%extract photos VGG16 --images \"it's\" --images $|", ["$$y"]),
+        ("%extract photos --images 'a b' VGG1|", ["VGG16", "VGG19"]),
+        ("%%extract photos\n--prefix 'a b' VGG1|", ["VGG16", "VGG19"]),
+    ],
+)  # fmt: skip
+def test_tab_offers_what_fits_and_nothing_else(notebook: InteractiveShell, line: str, lines: list[str]) -> None:
+    frame = notebook.user_ns["photos"]
+    notebook.user_ns["photos"] = frame.assign(**{"it's": "a", "{x}": "b", "$y": "c"})
+    notebook.user_ns |= {"maximum": 1, "mine": 2, "itself": 3, "block5_p1": 4, "results": 5}
+    before, _, after = line.partition("|")
+    start = re.split(r"[\s=,]", before)[-1]
+    assert completed(notebook, line) == {before.removesuffix(start) + one + after for one in lines}
+
+
+def test_a_line_with_an_unclosed_quotation_mark_stops_no_completion(notebook: InteractiveShell) -> None:
+    assert completed(notebook, "%%extract photos --images 'path\nphot|") == {"%%extract photos --images 'path\nphotos"}
+
+
 def test_two_reloads_leave_one_of_each_and_unloading_leaves_none(notebook: InteractiveShell) -> None:
     def counts() -> tuple[int, ...]:
         matchers = [getattr(one, "matcher_identifier", "") for one in notebook.Completer.custom_matchers]

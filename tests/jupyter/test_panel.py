@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import re
 import threading
+import warnings
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +20,23 @@ import pytest
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
-from ipywidgets import HTML
-from PIL import Image
+from ipywidgets import HTML, Widget
+from ipywidgets.widgets.widget import _instances
+from jupyter_client.manager import start_new_kernel
 
 import nbfeat
-from nbfeat import Panel, RequestError
+from nbfeat import Extraction, Panel, RequestError
+from nbfeat.explore import scoring
 from nbfeat.extraction.options import BLOCK_OPTIONS, RUN_OPTIONS
-from nbfeat.images import sources
-from nbfeat.images.resize import PixelSpec
+from nbfeat.html import Html
+from nbfeat.images.sources import read_thumbnail
 from nbfeat.jupyter import grammar
 from nbfeat.jupyter.grammar import expand, literal
 from nbfeat.jupyter.job import State
-from nbfeat.jupyter.panel import panel, source
+from nbfeat.jupyter.panel import panel, result, source
 from nbfeat.jupyter.panel.result import LOOKS
 from nbfeat.jupyter.panel.widgets import DEFAULT, tree
+from tests.conftest import ROOT
 from tests.faces import run_cell
 from tests.fake import FakeEngine, Gate
 from tests.look import detailed, difference, shown
@@ -514,8 +522,7 @@ def test_thumbnails_and_what_is_missing_are_shown(
 def test_a_thumbnail_is_sharp_and_colorful() -> None:
     image = detailed()
     (saved,) = shown(source.thumbnail(image, Path()))
-    (pixels,) = sources.read_pixels(image, [PixelSpec(source.SIDE, "crop")], Path())
-    assert difference(saved, Image.fromarray(pixels)) < 5
+    assert difference(saved, read_thumbnail(image, source.SIDE, Path())) < 5
 
 
 def test_columns_that_may_hold_images_and_rows_to_learn_from_are_offered(opened: Open, photos: pd.DataFrame) -> None:
@@ -562,6 +569,136 @@ def test_failures_scatter_and_comparison_are_one_click_away(opened: Open, notebo
     assert "split: accuracy" in show_page(one, "Comparison")
     results.column.value = "label"  # made before: shown at once
     assert results.page.value == comparison
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> dict[Extraction, threading.Event]:
+    """Hold the pages of each run until its event is set; they name their run."""
+    let: dict[Extraction, threading.Event] = defaultdict(threading.Event)
+
+    def drawn(of: Extraction, page: str, column: object) -> Html:
+        assert let[of].wait(30)
+        return Html(f"{page} of {id(of)}")
+
+    monkeypatch.setattr(result, "_drawn", drawn)
+    return let
+
+
+def test_a_page_of_an_earlier_run_never_shows_as_a_later_ones(
+    opened: Open, pages: dict[Extraction, threading.Event]
+) -> None:
+    one = finished(opened())
+    assert one.result is not None
+    first = one.result
+    one.results.pages.value = "Comparison"
+    finished(one)
+    assert one.result is not first
+    one.results.pages.value = "Comparison"  # the same page, of the other run
+    preparing = one.results.page.value
+    threads = [thread for thread in threading.enumerate() if thread.name == "nbfeat-page"]
+    assert len(threads) == 2
+    pages[first].set()
+    threads[0].join(30)
+    assert one.results.page.value == preparing
+    pages[one.result].set()
+    assert show_page(one, "Comparison") == f"Comparison of {id(one.result)}"
+    show_page(one, "Report")
+    assert show_page(one, "Comparison") == f"Comparison of {id(one.result)}", "the earlier run's was kept"
+
+
+def test_a_page_that_is_ready_late_does_not_replace_the_one_asked_for_since(
+    opened: Open, pages: dict[Extraction, threading.Event]
+) -> None:
+    one = finished(opened())
+    assert one.result is not None
+    one.results.pages.value = "Comparison"
+    one.results.pages.value = "Report"
+    report = one.results.page.value
+    pages[one.result].set()
+    settle()
+    assert one.results.page.value == report
+    one.results.pages.value = "Comparison"
+    assert one.results.page.value == f"Comparison of {id(one.result)}", "it was not kept"
+
+
+def test_no_run_starts_between_a_look_at_which_run_a_page_is_of_and_its_showing(
+    opened: Open, pages: dict[Extraction, threading.Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = finished(opened())
+    assert one.result is not None
+    turn, is_made, shown = one._kit.turn, threading.Event(), list[str]()
+
+    def watched() -> Any:
+        if threading.current_thread().name == "nbfeat-page":
+            is_made.set()
+        return turn()
+
+    monkeypatch.setattr(one._kit, "turn", watched)
+    one.results.page.observe(lambda change: shown.append(change["new"]), "value")
+    one.results.pages.value = "Comparison"
+    with turn():
+        pages[one.result].set()
+        assert is_made.wait(10), "it takes no turn"
+        one.extract()  # while the page waits for its turn
+    assert one.wait(30)
+    settle()
+    assert not [text for text in shown if text.startswith("Comparison of")]
+
+
+def test_a_page_is_shown_in_a_turn_of_its_own(opened: Open) -> None:
+    """Of the comparison as of the thumbnails: whatever else is clicked comes before or after."""
+    one, turns = opened(), list[bool]()
+
+    def another_has_a_turn() -> None:
+        turns.append(one._kit._lock.acquire(blocking=False))
+        if turns[-1]:
+            one._kit._lock.release()
+
+    def during(_: object) -> None:
+        if threading.current_thread().name in {"nbfeat-look", "nbfeat-page"}:
+            other = threading.Thread(target=another_has_a_turn)
+            other.start()
+            other.join(30)
+
+    settle()
+    for widget in (one.source.strip, one.source.missing, one.results.page):
+        widget.value = ""
+        widget.observe(during, "value")
+    one.source._seen = ()  # look again
+    one.source.refresh()
+    settle()
+    show_page(finished(one), "Comparison")
+    assert len(turns) >= 3
+    assert not any(turns)
+
+
+def test_what_other_cells_warn_of_and_set_is_theirs_while_the_panel_compares(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_comparing, go_on, learn = threading.Event(), threading.Event(), scoring.learn  # type: ignore[attr-defined]
+
+    def held(*given: Any) -> Any:
+        is_comparing.set()
+        assert go_on.wait(30)
+        return learn(*given)
+
+    monkeypatch.setattr(scoring, "learn", held)
+    one = finished(opened())
+    one.results.pages.value = "Comparison"
+    assert is_comparing.wait(30)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        one.results.column.value = "split"  # another comparison, which begins now
+        for number in range(3):
+            warnings.warn(f"mine {number}", stacklevel=1)
+        warnings.simplefilter("error")
+        go_on.set()
+        settle()
+        with pytest.raises(UserWarning, match="an error by now"):
+            warnings.warn("an error by now", stacklevel=1)
+    assert [str(one.message) for one in seen] == ["mine 0", "mine 1", "mine 2"]
+    assert "accuracy" in one.results.page.value
+    assert "mine" not in one.results.page.value
 
 
 @pytest.mark.parametrize("has_label", [True, False])
@@ -618,3 +755,170 @@ def test_whatever_comes_from_data_is_escaped(opened: Open, notebook: Interactive
     drawn += [show_page(one, page) for page in values_of(one.results.pages)]
     assert EVIL not in " ".join(drawn)
     assert "&lt;img" in " ".join(drawn)
+
+
+# Opened again
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def run_as(notebook: InteractiveShell, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Run the cell of an id, as front ends do; its output is kept, as IPython does."""
+    numbers, outputs = count(), list[object]()
+
+    def run(sent: dict[str, Any], code: str) -> Any:
+        parent = {"header": {"msg_id": str(next(numbers))}, "metadata": sent}
+        monkeypatch.setattr(notebook, "get_parent", lambda: parent, raising=False)
+        outputs.append(run_cell(notebook, code))
+        return outputs[-1]
+
+    yield run
+    for one in [hook.__self__ for hook in notebook.events.callbacks["post_run_cell"] if hasattr(hook, "__self__")]:
+        if isinstance(one, Panel):
+            one.close()
+
+
+def extracted(one: Panel, size: int) -> weakref.ref[Extraction]:
+    card = one.blocks.cards[0]
+    card.backbone.value, card.options["size"].value = SMALL, size
+    finished(one)
+    assert one.result is not None
+    return weakref.ref(one.result)
+
+
+def is_live(one: Panel) -> bool:
+    return all(widget.comm is not None and widget.model_id in _instances for widget in tree(one.box))
+
+
+def test_a_cell_that_opens_a_panel_again_replaces_it_and_lets_its_result_go(
+    run_as: Run, notebook: InteractiveShell
+) -> None:
+    first, other = {"cellId": "a"}, {"colab": {"cell_id": "b"}}  # as front ends send it
+    beside = run_as(other, "%extract_panel photos")
+    results, widgets = [], []
+    for size in (32, 64):
+        one = run_as(first, "%extract_panel photos")
+        results.append(extracted(one, size))
+        widgets.append(len(_instances))
+        assert is_live(one)
+    show_page(one, "Comparison")
+    gc.collect()
+    assert [found() is None for found in results] == [True, False], "what each run made is still there"
+    assert len(set(widgets)) == 1, "widgets are left over"
+    assert is_live(beside)
+    kept = extracted(beside, 128)  # it works as before
+    run_as(other, "%extract_panel photos;")  # not shown, and the one before is gone
+    settle()
+    gc.collect()
+    assert kept() is None
+    assert not is_live(beside)
+    assert is_live(one)
+    assert one.result is results[-1]()
+    assert notebook.user_ns["photos"].shape[1] > 3
+
+
+def test_panels_of_one_run_and_of_cells_without_an_id_stay(run_as: Run) -> None:
+    both = run_as({"cellId": "a"}, "import nbfeat\nboth = [nbfeat.Panel(photos), nbfeat.Panel('photos')]\nboth")
+    run_as({"cellId": "b"}, "1")
+    unknown = [run_as({}, "%extract_panel photos") for _ in range(2)]
+    assert all(map(is_live, [*both, *unknown]))
+    run_as({"cellId": "a"}, "1")  # another text in the same cell: their output is gone
+    assert [is_live(one) for one in (*both, *unknown)] == [False, False, True, True]
+
+
+def test_a_run_of_a_replaced_panel_stops_and_binds_nothing(run_as: Run, notebook: InteractiveShell, gate: Gate) -> None:
+    one = run_as({"cellId": "a"}, "%extract_panel photos")
+    card = one.blocks.cards[0]
+    card.backbone.value, card.options["size"].value = SMALL, 32
+    one.extract_button.click()
+    job = one.job
+    assert one.state is State.RUNNING
+    before = notebook.user_ns["photos"]
+    run_as({"cellId": "a"}, "%extract_panel photos")
+    gate.open()
+    assert job is not None
+    assert job.wait(30)
+    assert job.state is State.CANCELLED
+    assert notebook.user_ns["photos"] is before
+    assert one.result is None
+    assert one.wait(0)
+
+
+@pytest.mark.parametrize("how", ["closed", "all widgets closed"])
+def test_a_panel_that_was_closed_and_is_not_referred_to_is_freed(
+    run_as: Run, notebook: InteractiveShell, how: str
+) -> None:
+    notebook.run_cell("panel = %extract_panel photos")
+    one = notebook.user_ns["panel"]
+    found = extracted(one, 32)
+    panel_itself = weakref.ref(one)
+    if how == "closed":
+        one.close()
+        assert one.result is found(), "it may still be wanted"
+    else:
+        Widget.close_all()
+    del one, notebook.user_ns["panel"]
+    settle()
+    notebook.run_cell("1")
+    gc.collect()
+    assert found() is None
+    assert panel_itself() is None
+    with pytest.raises(UsageError, match="No panel is open"):
+        notebook.run_line_magic("extract_panel", "--code")
+
+
+IN_A_KERNEL = """
+import gc, sys, threading
+sys.path.insert(0, {root!r})
+from ipywidgets.widgets import widget
+from nbfeat import Extraction
+from nbfeat.inference import prepared
+from tests.fake import FakeNetwork
+import numpy as np, pandas as pd
+prepared.PreparedNetwork = FakeNetwork
+photos = pd.DataFrame({{"image": list(np.zeros((8, 8, 8, 3), np.uint8))}})
+%load_ext nbfeat
+"""
+THEN = """
+one = Out[max(Out)]
+one.blocks.cards[0].options["size"].value = {size}
+one.extract()
+assert one.wait(60) and one.result is not None, one.problem
+del one
+for thread in threading.enumerate():
+    if thread.name == "nbfeat-look":
+        thread.join(30)
+gc.collect()
+print(len(widget._instances), sum(isinstance(found, Extraction) for found in gc.get_objects()))
+"""
+
+
+@pytest.mark.slow
+def test_in_a_kernel_that_keeps_all_outputs_one_panel_and_one_result_are_left() -> None:
+    printed: list[str] = []
+    manager, client = start_new_kernel(kernel_name="python3")
+
+    def run(code: str, cell: str = "") -> None:
+        """Run a cell, and say which as front ends do."""
+        content = {"code": code, "silent": False, "store_history": True, "allow_stdin": False}
+        sent = client.session.msg("execute_request", content, metadata={"cellId": cell})
+        client.shell_channel.send(sent)
+        while (message := client.get_iopub_msg(timeout=120))["content"].get("execution_state") != "idle" or (
+            message["parent_header"]["msg_id"] != sent["header"]["msg_id"]
+        ):
+            assert message["msg_type"] != "error", message["content"]
+            if message["msg_type"] == "stream" and message["content"]["name"] == "stdout":
+                printed.append(message["content"]["text"])
+
+    try:
+        run(IN_A_KERNEL.format(root=str(ROOT)))
+        for size in (32, 64, 96):
+            run("%extract_panel photos", "panel")
+            run(THEN.format(size=size), "run")
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    assert len(printed) == 3
+    assert len(set(printed)) == 1
+    assert printed[0].split()[1] == "1"

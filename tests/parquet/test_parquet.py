@@ -327,7 +327,8 @@ def test_damages_are_told_by_checksums(there: Path, photos: pd.DataFrame) -> Non
             work()
     there.write_bytes(data)
     for chunk in [parquet.read_metadata(there).row_group(0).column(column) for column in (1, 5)]:  # a label, a feature
-        there.write_bytes(flipped(data, chunk.data_page_offset + chunk.total_compressed_size - 9))
+        start = chunk.dictionary_page_offset or chunk.data_page_offset
+        there.write_bytes(flipped(data, start + chunk.total_compressed_size - 9))
         with pytest.raises(RequestError, match=r"damaged: its columns don't match their checksum\. Extract"):
             nbfeat.read(there)
     assert not pd.read_parquet(there).equals(good.frame), "nobody else notices"

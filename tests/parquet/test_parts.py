@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -28,9 +29,12 @@ from pyarrow import parquet
 import nbfeat
 from nbfeat import Extraction, ExtractionError, RequestError, Result
 from nbfeat.extraction import sink
+from nbfeat.extraction.recipe import Recipe, unpack
+from nbfeat.extraction.run import Run
+from nbfeat.parquet import dataset
 from nbfeat.parquet.dataset import PART
 from nbfeat.parquet.location import Location
-from nbfeat.parquet.result_file import RECIPE
+from nbfeat.parquet.result_file import RECIPE, Failure
 from tests.conftest import ROOT
 from tests.faces import run_cell, same
 from tests.fake import FakeEngine, FakeNetwork
@@ -550,6 +554,10 @@ def test_features_are_never_attached_to_rows_of_other_images(photos: pd.DataFram
     swapped = frame.assign(path=frame["path"].where(frame.index != 19, frame["path"].iloc[0]))
     with pytest.raises(RequestError, match="row 19 of path"):
         nbfeat.read(tmp_path / form, frame=swapped)
+    strings = frame.astype({"path": "string"})  # with pandas' NA
+    same(nbfeat.read(tmp_path / form, frame=strings).features, nbfeat.read(tmp_path / form, frame=frame).features)
+    with pytest.raises(RequestError, match="row 3 of path"):
+        nbfeat.read(tmp_path / form, frame=strings.assign(path=strings["path"].fillna("a.png")))
     as_paths = frame.assign(path=frame["path"].map(Path, na_action="ignore"))  # the same images
     same(nbfeat.read(tmp_path / form, frame=as_paths).features, nbfeat.read(tmp_path / form, frame=frame).features)
 
@@ -603,11 +611,75 @@ def test_when_no_image_can_be_read_nothing_is_left(photos: pd.DataFrame, folder:
     assert names(folder) == []
 
 
-def test_equal_images_in_several_files_are_all_there(photos: pd.DataFrame, folder: Path) -> None:
-    photos["path"] = [photos["path"].iloc[number % 5] for number in range(20)]
-    result = written(photos, BLOCK, parquet=folder)
-    same(nbfeat.read(folder).frame, extract(photos, BLOCK, images="path").frame)
-    assert (result.done, result.progress.equal) == (20, 3)  # only duplicates in the same file count
+@pytest.mark.parametrize("steps", [0, 3, 6, 9])
+def test_equal_images_in_several_files_are_computed_once(photos: pd.DataFrame, folder: Path, steps: int) -> None:
+    paths = photos["path"].tolist()
+    photos["path"] = [paths[number % 5] for number in range(20)]
+    photos.iloc[[3, 8], 0] = paths[3] = "gone.png"
+    usual = extract(photos, BLOCK, images="path", cache=False)
+    FakeEngine.computed = 0
+    result = begun(photos, folder, steps).run()
+    same(nbfeat.read(folder).frame, usual.frame)
+    assert (result.done, result.progress.equal) == (20, usual.progress.equal)
+    assert FakeEngine.computed == 5 if not steps else FakeEngine.computed <= 8  # a batch in flight is lost
+
+
+def test_features_that_other_files_may_share_take_little_memory(
+    photos: pd.DataFrame, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbfeat.extraction.run.CARRIED", 2 * 48 * 4)  # two images
+    most, closed = 0, Run.close_window
+
+    def watched(run: Run, coming: Collection[int] = ()) -> None:
+        nonlocal most
+        closed(run, coming)
+        most = max(most, *(len(network.carried) for network in run.networks), len(run.seen))
+
+    monkeypatch.setattr(Run, "close_window", watched)
+    frame = photos.iloc[[*range(6), 0, 0, 1, 2, 3, 4, 0, 5, 1, 2, 3, 4]].reset_index()
+    result = written(frame, BLOCK, parquet=folder)
+    same(nbfeat.read(folder).frame, extract(frame, BLOCK, images="path", cache=False).frame)
+    assert most == 2
+    assert result.progress.equal > 3  # the image that is shared most stays
+
+
+def test_a_large_recipe_is_written_once(photos: pd.DataFrame, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "LARGEST_COPY", 1000)
+    train = extract(photos, f"{STANDARD} --components 5", images="path")
+    usual = train.like(photos)
+    unpacked: list[str] = []
+
+    def counted(text: str, source: str) -> tuple[Recipe, list[Failure]]:
+        unpacked.append(text)
+        return unpack(text, source)
+
+    monkeypatch.setattr(sink, "unpack", counted)
+    written(photos, like=train, parquet=folder)
+    recipes = [parquet.read_metadata(folder / name).metadata[b"nbfeat"] for name in FILES]
+    assert len(recipes[0]) > 1000
+    assert recipes[1:] == [b"sha256 " + hashlib.sha256(recipes[0]).hexdigest().encode()] * 3
+    same(nbfeat.read(folder).frame, usual.frame)
+    same(extract(photos, like=folder, cache=False).features, usual.features)
+    (folder / FILES[2]).unlink()
+    assert unpacked == []
+    FakeEngine.computed = 0
+    written(photos, like=train, parquet=folder)
+    assert (FakeEngine.computed, len(unpacked)) == (6, 1)
+    (folder / FILES[0]).unlink()  # without the recipe, the other files can't be trusted
+    with pytest.raises(RequestError, match="not finished"):
+        nbfeat.read(folder)
+    written(photos, like=train, parquet=folder)
+    same(nbfeat.read(folder).frame, usual.frame)
+
+
+def test_names_sort_as_rows_however_many_files_there_are() -> None:
+    for count in (1, 99_999, 100_000, 100_001, 2_000_000):
+        numbers = [0, count // 9, count // 3, count // 2, count - 1]
+        made = [dataset._name(number, count) for number in numbers]
+        assert made == sorted(made)
+        assert len(set(map(len, made))) == 1
+        assert all(dataset._PART.fullmatch(name) for name in made)
+    assert dataset._name(3, 100_000) == "part-00003.parquet"
 
 
 def test_the_cache_is_used_only_when_asked_for(photos: pd.DataFrame, folder: Path) -> None:

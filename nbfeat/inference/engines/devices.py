@@ -19,7 +19,7 @@ from nbfeat import isolation
 from nbfeat.errors import NetworkError, RequestError, listing
 from nbfeat.inference.engines.base import Asked, Pixels
 
-_DRIVERS = Path("/dev")
+_DRIVERS, _LIBRARIES = Path("/dev"), ("nvcuda.dll", "amdhip64*.dll")
 FIRST = 32  # images in the first batch that is timed
 LARGEST = 1024
 LARGEST_BYTES = 256 * 2**20  # of pixels per batch; three batches wait decoded, and more are in flight
@@ -61,11 +61,12 @@ def choose_devices(asked: str) -> tuple[str, ...]:
 
 
 def sign_of_gpu() -> bool:
-    """Look for a GPU driver's device files, without importing anything."""
+    """Look for a GPU driver's files, without importing anything."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
         return False
-    # A container may have access to only the second GPU.
-    return any(any(_DRIVERS.glob(name)) for name in ("nvidia[0-9]*", "kfd", "dxg"))
+    # A container may have access to only the second GPU. Windows has no device files, but the library of the driver.
+    files = {_DRIVERS: ("nvidia[0-9]*", "kfd", "dxg"), Path(os.environ.get("SYSTEMROOT", ""), "System32"): _LIBRARIES}
+    return any(any(folder.glob(name)) for folder, names in files.items() for name in names)
 
 
 def count_gpus() -> int:

@@ -15,11 +15,11 @@ from IPython.display import display
 from nbfeat.errors import NbfeatError, RequestError
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.options import RUN_OPTIONS, spelled
-from nbfeat.html import escape
+from nbfeat.html import escape, paragraph
 from nbfeat.jupyter import grammar
-from nbfeat.jupyter.job import FrameSnapshot, Job, State, between_cells, is_running_a_cell
+from nbfeat.jupyter.job import FrameSnapshot, Job, State, between_cells, is_running_a_cell, running_cell
 from nbfeat.jupyter.panel.blocks import Blocks
-from nbfeat.jupyter.panel.result import ELSEWHERE, LOOKS, Result, code_of, progress_of, static_report
+from nbfeat.jupyter.panel.result import ELSEWHERE, LOOKS, Result, code_of, progress_of
 from nbfeat.jupyter.panel.source import Source, frame_to_open
 from nbfeat.jupyter.panel.widgets import STYLE, Kit, OptionWidgets, labelled
 
@@ -83,6 +83,7 @@ class Panel:
         self._style.value = f"<style>{STYLE}</style><style>{hidden}</style>"
         self.source.refresh(chosen)
         self._changed()
+        self._cell = running_cell(self._shell)
         self._shell.events.register("post_run_cell", self._after_a_cell)
 
     def _laid_out(self) -> Any:
@@ -174,8 +175,8 @@ class Panel:
     def _moved(self) -> None:
         """Show a step or a change of state; called from the worker thread."""
         with self._kit.turn():
-            job = self.job
-            assert job is not None
+            if (job := self.job) is None:  # replaced
+                return
             is_new = job.state is not self._drawn_state
             is_rare = is_new or job.is_binding or (job.step is not None and bool(job.step.note))
             if is_rare or time.monotonic() - self._drawn_at >= SECONDS_BETWEEN:
@@ -210,7 +211,14 @@ class Panel:
 
     def _after_a_cell(self, *_: object) -> None:
         """Refresh after a cell, which may have made, changed or deleted a frame, or set a default."""
+        (cell, run), (now, this_run) = self._cell, running_cell(self._shell)
         with self._kit.turn():
+            # The cell that opened it ran again and has other output now, or all widgets were closed.
+            if (cell and cell == now and run != this_run) or self.box.comm is None:
+                self.close()
+                self.results.hide()
+                self.job = self.result = self._ran = None  # IPython's `Out` may keep the panel
+                return
             settings, self._known_settings = self._known_settings, self._settings()
             if self.source.has_news() or settings != self._known_settings:
                 self.source.refresh()
@@ -231,20 +239,26 @@ class Panel:
 
     def _draw(self) -> None:
         """Show the state; during a run only the progress widget changes."""
-        with self._kit.turn():
-            state = self.state
-            self._progress.value = progress_of(self.job, self._ran[1].name if self._ran else "")
-            self.extract_button.disabled = state.is_busy or bool(self.problem)
-            self.cancel_button.disabled = state is not State.RUNNING
-            if state is not State.DONE:
-                self.results.hide()  # from an earlier run
-            self._problem.value = f"⚠ {escape(self.problem)}" if self.problem else ""
-            if state is not self._drawn_state or not self._spoken.value:
-                self._spoken.value = f'<span role="status">{LOOKS[state][1]}</span>'
-            self._drawn_at, self._drawn_state = time.monotonic(), state
+        state = self.state
+        self._progress.value = progress_of(self.job, self._ran[1].name if self._ran else "")
+        self.extract_button.disabled = state.is_busy or bool(self.problem)
+        self.cancel_button.disabled = state is not State.RUNNING
+        if state is not State.DONE:
+            self.results.hide()  # from an earlier run
+        self._problem.value = f"⚠ {escape(self.problem)}" if self.problem else ""
+        if state is not self._drawn_state or not self._spoken.value:
+            self._spoken.value = f'<span role="status">{LOOKS[state][1]}</span>'
+        self._drawn_at, self._drawn_state = time.monotonic(), state
 
     def _report(self) -> dict[str, str]:
-        return static_report(self.job, self.code, self.box.model_id)
+        """Return what replaces the panel when no kernel is running: the report and the code."""
+        extraction = self.job.extraction if self.job and self.state is not State.IDLE else None
+        report = extraction._repr_html_() if extraction else escape("An nbfeat panel that hasn't run yet.")
+        cell = f'{paragraph("Equivalent code")}<pre style="opacity:.8;font-size:90%">{escape(self.code)}</pre>'
+        return {
+            "text/html": f'<div class="nbfeat-still-{self.box.model_id}">{report}{cell}</div>',
+            "text/plain": f"{extraction!r}\nEquivalent code\n{self.code}" if extraction else self.code,
+        }
 
     def _ipython_display_(self) -> None:
         """Show the panel, and the static report, hidden while the panel is live, that is saved with the notebook."""

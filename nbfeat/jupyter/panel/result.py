@@ -56,17 +56,6 @@ def code_of(code: str, *, loaded: bool) -> Html:
     )
 
 
-def static_report(job: Job | None, code: str, number: str) -> dict[str, str]:
-    """Return what replaces panel `number` when no kernel is running: the report and the code."""
-    extraction = job.extraction if job and job.state is not State.IDLE else None
-    report = extraction._repr_html_() if extraction else escape("An nbfeat panel that hasn't run yet.")
-    cell = f'{paragraph("Equivalent code")}<pre style="opacity:.8;font-size:90%">{escape(code)}</pre>'
-    return {
-        "text/html": f'<div class="nbfeat-still-{number}">{report}{cell}</div>',
-        "text/plain": f"{extraction!r}\nEquivalent code\n{code}" if extraction else code,
-    }
-
-
 class Result:
     """The result of a run, page by page; empty before the first."""
 
@@ -125,10 +114,11 @@ class Result:
         except Exception as error:  # show any error: nobody sees what a thread raises
             kind = "" if isinstance(error, NbfeatError) else f"{type(error).__name__}: "
             page, made = paragraph(f"⚠ {kind}{error}"), {}
-        if self._of is of:
-            self._made |= made
-            if self._asked == key:
-                self.page.value = page
+        with self._kit.turn():  # another run or page may be asked for at any moment
+            if self._of is of:
+                self._made |= made
+                if self._asked == key:
+                    self.page.value = page
 
 
 def _drawn(extraction: Extraction, page: str, column: object) -> Html:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 import time
 import weakref
@@ -14,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipywidgets import Dropdown
-from PIL import Image
 
 from nbfeat.errors import ImageError, NbfeatError, RequestError
+from nbfeat.explore.gallery import encoded
 from nbfeat.extraction.request import check_frame
 from nbfeat.html import Html, escape
-from nbfeat.images.resize import PixelSpec
-from nbfeat.images.sources import is_missing, likely_columns, name_of, path_of, possible_columns, read_pixels, spread
+from nbfeat.images.sources import is_missing, likely_columns, name_of, path_of, possible_columns, read_thumbnail, spread
 from nbfeat.jupyter import grammar
 from nbfeat.jupyter.job import in_background
 from nbfeat.jupyter.panel.widgets import DEFAULT, LABELS, Choice, Kit, labelled, offer
@@ -29,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 THUMBNAILS = 12
-SIDE = 96  # pixels of a thumbnail, drawn at two thirds to be sharp on high-density screens; 2 kB each
+SIDE = 128  # pixels of a thumbnail, drawn at half its size to be sharp on high-density screens; 3 kB each
 MOST_COLUMNS = 60  # to offer: nobody scrolls through more
 SHORT = 30  # characters of an offered name
 ALL_ROWS = ("all rows", DEFAULT)
@@ -118,14 +115,16 @@ class Source:
         if seen is not self._seen:
             return
         strip, lost = "".join(thumbnail(values[place], root) for place in spread(len(values), THUMBNAILS)), 0
-        if seen is self._seen:
-            self.strip.value = strip
+        with self._kit.turn():
+            if seen is self._seen:
+                self.strip.value = strip
         for value in values:
             if seen is not self._seen:
                 return
             lost += is_lost(value, root)
-        if seen is self._seen:
-            self.missing.value = _counted(len(values), missing, lost)
+        with self._kit.turn():
+            if seen is self._seen:
+                self.missing.value = _counted(len(values), missing, lost)
 
 
 def frame_to_open(given: Any, names: Mapping[str, Any]) -> str | None:
@@ -183,13 +182,10 @@ def thumbnail(value: object, root: Path) -> Html:
     """Draw a thumbnail, or a sign whose tooltip says why the image can't be read."""
     name = escape(name_of(value))
     try:
-        pixels = read_pixels(value, [PixelSpec(SIDE, "crop")], root)[0]
+        url, _ = encoded(read_thumbnail(value, SIDE, root))
     except ImageError as error:
         title = f"{name}: {escape(error)}"
         return Html(f'<span class="nbfeat-lost" role="img" title="{title}" aria-label="{name}">✕</span>')
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, "WEBP", quality=75)
-    url = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
     return Html(f'<img src="{url}" alt="{name}" title="{name}">')
 
 
