@@ -141,6 +141,14 @@ def test_a_clash_further_right_is_told_before_the_first_image(extract: Face, pho
         extract(photos, BLOCK, images="path")
 
 
+@pytest.mark.parametrize(("clashes", "more"), [(3, ""), (4, " and 1 more"), (48, " and 45 more")])
+def test_of_many_clashes_three_are_named(photos: pd.DataFrame, clashes: int, more: str) -> None:
+    names = [f"mobilenet_{number:04d}" for number in range(clashes)]
+    photos[names] = "mine"
+    with pytest.raises(RequestError, match=rf"columns mobilenet_0000, mobilenet_0001 and mobilenet_0002{more}, which"):
+        nbfeat.extract(photos, BLOCK, images="path")
+
+
 def test_an_empty_frame_gets_its_columns(extract: Face, photos: pd.DataFrame) -> None:
     result = extract(photos.iloc[:0], BLOCK, images="path")
     assert result.frame.shape == (0, 3 + 1024)

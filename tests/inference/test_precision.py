@@ -162,12 +162,16 @@ def test_of_several_the_first_that_is_better_is_taken(
     assert run(enough).precision == "bfloat16"
 
 
-def test_few_images_are_not_worth_comparing(enough: pd.DataFrame, hardware: Hardware) -> None:
+def test_few_images_are_not_worth_comparing(
+    enough: pd.DataFrame, hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
     some = enough.head(precision.FROM_IMAGES - 1)
     result = run(some)
     assert (result.precision, result.notes, hardware.started) == ("float32", [], ["float32"])
     run(enough)
     assert run(some).precision == "bfloat16"  # a check of more images is valid for fewer, if some of those agree
+    monkeypatch.setattr(FakeNetwork, "faster", ("float16", "bfloat16"))
+    assert run(some).precision == "bfloat16"  # even where another precision comes first and has no check
 
 
 def test_every_output_counts(enough: pd.DataFrame, hardware: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
