@@ -339,6 +339,7 @@ def test_what_is_asked_for_is_obeyed_and_compared(photos: pd.DataFrame, hardware
     hardware.started.clear()
     assert run(photos, precision="bfloat16", cache=False).notes == [note]
     assert hardware.started == ["bfloat16"]
+    assert run(photos.head(1), f"{BLOCK} --resize pad", precision="bfloat16").notes[0].endswith("on 1 of your images.")
     hardware.started.clear()
     exact = run(photos, precision="float32")
     assert (exact.precision, exact.notes, hardware.started) == ("float32", [], ["float32"])
@@ -419,6 +420,7 @@ def test_networks_of_one_run_may_differ(
     ("exact", "other", "agreement"),
     [
         ([[1, 0]], [[1, 0]], 1), ([[1, 0]], [[0, 1]], 0), ([[0, 0]], [[0, 0]], 1), ([[0, 0]], [[0, 1]], 0),
+        ([[0, 0]], [[0, -1]], 0),
         ([[1, 0]], [[np.nan, 0]], -1), ([[np.inf, 0]], [[np.inf, 0]], -1),
         ([[3, 4], [1, 1]], [[6, 8], [1, 0]], 0.5**0.5),
         ([[1e30, 0]], [[1e30, 0]], 1), ([[1e-30, 0]], [[1e-30, 0]], 1),
@@ -428,6 +430,14 @@ def test_agreement_is_that_of_the_worst_image(exact: Any, other: Any, agreement:
     one, two = ({"end": np.array(rows, np.float32)} for rows in (exact, other))
     assert precision.agreement_of(one, two) == pytest.approx(agreement)
     assert precision.agreement_of({**one, "more": one["end"]}, {**two, "more": one["end"]}) <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("images", "agreement", "speedup", "is_better"),
+    [(64, 0.999, 1.1, True), (0, 1.0, 9.0, False), (64, 0.9989, 9.0, False), (64, 1.0, 1.09, False)],
+)
+def test_better_is_what_agrees_and_is_faster(images: int, agreement: float, speedup: float, is_better: bool) -> None:
+    assert precision.PrecisionCheck("bfloat16", images, agreement, speedup).is_better is is_better
 
 
 @pytest.mark.parametrize(
