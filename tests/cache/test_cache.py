@@ -114,12 +114,15 @@ def test_what_changes_the_numbers_is_computed_again(photos: pd.DataFrame) -> Non
 
 def test_every_field_is_in_the_key() -> None:
     values: dict[str, Any] = dict.fromkeys((field.name for field in fields(CacheKey)), "")
-    values["engine"] = {"precision": "float32"}
+    values["engine"] = {"kind": "fake", "precision": "float32"}
     key = CacheKey(**values)
-    assert key.key == CacheKey(**values).key
-    for name in values.keys() - {"width", "weights_name"}:
-        other = CacheKey(**{**values, name: {"precision": "bfloat16"} if name == "engine" else "other"})
-        assert other.key != key.key, name
+    assert len(key.key) == 40
+    assert key.key == CacheKey(**{**values, "engine": {"precision": "float32", "kind": "fake"}}).key
+    others = {"engine": {"kind": "fake", "precision": "bfloat16"}, "width": 9}
+    for name in values:
+        other = CacheKey(**{**values, name: others.get(name, "other")})
+        assert (other.key == key.key) is (name in {"width", "weights_name"}), name
+    assert key.key_fields == dict.fromkeys(values.keys() - {"engine", "width", "weights_name"}, "") | values["engine"]
 
 
 def test_a_run_gives_each_field_its_value_and_keeps_what_the_network_gave(

@@ -136,6 +136,13 @@ def test_a_quantity_is_learned_by_regression(extracted: Extraction) -> None:
     np.testing.assert_allclose(found.scores.loc["mobilenet"], by_hand)
 
 
+@pytest.mark.parametrize(("target", "scoring"), [("label", "neg_log_loss"), (np.arange(20) / 7, None)])
+def test_a_forest_grows_the_same_trees_each_time(photos: pd.DataFrame, target: Any, scoring: str | None) -> None:
+    result = nbfeat.extract(photos, MEANS, images="path")
+    first, again = (nbfeat.compare(result, target, "forest", cv=2, scoring=scoring, speed=False) for _ in range(2))
+    pd.testing.assert_frame_equal(first.scores, again.scores, check_exact=True)
+
+
 # Nothing leaks
 
 
@@ -244,17 +251,19 @@ def test_rows_without_features_or_target_are_left_out_of_every_block(photos: pd.
 
 
 def test_groups_are_never_on_both_sides_of_a_fold(extracted: Extraction, photos: pd.DataFrame) -> None:
-    photos["patient"] = [f"patient {number // 2}" for number in range(20)]
+    photos["patient"] = [f"patient {number % 10}" for number in range(20)]
     photos.loc["row 7", "patient"] = None
-    target = read_target(photos, "label", as_classes=None).taken(np.delete(np.arange(20), 7))
-    folds, _ = folds_of(3, target, photos["patient"], 20)
-    for train, test in folds:
-        sides = [set(photos["patient"].iloc[target.rows[side]]) for side in (train, test)]
-        assert not sides[0] & sides[1]
+    photos["weight"] = np.arange(20) / 7
+    for name in ("label", "weight"):
+        target = read_target(photos, name, as_classes=None).taken(np.delete(np.arange(20), 7))
+        folds, _ = folds_of(3, target, photos["patient"], 20)
+        for train, test in folds:
+            sides = [set(photos["patient"].iloc[target.rows[side]]) for side in (train, test)]
+            assert not sides[0] & sides[1], name
     found = nbfeat.compare(extracted, "label", groups=photos["patient"], cv=3, speed=False)
     assert "1 without group" in repr(found)
     assert "groups kept together" in repr(found)
-    assert nbfeat.compare(extracted, np.arange(20) / 7, groups=photos["patient"], cv=3, speed=False).score == "R²"
+    assert nbfeat.compare(extracted, photos["weight"], groups=photos["patient"], cv=3, speed=False).score == "R²"
     with pytest.raises(RequestError, match=r"10 groups are too few for 11 folds. Use `cv=10`"):
         nbfeat.compare(extracted, "label", groups=photos["patient"], cv=11)
 
@@ -387,7 +396,7 @@ def test_only_a_finished_extraction_can_be_compared_and_a_fold_may_have_too_few_
     with pytest.raises(ExtractionError, match="isn't finished"):
         nbfeat.compare(Extraction(photos, END, images="path"), "label")
     result = nbfeat.extract(photos, f"{END} --components 18", images="path")
-    with pytest.raises(RequestError, match=r"mobilenet, in one fold: .*components.*16 rows"):
+    with pytest.raises(RequestError, match=r"in one fold: .*components=18.* 48 features of MobileNet and 16 rows"):
         nbfeat.compare(result, "label", speed=False)
 
 
@@ -403,7 +412,8 @@ def test_whether_there_is_a_winner_goes_by_what_the_lead_varies() -> None:
     )
     no_winner = told([0.9, 0.7, 0.8], [0.7, 0.8, 0.8])
     assert no_winner.startswith("No clear winner between a and b: a leads b by 0.033 ± 0.1")
-    assert "between a and c:" in told([0.9, 0.7, 0.8], [0.88, 0.68, 0.79], [0.7, 0.8, 0.8])
+    three = told([0.9, 0.7, 0.8], [0.88, 0.68, 0.79], [0.7, 0.8, 0.8])
+    assert three == "No clear winner between a and c: a leads b by 0.017 ± 0.006 accuracy across folds."
     assert "a, b, c, d and 2 more" in told(*[[0.5, 0.6]] * 6)
     assert told([0.9, 0.8]) == ""
     assert "A single fold" in told([0.9], [0.8])
@@ -420,6 +430,18 @@ def test_equally_good_blocks_rarely_have_a_winner_at_any_number_of_folds(cv: int
         )
         found += verdict(scores, "accuracy", 1 / (cv - 1)).startswith("a is best")
     assert 0.05 < found / trials < 0.14  # either of the two may lead: about twice 5 %
+
+
+@pytest.mark.parametrize(("lead", "words"), [(1.40, "No clear winner"), (1.46, "mobilenet is best")])
+def test_the_verdict_allows_for_the_training_rows_that_folds_share(
+    extracted: Extraction, lead: float, words: str
+) -> None:
+    """By the book, a lead over 5 folds must be t.ppf(.95, 4) · sqrt(1/5 + 1/4) = 1.43 standard deviations."""
+    scores = iter(0.5 + 0.1 * (lead + np.arange(-2, 3) / np.sqrt(2.5)))
+    found = nbfeat.compare(
+        extracted, "label", scoring=lambda _, rows, __: next(scores) if rows.shape[1] == 48 else 0.5, speed=False
+    )
+    assert found.notes[0].startswith(words)
 
 
 def test_a_rare_class_is_drawn_or_named(photos: pd.DataFrame) -> None:

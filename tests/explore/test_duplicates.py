@@ -54,6 +54,24 @@ def test_a_threshold_is_met_to_the_last_bit() -> None:
     assert len(nbfeat.duplicates(frame, 0.5, metric="euclidean").frame) == 3
 
 
+@pytest.mark.parametrize(("metric", "blocks"), [("cosine", 1), ("cosine", 2), ("euclidean", 1), ("euclidean", 2)])
+def test_rounding_in_products_decides_no_pair(metric: Any, blocks: int) -> None:
+    space = Space(list(np.random.default_rng(1).normal(size=(blocks, 30, 512)).astype(np.float32)), metric)
+    for pair in np.arange(30).reshape(15, 2):
+        distance = space.between(pair[:1], pair[1:])[0]
+        assert len(set(space.groups(pair, distance))) == 1
+        assert len(set(space.groups(pair, np.nextafter(distance, 0)))) == 2
+
+
+@pytest.mark.parametrize(("metric", "book"), [("cosine", cosine), ("euclidean", euclidean)])
+def test_the_usual_threshold_is_a_tenth_of_the_median_distance(metric: Any, book: Callable[..., Any]) -> None:
+    rows = np.random.default_rng(1).normal([5, 0, 0], size=(40, 3)).astype(np.float32)
+    rows[30:] *= -4  # a few that are far from most
+    distances = book(rows)[np.triu_indices(40, 1)]
+    assert np.mean(distances) > 1.5 * np.median(distances)
+    assert nbfeat.duplicates(featured(rows), metric=metric).threshold == pytest.approx(np.median(distances) / 10)
+
+
 def test_features_that_are_all_the_same_are_one_group_without_all_their_pairs() -> None:
     rows = np.ones((3_000, 16), np.float32)
     found = nbfeat.duplicates(featured(rows))

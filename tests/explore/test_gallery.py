@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from base64 import b64decode
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +17,9 @@ import nbfeat
 from nbfeat import RequestError
 from nbfeat.explore.gallery import MOST_BYTES, SIDE
 from nbfeat.images.sources import read_thumbnail
-from tests.look import HOSTILE
+from tests.look import HOSTILE, detailed, difference, shown
 
 BUDGET = 300_000  # bytes of html for two dozen
-
-
-def shown(html: str) -> list[Image.Image]:
-    """Return the pictures in a gallery."""
-    return [Image.open(BytesIO(b64decode(found))) for found in re.findall(r"data:image/webp;base64,([^\"]+)", html)]
 
 
 def test_two_dozen_of_the_worst_images_fit_a_notebook() -> None:
@@ -36,6 +29,13 @@ def test_two_dozen_of_the_worst_images_fit_a_notebook() -> None:
     pictures = shown(html)
     assert [picture.size for picture in pictures] == [(SIDE, SIDE)] * 24
     assert max(len(part) for part in re.findall(r"base64,([^\"]+)", html)) <= MOST_BYTES * 4 / 3 + 4
+
+
+def test_a_picture_is_saved_as_sharp_and_colorful_as_it_may_be() -> None:
+    image = detailed()
+    (saved,) = shown(nbfeat.thumbnails(pd.DataFrame({"image": [image]}))._repr_html_())
+    assert saved.size == (SIDE, 107)
+    assert difference(saved, read_thumbnail(image, SIDE, Path())) < 4
 
 
 def test_those_shown_are_spread_over_the_frame_and_the_rest_is_counted(photos: pd.DataFrame) -> None:

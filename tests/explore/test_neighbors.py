@@ -96,6 +96,10 @@ def test_a_row_is_named_by_its_label_and_what_is_none_is_told() -> None:
     for options, words in refused:
         with pytest.raises(RequestError, match=words):
             nbfeat.similar(**{"result": frame, "to": 102, **options})
+    frame = featured(ROWS, label="x")
+    for missing in (None, np.nan, pd.NA, " "):  # even where a row has that label
+        with pytest.raises(RequestError, match=r"is neither a label .*the value is missing"):
+            nbfeat.similar(frame.set_axis(pd.Index([missing, *range(59)], dtype=object)), to=missing)
     frame = featured(ROWS, distance="far", label="x")
     assert list(nbfeat.similar(frame, to=100).frame.columns) == ["distance_", "distance", "label"]
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -13,9 +17,10 @@ import pytest
 
 import nbfeat
 from nbfeat import Extraction, ExtractionError, FeatureBlock, RequestError
-from nbfeat.extraction import columns
+from nbfeat.extraction import columns, pipeline
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import read_pixels
+from nbfeat.inference.engines.cpu_count import available_cores
 from nbfeat.inference.spec import Cut
 from tests import fake
 from tests.faces import Face, every_face, same
@@ -134,6 +139,14 @@ def test_a_clash_further_right_is_told_before_the_first_image(extract: Face, pho
     photos["mobilenet_0007"] = "mine"
     with pytest.raises(RequestError, match="mobilenet_0007"):
         extract(photos, BLOCK, images="path")
+
+
+@pytest.mark.parametrize(("clashes", "more"), [(3, ""), (4, " and 1 more"), (48, " and 45 more")])
+def test_of_many_clashes_three_are_named(photos: pd.DataFrame, clashes: int, more: str) -> None:
+    names = [f"mobilenet_{number:04d}" for number in range(clashes)]
+    photos[names] = "mine"
+    with pytest.raises(RequestError, match=rf"columns mobilenet_0000, mobilenet_0001 and mobilenet_0002{more}, which"):
+        nbfeat.extract(photos, BLOCK, images="path")
 
 
 def test_an_empty_frame_gets_its_columns(extract: Face, photos: pd.DataFrame) -> None:
@@ -282,7 +295,8 @@ def test_two_blocks_of_one_prefix_are_an_error_naming_both(photos: pd.DataFrame)
 
 
 @pytest.mark.parametrize(
-    "options", [{"batch_size": 0}, {"batch_size": "many"}, {"device": "tpu"}, {"precision": "int8"}]
+    "options",
+    [{"batch_size": 0}, {"batch_size": 4097}, {"batch_size": "many"}, {"device": "tpu"}, {"precision": "int8"}],
 )
 def test_options_of_the_run_are_checked(extract: Face, photos: pd.DataFrame, options: dict[str, object]) -> None:
     with pytest.raises(RequestError):
@@ -353,6 +367,54 @@ def test_leaving_the_loop_stops_and_asking_again_goes_on(photos: pd.DataFrame) -
     assert sum(engine.batches) <= 19 + 2 * 3
     good = extraction.ok.to_numpy()
     np.testing.assert_array_equal(extraction.features[good].to_numpy(), expected(photos["path"][good]))
+
+
+def test_a_stop_reads_none_of_the_images_that_were_next(photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, stopping, load = [], threading.Event(), pipeline.__dict__["load_image"]
+
+    def watched(*given: Any) -> Any:
+        looked.append(given)
+        if len(looked) > 8:
+            assert stopping.wait(30)
+            time.sleep(0.1)  # longer than it takes not to wait for this
+        return load(*given)
+
+    def shutdown(executor: ThreadPoolExecutor, *, wait: bool, cancel_futures: bool) -> None:
+        end(executor, wait=False, cancel_futures=cancel_futures)
+        stopping.set()
+        end(executor, wait=wait)
+
+    end = ThreadPoolExecutor.shutdown
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutdown)
+    monkeypatch.setattr(pipeline, "load_image", watched)
+    monkeypatch.setattr(pipeline, "available_cores", lambda: 2)
+    steps = Extraction(photos, BLOCK, images="path", batch_size=4).steps()
+    while not next(steps).done:
+        pass
+    steps.close()
+    assert len(looked) <= 8 + 2  # of twenty, all of which wait for a thread
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("nbfeat-decode")]
+
+
+@pytest.mark.parametrize("others", ["equal", "gone"])
+def test_rows_that_need_no_network_are_counted_on_the_way_and_few_are_read_ahead(
+    photos: pd.DataFrame, others: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted, submit = [], ThreadPoolExecutor.submit
+
+    def counted(*given: Any) -> Any:
+        submitted.append(given)
+        return submit(*given)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", counted)
+    paths = [*photos["path"], *(list(photos["path"]) * 14 if others == "equal" else ["gone.png"] * 280)]
+    extraction = Extraction(pd.DataFrame({"path": paths}), BLOCK, images="path", batch_size=1)
+    done, ahead = [0], available_cores() + pipeline.BATCHES_AHEAD
+    for step in extraction.steps():
+        done.append(step.done)
+        assert len(submitted) - step.done <= pipeline.SETTLED_AT_ONCE + ahead + 3  # in the network
+    assert done[-1] == 300
+    assert max(np.diff(done)) <= pipeline.SETTLED_AT_ONCE + 1
 
 
 def test_steps_count_up_and_say_what_is_coming(photos: pd.DataFrame) -> None:

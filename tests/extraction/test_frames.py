@@ -51,9 +51,9 @@ def test_a_path_that_holds_no_frame_is_refused_in_one_sentence(photos: pd.DataFr
     words = {
         tmp_path / "gone.parquet": "Parquet file or folder not found: .*gone.parquet",
         tmp_path / "some.csv" / "x": "Parquet file or folder not found",
-        tmp_path / "some.csv": r"some\.csv can't be read as Parquet \(",
-        tmp_path / "cut.parquet": r"cut\.parquet can't be read as Parquet \(",
-        tmp_path / "mixed": r"mixed can't be read as Parquet \(",
+        tmp_path / "some.csv": r"some\.csv can't be read as Parquet \(\w.+\)\. Pass",
+        tmp_path / "cut.parquet": r"cut\.parquet can't be read as Parquet \(\w.+\)\. Pass",
+        tmp_path / "mixed": r"mixed can't be read as Parquet \(\w.+\)\. Pass",
         tmp_path / "empty": "empty is a folder without Parquet files",
         tmp_path / "bare.parquet": r"bare\.parquet has no columns",
         "nul\0.parquet": "can't be read as Parquet|not found",

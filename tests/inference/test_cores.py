@@ -79,3 +79,13 @@ def test_a_process_bound_to_one_core_has_one() -> None:
         "from nbfeat.inference.engines.cpu_count import available_cores; print(available_cores())"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "1\n"
+
+
+def test_where_a_system_has_no_proc_half_of_its_memory_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", unknown)
+    assert free_bytes() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    monkeypatch.delattr(os, "sysconf")  # Windows has none
+    assert free_bytes() is None

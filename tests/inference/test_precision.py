@@ -127,6 +127,23 @@ def test_an_image_off_among_those_that_come_later_is_found(
     assert " on 64 of your images is below" in run(enough).notes[0]
 
 
+def test_a_network_that_overflows_runs_in_float32_unless_it_was_asked_for(
+    enough: pd.DataFrame, hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(engine: FakeEngine, vectors: Vectors) -> None:
+        raise NetworkError(f"{engine.name} overflowed")
+
+    monkeypatch.setattr(hardware, "spoil", spoil)
+    result = run(enough)
+    assert result.precision == "float32"
+    assert result.notes[0].startswith("bfloat16 was rejected: it gives infinite or NaN values")
+    hardware.started.clear()
+    assert run(enough, cache=False).notes == result.notes
+    assert hardware.started == ["float32"]  # it is not tried again
+    with pytest.raises(NetworkError, match="bfloat16 overflowed"):
+        run(enough, precision="bfloat16")
+
+
 def test_what_the_hardware_has_not_is_not_spoken_of(enough: pd.DataFrame, hardware: Hardware) -> None:
     hardware.refuses = ("bfloat16",)
     result = run(enough)
@@ -145,12 +162,16 @@ def test_of_several_the_first_that_is_better_is_taken(
     assert run(enough).precision == "bfloat16"
 
 
-def test_few_images_are_not_worth_comparing(enough: pd.DataFrame, hardware: Hardware) -> None:
+def test_few_images_are_not_worth_comparing(
+    enough: pd.DataFrame, hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
     some = enough.head(precision.FROM_IMAGES - 1)
     result = run(some)
     assert (result.precision, result.notes, hardware.started) == ("float32", [], ["float32"])
     run(enough)
     assert run(some).precision == "bfloat16"  # a check of more images is valid for fewer, if some of those agree
+    monkeypatch.setattr(FakeNetwork, "faster", ("float16", "bfloat16"))
+    assert run(some).precision == "bfloat16"  # even where another precision comes first and has no check
 
 
 def test_every_output_counts(enough: pd.DataFrame, hardware: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,6 +339,7 @@ def test_what_is_asked_for_is_obeyed_and_compared(photos: pd.DataFrame, hardware
     hardware.started.clear()
     assert run(photos, precision="bfloat16", cache=False).notes == [note]
     assert hardware.started == ["bfloat16"]
+    assert run(photos.head(1), f"{BLOCK} --resize pad", precision="bfloat16").notes[0].endswith("on 1 of your images.")
     hardware.started.clear()
     exact = run(photos, precision="float32")
     assert (exact.precision, exact.notes, hardware.started) == ("float32", [], ["float32"])
@@ -398,6 +420,7 @@ def test_networks_of_one_run_may_differ(
     ("exact", "other", "agreement"),
     [
         ([[1, 0]], [[1, 0]], 1), ([[1, 0]], [[0, 1]], 0), ([[0, 0]], [[0, 0]], 1), ([[0, 0]], [[0, 1]], 0),
+        ([[0, 0]], [[0, -1]], 0),
         ([[1, 0]], [[np.nan, 0]], -1), ([[np.inf, 0]], [[np.inf, 0]], -1),
         ([[3, 4], [1, 1]], [[6, 8], [1, 0]], 0.5**0.5),
         ([[1e30, 0]], [[1e30, 0]], 1), ([[1e-30, 0]], [[1e-30, 0]], 1),
@@ -410,11 +433,40 @@ def test_agreement_is_that_of_the_worst_image(exact: Any, other: Any, agreement:
 
 
 @pytest.mark.parametrize(
+    ("images", "agreement", "speedup", "is_better"),
+    [(64, 0.999, 1.1, True), (0, 1.0, 9.0, False), (64, 0.9989, 9.0, False), (64, 1.0, 1.09, False)],
+)
+def test_better_is_what_agrees_and_is_faster(images: int, agreement: float, speedup: float, is_better: bool) -> None:
+    assert precision.PrecisionCheck("bfloat16", images, agreement, speedup).is_better is is_better
+
+
+@pytest.mark.parametrize(
+    ("seen", "agreement", "total", "auto", "asked"),
+    [
+        (64, 1.0, 9999, True, True), (32, 1.0, 9999, True, True), (31, 1.0, 9999, False, False),
+        (20, 1.0, 40, False, True), (20, 1.0, 41, False, False), (16, 0.9, 9999, True, False), (0, 0.0, 9, True, False),
+    ],
+)  # fmt: skip
+def test_a_check_suffices_if_half_of_the_images_could_be_read(
+    seen: int, agreement: float, total: int, auto: bool, asked: bool
+) -> None:
+    check = precision.PrecisionCheck("bfloat16", seen, agreement, 2.0)
+    assert (check.suffices(total, is_open=True), check.suffices(total, is_open=False)) == (auto, asked)
+
+
+@pytest.mark.parametrize(
     ("value", "text"), [(0.9444, "0.9444"), (0.99899, "0.9989"), (0.99996, "0.9999"), (0.999999, "1.0000")]
 )
 def test_agreement_is_rounded_down(value: float, text: str) -> None:
     check = precision.PrecisionCheck("bfloat16", 64, value, 0.0)
     assert f"at least {text} on" in check.message("Pocket", asked=True)
+
+
+def test_values_that_are_not_finite_are_told_whether_it_was_asked_for_or_not() -> None:
+    check = precision.PrecisionCheck("float16", 64, -1.0, 0.0)
+    why = "it gives infinite or NaN values for some of your images"
+    assert check.message("Pocket", asked=True) == f"Pocket runs in float16, as requested, but {why}."
+    assert check.message("Pocket", asked=False) == f"float16 was rejected: {why}, so Pocket runs in float32."
 
 
 @pytest.mark.slow

@@ -122,6 +122,7 @@ def test_a_column_that_was_added_meanwhile_is_kept(photos: pd.DataFrame) -> None
     names, bind, extraction = hold(photos)
     extraction.run()
     names["photos"] = old = photos.copy().assign(new=1)
+    old.iloc[3, 0] = float("nan")  # as missing as before
     bind()
     assert list(names["photos"].columns) == ["path", "label", "split", "new", *extraction.columns]
     assert names["photos"] is not old

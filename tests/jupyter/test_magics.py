@@ -173,6 +173,14 @@ def test_tab_offers_what_can_stand_there_and_leaves_other_cells_alone(
     assert found == expected or (expected and expected <= found and cell[-1] in "_ ")
 
 
+def test_tab_offers_names_of_python_in_its_own_cells_alone(notebook: InteractiveShell) -> None:
+    notebook.user_ns["VGG_mine"] = 1
+    for cell, (ours, mine) in {"VGG": (False, True), "%extract photos VGG": (True, False)}.items():
+        with provisionalcompleter():
+            found = [one.text for one in notebook.Completer.completions(cell, len(cell))]
+        assert ("VGG16" in found, "VGG_mine" in found) == (ours, mine)
+
+
 def completed(notebook: InteractiveShell, line: str) -> set[str]:
     """Return what a line becomes by each of all completions where it has a bar."""
     before, _, after = line.partition("|")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import random
+import re
 import threading
 import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from nbfeat import Extraction, Panel, RequestError
 from nbfeat.explore import scoring
 from nbfeat.extraction.options import BLOCK_OPTIONS, RUN_OPTIONS
 from nbfeat.html import Html
+from nbfeat.images.sources import read_thumbnail
 from nbfeat.jupyter import grammar
 from nbfeat.jupyter.grammar import expand, literal
 from nbfeat.jupyter.job import State
@@ -36,6 +39,7 @@ from nbfeat.jupyter.panel.widgets import DEFAULT, tree
 from tests.conftest import ROOT
 from tests.faces import run_cell
 from tests.fake import FakeEngine, Gate
+from tests.look import detailed, difference, shown
 
 pytestmark = pytest.mark.usefixtures("fake_network")
 EVIL = "<img src=x onerror=alert(1)>"
@@ -481,7 +485,7 @@ def test_blocks_are_added_and_removed_down_to_one_and_offer_what_the_backbone_ha
     second = one.blocks.cards[1]
     assert second.options["layer"].value != first.options["layer"].value
     assert not one.problem
-    assert "new columns" in one.blocks.total.value
+    assert one.blocks.total.value == "1,536 new columns · 123 kB"  # 1,024 and 512, for 20 rows
     assert len(one.code.splitlines()) == 3
     first.remove.click()
     assert one.blocks.cards == [second]
@@ -515,12 +519,23 @@ def test_thumbnails_and_what_is_missing_are_shown(
     assert one.source.missing.value == "18 images · none missing"
 
 
+def test_a_thumbnail_is_sharp_and_colorful() -> None:
+    image = detailed()
+    (saved,) = shown(source.thumbnail(image, Path()))
+    assert difference(saved, read_thumbnail(image, source.SIDE, Path())) < 5
+
+
 def test_columns_that_may_hold_images_and_rows_to_learn_from_are_offered(opened: Open, photos: pd.DataFrame) -> None:
     photos["back"], photos["number"], photos["two\nlines"] = photos["path"], 1.5, photos["path"]
     photos["is_train"] = np.arange(20) < 9
     one = opened()
     assert values_of(one.source.images) == [("path",), ("back",), ("path", "back"), ("label",), ("split",)]
     one.source.images.value = ("path", "back")
+    assert "· 164 kB ·" in one.blocks.cards[0].expected.value
+    one.blocks.add()
+    assert one.blocks.total.value == "3,072 new columns · 246 kB"
+    one.blocks.remove(one.blocks.cards[1])
+    assert one.blocks.total.value == ""
     finished(one)
     assert one.result is not None
     assert one.result.columns[0] == "path_mobilenet_0000"
@@ -546,7 +561,10 @@ def test_failures_scatter_and_comparison_are_one_click_away(opened: Open, notebo
     assert "no such file" in failures
     assert "row 3" in failures
     assert "data:image/png" in show_page(one, "Scatter")
-    assert "accuracy" in comparison
+    assert one.result is not None
+    for score in nbfeat.compare(one.result, "label", speed=False).table["score"]:
+        assert re.search(rf">{score:.3f}[^>]*±[^>]*<", comparison)
+    assert "label: accuracy of" in comparison
     results.column.value = "split"
     assert "split: accuracy" in show_page(one, "Comparison")
     results.column.value = "label"  # made before: shown at once

@@ -177,6 +177,14 @@ def test_the_same_extraction_goes_on_in_the_middle_of_a_file(photos: pd.DataFram
     same(nbfeat.read(folder).frame, extract(photos, BLOCK, images="path").frame)
 
 
+def test_cells_that_are_missing_in_another_way_are_the_same_request(photos: pd.DataFrame, folder: Path) -> None:
+    photos["path"] = photos["path"].astype(object)
+    for missing in (None, np.nan, pd.NA):
+        photos.iloc[2, 0] = missing
+        written(photos, BLOCK, parquet=folder)
+    assert FakeEngine.computed == 19
+
+
 def test_with_replace_what_is_finished_is_made_anew_and_what_is_not_goes_on(
     photos: pd.DataFrame, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,7 +121,7 @@ class Source:
         for value in values:
             if seen is not self._seen:
                 return
-            lost += not is_missing(value) and is_lost(value, root)
+            lost += is_lost(value, root)
         with self._kit.turn():
             if seen is self._seen:
                 self.missing.value = _counted(len(values), missing, lost)
