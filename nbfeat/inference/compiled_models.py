@@ -139,9 +139,6 @@ def versions() -> dict[str, str]:
     return {name: isolation.version_of(name) for name in ("keras", "openvino")}
 
 
-# Registered models
-
-
 def build_user_model(spec: NetworkSpec, device: str, path: Path) -> tuple[Base, str]:
     """Build the registered network of `spec`, save it at `path`, and say why Keras cannot load it from there, if so."""
 

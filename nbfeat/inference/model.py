@@ -190,9 +190,6 @@ def layers_of(network: Any) -> list[dict[str, Any]]:
     ]
 
 
-# Channels first
-
-
 def turn_channels_first(base: Any) -> Any | None:
     """Clone `base` channels first, two to five times faster in OpenVINO; None if it has nested models (ConvNeXt)."""
     keras: Any = importlib.import_module("keras")
@@ -237,9 +234,6 @@ def gives_the_same(one: Any, other: Any) -> bool:
         if not np.linalg.norm(ours - theirs) <= _LARGEST_DIFFERENCE * varies or not varies:
             return False
     return True
-
-
-# Mixed precision
 
 
 def mixed_precision(spec: NetworkSpec, base: Base, precision: str) -> Base:

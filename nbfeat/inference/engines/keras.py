@@ -159,9 +159,6 @@ class _Flight:
         return {key: np.concatenate(parts)[: self.count] for key, parts in rows.items()}
 
 
-# Replicas, for each backend
-
-
 @dataclass(slots=True)
 class Replica:
     """A network on one device."""
@@ -247,9 +244,6 @@ def _on_torch(model: Any, device: str, call: Call, is_first: bool) -> Replica:
             return call(trained, others, torch.from_numpy(pixels).to(place))
 
     return Replica(device, [*trained, *others], run)
-
-
-# A separate session, in full float32
 
 
 def in_a_fresh_session(work: Callable[[], Result], device: str) -> Result:
