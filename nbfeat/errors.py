@@ -58,6 +58,11 @@ def listing(names: Iterable[str], joint: str = "and") -> str:
     return f"{', '.join(head)} {joint} {last}" if head else last
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its class name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def sentences(*parts: str) -> str:
     """Join sentences with spaces, leaving out empty ones."""
     return " ".join(part for part in parts if part)

@@ -36,9 +36,8 @@ def _cell(value: object) -> str:
 
 def details(summary: str, body: Html) -> Html:
     """Fold `body` under a line of text."""
-    return Html(
-        f'<details style="margin:.2em 0"><summary style="cursor:pointer">{escape(summary)}</summary>{body}</details>'
-    )
+    line = f'<summary style="cursor:pointer">{escape(summary)}</summary>'
+    return Html(f'<details style="margin:.2em 0">{line}{body}</details>')
 
 
 def paragraph(text: str, *, strong: bool = False) -> Html:
@@ -61,6 +60,4 @@ def text_table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> st
     if head:
         cells.insert(0, list(head))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
-    )
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)

@@ -87,10 +87,8 @@ def child_environment() -> dict[str, str]:
 
 
 def child_command(module: str, *arguments: str) -> list[str]:
-    """Return the command that runs a module of this package in this interpreter, wherever the package lies.
-
-    Its folder comes last on the path: PYTHONPATH would put it and its neighbors before the standard library.
-    """
+    """Return the command that runs a module of this package in this interpreter, wherever the package lies."""
+    # Its folder comes last on the path: PYTHONPATH would put it and its neighbors before the standard library.
     run = f"import runpy, sys; sys.path.append(sys.argv.pop(1)); runpy.run_module({module!r}, run_name='__main__')"
     return [sys.executable, "-P", "-c", run, str(_FOLDER), *arguments]
 
@@ -102,25 +100,22 @@ def keras_defaults() -> Iterator[None]:
 
     keras: Any = importlib.import_module("keras")
     state: Any = importlib.import_module("keras.src.backend.common.global_state")
-    interactive = keras.config.is_interactive_logging_enabled()
-    set_names = partial(state.set_global_attribute, "object_name_uids")
-    before = (
-        (keras.config.set_image_data_format, keras.config.image_data_format()),
-        (keras.config.set_floatx, keras.config.floatx()),
-        (keras.config.set_dtype_policy, keras.config.dtype_policy()),
-        (set_names, state.get_global_attribute("object_name_uids")),
-        (random.setstate, random.getstate()),
+    interactive, seeds, names = keras.config.is_interactive_logging_enabled(), random.getstate(), "object_name_uids"
+    settings = (
+        (keras.config.set_image_data_format, keras.config.image_data_format(), "channels_last"),
+        (keras.config.set_floatx, keras.config.floatx(), "float32"),
+        (keras.config.set_dtype_policy, keras.config.dtype_policy(), "float32"),
+        (partial(state.set_global_attribute, names), state.get_global_attribute(names), None),
     )
     try:
-        keras.config.set_image_data_format("channels_last")
-        keras.config.set_floatx("float32")
-        keras.config.set_dtype_policy("float32")
+        for change, _, fresh in settings:
+            change(fresh)
         keras.config.disable_interactive_logging()
-        set_names(None)
         yield
     finally:
-        for set_back, value in before:
-            set_back(value)
+        for change, before, _ in settings:
+            change(before)
+        random.setstate(seeds)
         if interactive:
             keras.config.enable_interactive_logging()
 
@@ -132,11 +127,7 @@ _undo = ExitStack()
 
 @contextmanager
 def pillow_defaults() -> Iterator[None]:
-    """Give Pillow its defaults while any block runs; restore the user's settings afterwards.
-
-    Truncated and huge files fail, and Pillow's warnings are ignored: they come from decoder threads, where the
-    caller's filters don't work reliably.
-    """
+    """Give Pillow its defaults while any block runs, so truncated and huge files fail; then undo that."""
     global _users  # noqa: PLW0603 - runs may overlap; the last one restores the settings
     with _lock:
         _users += 1
@@ -152,13 +143,12 @@ def pillow_defaults() -> Iterator[None]:
 
 
 def _set_pillow() -> None:
-    for module, name, value in (
-        ("Image", "MAX_IMAGE_PIXELS", 89_478_485),
-        ("ImageFile", "LOAD_TRUNCATED_IMAGES", False),
-    ):
+    defaults = {"Image": ("MAX_IMAGE_PIXELS", 89_478_485), "ImageFile": ("LOAD_TRUNCATED_IMAGES", False)}
+    for module, (name, value) in defaults.items():
         holder: Any = importlib.import_module(f"PIL.{module}")
         _undo.callback(setattr, holder, name, getattr(holder, name))
         setattr(holder, name, value)
+    # Its warnings come from decoder threads, where the caller's filters don't work reliably.
     warnings.filterwarnings("ignore", module=r"PIL(\..*)?$")
     filters: Any = warnings.filters
     added = filters[0]
@@ -175,35 +165,26 @@ RAY_ENVIRONMENT = {
 
 @contextmanager
 def quiet_ray() -> Iterator[tuple[Any, Callable[..., Any]]]:
-    """Yield Ray, silent and without telemetry, and a function that calls it in a thread.
-
-    In a thread, Ray handles no signals: a first interrupt waits for it, a second one doesn't.
-    """
-    before, thread = ray_variables(), ThreadPoolExecutor(1, thread_name_prefix="nbfeat-ray")
-    loggers = [logging.getLogger(name) for name in ("ray", "ray.data")]
+    """Yield Ray, silent and without telemetry, and a function that calls it in a thread."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix="nbfeat-ray")
 
     def call(work: Callable[..., Any], *values: object, **options: object) -> Any:
         future = thread.submit(work, *values, **options)
         try:
             return future.result()
-        except KeyboardInterrupt:
-            wait([future])
+        except KeyboardInterrupt:  # in a thread, Ray handles no signals
+            wait([future])  # unless there is a second interrupt
             raise
 
-    try:
+    with ExitStack() as stack:
+        stack.callback(put_ray_variables_back, ray_variables())
+        stack.callback(thread.shutdown, wait=False)
         os.environ.update(RAY_ENVIRONMENT)
         call(importlib.import_module, "ray.data")
-        levels = [logger.level for logger in loggers]
-        for logger in loggers:
+        for logger in map(logging.getLogger, ("ray", "ray.data")):
+            stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL)
-        try:
-            yield importlib.import_module("ray"), call
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-    finally:
-        thread.shutdown(wait=False)
-        put_ray_variables_back(before)
+        yield importlib.import_module("ray"), call
 
 
 def ray_variables() -> dict[str, str]:

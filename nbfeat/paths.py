@@ -42,9 +42,8 @@ def keep(name: str) -> Path:
     except HomeError:
         raise
     except OSError as error:
-        raise HomeError(
-            f"{top} can't be used: {error.strerror or error}. Set NBFEAT_HOME to a folder that you can write to."
-        ) from error
+        what = f"{top} can't be used: {error.strerror or error}"
+        raise HomeError(f"{what}. Set NBFEAT_HOME to a folder that you can write to.") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise HomeError(f"{folder} isn't writable. Set NBFEAT_HOME to a folder that you can write to.")
     return folder
@@ -58,9 +57,8 @@ def check_private(folder: Path) -> None:
     if status.st_uid != os.getuid():
         raise HomeError(f"{folder} belongs to another user, so it isn't used. Set NBFEAT_HOME to a folder of your own.")
     if stat.S_IMODE(status.st_mode) & 0o022:
-        raise HomeError(
-            f"{folder} is writable by other users, so it isn't used. Run `chmod go-w {folder}`, or set NBFEAT_HOME."
-        )
+        way = f"Run `chmod go-w {folder}`, or set NBFEAT_HOME."
+        raise HomeError(f"{folder} is writable by other users, so it isn't used. {way}")
 
 
 @contextmanager

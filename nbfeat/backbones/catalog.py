@@ -120,29 +120,24 @@ def register_backbone(
     >>> nbfeat.register_backbone("MyNet", build, input_size=96, scaling="tf", layers=["conv"])
     """
     names = (None,) if isinstance(layers, str) else tuple(layers)
-    _check(name, build, input_size, scaling)
-    if not all(isinstance(layer, str) for layer in names):
-        raise RequestError(f"`layers` must be a list of layer names such as ['conv5'], not {layers!r}.")
-    CATALOG.pop(_known(name), None)
-    cuts = tuple(Layer(str(layer), 0, 0) for layer in names)
-    CATALOG[name] = Backbone(
-        name=name, size=input_size, scaling=scaling, layers=cuts, package="registered", function=build
-    )
-
-
-def _check(name: object, build: object, input_size: object, scaling: object) -> None:
     if not isinstance(name, str) or not name.isidentifier():
         raise RequestError(f"`name` must be a Python identifier, not {name!r}. Choose one such as 'MyNet'.")
     if (known := _known(name)) and CATALOG[known].package != "registered":
         raise RequestError(f"{known} is a published backbone. Choose another name, such as 'My{known}'.")
     if not callable(build):
-        raise RequestError(
-            f"`build` must be a function that takes the size and returns a model, not {type(build).__name__}."
-        )
+        kind = type(build).__name__
+        raise RequestError(f"`build` must be a function that takes the size and returns a model, not {kind}.")
     if scaling not in SCALINGS:
         raise RequestError(f"`scaling` must be {listing(SCALINGS, 'or')}, not {scaling!r}.")
     if isinstance(input_size, bool) or not isinstance(input_size, int) or not 1 <= input_size <= LARGEST:
         raise RequestError(f"`input_size` must be an integer from 1 to {LARGEST:,} pixels, not {input_size!r}.")
+    if not all(isinstance(layer, str) for layer in names):
+        raise RequestError(f"`layers` must be a list of layer names such as ['conv5'], not {layers!r}.")
+    CATALOG.pop(known, None)
+    cuts = tuple(Layer(str(layer), 0, 0) for layer in names)
+    CATALOG[name] = Backbone(
+        name=name, size=input_size, scaling=scaling, layers=cuts, package="registered", function=build
+    )
 
 
 def _published() -> Iterator[Backbone]:

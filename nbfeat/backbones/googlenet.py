@@ -81,10 +81,7 @@ def _inception(x: Any, part: str) -> Any:
 
     one, three_reduce, three, five_reduce, five, projection = _branches(part)
     pooled = layers.MaxPooling2D(3, strides=1, padding="same", name=f"inception_{part}_pool")(x)
-    branches = [
-        _convolve(x, one),
-        _convolve(_convolve(x, three_reduce), three),
-    ]  # this order sets the order of the weights
+    branches = [_convolve(x, one), _convolve(_convolve(x, three_reduce), three)]  # this order sets that of the weights
     branches += [_convolve(_convolve(x, five_reduce), five), _convolve(pooled, projection)]
     return layers.Concatenate(name=f"inception_{part}")(branches)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,41 +21,7 @@ from numpy.typing import NDArray
 from nbfeat.errors import WeightsError
 
 WEIGHTS = Path(__file__).with_suffix(".npz")
-
-
-class Convolution(NamedTuple):
-    """A convolution and its ReLU; the output of the convolution `shortcut` is added in between."""
-
-    name: str
-    before: int  # channels
-    after: int
-    side: int = 3  # of the kernel, in pixels
-    stride: int = 1
-    shortcut: str = ""
-
-
-CONVOLUTIONS = (
-    Convolution("conv1", 3, 24, stride=2),
-    Convolution("block1_conv1", 24, 64, stride=2),
-    Convolution("block1_conv2", 64, 32, side=1),
-    Convolution("block1_conv3", 32, 32),
-    Convolution("block1_conv4", 32, 64, side=1, shortcut="block1_conv1"),
-    Convolution("block2_conv1", 64, 128, stride=2),
-    Convolution("block2_conv2", 128, 64, side=1),
-    Convolution("block2_conv3", 64, 64),
-    Convolution("block2_conv4", 64, 128, side=1, shortcut="block2_conv1"),
-    Convolution("block3_conv1", 128, 64, side=1),
-    Convolution("block3_conv2", 64, 64),
-    Convolution("block3_conv3", 64, 128, side=1, shortcut="block2_conv4"),
-    Convolution("block4_conv1", 128, 256, stride=2),
-    Convolution("block4_conv2", 256, 128, side=1),
-    Convolution("block4_conv3", 128, 128),
-    Convolution("block4_conv4", 128, 256, side=1, shortcut="block4_conv1"),
-    Convolution("block5_conv1", 256, 128, side=1),
-    Convolution("block5_conv2", 128, 128),
-    Convolution("block5_conv3", 128, 256, side=1, shortcut="block4_conv4"),
-    Convolution("top_conv", 256, 512, side=1),
-)
+_BLOCKS = (64, 128, 128, 256, 256)  # channels; where they grow, a convolution halves the map first
 
 
 def build(size: int) -> Any:
@@ -63,20 +29,21 @@ def build(size: int) -> Any:
     import keras
     from keras import layers
 
-    x = pixels = keras.Input((size, size, 3))
-    given: dict[str, Any] = {}
-    for each in CONVOLUTIONS:
-        if each.stride > 1:
-            # Pads evenly on all sides as PyTorch does; Keras' "same" does not with a stride.
-            x = layers.ZeroPadding2D(each.side // 2, name=f"{each.name}_pad")(x)
-        how = {"padding": "valid" if each.stride > 1 else "same", "activation": None if each.shortcut else "relu"}
-        x = layers.Conv2D(each.after, each.side, strides=each.stride, name=each.name, **how)(x)
-        if each.shortcut:
-            block = each.name.partition("_")[0]
-            x = layers.Add(name=f"{block}_add")([x, given[each.shortcut]])
-            x = layers.ReLU(name=f"{block}_out")(x)
-        given[each.name] = x
-    return keras.Model(pixels, x, name="Pocket")
+    def convolve(x: Any, name: str, channels: int, side: int = 3, stride: int = 1, activation: Any = "relu") -> Any:
+        if stride > 1:  # pads evenly on all sides as PyTorch does; Keras' "same" does not with a stride
+            x = layers.ZeroPadding2D(side // 2, name=f"{name}_pad")(x)
+        padding = "valid" if stride > 1 else "same"
+        return layers.Conv2D(channels, side, stride, padding, activation=activation, name=name)(x)
+
+    pixels = keras.Input((size, size, 3))
+    x = convolve(pixels, "conv1", 24, stride=2)
+    for block, channels in enumerate(_BLOCKS, start=1):
+        names = (f"block{block}_conv{number}" for number in range(1, 5))
+        shortcut = x if x.shape[-1] == channels else convolve(x, next(names), channels, stride=2)
+        x = convolve(convolve(shortcut, next(names), channels // 2, side=1), next(names), channels // 2)
+        x = convolve(x, next(names), channels, side=1, activation=None)
+        x = layers.ReLU(name=f"block{block}_out")(layers.Add(name=f"block{block}_add")([x, shortcut]))
+    return keras.Model(pixels, convolve(x, "top_conv", 512, side=1), name="Pocket")
 
 
 def read(sha256: str) -> dict[str, list[NDArray[np.float32]]]:

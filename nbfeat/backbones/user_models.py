@@ -15,7 +15,7 @@ from typing import Any
 
 from nbfeat.backbones.backbone import Backbone, Layer, Scaling
 from nbfeat.backbones.keras_weights import check_archive, cloned, description
-from nbfeat.errors import NetworkError, RequestError, WeightsError, near, quote, sentences
+from nbfeat.errors import NetworkError, RequestError, WeightsError, first_line, near, quote, sentences
 
 NAME = "Keras model"  # the name of any file's network when its path must not matter
 SUFFIXES = (".keras", ".h5", ".hdf5")  # the others are refused with advice
@@ -67,10 +67,8 @@ def _refuse_what_is_not_keras(title: str, model: dict[str, Any]) -> None:
     for thing, layer in _objects(model):
         kind, where = str(thing["class_name"]), quote(layer)
         if kind in _RUN_CODE:
-            what = f"{'Lambda' if 'ambda' in kind else kind} layer"
-            raise RequestError(
-                f"{title} has a {what} {where}, which would run code: replace it with a stock Keras layer."
-            )
+            what = f"{title} has a {'Lambda' if 'ambda' in kind else kind} layer {where}"
+            raise RequestError(f"{what}, which would run code: replace it with a stock Keras layer.")
         if kind in _READ_FILES:
             raise RequestError(f"{title} has the layer {where} ({kind}), which isn't for images: save it without.")
         if foreign := _foreign(thing):
@@ -161,9 +159,8 @@ def load(path: Path, size: int) -> Any:
             warnings.simplefilter("ignore")
             network = keras.models.load_model(path, safe_mode=True, compile=False)
     except Exception as error:  # any error from Keras is about the file
-        text = str(error).strip()
-        missing = re.search(r"Could not locate \w+ '[^']*'", text)
-        reason = missing[0] if missing else (text.splitlines() or [type(error).__name__])[0].rstrip(".")
+        missing = re.search(r"Could not locate \w+ '[^']*'", str(error))
+        reason = missing[0] if missing else first_line(error)
         raise WeightsError(
             f"Keras {keras.__version__} cannot load {path.name}: {reason[:200]}. "
             "Save it again with model.save(), using only stock Keras layers and functions."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import sqlite3
@@ -12,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,11 +190,9 @@ class Cache:
     def _open(self, folder: Path) -> None:
         kind = file_system(folder)
         self.path = max(folder.glob("features-*.sqlite"), default=folder / "features-000000.sqlite")
-        connect = functools.partial(
-            sqlite3.connect, self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False
-        )
+        connect = partial(sqlite3.connect, self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
         self._db = db = connect()
-        db.text_factory = functools.partial(str, encoding="utf-8", errors="replace")  # damage must not raise
+        db.text_factory = partial(str, encoding="utf-8", errors="replace")  # damage must not raise
         [found] = db.execute("PRAGMA user_version").fetchone()
         if found > FORMAT:
             newer = f"it was written by a newer nbfeat, in format {found}"

@@ -71,9 +71,8 @@ def _images(top: Path) -> Iterator[Path]:
 
 def _refuse(error: OSError) -> None:
     """Name the folder that can't be listed, instead of silently losing its images."""
-    raise RequestError(
-        f"{error.filename} can't be listed: {error.strerror or error}. Make it readable, or move it."
-    ) from error
+    reason = error.strerror or error
+    raise RequestError(f"{error.filename} can't be listed: {reason}. Make it readable, or move it.") from error
 
 
 def _counted(parts: tuple[str, ...]) -> list[tuple[list[tuple[int, int, str]], str]]:

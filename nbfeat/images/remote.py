@@ -48,13 +48,7 @@ MOST_OPEN = 8  # archives; reading the directory of a large one takes longer tha
 # The decoders of other methods return everything at once, even 1 GB from 1 kB.
 METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 
-_NEEDED = {
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "s3": "aiohttp fsspec s3fs",
-    "gs": "aiohttp fsspec gcsfs",
-    ARCHIVE: "",
-}
+_NEEDED = dict.fromkeys(WEB, "aiohttp") | {"s3": "aiohttp fsspec s3fs", "gs": "aiohttp fsspec gcsfs", ARCHIVE: ""}
 _REASONS = {401: "permission denied", 403: "permission denied", 404: "not found", 410: "not found"}
 _PHRASES = {status.value: f" ({status.phrase.lower()})" for status in HTTPStatus}
 _NO_SUCH_HOST = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
@@ -250,10 +244,7 @@ class Fetcher(AbstractContextManager["Fetcher"]):
         return bytes(data)
 
     async def _signed(self, address: str) -> tuple[str, Mapping[str, str]]:
-        """Return the URL and the headers to request an image from a bucket.
-
-        fsspec finds credentials and signs; it reads nothing itself, so that all limits hold.
-        """
+        """Return the URL and headers to request an image in a bucket; fsspec only signs them, so that limits hold."""
         scheme, (bucket, _, key) = scheme_of(address), address.partition("://")[2].partition("/")
         if not bucket or not key:
             raise ImageError("the URL of a bucket, not of an image in it")

@@ -28,7 +28,7 @@ from nbfeat import errors, isolation
 from nbfeat.backbones import keras_applications, user_models, weights
 from nbfeat.backbones.catalog import find
 from nbfeat.inference.engines.keras import in_a_fresh_session
-from nbfeat.inference.model import Base, Built, build, first_line, layers_of, load_base
+from nbfeat.inference.model import Base, Built, build, layers_of, load_base
 from nbfeat.inference.spec import NetworkSpec, Output
 from nbfeat.paths import HomeError, folder_written_whole, keep
 
@@ -139,9 +139,6 @@ def versions() -> dict[str, str]:
     return {name: isolation.version_of(name) for name in ("keras", "openvino")}
 
 
-# Registered models
-
-
 def build_user_model(spec: NetworkSpec, device: str, path: Path) -> tuple[Base, str]:
     """Build the registered network of `spec`, save it at `path`, and say why Keras cannot load it from there, if so."""
 
@@ -150,7 +147,7 @@ def build_user_model(spec: NetworkSpec, device: str, path: Path) -> tuple[Base, 
         try:
             base[0].save(path)
         except Exception as error:  # custom layers may raise anything
-            return base, f"{spec.backbone} cannot be saved ({first_line(error)})"
+            return base, f"{spec.backbone} cannot be saved ({errors.first_line(error)})"
         return base, ""
 
     base, why_not = in_a_fresh_session(work, device)
@@ -219,15 +216,13 @@ def _export(spec: NetworkSpec, out: Path, tell: weights.Tell) -> None:
     except Exception as error:
         if not spec.network.is_user_model:
             raise
-        reason = f"OpenVINO cannot run {spec.network.title}: {first_line(error)}"
+        reason = f"OpenVINO cannot run {spec.network.title}: {errors.first_line(error)}"
         raise errors.NetworkError(f"{reason}. {FILE_ADVICE}") from error
     manifest = {
-        "spec": asdict(spec),
-        "made_with": versions(),
-        "weights": asdict(built.weights),
+        "spec": asdict(spec), "made_with": versions(), "weights": asdict(built.weights),
         "outputs": {key: asdict(output) for key, output in built.outputs.items()},
         "files": {name: weights.digest(out / name) for name in _FILES},
-    }
+    }  # fmt: skip
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 

@@ -17,7 +17,7 @@ from nbfeat.inference.compiled_models import run_child, versions
 from nbfeat.inference.engines.keras import in_a_fresh_session
 from nbfeat.inference.model import MAP_RANK, layers_of, load_base
 from nbfeat.inference.spec import Cut, NetworkSpec, alpha_of, whole
-from nbfeat.paths import HomeError, keep, write_whole
+from nbfeat.paths import keep, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,7 +69,7 @@ def layers(backbone: str, *, alpha: float | None = None, size: int | None = None
     if found.package == "registered":
         rows = in_a_fresh_session(lambda: layers_of(load_base(spec, lambda _: None)[0]), "cpu")
     else:
-        rows = _known_layers(spec) or _look(spec)
+        rows = _rows(spec)
     table = []
     for row in rows:
         pooled, flat = _widths(row)
@@ -81,11 +81,25 @@ def layers(backbone: str, *, alpha: float | None = None, size: int | None = None
     return pd.DataFrame(table).set_index("layer").astype({"avg, max, gem": "Int64"})
 
 
-def _known_layers(spec: NetworkSpec) -> list[dict[str, Any]]:
-    """Return the cached rows, without building anything; an empty list if there are none."""
+def _rows(spec: NetworkSpec, *, build: bool = True) -> list[dict[str, Any]]:
+    """Return the cached rows, which a child process makes if there are none; an empty list without `build`."""
+    file = None
     with suppress(OSError, ValueError):
-        return json.loads(_place(spec).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    return []
+        file = keep("layers") / f"{spec.key(**versions())}.json"
+        if rows := json.loads(file.read_text(encoding="utf-8")):
+            return rows  # type: ignore[no-any-return]
+    if not build:
+        return []
+    with tempfile.TemporaryDirectory(prefix="nbfeat-") as folder:
+        for _ in run_child(spec, Path(folder)):
+            pass
+        text = Path(folder, "layers.json").read_text(encoding="utf-8")
+    if file:  # else the next call builds it again
+        write_whole(file, text)
+    if rows := json.loads(text):
+        return rows  # type: ignore[no-any-return]
+    title = spec.network.title
+    raise NetworkError(f"Keras built {title} without any layers. Please report this with your Keras version.")
 
 
 def layer_names(backbone: Backbone) -> list[str]:
@@ -117,7 +131,7 @@ def _seen(backbone: Backbone, alpha: float | None = None, size: int | None = Non
     if backbone.is_user_model:  # reading the layers from a whole model file would be slow
         return {}
     with suppress(NbfeatError):
-        return {row["layer"]: row for row in _known_layers(_spec_of(backbone, alpha, size))}
+        return {row["layer"]: row for row in _rows(_spec_of(backbone, alpha, size), build=False)}
     return {}
 
 
@@ -133,23 +147,6 @@ def _spec_of(backbone: Backbone, alpha: float | None = None, size: int | None = 
         name, weights = (user_models.NAME, backbone.name) if backbone.package == "file" else (backbone.name, "own")
         width, scaling = None, "none"
     return NetworkSpec(backbone=name, alpha=width, weights=weights, scaling=scaling, size=side, cuts=())
-
-
-def _place(spec: NetworkSpec) -> Path:
-    return keep("layers") / f"{spec.key(**versions())}.json"
-
-
-def _look(spec: NetworkSpec) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory(prefix="nbfeat-") as folder:
-        for _ in run_child(spec, Path(folder)):
-            pass
-        text = Path(folder, "layers.json").read_text(encoding="utf-8")
-    with suppress(HomeError):  # the next call builds it again
-        write_whole(_place(spec), text)
-    if rows := json.loads(text):
-        return rows  # type: ignore[no-any-return]
-    title = spec.network.title
-    raise NetworkError(f"Keras built {title} without any layers. Please report this with your Keras version.")
 
 
 def _widths(row: dict[str, Any]) -> tuple[int | None, int]:

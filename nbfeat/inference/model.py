@@ -13,7 +13,7 @@ import numpy as np
 
 from nbfeat.backbones import keras_applications, keras_weights, user_models, weights
 from nbfeat.backbones.backbone import Backbone, Scaling
-from nbfeat.errors import NetworkError, RequestError, near, sentences
+from nbfeat.errors import NetworkError, RequestError, first_line, near, sentences
 from nbfeat.inference.spec import Cut, NetworkSpec, Output, Pooling
 
 MAP_RANK = 4
@@ -184,18 +184,10 @@ def layers_of(network: Any) -> list[dict[str, Any]]:
     """Describe every layer that can be a cut point: name, kind, shape and whether its output can be negative."""
     signs = negative_layers(network)
     return [
-        {
-            "layer": layer.name,
-            "kind": type(layer).__name__,
-            "shape": layer.output.shape[1:],
-            "negative": signs[layer.name],
-        }
-        for layer in network.layers[1:]
-        if hasattr(layer.output, "shape")  # some layers give several tensors
+        {"layer": one.name, "kind": type(one).__name__, "shape": one.output.shape[1:], "negative": signs[one.name]}
+        for one in network.layers[1:]
+        if hasattr(one.output, "shape")  # some layers give several tensors
     ]
-
-
-# Channels first
 
 
 def turn_channels_first(base: Any) -> Any | None:
@@ -244,9 +236,6 @@ def gives_the_same(one: Any, other: Any) -> bool:
     return True
 
 
-# Mixed precision
-
-
 def mixed_precision(spec: NetworkSpec, base: Base, precision: str) -> Base:
     """Return a copy of `base` whose layers have their own dtype policy for `precision`; variables stay in float32."""
     if precision == "float32":
@@ -266,15 +255,9 @@ def mixed_precision(spec: NetworkSpec, base: Base, precision: str) -> Base:
     except Exception as error:
         cause, reason = error, first_line(error)
     if reason:
-        raise NetworkError(
-            f"{spec.network.title} cannot be converted to {precision} ({reason}). Use `precision='float32'`."
-        ) from cause
+        what = f"{spec.network.title} cannot be converted to {precision} ({reason})"
+        raise NetworkError(f"{what}. Use `precision='float32'`.") from cause
     return turned, loaded
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its class name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def in_policy(network: Any, policy: str) -> Any:
@@ -292,6 +275,5 @@ def in_policy(network: Any, policy: str) -> Any:
 def _kept_exact(network: Any) -> list[Any]:
     """Return the layers that stay in float32: pixel scaling, and a final normalization, which follows pooling."""
     layers: Any = importlib.import_module("keras").layers
-    preparing = (layers.Rescaling, layers.Normalization)
-    kept = [layer for layer in keras_weights.leaves(network) if isinstance(layer, preparing)]
+    kept = [one for one in keras_weights.leaves(network) if isinstance(one, layers.Rescaling | layers.Normalization)]
     return kept + [layer for layer in network.layers[-1:] if isinstance(layer, layers.LayerNormalization)]

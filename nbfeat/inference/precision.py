@@ -10,9 +10,9 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -105,21 +105,15 @@ def choose_precision(
             if len(images) < (FROM_IMAGES if is_open else 1) and not known(names[1]):
                 continue
             yield f"comparing {precision} with float32 on some of your images"
-            with _one_at_a_time():
+            with ExitStack() as stack:
+                with suppress(OSError, NotImplementedError):  # the other process hangs, or files can't be locked here
+                    # Two that measure at once would both be slow, and the second can use what the first finds.
+                    stack.enter_context(FileLock(keep(FOLDER) / ".lock", timeout=PATIENCE))
                 check, other = _decided(network, precision, names, known, exact, sample, is_open=is_open)
         message = check.message(network.spec.network.title, asked=not is_open) or message
         if check.is_better or not is_open:
             return precision, other, message
     return "float32" if asked == "auto" else asked, exact() if exact.cache_info().currsize else None, message
-
-
-@contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Let no other process measure meanwhile: both would be slow, and the second can use what the first finds."""
-    with ExitStack() as stack:
-        with suppress(OSError, NotImplementedError):  # the other one hangs, or files can't be locked here
-            stack.enter_context(FileLock(keep(FOLDER) / ".lock", timeout=PATIENCE))
-        yield
 
 
 def _decided(

@@ -78,9 +78,7 @@ class PreparedNetwork:
         self.batch_size, self.note = self._asked_size or openvino.BATCH, stored.note
         self.numbers = {"engine": openvino.name(threads=False), "cpu": hardware.cpu()}
         self.faster = openvino.FASTER
-        self._start: Callable[[Precision, str | None], Engine] = lambda precision, only: openvino.OpenVINOEngine(
-            stored, precision=precision, batch_size=self.batch_size, only=only
-        )
+        self._start: Callable[..., Engine] = partial(openvino.OpenVINOEngine, stored, batch_size=self.batch_size)
 
     def _for_keras(self, base: Base | None = None) -> Iterator[str]:
         if self.device == "cpu":
@@ -113,7 +111,7 @@ class PreparedNetwork:
 
     def start(self, precision: Precision, only: str | None = None) -> Engine:
         """Return an engine for all outputs or `only` one; raise NetworkError if `precision` is not available."""
-        return self._start(precision, only)
+        return self._start(precision=precision, only=only)
 
 
 def vectors_of(engine: Engine, pixels: Pixels) -> Vectors:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,17 +23,25 @@ from tests.faces import same
 
 POCKET = CATALOG["Pocket"]
 Weights = dict[str, list[np.ndarray]]
+HALVING = {"conv1", "block1_conv1", "block2_conv1", "block4_conv1"}  # their stride is 2
+SHORTCUTS = {  # the last convolution of each block, and whose output is added to its own
+    "block1_conv4": "block1_conv1", "block2_conv4": "block2_conv1", "block3_conv3": "block2_conv4",
+    "block4_conv4": "block4_conv1", "block5_conv3": "block4_conv4",
+}  # fmt: skip
 
 
-def test_its_weights_are_small_whole_half_precision_and_of_the_shapes_of_its_layers() -> None:
+def test_its_weights_are_small_whole_half_precision_and_of_the_shapes_of_its_layers(
+    structures: dict[str, Any],
+) -> None:
     assert pocket.WEIGHTS.stat().st_size <= 2_500_000
     assert (POCKET.parameters <= 1_200_000, 64 <= POCKET.size <= 112, POCKET.width <= 512) == (True, True, True)
     weights = pocket.read(POCKET.bundled)
-    assert list(weights) == [each.name for each in pocket.CONVOLUTIONS]
-    for each in pocket.CONVOLUTIONS:
-        kernel, bias = weights[each.name]
-        assert kernel.shape == (each.side, each.side, each.before, each.after)
-        assert bias.shape == (each.after,)
+    shapes, before = structures[f"Pocket:{POCKET.size}"]["shapes"], 3
+    assert list(weights) == [name for name in shapes if "conv" in name and not name.endswith("_pad")]
+    for name, (kernel, bias) in weights.items():
+        side, after = kernel.shape[0], shapes[name][-1]
+        assert (kernel.shape, bias.shape, side in {1, 3}) == ((side, side, before, after), (after,), True)
+        before = after
         assert kernel.dtype == bias.dtype == np.float32
         assert np.isfinite(kernel).all()
         assert np.array_equal(kernel, kernel.astype(np.float16))
@@ -75,14 +84,14 @@ def close(found: np.ndarray, expected: np.ndarray) -> None:
 def by_hand(pixels: np.ndarray, weights: Weights) -> dict[str, np.ndarray]:
     x = (pixels / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     maps: dict[str, np.ndarray] = {}
-    for each in pocket.CONVOLUTIONS:
-        kernel, bias = weights[each.name]
-        edge = each.side // 2
+    for name, (kernel, bias) in weights.items():
+        side, stride = len(kernel), 2 if name in HALVING else 1
+        edge = side // 2
         padded = np.pad(x, ((0, 0), (edge, edge), (edge, edge), (0, 0)))
-        windows = np.lib.stride_tricks.sliding_window_view(padded, (each.side, each.side), axis=(1, 2))
-        x = np.einsum("nijchw,hwco->nijo", windows[:, :: each.stride, :: each.stride], kernel, optimize=True) + bias
-        x = np.maximum(x + maps[each.shortcut] if each.shortcut else x, 0)
-        maps[each.name] = x
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (side, side), axis=(1, 2))
+        x = np.einsum("nijchw,hwco->nijo", windows[:, ::stride, ::stride], kernel, optimize=True) + bias
+        x = np.maximum(x + maps[SHORTCUTS[name]] if name in SHORTCUTS else x, 0)
+        maps[name] = x
     return maps
 
 

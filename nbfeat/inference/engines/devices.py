@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import numpy as np
 
@@ -37,10 +37,9 @@ def check_device(asked: str) -> str:
 
 def check_precision(asked: str) -> Asked:
     """Return `asked` if it is ``auto`` or a precision."""
-    words: tuple[Asked, ...] = get_args(Asked)
-    if asked not in words:
-        raise RequestError(f"`precision` must be {listing(words, 'or')}, not {asked!r}.")
-    return words[words.index(asked)]
+    if asked not in get_args(Asked):
+        raise RequestError(f"`precision` must be {listing(get_args(Asked), 'or')}, not {asked!r}.")
+    return cast("Asked", asked)
 
 
 def choose_devices(asked: str) -> tuple[str, ...]:

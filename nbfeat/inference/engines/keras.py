@@ -159,9 +159,6 @@ class _Flight:
         return {key: np.concatenate(parts)[: self.count] for key, parts in rows.items()}
 
 
-# Replicas, for each backend
-
-
 @dataclass(slots=True)
 class Replica:
     """A network on one device."""
@@ -249,9 +246,6 @@ def _on_torch(model: Any, device: str, call: Call, is_first: bool) -> Replica:
     return Replica(device, [*trained, *others], run)
 
 
-# A separate session, in full float32
-
-
 def in_a_fresh_session(work: Callable[[], Result], device: str) -> Result:
     """Run `work` in a new thread: Keras counts names per thread, so this doesn't affect the user's models."""
     result: Future[Result] = Future()
@@ -314,21 +308,7 @@ def _full_jax(jax: Any, stack: ExitStack) -> None:
 
 
 def _full_torch(torch: Any, stack: ExitStack) -> None:
-    """Switch off TF32, bfloat16 products, autocast and cuDNN's benchmark mode."""
-    _full_torch_products(torch, stack)
-    for kind in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
-        stack.enter_context(torch.autocast(kind, enabled=False))
-    stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-    torch.set_default_dtype(torch.float32)
-    stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
-    torch.backends.cudnn.benchmark = False
-
-
-def _full_torch_products(torch: Any, stack: ExitStack) -> None:
-    """Compute products and convolutions in full float32, with both the older and the PyTorch 2.9 settings.
-
-    The older ones come first: they change the newer ones, and PyTorch raises if the two disagree, even on reading.
-    """
+    """Switch off TF32, bfloat16 products, autocast and cuDNN's benchmark mode, in older settings and PyTorch 2.9's."""
     backends, cudnn = torch.backends, torch.backends.cudnn
     switches: list[Any] = []  # from general to specific
     if hasattr(backends, "fp32_precision"):
@@ -340,13 +320,19 @@ def _full_torch_products(torch: Any, stack: ExitStack) -> None:
         own.append(switch.fp32_precision)
         switch.fp32_precision = "none"
     _set(switches, own)
-    with suppress(RuntimeError):
+    with suppress(RuntimeError):  # before the newer ones, which these change; PyTorch raises where the two disagree
         product, convolution = torch.get_float32_matmul_precision(), cudnn.allow_tf32
         stack.callback(setattr, cudnn, "allow_tf32", convolution)
         stack.callback(torch.set_float32_matmul_precision, product)
         torch.set_float32_matmul_precision("highest")
         cudnn.allow_tf32 = False
     _set(switches, ["ieee"] * len(switches))
+    for kind in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+    torch.set_default_dtype(torch.float32)
+    stack.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
+    cudnn.benchmark = False
 
 
 def _set(switches: list[Any], values: list[str]) -> None:

@@ -34,11 +34,7 @@ def name(*, threads: bool = True) -> str:
 
 
 def _compiled(core: Any, graph: Any, precision: Precision) -> Any:
-    """Compile `graph` in a temporary thread, because OpenVINO permanently changes the thread that compiles.
-
-    It makes that thread flush denormals to zero, and frees the thread's signal stack with the network, after which an
-    interrupt would kill the process.
-    """
+    """Compile `graph` in a temporary thread, because OpenVINO permanently changes the thread that compiles."""
     settings = {
         # Always set: OpenVINO's default is bfloat16 if the CPU supports it.
         "INFERENCE_PRECISION_HINT": _TYPES[precision],
@@ -48,6 +44,7 @@ def _compiled(core: Any, graph: Any, precision: Precision) -> Any:
         "CPU_DENORMALS_OPTIMIZATION": True,
     }
     try:
+        # It flushes denormals to zero, and an interrupt kills it once its signal stack is freed with the network.
         with isolation.without_fast_math(), ThreadPoolExecutor(1, thread_name_prefix="nbfeat-compile") as one:
             compiled = one.submit(core.compile_model, graph, "CPU", settings).result()
     except RuntimeError as error:
