@@ -23,7 +23,6 @@ from nbfeat.html import table, text_table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
 ROWS = 5000  # an SVM's training time grows quadratically: 5,000 rows take minutes, 20,000 take hours
 TIED_SHOWN = 3
 MANY = "0.5"  # gray, for all points if there are more networks than colors

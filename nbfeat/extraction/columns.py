@@ -156,20 +156,18 @@ def normalized(parts: Sequence[FeatureColumns], raw: Sequence[NDArray[np.float32
 
 def places(frame: pd.DataFrame, parts: Iterable[FeatureColumns | PartRecipe], *, replace: bool) -> list[list[int]]:
     """Return the positions that the columns of `parts` replace; `replace` includes columns that no block made."""
-    made = made_columns(frame)
-    return [_places(frame, set(made.get(part.prefix, ())), set(part.names), replace=replace) for part in parts]
-
-
-def _places(frame: pd.DataFrame, own: set[int], names: set[str], *, replace: bool) -> list[int]:
-    taken = {at for at, column in enumerate(frame.columns) if isinstance(column, str) and column in names} - own
-    if taken and not replace:
-        shown = listing(frame.columns[sorted(taken)[:SHOWN]])
-        more = f" and {len(taken) - SHOWN:,} more" if len(taken) > SHOWN else ""
-        raise RequestError(
-            f"The frame already has columns {shown}{more}, which this block didn't make. "
-            "Set a different `prefix`, or pass `replace=True` to overwrite them."
-        )
-    return sorted(own | taken)
+    made, found = made_columns(frame), []
+    for part in parts:
+        own, names = set(made.get(part.prefix, ())), set(part.names)
+        taken = {at for at, column in enumerate(frame.columns) if isinstance(column, str) and column in names} - own
+        if taken and not replace:
+            shown = listing(frame.columns[sorted(taken)[:SHOWN]])
+            more = f" and {len(taken) - SHOWN:,} more" if len(taken) > SHOWN else ""
+            problem = f"The frame already has columns {shown}{more}, which this block didn't make."
+            way = "Set a different `prefix`, or pass `replace=True` to overwrite them."
+            raise RequestError(f"{problem} {way}")
+        found.append(sorted(own | taken))
+    return found
 
 
 def made_columns(frame: pd.DataFrame) -> dict[str, list[int]]:

@@ -171,7 +171,7 @@ class Extraction(FeatureTable):
             pass
         return self
 
-    def like(self, frame: Frame, **options: Any) -> Extraction:
+    def like(self: FeatureTable, frame: Frame, **options: Any) -> Extraction:
         """Repeat this on another frame with the same blocks, precision and fitted normalization.
 
         Parameters
@@ -344,13 +344,14 @@ class Extraction(FeatureTable):
         count = self.progress.equal
         equal = [f"{count:,} images are identical to others and share their features."] if count else []
         written = [self.written.sentence] if self.written and finished else []
+        limit = f" · bottleneck: {bottleneck}" if (bottleneck := self.profile["bottleneck"]) else ""
         fitted = report.normalization_notes(self.parts, repeats=self.repeats, fit_rows=self.request.fit_count)
         return report.Report(
             headline=report.headline(subject, self._step(), self.timings.preparing),
             blocks=[report.made_row(part, self.cached) for part in self.parts] if finished else [],
             planned=[] if finished else [report.briefly(block) for block in self.blocks],
             total=self.total, failures=self.failures, notes=[*self.notes, *written, *equal, *fitted],
-            footer=report.footer(self.engines, self.precision, self.profile["bottleneck"]),
+            footer=f"{listing(self.engines) or 'no network was run'} · {self.precision}{limit}",
         )  # fmt: skip
 
     def before_normalization(self) -> Extraction:
@@ -375,8 +376,7 @@ class Extraction(FeatureTable):
         """Measure images per second of one of `parts`, from file to features, without the cache."""
         assert part.network is not None
         images = self.request.images_of(part.column)
-        good = np.flatnonzero(self.progress.ok[images])
-        some = [self.request.images[images.start + at] for at in good]
+        some = [self.request.images[images.start + at] for at in np.flatnonzero(self.progress.ok[images])]
         return images_per_second(part.network, part.block.cut.key, some, self.root, remote=self._run.remote)
 
     def images_in(self, column: Hashable) -> list[object]:

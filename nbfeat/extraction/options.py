@@ -161,10 +161,8 @@ def split_words(text: str) -> list[str]:
 
 def without_comment(text: str) -> str:
     """Remove a comment: a ``#`` at the start of a word and everything after it."""
-    before = re.match(
-        r"""(?:'[^']*'|"[^"]*"|(?<=\S)#|[^#])*""", text
-    )  # quoted text, a # in a word, or other characters
-    return before[0] if before else text
+    # Quoted text, a # in a word, or other characters.
+    return str(re.findall(r"""(?:'[^']*'|"[^"]*"|(?<=\S)#|[^#])*""", text)[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,20 +40,11 @@ class MemorySink:
     place = "of memory"  # where the features are, for messages
     kept_words = "from the cache"  # where existing features come from
     kept = 0  # number of images whose features it saves for another run
+    held = nullcontext  # locks nothing: memory isn't shared
+    frame: pd.DataFrame  # the given columns, then the features, once finished
 
     def __init__(self, run: Run, request: Request) -> None:
         self._run, self._request, self._parts = run, request, request.parts
-        self._frame: pd.DataFrame | None = None
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """The given columns, then the features."""
-        assert self._frame is not None
-        return self._frame
-
-    def held(self) -> AbstractContextManager[None]:
-        """Lock nothing: memory isn't shared."""
-        return nullcontext()
 
     def make_room(self) -> None:
         """Allocate memory for all features."""
@@ -68,26 +59,22 @@ class MemorySink:
         """Normalize the features and attach the columns."""
         with self._run.timings.while_attaching():
             raw = [part.raw(self._request.images_of(part.column)) for part in self._parts]
-            good, fit_rows = self._run.progress.ok, self._request.fit_rows
+            good, fit_rows, frame = self._run.progress.ok, self._request.fit_rows, self._request.frame
             for part, rows in zip(self._parts, raw, strict=True):
                 chosen = good[self._request.images_of(part.column)]
                 part.learn(rows, chosen if fit_rows is None else chosen & fit_rows)
             try:
-                self._attach(raw)
+                for part, rows in zip(self._parts, normalized(self._parts, raw), strict=True):
+                    part.rows = rows
+                where = places(frame, self._parts, replace=self._request.replace)
+                for part, there in zip(self._parts, where, strict=True):
+                    part.replaced = bool(there)
+                self.frame = attach(frame, [part.frame(frame.index) for part in self._parts], where)
+                for network in self._run.networks:
+                    network.features.clear()  # frees those that no part uses
             except BaseException:
                 self._run.forget()  # some rows may already be normalized in place
                 raise
-
-    def _attach(self, raw: Sequence[NDArray[np.float32]]) -> None:
-        frame = self._request.frame
-        for part, rows in zip(self._parts, normalized(self._parts, raw), strict=True):
-            part.rows = rows
-        where = places(frame, self._parts, replace=self._request.replace)
-        for part, there in zip(self._parts, where, strict=True):
-            part.replaced = bool(there)
-        self._frame = attach(frame, [part.frame(frame.index) for part in self._parts], where)
-        for network in self._run.networks:
-            network.features.clear()  # frees those that no part uses
 
 
 class DatasetSink:
@@ -135,7 +122,11 @@ class DatasetSink:
         with self._location.held():
             self._dataset.survey()
             if (recipe := self._recipe()) and not self._run.networks:
-                self._obey(recipe)
+                if self._run.precision in {"auto", recipe.precision}:
+                    pairs = zip(self._parts, recipe.parts, strict=True)
+                    self._run.repeat({part.network_index: made.precision for part, made in pairs})
+                else:
+                    self._dataset.refuse(f"they were computed in {recipe.precision}, not {self._run.precision}")
             yield
 
     def _recipe(self) -> Recipe | None:
@@ -143,13 +134,6 @@ class DatasetSink:
         if first and first.recipe != self._read[0]:  # it may be large, so read it once
             self._read = first.recipe, unpack(first.recipe, self._location.name)[0]
         return self._read[1] if first else None
-
-    def _obey(self, recipe: Recipe) -> None:
-        if self._run.precision not in {"auto", recipe.precision}:
-            self._dataset.refuse(f"they were computed in {recipe.precision}, not {self._run.precision}")
-            return
-        pairs = zip(self._parts, recipe.parts, strict=True)
-        self._run.repeat({part.network_index: made.precision for part, made in pairs})
 
     @property
     def kept(self) -> int:
@@ -203,13 +187,19 @@ class DatasetSink:
             self._dataset.chunk = rows_together(widths, batch, on_cluster=self._run.executor.starts_workers)
         with self._explained():
             self._dataset.begin()
-        self._take_normalizers(recipe)
+        if recipe and self._dataset.parts:  # use the normalizers that these were written with
+            for part, made in zip(self._parts, recipe.parts, strict=True):
+                part.normalizer = made.normalizer
+        else:
+            for part in self._parts:
+                if part.repeats or not part.block.is_learned:  # which needs no fitting
+                    part.learn(np.empty((1, part.raw_width), np.float32), np.ones(1, bool))
         self._described, self._packed = self._describe(), {}
         reasons: dict[int, str] = {}
-        for number, part in self._dataset.there.items():
+        for number, file in self._dataset.there.items():
             start = self._dataset.rows(number).start
             places = {str(column): at * self._rows + start for at, column in enumerate(self._columns)}
-            reasons |= {places[one.column] + one.position: one.reason for one in part.failures}
+            reasons |= {places[one.column] + one.position: one.reason for one in file.failures}
         if there := [self._images(number) for number in self._dataset.there]:
             self._run.finished_before(np.concatenate(there), reasons)
 
@@ -220,16 +210,6 @@ class DatasetSink:
             self._dataset.refuse(difference)
         elif not any(part.repeats for part in self._parts):  # for which it was already reported
             self._run.note(recipe.check(networks))
-
-    def _take_normalizers(self, recipe: Recipe | None) -> None:
-        """Use normalizers that existing files were written with, or that need no fitting."""
-        if recipe and self._dataset.parts:
-            for part, made in zip(self._parts, recipe.parts, strict=True):
-                part.normalizer = made.normalizer
-            return
-        for part in self._parts:
-            if part.repeats or not part.block.is_learned:
-                part.learn(np.empty((1, part.raw_width), np.float32), np.ones(1, bool))
 
     def _images(self, number: int) -> NDArray[np.int64]:
         rows = np.array(self._dataset.rows(number), np.int64)

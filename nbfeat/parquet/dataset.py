@@ -167,11 +167,8 @@ class Dataset:
         schema = pa.schema([(name, array.type) for name, array in arrays.items()], own.schema.metadata)
         table = pa.Table.from_arrays(list(arrays.values()), schema=schema)
         part = {**self._manifest, "number": number, "failures": failures}
-        is_whole = number == 0 or len(recipe) < LARGEST_COPY
-        entries = {
-            RECIPE: recipe.encode() if is_whole else _reference(recipe).encode(),
-            PART: json.dumps(part).encode(),
-        }
+        copy = recipe if number == 0 or len(recipe) < LARGEST_COPY else _reference(recipe)
+        entries = {RECIPE: copy.encode(), PART: json.dumps(part).encode()}
         made = Part(number, self._manifest, recipe, failures, table.num_rows)
         with self.location.writing(made.name) as sink:
             result_file.write_table(sink, table, entries, [[prefix] for prefix in matrices])

@@ -202,12 +202,9 @@ def _first_line(error: Exception) -> str:
 
 
 def write(
-    path: str | Path,
-    frame: pd.DataFrame,
-    recipe: str,
-    blocks: Mapping[str, Sequence[str]],
+    path: str | Path, frame: pd.DataFrame, recipe: str, blocks: Mapping[str, Sequence[str]],
     without: Collection[Hashable] = (),
-) -> None:
+) -> None:  # fmt: skip
     """Write `frame` like pandas, with `recipe`; `blocks` maps prefixes to the names of feature columns."""
     import pyarrow as pa
 
@@ -264,11 +261,9 @@ def _check_names(frame: pd.DataFrame) -> None:
     odd = [repr(label) for label in frame.columns if not isinstance(label, str)]
     twice = [repr(label) for label, count in Counter(frame.columns).items() if count > 1]
     if odd or twice:
-        why = "column names must be text" if odd else "column names must be unique"
-        raise RequestError(
-            f"Parquet cannot store column {listing((odd or twice)[:SHOWN])}: {why}. Rename it in your frame and "
-            "extract again, which uses the cached features; or leave it out with `without=[…]`."
-        )
+        why = f"{listing((odd or twice)[:SHOWN])}: column names must be {'text' if odd else 'unique'}"
+        way = "extract again, which uses the cached features; or leave it out with `without=[…]`"
+        raise RequestError(f"Parquet cannot store column {why}. Rename it in your frame and {way}.")
 
 
 def _cannot_hold(frame: pd.DataFrame, error: Exception) -> RequestError:
