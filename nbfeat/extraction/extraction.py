@@ -272,7 +272,7 @@ class Extraction(FeatureTable):
     def _coming(self) -> str:
         width = sum(len(part.names) for part in self.parts)
         size = format_bytes(4 * len(self.request.frame) * sum(part.raw_width for part in self.parts))
-        weights = listing(dict.fromkeys(network.weights.name for network in self._run.networks))
+        weights = listing(dict.fromkeys(network.prepared.weights.name for network in self._run.networks))
         matrix = f"{len(self.request.frame):,} rows × {width:,} columns ({size} {self._sink.place})"
         count = len(hosts(self.request.images)) if self.request.remote else 0
         fetched = f" · fetching images from {count:,} host{'s' if count > 1 else ''}" if count else ""
@@ -286,9 +286,8 @@ class Extraction(FeatureTable):
 
     def _check_finished(self) -> None:
         if self.state != "done":
-            raise ExtractionError(
-                f"This extraction isn't finished: {self.done:,} of {self.total:,} images. Call its `run()` first."
-            )
+            there = f"{self.done:,} of {self.total:,} images"
+            raise ExtractionError(f"This extraction isn't finished: {there}. Call its `run()` first.")
 
     @property
     def columns(self) -> list[str]:
@@ -315,22 +314,19 @@ class Extraction(FeatureTable):
         return {
             "blocks": [str(part.block) for part in self.parts],
             "images": [str(part.column) for part in self.parts],
-            "weights": [part.network.weights.sha256 if part.network else "" for part in self.parts],
+            "weights": [part.network.prepared.weights.sha256 if part.network else "" for part in self.parts],
             "engines": self.engines, "precision": self.precision, "numerics": NUMERICS,
             "versions": {name: isolation.version_of(name) for name in LIBRARIES},
         }  # fmt: skip
 
     def to_recipe(self, source: str = "the earlier result") -> Recipe:
         """Return `fitted`, called `source` in messages; raise RequestError if unfinished or without rows."""
+        problem = f"{source} can't be repeated:"
         if self.state != "done":
-            raise RequestError(
-                f"{source} can't be repeated: its state is {self.state!r}, {self.done:,} of {self.total:,} images. "
-                "Call its `run()` first."
-            )
+            there = f"its state is {self.state!r}, {self.done:,} of {self.total:,} images"
+            raise RequestError(f"{problem} {there}. Call its `run()` first.")
         if any(part.normalizer is None for part in self.parts):
-            raise RequestError(
-                f"{source} can't be repeated: its frame has no rows to fit on. Extract features of some images first."
-            )
+            raise RequestError(f"{problem} its frame has no rows to fit on. Extract features of some images first.")
         return Recipe(tuple(part.recipe for part in self.parts), self.recipe, source)
 
     @property

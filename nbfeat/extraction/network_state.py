@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat import isolation
-from nbfeat.backbones.weights import Loaded
 from nbfeat.cache.database import Cache, CacheEntries
 from nbfeat.cache.keys import CacheKey
 from nbfeat.images import resize
 from nbfeat.inference.engines.base import Engine, Precision, Vectors
 from nbfeat.inference.prepared import PreparedNetwork
-from nbfeat.inference.spec import NUMERICS, NetworkSpec, Output
+from nbfeat.inference.spec import NUMERICS, NetworkSpec
 
 
 @dataclass(slots=True, eq=False)
@@ -39,13 +38,13 @@ class NetworkState:
         """Compute in `precision` from now on, with a running `engine` or one that is started later."""
         self.precision, self.engine = precision, engine
         for cut in self.spec.cuts:
-            output = self.outputs[cut.key]
+            output, weights = self.prepared.outputs[cut.key], self.prepared.weights
             self.cache_keys[cut.key] = CacheKey(
-                backbone=self.spec.backbone, alpha=self.spec.alpha, weights=self.weights.sha256, layer=cut.layer,
+                backbone=self.spec.backbone, alpha=self.spec.alpha, weights=weights.sha256, layer=cut.layer,
                 pooling=output.pooling, scaling=self.spec.scaling, size=self.pixels.size, resize=self.pixels.resize,
                 interpolation=self.pixels.interpolation, least_reduced=resize.LEAST_REDUCED, decoders=decoders(),
                 keras=isolation.version_of("keras"), engine=self.prepared.key_fields(precision), numerics=NUMERICS,
-                width=output.width, weights_name=self.weights.name,
+                width=output.width, weights_name=weights.name,
             )  # fmt: skip
 
     def start(self) -> Engine:
@@ -84,16 +83,6 @@ class NetworkState:
         """Return the cached features of one image, or None unless every output is cached."""
         vectors = {key: cache.vectors(kept, [image]).get(image) for key, kept in self.cache_keys.items()}
         return None if any(vector is None for vector in vectors.values()) else cast("Vectors", vectors)
-
-    @property
-    def outputs(self) -> dict[str, Output]:
-        """Output of each cut."""
-        return self.prepared.outputs
-
-    @property
-    def weights(self) -> Loaded:
-        """The loaded weights."""
-        return self.prepared.weights
 
 
 def decoders() -> str:

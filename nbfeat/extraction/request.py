@@ -103,9 +103,8 @@ def read_blocks(blocks: Sequence[Blocks], defaults: Mapping[str, Any]) -> list[F
         elif isinstance(block, Sequence):
             found += read_blocks(block, defaults)
         else:
-            raise RequestError(
-                f"A block must be text like 'ResNet50 --pooling max' or a FeatureBlock, not {type(block).__name__}."
-            )
+            kind = type(block).__name__
+            raise RequestError(f"A block must be text like 'ResNet50 --pooling max' or a FeatureBlock, not {kind}.")
     found = found or [*FeatureBlock.from_options([], defaults)]
     # Use the catalog's spelling, so that equal blocks compare equal.
     return [replace(block, backbone=find(block.backbone).name) for block in found]

@@ -107,7 +107,7 @@ class Run:
 
     def close_window(self, coming: Collection[int] = ()) -> None:
         """Free the features, except a few, shared ones first, because images of the `coming` window may share them."""
-        each = sum(4 * output.width for network in self.networks for output in network.outputs.values())
+        each = sum(4 * output.width for network in self.networks for output in network.prepared.outputs.values())
         rows = [row for row in self.seen.values() if row not in coming and not self.progress.is_open(row)]
         rows.sort(key=lambda row: (row in self._sources, row), reverse=True)
         kept = set(rows[: CARRIED // max(1, each)])

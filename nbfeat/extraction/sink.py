@@ -151,9 +151,8 @@ class DatasetSink:
     @property
     def frame(self) -> pd.DataFrame:
         """Raises ExtractionError: the frame isn't in memory."""
-        raise ExtractionError(
-            f"The features are in {self.address}, not in memory. Read them with `nbfeat.read({self.address!r})`."
-        )
+        way = f"Read them with `nbfeat.read({self.address!r})`."
+        raise ExtractionError(f"The features are in {self.address}, not in memory. {way}")
 
     def make_room(self) -> None:
         """Do nothing: each part allocates its own memory."""
@@ -289,10 +288,8 @@ class DatasetSink:
             yield
         except OSError as error:
             there = f"{len(self._dataset.there):,} of {self._dataset.count:,} files are finished"
-            raise ExtractionError(
-                f"{self.address} can't be written: {error.strerror or error}. {there}: free some space there, then run "
-                "it again to resume."
-            ) from error
+            way = f"{there}: free some space there, then run it again to resume."
+            raise ExtractionError(f"{self.address} can't be written: {error.strerror or error}. {way}") from error
 
 
 def rows_together(widths: Iterable[int], batch: int, *, on_cluster: bool = False) -> int:

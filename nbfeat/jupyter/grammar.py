@@ -59,10 +59,8 @@ class Request:
 
 
 def read(line: str, body: str | None, defaults: Mapping[str, Any]) -> Request | None:
-    """Read the words after ``%extract`` and the body of ``%%extract``; return None if help was requested.
-
-    A block's own line overrides the first line, which overrides `defaults` (``%config ExtractMagics``).
-    """
+    """Read the words after ``%extract`` and the body of ``%%extract``; return None if help was requested."""
+    # A block's own line overrides the first line, which overrides `defaults` (``%config ExtractMagics``).
     given, words = options.WordParser(OPTIONS).read(words_of(line))
     if given.get("help"):
         return None
@@ -103,9 +101,8 @@ def _read_line(text: str, defaults: Mapping[str, Any]) -> tuple[FeatureBlock, ..
     is_code = bool(re.search(r"[()\[\]{}=:;]", first)) or first in {"import", "from", "def", "for", "print"}
     second_is_plain = bool(others) and not others[0].startswith("-")
     if not first.startswith("-") and (second_is_plain or (is_code and not is_file)):
-        raise RequestError(
-            f"The body must be one feature block per line, not {text.strip()!r}. Write e.g. `ResNet50 --pooling max`."
-        )
+        way = "Write e.g. `ResNet50 --pooling max`."
+        raise RequestError(f"The body must be one feature block per line, not {text.strip()!r}. {way}")
     given, rest = options.WordParser(BLOCK_OPTIONS).read(words)
     return FeatureBlock.from_options(rest, {**defaults, **given})
 

@@ -1,7 +1,4 @@
-"""Store a result in a Parquet file that any reader can open, with its recipe and checksums in the metadata.
-
-The checksums cover the values, not the bytes, so a file rewritten by another tool stays valid.
-"""
+"""Store a result in a Parquet file that any reader can open, with its recipe and checksums in the metadata."""
 
 from __future__ import annotations
 
@@ -147,7 +144,7 @@ def damage_as(kind: Damage) -> Iterator[None]:
 
 
 def checksum(table: Any, names: Sequence[str]) -> str:
-    """Return the SHA-256 of columns' values, which a round trip through Parquet doesn't change."""
+    """Return the SHA-256 of columns' values, which other tools don't change when they rewrite the file."""
     hasher = hashlib.sha256()
     for name in names:
         for some in _bytes_of(table.column(name)):
