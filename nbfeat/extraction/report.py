@@ -77,8 +77,8 @@ def made_row(part: FeatureColumns, cached: int) -> Row:
     # The spec first: a user's file may have changed or gone since.
     size = part.network.spec.size if part.network else block.size or find(block.backbone).size
     name = part.network.prepared.weights.name if part.network and part.network.spec.backbone != NAME else ""
-    unnamed = {"bundled": " (bundled, small)", "": "", title_of(block): ""}
-    weights = unnamed.get(name, f" ({name} weights)")
+    words = {"bundled": " (bundled, small)", "": "", title_of(block): ""}
+    weights = words.get(name, f" ({name} weights)")
     steps = [f"{size} px {block.resize}", f"{title_of(block)}{alpha}{weights}"]
     if output:
         steps.append(f"{block.layer or 'end'} {'×'.join(map(str, output.shape))}")
