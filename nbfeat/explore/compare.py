@@ -23,7 +23,6 @@ from nbfeat.html import table, text_table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
 ROWS = 5000  # an SVM's training time grows quadratically: 5,000 rows take minutes, 20,000 take hours
 TIED_SHOWN = 3
 MANY = "0.5"  # gray, for all points if there are more networks than colors
@@ -224,11 +223,9 @@ class Comparison:
 
 
 def verdict(scores: pd.DataFrame, name: str, test_share: float) -> str:
-    """Say whether the first block leads significantly (5 %) by the corrected resampled t-test.
-
-    Folds share training rows, so their variance is corrected by `test_share`, test rows ÷ training rows (Nadeau and
-    Bengio, Inference for the generalization error, Machine Learning 52, 2003).
-    """
+    """Say whether the first block leads significantly (5 %) by the corrected resampled t-test."""
+    # Folds share training rows, so their variance is corrected by `test_share`, test rows ÷ training rows (Nadeau and
+    # Bengio, Inference for the generalization error, Machine Learning 52, 2003).
     from scipy.stats import t
 
     if len(scores) == 1:
@@ -265,7 +262,8 @@ def _matrices(result: Extraction) -> tuple[dict[str, NDArray[np.float32]], NDArr
     raw = {(part.block, part.column): part for part in before.parts}
     for part in learned:
         same = raw[replace(part.block, normalize="none", components=None), part.column]
-        if part.network and same.network and part.network.weights.sha256 != same.network.weights.sha256:
+        weights = {one.network.prepared.weights.sha256 for one in (part, same) if one.network}
+        if len(weights) > 1:
             name, prefix = part.block.backbone, part.prefix
             raise RequestError(f"The weights of {name} have changed since {prefix} was extracted. Extract it again.")
         found[part.prefix] = before[same.prefix].to_numpy()

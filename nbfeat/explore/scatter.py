@@ -134,7 +134,19 @@ class Scatter:
         Axes
             The axes that were drawn on.
         """
-        return self._draw(axes(ax, WIDTH, HEIGHT))
+        ax = axes(ax, WIDTH, HEIGHT)
+        look: dict[str, Any] = {"s": 18 if len(self.frame) > MANY_POINTS else 36, "linewidth": 0.3, "alpha": 0.85}
+        if self.color is None:
+            ax.scatter(self.frame["x"], self.frame["y"], **look)
+        elif self.classes is None:
+            self._draw_scale(ax, look)
+        else:
+            self._draw_classes(ax, self.classes, look)
+        ax.set_title(plain(self.title), loc="left", fontsize="medium")
+        ax.set(xlabel=self.names[0], ylabel=self.names[1])
+        if not any(self.names):
+            ax.set(xticks=[], yticks=[])
+        return ax
 
     def __repr__(self) -> str:
         by = "" if self.color is None else f" by {self.color}"
@@ -150,7 +162,7 @@ class Scatter:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")  # pyplot's would show twice
-        self._draw(figure.subplots())
+        self.plot(figure.subplots())
         picture, out = io.BytesIO(), io.BytesIO()
         figure.savefig(picture, format="png", dpi=DPI)
         if self.color is not None and self.classes is None:
@@ -158,20 +170,6 @@ class Scatter:
         with Image.open(picture) as image:
             image.convert("RGB").quantize(SHADES, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
         return out.getvalue()
-
-    def _draw(self, ax: Axes) -> Axes:
-        look: dict[str, Any] = {"s": 18 if len(self.frame) > MANY_POINTS else 36, "linewidth": 0.3, "alpha": 0.85}
-        if self.color is None:
-            ax.scatter(self.frame["x"], self.frame["y"], **look)
-        elif self.classes is None:
-            self._draw_scale(ax, look)
-        else:
-            self._draw_classes(ax, self.classes, look)
-        ax.set_title(plain(self.title), loc="left", fontsize="medium")
-        ax.set(xlabel=self.names[0], ylabel=self.names[1])
-        if not any(self.names):
-            ax.set(xticks=[], yticks=[])
-        return ax
 
     def _draw_classes(self, ax: Axes, classes: pd.Series[Any], look: dict[str, Any]) -> None:
         import seaborn as sns
@@ -238,7 +236,6 @@ def _places(points: NDArray[Any], method: Method) -> tuple[NDArray[Any], tuple[s
 
 def _classes(values: pd.Series[Any]) -> tuple[pd.Series[Any] | None, tuple[str, str]]:
     """Return each row's class as a categorical, None for a quantity; and the names of rare and of missing classes."""
-    import pandas as pd
     from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
     known = values.dropna()

@@ -49,7 +49,7 @@ class FeatureColumns:
     @property
     def output(self) -> Output | None:
         """The output of the network; None if no network was needed (empty frame)."""
-        return self.network.outputs[self.block.cut.key] if self.network else None
+        return self.network.prepared.outputs[self.block.cut.key] if self.network else None
 
     @property
     def raw_width(self) -> int:
@@ -79,20 +79,19 @@ class FeatureColumns:
         if self.repeats is not None:  # even if it ran on a different engine
             return replace(self.repeats, column=self.column)
         assert self.network is not None
-        fitted = self.normalizer or normalize.Normalizer()
+        weights, fitted = self.network.prepared.weights, self.normalizer or normalize.Normalizer()
         fields = self.network.cache_keys[self.block.cut.key].key_fields
-        return PartRecipe(self.block, self.column, self.prefix, self.raw_width, self.network.weights, fields, fitted)
+        return PartRecipe(self.block, self.column, self.prefix, self.raw_width, weights, fields, fitted)
 
     def make_room(self, images: int) -> None:
         """Allocate memory for the features of `images`, unless columns of the same source already did."""
         if self.network is not None and self.block.cut.key not in self.network.features:
             size, free = 4 * images * self.raw_width, free_bytes()
             if free is not None and size > SHARE * free:
-                raise RequestError(
-                    f"`{self.block}` gives {self.raw_width:,} features per image: {images:,} images take "
-                    f"{format_bytes(size)}, more than half of the {format_bytes(free)} of free memory. Use "
-                    "`pooling='avg'` or `pooling='max'`, cut at a later layer, or extract fewer rows."
-                )
+                problem = f"`{self.block}` gives {self.raw_width:,} features per image: {images:,} images take"
+                limit = f"{format_bytes(size)}, more than half of the {format_bytes(free)} of free memory"
+                way = "Use `pooling='avg'` or `pooling='max'`, cut at a later layer, or extract fewer rows."
+                raise RequestError(f"{problem} {limit}. {way}")
             self.network.features[self.block.cut.key] = np.full((images, self.raw_width), np.nan, np.float32)
 
     def raw(self, images: slice) -> NDArray[np.float32]:
@@ -126,10 +125,8 @@ def plan(blocks: Sequence[FeatureBlock], image_columns: Sequence[Hashable]) -> l
         for column in image_columns:
             prefix = column_prefix(block, find(block.backbone).column, str(column) if several else None)
             if prefix in planned:
-                raise RequestError(
-                    f"Two blocks would make the same columns {prefix}_0000 …: `{planned[prefix].block}` and `{block}`. "
-                    "Set a different `prefix` for one of them."
-                )
+                both = f"`{planned[prefix].block}` and `{block}`. Set a different `prefix` for one of them."
+                raise RequestError(f"Two blocks would make the same columns {prefix}_0000 …: {both}")
             planned[prefix] = FeatureColumns(block, column, prefix)
     return list(planned.values())
 
@@ -137,10 +134,9 @@ def plan(blocks: Sequence[FeatureBlock], image_columns: Sequence[Hashable]) -> l
 def plan_again(recipe: Recipe, image_columns: Sequence[Hashable]) -> list[FeatureColumns]:
     """Plan the columns of an earlier result, with `image_columns` instead of its own in the same order."""
     if len(image_columns) != len(recipe.columns):
-        raise RequestError(
-            f"{recipe.source} has features of {listing(map(str, recipe.columns))}, but `images` names "
-            f"{len(image_columns):,}. Name {len(recipe.columns):,} columns, in that order."
-        )
+        problem = f"{recipe.source} has features of {listing(map(str, recipe.columns))}, but `images` names"
+        way = f"Name {len(recipe.columns):,} columns, in that order."
+        raise RequestError(f"{problem} {len(image_columns):,}. {way}")
     now = dict(zip(recipe.columns, image_columns, strict=True))
     return [FeatureColumns(part.block, now[part.column], part.prefix, repeats=part) for part in recipe.parts]
 
@@ -156,20 +152,18 @@ def normalized(parts: Sequence[FeatureColumns], raw: Sequence[NDArray[np.float32
 
 def places(frame: pd.DataFrame, parts: Iterable[FeatureColumns | PartRecipe], *, replace: bool) -> list[list[int]]:
     """Return the positions that the columns of `parts` replace; `replace` includes columns that no block made."""
-    made = made_columns(frame)
-    return [_places(frame, set(made.get(part.prefix, ())), set(part.names), replace=replace) for part in parts]
-
-
-def _places(frame: pd.DataFrame, own: set[int], names: set[str], *, replace: bool) -> list[int]:
-    taken = {at for at, column in enumerate(frame.columns) if isinstance(column, str) and column in names} - own
-    if taken and not replace:
-        shown = listing(frame.columns[sorted(taken)[:SHOWN]])
-        more = f" and {len(taken) - SHOWN:,} more" if len(taken) > SHOWN else ""
-        raise RequestError(
-            f"The frame already has columns {shown}{more}, which this block didn't make. "
-            "Set a different `prefix`, or pass `replace=True` to overwrite them."
-        )
-    return sorted(own | taken)
+    made, found = made_columns(frame), []
+    for part in parts:
+        own, names = set(made.get(part.prefix, ())), set(part.names)
+        taken = {at for at, column in enumerate(frame.columns) if isinstance(column, str) and column in names} - own
+        if taken and not replace:
+            shown = listing(frame.columns[sorted(taken)[:SHOWN]])
+            more = f" and {len(taken) - SHOWN:,} more" if len(taken) > SHOWN else ""
+            problem = f"The frame already has columns {shown}{more}, which this block didn't make."
+            way = "Set a different `prefix`, or pass `replace=True` to overwrite them."
+            raise RequestError(f"{problem} {way}")
+        found.append(sorted(own | taken))
+    return found
 
 
 def made_columns(frame: pd.DataFrame) -> dict[str, list[int]]:

@@ -171,7 +171,7 @@ class Extraction(FeatureTable):
             pass
         return self
 
-    def like(self, frame: Frame, **options: Any) -> Extraction:
+    def like(self: FeatureTable, frame: Frame, **options: Any) -> Extraction:
         """Repeat this on another frame with the same blocks, precision and fitted normalization.
 
         Parameters
@@ -273,7 +273,7 @@ class Extraction(FeatureTable):
     def _coming(self) -> str:
         width = sum(len(part.names) for part in self.parts)
         size = format_bytes(4 * len(self.request.frame) * sum(part.raw_width for part in self.parts))
-        weights = listing(dict.fromkeys(network.weights.name for network in self._run.networks))
+        weights = listing(dict.fromkeys(network.prepared.weights.name for network in self._run.networks))
         matrix = f"{len(self.request.frame):,} rows × {width:,} columns ({size} {self._sink.place})"
         count = len(hosts(self.request.images)) if self.request.remote else 0
         fetched = f" · fetching images from {count:,} host{'s' if count > 1 else ''}" if count else ""
@@ -287,9 +287,8 @@ class Extraction(FeatureTable):
 
     def _check_finished(self) -> None:
         if self.state != "done":
-            raise ExtractionError(
-                f"This extraction isn't finished: {self.done:,} of {self.total:,} images. Call its `run()` first."
-            )
+            there = f"{self.done:,} of {self.total:,} images"
+            raise ExtractionError(f"This extraction isn't finished: {there}. Call its `run()` first.")
 
     @property
     def columns(self) -> list[str]:
@@ -316,22 +315,19 @@ class Extraction(FeatureTable):
         return {
             "blocks": [str(part.block) for part in self.parts],
             "images": [str(part.column) for part in self.parts],
-            "weights": [part.network.weights.sha256 if part.network else "" for part in self.parts],
+            "weights": [part.network.prepared.weights.sha256 if part.network else "" for part in self.parts],
             "engines": self.engines, "precision": self.precision, "numerics": NUMERICS,
             "versions": {name: isolation.version_of(name) for name in LIBRARIES},
         }  # fmt: skip
 
     def to_recipe(self, source: str = "the earlier result") -> Recipe:
         """Return `fitted`, called `source` in messages; raise RequestError if unfinished or without rows."""
+        problem = f"{source} can't be repeated:"
         if self.state != "done":
-            raise RequestError(
-                f"{source} can't be repeated: its state is {self.state!r}, {self.done:,} of {self.total:,} images. "
-                "Call its `run()` first."
-            )
+            there = f"its state is {self.state!r}, {self.done:,} of {self.total:,} images"
+            raise RequestError(f"{problem} {there}. Call its `run()` first.")
         if any(part.normalizer is None for part in self.parts):
-            raise RequestError(
-                f"{source} can't be repeated: its frame has no rows to fit on. Extract features of some images first."
-            )
+            raise RequestError(f"{problem} its frame has no rows to fit on. Extract features of some images first.")
         return Recipe(tuple(part.recipe for part in self.parts), self.recipe, source)
 
     @property
@@ -345,13 +341,14 @@ class Extraction(FeatureTable):
         count = self.progress.equal
         equal = [f"{count:,} images are identical to others and share their features."] if count else []
         written = [self.written.sentence] if self.written and finished else []
+        limit = f" · bottleneck: {bottleneck}" if (bottleneck := self.profile["bottleneck"]) else ""
         fitted = report.normalization_notes(self.parts, repeats=self.repeats, fit_rows=self.request.fit_count)
         return report.Report(
             headline=report.headline(subject, self._step(), self.timings.preparing),
             blocks=[report.made_row(part, self.cached) for part in self.parts] if finished else [],
             planned=[] if finished else [report.briefly(block) for block in self.blocks],
             total=self.total, failures=self.failures, notes=[*self.notes, *written, *equal, *fitted],
-            footer=report.footer(self.engines, self.precision, self.profile["bottleneck"]),
+            footer=f"{listing(self.engines) or 'no network was run'} · {self.precision}{limit}",
         )  # fmt: skip
 
     def before_normalization(self) -> Extraction:
@@ -376,8 +373,7 @@ class Extraction(FeatureTable):
         """Measure images per second of one of `parts`, from file to features, without the cache."""
         assert part.network is not None
         images = self.request.images_of(part.column)
-        good = np.flatnonzero(self.progress.ok[images])
-        some = [self.request.images[images.start + at] for at in good]
+        some = [self.request.images[images.start + at] for at in np.flatnonzero(self.progress.ok[images])]
         return images_per_second(part.network, part.block.cut.key, some, self.root, remote=self._run.remote)
 
     def images_in(self, column: Hashable) -> list[object]:

@@ -112,9 +112,8 @@ def block_called(prefix: str, prefixes: Collection[str]) -> str:
     """Return `prefix` if it is one of `prefixes`, or raise RequestError with similar ones."""
     if prefix in prefixes:
         return prefix
-    raise RequestError(
-        sentences(f"The result has no block {prefix!r}.", near(prefix, prefixes), f"Choose {listing(prefixes, 'or')}.")
-    )
+    problem, way = f"The result has no block {prefix!r}.", f"Choose {listing(prefixes, 'or')}."
+    raise RequestError(sentences(problem, near(prefix, prefixes), way))
 
 
 def failure_table(failures: Iterable[tuple[int, Hashable, str, str]], index: pd.Index) -> pd.DataFrame:

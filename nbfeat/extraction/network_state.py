@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbfeat import isolation
-from nbfeat.backbones.weights import Loaded
 from nbfeat.cache.database import Cache, CacheEntries
 from nbfeat.cache.keys import CacheKey
 from nbfeat.images import resize
 from nbfeat.inference.engines.base import Engine, Precision, Vectors
 from nbfeat.inference.prepared import PreparedNetwork
-from nbfeat.inference.spec import NUMERICS, Cut, NetworkSpec, Output
+from nbfeat.inference.spec import NUMERICS, NetworkSpec
 
 
 @dataclass(slots=True, eq=False)
@@ -38,7 +37,15 @@ class NetworkState:
     def set_precision(self, precision: Precision, engine: Engine | None = None) -> None:
         """Compute in `precision` from now on, with a running `engine` or one that is started later."""
         self.precision, self.engine = precision, engine
-        self.cache_keys = {cut.key: self._cache_key(cut) for cut in self.spec.cuts}
+        for cut in self.spec.cuts:
+            output, weights = self.prepared.outputs[cut.key], self.prepared.weights
+            self.cache_keys[cut.key] = CacheKey(
+                backbone=self.spec.backbone, alpha=self.spec.alpha, weights=weights.sha256, layer=cut.layer,
+                pooling=output.pooling, scaling=self.spec.scaling, size=self.pixels.size, resize=self.pixels.resize,
+                interpolation=self.pixels.interpolation, least_reduced=resize.LEAST_REDUCED, decoders=decoders(),
+                keras=isolation.version_of("keras"), engine=self.prepared.key_fields(precision), numerics=NUMERICS,
+                width=output.width, weights_name=weights.name,
+            )  # fmt: skip
 
     def start(self) -> Engine:
         """Return the engine; start it on the first call."""
@@ -77,26 +84,6 @@ class NetworkState:
         vectors = {key: cache.vectors(kept, [image]).get(image) for key, kept in self.cache_keys.items()}
         return None if any(vector is None for vector in vectors.values()) else cast("Vectors", vectors)
 
-    @property
-    def outputs(self) -> dict[str, Output]:
-        """Output of each cut."""
-        return self.prepared.outputs
-
-    @property
-    def weights(self) -> Loaded:
-        """The loaded weights."""
-        return self.prepared.weights
-
-    def _cache_key(self, cut: Cut) -> CacheKey:
-        output = self.outputs[cut.key]
-        return CacheKey(
-            backbone=self.spec.backbone, alpha=self.spec.alpha, weights=self.weights.sha256, layer=cut.layer,
-            pooling=output.pooling, scaling=self.spec.scaling, size=self.pixels.size, resize=self.pixels.resize,
-            interpolation=self.pixels.interpolation, least_reduced=resize.LEAST_REDUCED, decoders=decoders(),
-            keras=isolation.version_of("keras"), engine=self.prepared.key_fields(self.precision), numerics=NUMERICS,
-            width=output.width, weights_name=self.weights.name,
-        )  # fmt: skip
-
 
 def decoders() -> str:
     """Return the decoders with versions, since others may give different pixels or read other files."""
@@ -122,14 +109,10 @@ class Batch:
         return bool(self.rows or self.failures or self.equal or self.files or self.undecodable)
 
     def beside(self, settled: Batch) -> Batch:
-        """Return this batch with the findings in `settled`."""
-        self.failures, self.equal = settled.failures, settled.equal
-        self.files, self.undecodable = settled.files, settled.undecodable
+        """Return this batch with the findings in `settled`, which it empties."""
+        self.failures, self.equal, settled.failures, settled.equal = settled.failures, settled.equal, {}, {}
+        self.files, self.undecodable, settled.files, settled.undecodable = settled.files, settled.undecodable, {}, {}
         return self
-
-    def clear(self) -> None:
-        """Clear the findings."""
-        self.failures, self.equal, self.files, self.undecodable = {}, {}, {}, {}
 
     @property
     def news(self) -> CacheEntries:

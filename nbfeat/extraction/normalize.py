@@ -112,14 +112,12 @@ class Learner:
 def check(block: FeatureBlock, width: int, count: int) -> None:
     """Raise RequestError if `count` rows of features of that `width` are too few for what `block` fits."""
     if not count:
-        raise RequestError(
-            f"`{block}` can't be fitted: none of the rows to fit on has features. Select other rows with `fit_on`."
-        )
+        problem = f"`{block}` can't be fitted: none of the rows to fit on has features."
+        raise RequestError(f"{problem} Select other rows with `fit_on`.")
     if (block.components or 0) > (most := min(count, width)):
-        raise RequestError(
-            f"`components={block.components}` is too many for {width:,} features of {block.backbone} and {count:,} "
-            f"rows to fit on. Use `components={most}` or fewer."
-        )
+        there = f"{width:,} features of {block.backbone} and {count:,} rows to fit on"
+        way = f"Use `components={most}` or fewer."
+        raise RequestError(f"`components={block.components}` is too many for {there}. {way}")
 
 
 def _f32(values: Rows) -> Rows:

@@ -60,9 +60,8 @@ def one_of(choices: Sequence[str], what: str, value: str) -> str:
     """Return `value` if it is one of `choices`, or raise RequestError that names the option `what`."""
     if value in choices:
         return value
-    raise RequestError(
-        sentences(f"`{what}` must be {listing(choices, 'or')}, not {value!r}.", near(str(value), choices))
-    )
+    problem = f"`{what}` must be {listing(choices, 'or')}, not {value!r}."
+    raise RequestError(sentences(problem, near(str(value), choices)))
 
 
 BLOCK_OPTIONS: tuple[Option, ...] = (
@@ -153,18 +152,14 @@ def split_words(text: str) -> list[str]:
     try:
         return list(lexer)
     except ValueError as error:
-        raise RequestError(
-            f"Unclosed quotation mark in {text.strip()!r}. Close it, or write a word that contains one in quotation "
-            "marks of the other kind."
-        ) from error
+        way = "Close it, or write a word that contains one in quotation marks of the other kind."
+        raise RequestError(f"Unclosed quotation mark in {text.strip()!r}. {way}") from error
 
 
 def without_comment(text: str) -> str:
     """Remove a comment: a ``#`` at the start of a word and everything after it."""
-    before = re.match(
-        r"""(?:'[^']*'|"[^"]*"|(?<=\S)#|[^#])*""", text
-    )  # quoted text, a # in a word, or other characters
-    return before[0] if before else text
+    # Quoted text, a # in a word, or other characters.
+    return str(re.findall(r"""(?:'[^']*'|"[^"]*"|(?<=\S)#|[^#])*""", text)[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,9 +225,8 @@ class FeatureBlock:
             if (value := getattr(self, option.name)) is not None:
                 object.__setattr__(self, option.name, option.check(value))
         if self.normalize == "whiten" and self.components is None:
-            raise RequestError(
-                "`normalize='whiten'` needs `components=N`: without a limit, new images get values in the millions."
-            )
+            why = "without a limit, new images get values in the millions"
+            raise RequestError(f"`normalize='whiten'` needs `components=N`: {why}.")
 
     @classmethod
     def parse(cls, text: str, defaults: Mapping[str, Any] | None = None) -> tuple[Self, ...]:

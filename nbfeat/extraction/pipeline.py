@@ -81,22 +81,19 @@ class BatchQueue:
             if len(self._found) == SETTLED_AT_ONCE:
                 yield self._recalled()
         elif self.network.pixels in item.pixels and not self.network.done[item.row]:
-            self._add(item)
-            if self.engine is not None and self.engine.is_full:
+            if self.engine is None:
+                start = time.perf_counter()
+                self.engine = self.network.start()
+                self.timings.preparing += time.perf_counter() - start
+            if self._buffer is None:
+                self._buffer = self.engine.buffer()
+            self._buffer[len(self._batch.rows)] = item.pixels[self.network.pixels]
+            self._batch.rows.append(item.row)
+            self._batch.images.append(item.image)
+            if len(self._batch.rows) == self.engine.batch_size:
+                self.submit()
+            if self.engine.is_full:
                 yield self._collect()
-
-    def _add(self, item: Item) -> None:
-        if self.engine is None:
-            start = time.perf_counter()
-            self.engine = self.network.start()
-            self.timings.preparing += time.perf_counter() - start
-        if self._buffer is None:
-            self._buffer = self.engine.buffer()
-        self._buffer[len(self._batch.rows)] = item.pixels[self.network.pixels]
-        self._batch.rows.append(item.row)
-        self._batch.images.append(item.image)
-        if len(self._batch.rows) == self.engine.batch_size:
-            self.submit()
 
     def submit(self) -> None:
         """Start the network on the current batch."""
@@ -162,7 +159,6 @@ class Pipeline:
         try:
             for batch in self._batches(self._items(executor, rows, ahead), queues, settled):
                 yield batch.beside(settled)
-                settled.clear()
         finally:
             if self._fetch:
                 self._fetch.close()  # so that no thread keeps waiting for a server
@@ -223,27 +219,23 @@ class Pipeline:
             item.equal_to = first
             return
         item.reason = self.cache.failures([item.image]).get(item.image, "")
-        specs = [] if item.reason else self._lacking(item)
-        if not specs:
-            return
-        start = time.perf_counter()
-        try:
-            item.pixels = dict(zip(specs, pixels_of(source, specs), strict=True))
-        except ImageError as error:
-            item.reason = str(error)
-            item.is_lasting = is_permanent(source, item.reason)
-        item.decoding = time.perf_counter() - start
-
-    def _lacking(self, item: Item) -> list[PixelSpec]:
-        specs: dict[PixelSpec, None] = {}
+        specs: dict[PixelSpec, None] = {}  # of the networks that lack its features
         for number, network in enumerate(self.networks):
-            if network.done[item.row]:
+            if item.reason or network.done[item.row]:
                 continue
             if vectors := network.recalled(item.image, self.cache):
                 item.cached[number] = vectors
             else:
                 specs[network.pixels] = None
-        return list(specs)
+        if not specs:
+            return
+        start = time.perf_counter()
+        try:
+            item.pixels = dict(zip(specs, pixels_of(source, list(specs)), strict=True))
+        except ImageError as error:
+            item.reason = str(error)
+            item.is_lasting = is_permanent(source, item.reason)
+        item.decoding = time.perf_counter() - start
 
 
 def images_per_second(

@@ -53,24 +53,18 @@ def executor_for(on: str | None, images: Sequence[object], networks: Sequence[tu
     if importlib.util.find_spec("ray") is None:
         raise RequestError("`on='ray'` needs Ray Data, which isn't installed: pip install 'nbfeat[ray]'.")
     if title := next((spec.network.title for spec, _ in networks if spec.network.package == "registered"), None):
-        raise RequestError(
-            f"{title} is built by a function in this process, which workers don't have. Save it as a .keras file that "
-            "all machines can read and use its path, or drop `on`."
-        )
+        way = "Save it as a .keras file that all machines can read and use its path, or drop `on`."
+        raise RequestError(f"{title} is built by a function in this process, which workers don't have. {way}")
     size = 0
     for image in map(sources.held, images):
         if (is_file := hasattr(image, "read")) or isinstance(image, (Image.Image, np.ndarray)):
             what = "an open file" if is_file else sources.name_of(image).strip("<>")
-            raise RequestError(
-                f"Only paths and bytes can be sent to workers, not {what}. Save the images as files that all machines "
-                "can read and use their paths, or drop `on`."
-            )
+            way = "Save the images as files that all machines can read and use their paths, or drop `on`."
+            raise RequestError(f"Only paths and bytes can be sent to workers, not {what}. {way}")
         size += len(image) if isinstance(image, (bytes, bytearray, memoryview)) else 0
     if size > MOST_BYTES:
-        raise RequestError(
-            f"{format_bytes(size)} of images can't be sent to workers: the limit is {format_bytes(MOST_BYTES)}. Save "
-            "them as files that all machines can read, and use their paths."
-        )
+        problem = f"{format_bytes(size)} of images can't be sent to workers: the limit is {format_bytes(MOST_BYTES)}."
+        raise RequestError(f"{problem} Save them as files that all machines can read, and use their paths.")
     return RayExecutor()
 
 
@@ -178,9 +172,8 @@ class RayExecutor(ExitStack):
                 for batch in batches:
                     yield from batch["item"]
         except (self._ray.exceptions.RayError, RuntimeError, OSError) as error:
-            raise NetworkError(
-                f"The Ray cluster failed: {_line(error)}. Run it again to resume, or drop `on`."
-            ) from error
+            way = "Run it again to resume, or drop `on`."
+            raise NetworkError(f"The Ray cluster failed: {_line(error)}. {way}") from error
 
 
 def address_of_cluster() -> str | None:
@@ -238,7 +231,7 @@ def _cells(run: Run, rows: Sequence[int]) -> tuple[dict[int, tuple[str | bytes, 
 
 
 def _tables(run: Run, cells: Mapping[int, tuple[str | bytes, bytes]], share: Share) -> Iterator[Table]:
-    width = sum(output.width for network in run.networks for output in network.outputs.values())
+    width = sum(output.width for network in run.networks for output in network.prepared.outputs.values())
     most = min(FETCHED_AT_ONCE if run.remote else ROWS_AT_ONCE, BYTES_AT_ONCE // (4 * width))
     count = max(1, min(max(FEWEST_AT_ONCE, len(cells) // (ROUNDS * share.workers)), most))
     rows = list(cells)

@@ -56,14 +56,14 @@ class PartRecipe:
     def difference(self, network: NetworkState) -> str:
         """Say why `network` would give different features; empty if it wouldn't."""
         key = self.block.cut.key
-        here = {**network.cache_keys[key].key_fields, "width": network.outputs[key].width}
+        here = {**network.cache_keys[key].key_fields, "width": network.prepared.outputs[key].width}
         there = {**self.key_fields, "width": self.width}
         for name in sorted({*here, *there} - SLIGHT):
             if there.get(name) == here.get(name):
                 continue
             was, now = _shown(there.get(name)), _shown(here.get(name))
             if name == "weights":
-                was, now = f"{self.weights.name} ({was})", f"{network.weights.name} ({now})"
+                was, now = f"{self.weights.name} ({was})", f"{network.prepared.weights.name} ({now})"
             return f"{self.prefix} was made with {name.replace('_', ' ')} {was}, but now has {now}"
         return ""
 
@@ -134,10 +134,8 @@ def to_repeat(
     if fit_on is not None:
         raise RequestError(f"`like` uses the fitted normalization of {recipe.source}: drop `fit_on`.")
     if precision not in {"auto", recipe.precision}:
-        raise RequestError(
-            f"{recipe.source} was computed in {recipe.precision} and would give different features in {precision}: "
-            "drop `precision`, or extract both frames again."
-        )
+        problem = f"was computed in {recipe.precision} and would give different features in {precision}"
+        raise RequestError(f"{recipe.source} {problem}: drop `precision`, or extract both frames again.")
     return recipe
 
 
@@ -152,10 +150,9 @@ def recipe_of(like: object) -> Recipe:
         return unpack(dataset.finished(location)[0].recipe, location.name)[0]
     if is_result(like):
         return cast("Recipe", like.fitted)
-    raise RequestError(
-        f"`like` must be a result of nbfeat or the path of a Parquet file that it wrote, not {type(like).__name__}. "
-        "Save a result with `result = %extract …` or `result = nbfeat.extract(…)`."
-    )
+    what = f"a result of nbfeat or the path of a Parquet file that it wrote, not {type(like).__name__}"
+    way = "Save a result with `result = %extract …` or `result = nbfeat.extract(…)`."
+    raise RequestError(f"`like` must be {what}. {way}")
 
 
 def is_result(value: object) -> TypeGuard[Any]:
@@ -187,10 +184,8 @@ def check_columns(file: Path, recipe: Recipe, columns: Sequence[str]) -> None:
     for part in recipe.parts:
         width = part.block.components or part.width  # untrusted, so compare before making that many names
         if width > len(columns) or any(counts[name] != 1 for name in part.names):
-            raise RequestError(
-                f"{file.name} doesn't have the {width:,} columns {part.prefix}_0000 … that its recipe lists: it was "
-                f"changed after nbfeat wrote it. {AGAIN}"
-            )
+            problem = f"{file.name} doesn't have the {width:,} columns {part.prefix}_0000 … that its recipe lists"
+            raise RequestError(f"{problem}: it was changed after nbfeat wrote it. {AGAIN}")
 
 
 class UnreadableError(ValueError):

@@ -76,7 +76,10 @@ def made_row(part: FeatureColumns, cached: int) -> Row:
     alpha = "" if block.alpha is None else f" {block.alpha:g}"
     # The spec first: a user's file may have changed or gone since.
     size = part.network.spec.size if part.network else block.size or find(block.backbone).size
-    steps = [f"{size} px {block.resize}", f"{title_of(block)}{alpha}{_weights(part)}"]
+    name = part.network.prepared.weights.name if part.network and part.network.spec.backbone != NAME else ""
+    words = {"bundled": " (bundled, small)", "": "", title_of(block): ""}
+    weights = words.get(name, f" ({name} weights)")
+    steps = [f"{size} px {block.resize}", f"{title_of(block)}{alpha}{weights}"]
     if output:
         steps.append(f"{block.layer or 'end'} {'×'.join(map(str, output.shape))}")
         steps += [_POOLED[output.pooling]] if output.pooling else []
@@ -104,13 +107,6 @@ def title_of(block: FeatureBlock) -> str:
 def briefly(block: FeatureBlock) -> str:
     """Write a block as text, but a file without its folders."""
     return str(block).replace(quoted(block.backbone), quoted(title_of(block)), 1)
-
-
-def _weights(part: FeatureColumns) -> str:
-    name = part.network.weights.name if part.network and part.network.spec.backbone != NAME else ""
-    if name == title_of(part.block):
-        return ""
-    return " (bundled, small)" if name == "bundled" else f" ({name} weights)" if name else ""
 
 
 def normalization_notes(parts: Sequence[FeatureColumns], *, repeats: Recipe | None, fit_rows: int | None) -> list[str]:
@@ -151,12 +147,6 @@ def headline(subject: str, step: Step, preparing: float) -> str:
 def pace(rate: float) -> str:
     """Write images per second, with two digits for slow networks."""
     return f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s"
-
-
-def footer(engines: Sequence[str], precision: str, bottleneck: str | None) -> str:
-    """Name the engines, the precision and the bottleneck."""
-    limit = f" · bottleneck: {bottleneck}" if bottleneck else ""
-    return f"{listing(engines) or 'no network was run'} · {precision}{limit}"
 
 
 def indented(text: str) -> str:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from ray.data import Dataset
 
-
 Blocks = str | FeatureBlock | Sequence[str | FeatureBlock]
 Frame: TypeAlias = "pd.DataFrame | str | Path | Dataset"
 _QUERY = "Compare a column with a value, as in \"split == 'train'\"."
@@ -104,11 +103,9 @@ def read_blocks(blocks: Sequence[Blocks], defaults: Mapping[str, Any]) -> list[F
         elif isinstance(block, Sequence):
             found += read_blocks(block, defaults)
         else:
-            raise RequestError(
-                f"A block must be text like 'ResNet50 --pooling max' or a FeatureBlock, not {type(block).__name__}."
-            )
-    if not found:
-        found += FeatureBlock.from_options([], defaults)
+            kind = type(block).__name__
+            raise RequestError(f"A block must be text like 'ResNet50 --pooling max' or a FeatureBlock, not {kind}.")
+    found = found or [*FeatureBlock.from_options([], defaults)]
     # Use the catalog's spelling, so that equal blocks compare equal.
     return [replace(block, backbone=find(block.backbone).name) for block in found]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePath
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,6 @@ from nbfeat.extraction.columns import attach, places
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.feature_table import FeatureTable, failure_table
 from nbfeat.extraction.recipe import check_columns, existing_file, recipe_in, unpack
-from nbfeat.extraction.request import Frame
 from nbfeat.images.sources import is_missing, name_of
 from nbfeat.parquet import dataset, result_file
 from nbfeat.parquet.location import Location
@@ -24,22 +22,7 @@ from nbfeat.parquet.result_file import AGAIN
 class Result(FeatureTable):
     """A finished extraction that `nbfeat.read` has read from Parquet: its features, failures and recipe."""
 
-    def like(self, frame: Frame, **options: Any) -> Extraction:
-        """Repeat this on another frame with the same blocks, precision and fitted normalization.
-
-        Parameters
-        ----------
-        frame : DataFrame, str, Path or ray.data.Dataset
-            Frame of other images; the features get the same column names.
-        **options
-            Other parameters of Extraction, e.g. ``root``, or ``images`` if the column has a different name.
-
-        Returns
-        -------
-        Extraction
-            Finished.
-        """
-        return Extraction(frame, like=self, **options).run()
+    like = Extraction.like
 
     def _report(self) -> report.Report:
         width, rows, source = len(self.columns), len(self.frame), self.fitted.source

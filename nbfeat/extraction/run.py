@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +61,9 @@ class Run:
 
     @contextmanager
     def caching(self) -> Iterator[None]:
-        """Open the cache, and close it on exit."""
-        if not self.uses_cache:
-            yield
-            return
-        self.cache = Cache.at_home(f"{decoders()}, {codecs()}")
+        """Open the cache, if it is used, and close it on exit."""
+        if self.uses_cache:
+            self.cache = Cache.at_home(f"{decoders()}, {codecs()}")
         try:
             yield
         finally:
@@ -109,7 +107,7 @@ class Run:
 
     def close_window(self, coming: Collection[int] = ()) -> None:
         """Free the features, except a few, shared ones first, because images of the `coming` window may share them."""
-        each = sum(4 * output.width for network in self.networks for output in network.outputs.values())
+        each = sum(4 * output.width for network in self.networks for output in network.prepared.outputs.values())
         rows = [row for row in self.seen.values() if row not in coming and not self.progress.is_open(row)]
         rows.sort(key=lambda row: (row in self._sources, row), reverse=True)
         kept = set(rows[: CARRIED // max(1, each)])
@@ -260,20 +258,17 @@ class Progress:
             self._finish(rows[self._lacking[rows] == 0])
         for row, first in batch.equal.items():
             self._waiting.setdefault(first, []).append(row)
-        return self._shared(dict.fromkeys([*batch.rows, *batch.failures, *batch.equal.values()]))
-
-    def _shared(self, firsts: Iterable[int]) -> list[tuple[int, int]]:
         shared = []
-        for first in firsts:
-            if self._lacking[first] or not (rows := self._waiting.pop(first, [])):
+        for first in dict.fromkeys([*batch.rows, *batch.failures, *batch.equal.values()]):
+            if self._lacking[first] or not (waiting := self._waiting.pop(first, [])):
                 continue
             if first in self.reasons:
-                for row in rows:
+                for row in waiting:
                     self._fail(row, self.reasons[first])
                 continue
-            self._lacking[rows], self._computed[rows] = 0, self._computed[first]
-            self._finish(np.array(rows))
-            shared += [(row, first) for row in rows]
+            self._lacking[waiting], self._computed[waiting] = 0, self._computed[first]
+            self._finish(np.array(waiting))
+            shared += [(row, first) for row in waiting]
         self.equal += len(shared)
         return shared
 
@@ -303,16 +298,9 @@ def cache_lookup(
             yield Batch(failures=failures)
         for network in networks:
             left = {row: image for row, image in known.items() if not (row in failures or network.done[row])}
-            if (batch := _found(network, left, cache)).rows:
-                yield batch
-
-
-def _found(network: NetworkState, images: dict[int, bytes], cache: Cache) -> Batch:
-    wanted = set(images.values())
-    found = {key: cache.vectors(kept, wanted) for key, kept in network.cache_keys.items()}
-    whole = {image for image in wanted if all(image in vectors for vectors in found.values())}
-    rows = [row for row, image in images.items() if image in whole]
-    if not rows:
-        return Batch(network)
-    vectors = {key: np.stack([vectors[images[row]] for row in rows]) for key, vectors in found.items()}
-    return Batch(network, rows, vectors=vectors, cached=True)
+            wanted = set(left.values())
+            found = {key: cache.vectors(kept, wanted) for key, kept in network.cache_keys.items()}
+            whole = {image for image in wanted if all(image in vectors for vectors in found.values())}
+            if cached := [row for row, image in left.items() if image in whole]:
+                stacks = {key: np.stack([vectors[left[row]] for row in cached]) for key, vectors in found.items()}
+                yield Batch(network, cached, vectors=stacks, cached=True)

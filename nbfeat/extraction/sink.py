@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,21 +40,13 @@ class MemorySink:
     place = "of memory"  # where the features are, for messages
     kept_words = "from the cache"  # where existing features come from
     kept = 0  # number of images whose features it saves for another run
+    held = nullcontext  # locks nothing: memory isn't shared
+    frame: pd.DataFrame  # the given columns, then the features, once finished
 
     def __init__(self, run: Run, request: Request) -> None:
         self._run, self._request, self._parts = run, request, request.parts
-        self._frame: pd.DataFrame | None = None
         self._is_spoiled = False  # whether raw features may be lost
-
-    @property
-    def frame(self) -> pd.DataFrame:
-        """The given columns, then the features."""
-        assert self._frame is not None
-        return self._frame
-
-    def held(self) -> AbstractContextManager[None]:
-        """Lock nothing: memory isn't shared."""
-        return nullcontext()
+        self._is_attached = False
 
     def make_room(self) -> None:
         """Allocate memory for all features."""
@@ -66,15 +58,15 @@ class MemorySink:
         if self._is_spoiled:
             self._run.forget()
             self._is_spoiled = False
-        if self._frame is None:  # else interrupted at the very end
+        if not self._is_attached:  # else interrupted at the very end
             yield from self._run.batches()
 
     def finish(self) -> None:
         """Normalize the features and attach the columns."""
         with self._run.timings.while_attaching():
-            if self._frame is None:
-                frame = self._attached()
-                self._is_spoiled, self._frame = False, frame
+            if not self._is_attached:
+                self.frame = self._attached()
+                self._is_spoiled, self._is_attached = False, True
         for network in self._run.networks:
             network.features.clear()  # frees those that no part uses
 
@@ -138,7 +130,11 @@ class DatasetSink:
         with self._location.held():
             self._dataset.survey()
             if (recipe := self._recipe()) and not self._run.networks:
-                self._obey(recipe)
+                if self._run.precision in {"auto", recipe.precision}:
+                    pairs = zip(self._parts, recipe.parts, strict=True)
+                    self._run.repeat({part.network_index: made.precision for part, made in pairs})
+                else:
+                    self._dataset.refuse(f"they were computed in {recipe.precision}, not {self._run.precision}")
             yield
 
     def _recipe(self) -> Recipe | None:
@@ -146,13 +142,6 @@ class DatasetSink:
         if first and first.recipe != self._read[0]:  # it may be large, so read it once
             self._read = first.recipe, unpack(first.recipe, self._location.name)[0]
         return self._read[1] if first else None
-
-    def _obey(self, recipe: Recipe) -> None:
-        if self._run.precision not in {"auto", recipe.precision}:
-            self._dataset.refuse(f"they were computed in {recipe.precision}, not {self._run.precision}")
-            return
-        pairs = zip(self._parts, recipe.parts, strict=True)
-        self._run.repeat({part.network_index: made.precision for part, made in pairs})
 
     @property
     def kept(self) -> int:
@@ -170,9 +159,8 @@ class DatasetSink:
     @property
     def frame(self) -> pd.DataFrame:
         """Raises ExtractionError: the frame isn't in memory."""
-        raise ExtractionError(
-            f"The features are in {self.address}, not in memory. Read them with `nbfeat.read({self.address!r})`."
-        )
+        way = f"Read them with `nbfeat.read({self.address!r})`."
+        raise ExtractionError(f"The features are in {self.address}, not in memory. {way}")
 
     def make_room(self) -> None:
         """Do nothing: each part allocates its own memory."""
@@ -206,13 +194,19 @@ class DatasetSink:
             self._dataset.chunk = rows_together(widths, batch, on_cluster=self._run.executor.starts_workers)
         with self._explained():
             self._dataset.begin()
-        self._take_normalizers(recipe)
+        if recipe and self._dataset.parts:  # use the normalizers that these were written with
+            for part, made in zip(self._parts, recipe.parts, strict=True):
+                part.normalizer = made.normalizer
+        else:
+            for part in self._parts:
+                if part.repeats or not part.block.is_learned:  # which needs no fitting
+                    part.learn(np.empty((1, part.raw_width), np.float32), np.ones(1, bool))
         self._described, self._packed = self._describe(), {}
         reasons: dict[int, str] = {}
-        for number, part in self._dataset.there.items():
+        for number, file in self._dataset.there.items():
             start = self._dataset.rows(number).start
             places = {str(column): at * self._rows + start for at, column in enumerate(self._columns)}
-            reasons |= {places[one.column] + one.position: one.reason for one in part.failures}
+            reasons |= {places[one.column] + one.position: one.reason for one in file.failures}
         if there := [self._images(number) for number in self._dataset.there]:
             self._run.finished_before(np.concatenate(there), reasons)
 
@@ -223,16 +217,6 @@ class DatasetSink:
             self._dataset.refuse(difference)
         elif not any(part.repeats for part in self._parts):  # for which it was already reported
             self._run.note(recipe.check(networks))
-
-    def _take_normalizers(self, recipe: Recipe | None) -> None:
-        """Use normalizers that existing files were written with, or that need no fitting."""
-        if recipe and self._dataset.parts:
-            for part, made in zip(self._parts, recipe.parts, strict=True):
-                part.normalizer = made.normalizer
-            return
-        for part in self._parts:
-            if part.repeats or not part.block.is_learned:
-                part.learn(np.empty((1, part.raw_width), np.float32), np.ones(1, bool))
 
     def _images(self, number: int) -> NDArray[np.int64]:
         rows = np.array(self._dataset.rows(number), np.int64)
@@ -312,10 +296,8 @@ class DatasetSink:
             yield
         except OSError as error:
             there = f"{len(self._dataset.there):,} of {self._dataset.count:,} files are finished"
-            raise ExtractionError(
-                f"{self.address} can't be written: {error.strerror or error}. {there}: free some space there, then run "
-                "it again to resume."
-            ) from error
+            way = f"{there}: free some space there, then run it again to resume."
+            raise ExtractionError(f"{self.address} can't be written: {error.strerror or error}. {way}") from error
 
 
 def rows_together(widths: Iterable[int], batch: int, *, on_cluster: bool = False) -> int:

@@ -17,18 +17,9 @@ from nbfeat.backbones.catalog import CATALOG, find
 from nbfeat.backbones.user_models import SUFFIXES
 from nbfeat.cache.storage import KINDS
 from nbfeat.errors import NbfeatError, RequestError, listing, near, sentences
+from nbfeat.extraction import options
 from nbfeat.extraction.extraction import Extraction
-from nbfeat.extraction.options import (
-    BLOCK_OPTIONS,
-    OPTIONS,
-    RUN_OPTIONS,
-    FeatureBlock,
-    Option,
-    WordParser,
-    quoted,
-    split_words,
-    without_comment,
-)
+from nbfeat.extraction.options import BLOCK_OPTIONS, OPTIONS, RUN_OPTIONS, FeatureBlock, quoted, split_words
 from nbfeat.extraction.recipe import Recipe, is_result, recipe_of
 from nbfeat.extraction.request import check_frame
 from nbfeat.inference.layers import layer_names
@@ -68,11 +59,9 @@ class Request:
 
 
 def read(line: str, body: str | None, defaults: Mapping[str, Any]) -> Request | None:
-    """Read the words after ``%extract`` and the body of ``%%extract``; return None if help was requested.
-
-    A block's own line overrides the first line, which overrides `defaults` (``%config ExtractMagics``).
-    """
-    given, words = WordParser(OPTIONS).read(words_of(line))
+    """Read the words after ``%extract`` and the body of ``%%extract``; return None if help was requested."""
+    # A block's own line overrides the first line, which overrides `defaults` (``%config ExtractMagics``).
+    given, words = options.WordParser(OPTIONS).read(words_of(line))
     if given.get("help"):
         return None
     if not words:
@@ -112,10 +101,9 @@ def _read_line(text: str, defaults: Mapping[str, Any]) -> tuple[FeatureBlock, ..
     is_code = bool(re.search(r"[()\[\]{}=:;]", first)) or first in {"import", "from", "def", "for", "print"}
     second_is_plain = bool(others) and not others[0].startswith("-")
     if not first.startswith("-") and (second_is_plain or (is_code and not is_file)):
-        raise RequestError(
-            f"The body must be one feature block per line, not {text.strip()!r}. Write e.g. `ResNet50 --pooling max`."
-        )
-    given, rest = WordParser(BLOCK_OPTIONS).read(words)
+        way = "Write e.g. `ResNet50 --pooling max`."
+        raise RequestError(f"The body must be one feature block per line, not {text.strip()!r}. {way}")
+    given, rest = options.WordParser(BLOCK_OPTIONS).read(words)
     return FeatureBlock.from_options(rest, {**defaults, **given})
 
 
@@ -133,7 +121,7 @@ def _unsilenced(text: str) -> str:
     """Remove a final semicolon, which only silences the output."""
     lines = text.splitlines(keepends=True)
     for number in reversed(range(len(lines))):
-        if words := without_comment(lines[number]).rstrip():
+        if words := options.without_comment(lines[number]).rstrip():
             if words.endswith(";"):
                 lines[number] = words.removesuffix(";") + lines[number][len(words) :]
             break
@@ -184,9 +172,9 @@ def usage() -> str:
         "  %extract others --like result",
         "",
     ]
-    for head, options in (("Options of a feature block", BLOCK_OPTIONS), ("Options of the run", RUN_OPTIONS)):
+    for head, table in (("Options of a feature block", BLOCK_OPTIONS), ("Options of the run", RUN_OPTIONS)):
         lines.append(f"{head}:")
-        for option in options:
+        for option in table:
             choices = f" ({', '.join(option.choices)})" if option.choices else ""
             default = f" [{option.default}]" if option.default else ""
             spelling = ", ".join(option.flags) + ("" if option.switch else f" {option.metavar}")
@@ -281,7 +269,7 @@ def candidates(cell: str, line: int, before: str, names: Mapping[str, Any]) -> l
     return flags if plain > (not in_body) else [*CATALOG, *flags]
 
 
-def _values_of(option: Option, words: list[str], first: list[str], names: Mapping[str, Any]) -> list[str]:
+def _values_of(option: options.Option, words: list[str], first: list[str], names: Mapping[str, Any]) -> list[str]:
     if option.choices:
         return list(option.choices)
     if option.name == "images" and first and first[0] in (frames := frames_in(names)):

@@ -86,10 +86,8 @@ class Job:
         self._notify()
 
     def wait(self, seconds: float | None = None, *, bind: bool = False) -> bool:
-        """Wait until the job has ended and return whether it has.
-
-        With `bind`, the caller assigns the result: a cell would otherwise wait forever for its own end.
-        """
+        """Wait until the job has ended and return whether it has; with `bind`, the caller assigns the result."""
+        # Otherwise, a cell would wait forever for its own end.
         if not bind:
             return not self.state.is_busy or self._ended.wait(seconds)
         if self.state.is_busy and self._worked.wait(seconds):

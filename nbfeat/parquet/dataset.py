@@ -135,10 +135,8 @@ class Dataset:
     def refuse(self, difference: str) -> None:
         """Raise RequestError about the existing dataset, or replace it if requested."""
         if not self._starts_over:
-            raise RequestError(
-                f"{self.location.address} was written for a different request: {difference}. Write to another folder, "
-                "or replace this one with `replace=True`."
-            )
+            way = "Write to another folder, or replace this one with `replace=True`."
+            raise RequestError(f"{self.location.address} was written for a different request: {difference}. {way}")
         self._forget([*self._useless, *self._names], replaces=True)
 
     def begin(self) -> None:
@@ -167,11 +165,8 @@ class Dataset:
         schema = pa.schema([(name, array.type) for name, array in arrays.items()], own.schema.metadata)
         table = pa.Table.from_arrays(list(arrays.values()), schema=schema)
         part = {**self._manifest, "number": number, "failures": failures}
-        is_whole = number == 0 or len(recipe) < LARGEST_COPY
-        entries = {
-            RECIPE: recipe.encode() if is_whole else _reference(recipe).encode(),
-            PART: json.dumps(part).encode(),
-        }
+        copy = recipe if number == 0 or len(recipe) < LARGEST_COPY else _reference(recipe)
+        entries = {RECIPE: copy.encode(), PART: json.dumps(part).encode()}
         made = Part(number, self._manifest, recipe, failures, table.num_rows)
         with self.location.writing(made.name) as sink:
             result_file.write_table(sink, table, entries, [[prefix] for prefix in matrices])
@@ -330,10 +325,8 @@ def _some(names: Sequence[str]) -> list[str]:
 
 
 def _foreign(location: Location, names: Sequence[str]) -> RequestError:
-    return RequestError(
-        f"{location.address} has files that don't belong to an nbfeat dataset: {listing(_some(names))}. Use an "
-        "empty or new folder."
-    )
+    problem = f"{location.address} has files that don't belong to an nbfeat dataset: {listing(_some(names))}."
+    return RequestError(f"{problem} Use an empty or new folder.")
 
 
 def _refusal(location: Location, name: str, damage: DamagedError | None = None) -> RequestError:
@@ -421,14 +414,11 @@ def own_columns(
             kept.append(position)
     names = [*(frame.columns[position] for position in kept), *frame.index.names]
     if FAILURE in names:
-        raise RequestError(
-            f"The frame has a column or index {FAILURE!r}, which the files need: rename it, or use `replace=True`."
-        )
+        way = "rename it, or use `replace=True`"
+        raise RequestError(f"The frame has a column or index {FAILURE!r}, which the files need: {way}.")
     if taken := [name for name in names if name in made]:
-        raise RequestError(
-            f"The frame has a column or index {taken[0]!r}, which the files need for features: choose another "
-            "`prefix`, or overwrite it with `replace=True`."
-        )
+        way = "choose another `prefix`, or overwrite it with `replace=True`"
+        raise RequestError(f"The frame has a column or index {taken[0]!r}, which the files need for features: {way}.")
     try:
         table = pa.Table.from_pandas(frame.iloc[:, kept])
     except (pa.ArrowException, ValueError, TypeError) as error:

@@ -1,7 +1,4 @@
-"""Read and write the files of a dataset in a local folder or at a URL such as ``s3://bucket/features``.
-
-A local file gets its name once it is complete; object stores receive it in one piece. Only a local folder is locked.
-"""
+"""Read and write the files of a dataset in a local folder or at a URL such as ``s3://bucket/features``."""
 
 from __future__ import annotations
 
@@ -82,7 +79,7 @@ class Location:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
-        """Open a file for writing, which appears under its `name` only when the block ends."""
+        """Open a file for writing, which appears under its `name` complete, when the block ends."""
         if self.folder is None:
             buffer = io.BytesIO()
             yield buffer
@@ -109,7 +106,7 @@ class Location:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Create the folder, and lock it against other local processes during the block."""
+        """Create the folder, and lock it, if local, against other processes during the block."""
         if self.folder is None:
             with suppress(OSError):  # most stores have no folders
                 self.system.create_dir(self.top, recursive=True)
@@ -126,10 +123,9 @@ class Location:
             if (_holder(file) or "process")[:7] == "process":  # a lock without flock names its holder itself
                 file.write_text(f"process {os.getpid()} of {socket.gethostname()}", encoding="utf-8")
         except Timeout:
-            raise ExtractionError(
-                f"{self.address} is being written by {_holder(file) or before or 'another process'}: wait until it "
-                "finishes, or write to another folder."
-            ) from None
+            who = _holder(file) or before or "another process"
+            way = "wait until it finishes, or write to another folder"
+            raise ExtractionError(f"{self.address} is being written by {who}: {way}.") from None
         except (OSError, NotImplementedError) as error:
             if not lock.is_locked and getattr(error, "errno", errno.ENOSYS) not in _WITHOUT_LOCKS:
                 reason = getattr(error, "strerror", None) or error
@@ -170,7 +166,6 @@ def _remote(address: str) -> tuple[Any, str]:
             why = str(error) or why
             system, top = fs.FileSystem.from_uri(address)
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise RequestError(
-            f"Cannot open {address!r}: {why}. Install the package that fsspec needs for it, or use a local folder."
-        ) from error
+        way = "Install the package that fsspec needs for it, or use a local folder."
+        raise RequestError(f"Cannot open {address!r}: {why}. {way}") from error
     return system, str(top).rstrip("/")

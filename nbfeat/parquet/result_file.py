@@ -1,7 +1,4 @@
-"""Store a result in a Parquet file that any reader can open, with its recipe and checksums in the metadata.
-
-The checksums cover the values, not the bytes, so a file rewritten by another tool stays valid.
-"""
+"""Store a result in a Parquet file that any reader can open, with its recipe and checksums in the metadata."""
 
 from __future__ import annotations
 
@@ -147,7 +144,7 @@ def damage_as(kind: Damage) -> Iterator[None]:
 
 
 def checksum(table: Any, names: Sequence[str]) -> str:
-    """Return the SHA-256 of columns' values, which a round trip through Parquet doesn't change."""
+    """Return the SHA-256 of columns' values, which other tools don't change when they rewrite the file."""
     hasher = hashlib.sha256()
     for name in names:
         for some in _bytes_of(table.column(name)):
@@ -202,12 +199,9 @@ def _first_line(error: Exception) -> str:
 
 
 def write(
-    path: str | Path,
-    frame: pd.DataFrame,
-    recipe: str,
-    blocks: Mapping[str, Sequence[str]],
+    path: str | Path, frame: pd.DataFrame, recipe: str, blocks: Mapping[str, Sequence[str]],
     without: Collection[Hashable] = (),
-) -> None:
+) -> None:  # fmt: skip
     """Write `frame` like pandas, with `recipe`; `blocks` maps prefixes to the names of feature columns."""
     import pyarrow as pa
 
@@ -264,11 +258,9 @@ def _check_names(frame: pd.DataFrame) -> None:
     odd = [repr(label) for label in frame.columns if not isinstance(label, str)]
     twice = [repr(label) for label, count in Counter(frame.columns).items() if count > 1]
     if odd or twice:
-        why = "column names must be text" if odd else "column names must be unique"
-        raise RequestError(
-            f"Parquet cannot store column {listing((odd or twice)[:SHOWN])}: {why}. Rename it in your frame and "
-            "extract again, which uses the cached features; or leave it out with `without=[…]`."
-        )
+        why = f"{listing((odd or twice)[:SHOWN])}: column names must be {'text' if odd else 'unique'}"
+        way = "extract again, which uses the cached features; or leave it out with `without=[…]`"
+        raise RequestError(f"Parquet cannot store column {why}. Rename it in your frame and {way}.")
 
 
 def _cannot_hold(frame: pd.DataFrame, error: Exception) -> RequestError:

@@ -25,15 +25,10 @@ class Card:
     def __init__(self, kit: Kit, removed: Callable[[Card], None]) -> None:
         self._kit = kit
         self.backbone = kit.make(
-            widgets.Combobox,
-            value=str(kit.settings().get("backbone", FIRST)),
-            options=list(CATALOG),
-            ensure_option=True,
-            continuous_update=False,
-            description="Backbone (type to search)",
-            placeholder=f"one of {len(CATALOG)} networks",
-            tooltip="Clear to see all, or type part of a name",
-        )
+            widgets.Combobox, value=str(kit.settings().get("backbone", FIRST)), options=list(CATALOG),
+            ensure_option=True, continuous_update=False, description="Backbone (type to search)",
+            placeholder=f"one of {len(CATALOG)} networks", tooltip="Clear to see all, or type part of a name",
+        )  # fmt: skip
         self.options = OptionWidgets(kit, BLOCK_OPTIONS)
         self.remove = kit.button("Remove", "quiet", "Remove this block", lambda: removed(self))
         self.expected = kit.html("expected")

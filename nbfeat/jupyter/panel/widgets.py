@@ -33,13 +33,10 @@ LABELS = {option.name: option.name.capitalize() for option in BLOCK_OPTIONS} | {
 
 
 class Kit:
-    """Makes the widgets of one panel; they share one layout and one style per type, to save messages.
-
-    `settings` returns the user's current defaults; `changed` is called after each choice.
-    """
+    """Makes the widgets of one panel; they share one layout and one style per type, to save messages."""
 
     def __init__(self, settings: Callable[[], Mapping[str, Any]], changed: Callable[[], None]) -> None:
-        self.settings, self.changed = settings, changed
+        self.settings, self.changed = settings, changed  # the user's defaults; called after each choice
         self._lock = threading.RLock()
         self._is_filling = False
         self._layout = widgets.Layout()
@@ -91,13 +88,11 @@ class Kit:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Hold the lock: clicks arrive in two threads and steps in a third.
-
-        Afterwards, let clicks be handled while a cell runs: ipykernel 7.4 handles them in the thread that last
-        published on the widget, which may be the one that runs cells; other versions let the front end choose.
-        """
+        """Hold the lock: clicks arrive in two threads and steps in a third."""
         with self._lock:
             yield
+            # Let clicks be handled while a cell runs: ipykernel 7.4 handles them in the thread that last published on
+            # the widget, which may be the one that runs cells; other versions let the front end choose.
             for widget in self._made:
                 if widget.comm is not None:
                     vars(widget.comm).pop("_reply_subshell_id", None)
