@@ -44,7 +44,7 @@ def _compiled(core: Any, graph: Any, precision: Precision) -> Any:
         "CPU_DENORMALS_OPTIMIZATION": True,
     }
     try:
-        # It flushes denormals to zero, and an interrupt kills it once its signal stack is freed with the network.
+        # It flushes denormals to zero, and the network frees its signal stack: an interrupt then kills the process.
         with isolation.without_fast_math(), ThreadPoolExecutor(1, thread_name_prefix="nbfeat-compile") as one:
             compiled = one.submit(core.compile_model, graph, "CPU", settings).result()
     except RuntimeError as error:
