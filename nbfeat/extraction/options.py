@@ -20,6 +20,9 @@ NORMALIZES: tuple[Normalize, ...] = get_args(Normalize)
 PLACES = ("ray",)  # where to compute other than in this process
 
 _BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001))))  # including those pasted from web pages
+# Lone surrogates, which no text has, stand for characters of an inserted value.
+_HIDE = {ord(one): 0xD800 + number for number, one in enumerate([*_BLANKS, *"'\"#-;=,${}"])}
+_SHOW = {value: key for key, value in _HIDE.items()}
 LARGEST_SIZE = 4096  # pixels; larger than any backbone was trained for: a batch of eight already takes 400 MB
 
 
@@ -141,8 +144,22 @@ class WordParser(argparse.ArgumentParser):
             hint = near(flag, [spelling for option in self.options for spelling in option.flags])
             raise RequestError(sentences(f"Unknown option {flag}.", hint, "`%extract?` lists all options."))
         # Checked here because argparse would replace the messages with its own.
-        given = vars(found)
-        return {option.name: option.check(given[option.name]) for option in self.options if option.name in given}, rest
+        given = {
+            name: [*map(shown, value)] if isinstance(value, list) else shown(value)
+            for name, value in vars(found).items()
+        }
+        known = {option.name: option.check(given[option.name]) for option in self.options if option.name in given}
+        return known, [*map(shown, rest)]
+
+
+def hidden(text: str) -> str:
+    """Return `text` with other characters wherever it would split a line or begin an option; WordParser shows it."""
+    return text.translate(_HIDE)
+
+
+def shown(text: Any) -> Any:
+    """Return what `hidden` was given; anything but text unchanged."""
+    return text.translate(_SHOW) if isinstance(text, str) else text
 
 
 def split_words(text: str) -> list[str]:

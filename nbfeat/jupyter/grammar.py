@@ -128,12 +128,19 @@ def _unsilenced(text: str) -> str:
     return "".join(lines)
 
 
+class _Formatter(DollarFormatter):
+    """Inserts values so that each is part of one word, whatever it holds."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        return options.hidden(str(super().format_field(value, format_spec)))
+
+
 def expand(text: str, names: Mapping[str, Any]) -> str:
     """Expand ``$name`` and ``{expression}``; ``$$`` and ``{{ }}`` are literal, unknown names are errors."""
     if "$" not in text and "{" not in text:
         return text
     try:
-        return str(DollarFormatter().vformat(text, (), names))
+        return str(_Formatter().vformat(text, (), names))
     except Exception as error:  # the user's expression may raise anything
         what = f"{text.strip()!r} could not be expanded ({type(error).__name__}: {error})."
         raise RequestError(f"{what} Write $$ or {{{{ }}}} for literal characters.") from error
@@ -156,6 +163,7 @@ def flag(name: str, value: str) -> str:
 
 def respelled(message: str, spell: Callable[[str, str], str] = flag) -> str:
     """Replace the options that a message names for Python callers by what `spell` makes of each name and value."""
+    message = options.shown(message)
     return _NAMED.sub(lambda found: spell(found[1], (found[2] or "").strip("'\"")), message)
 
 

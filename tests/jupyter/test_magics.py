@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 import threading
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -109,6 +111,42 @@ def test_names_and_expressions_are_expanded_and_unknown_ones_are_errors(notebook
     for line in ("%extract photos $nosuch", "%%extract photos\n{nosuch}"):
         with pytest.raises(UsageError, match="nosuch"):
             run_cell(notebook, line)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "my photos",
+        "path --into stolen --no-cache",
+        "it's",
+        '"quoted"',
+        "#1",
+        "a\nb",
+        "-n",
+        "--no-cache",
+        "{x}$y;",
+        "ü ñ",
+    ],
+)
+def test_an_expanded_value_is_one_word_whatever_it_holds(notebook: InteractiveShell, tmp_path: Path, name: str) -> None:
+    photos = notebook.user_ns["photos"]
+    folder = tmp_path / "a folder; with --quiet"
+    shutil.copytree(Path(photos["path"].iloc[0]).parent, folder)
+    relative = [Path(path).name for path in photos["path"]]
+    notebook.user_ns |= {"photos": photos.assign(**{name: relative}).drop(columns="path"), "name": name, "root": folder}
+    for cell in (
+        "%extract photos MobileNet --size 32 -i $name --root $root",
+        "%%extract photos --images={name} --root {root}\nMobileNet --size 32 --prefix=$name",
+    ):
+        result = run_cell(notebook, cell)
+        assert result.request.columns == [name]
+        assert result.failures.empty
+    assert result.parts[0].prefix == name
+    assert "stolen" not in notebook.user_ns
+    with pytest.raises(UsageError) as error:
+        run_cell(notebook, "%extract photos $name")
+    assert name.split(maxsplit=1)[0] in str(error.value)
+    assert str(error.value).isprintable()
 
 
 def test_settings_are_the_defaults_of_cells_and_are_checked(notebook: InteractiveShell) -> None:
