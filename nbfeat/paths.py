@@ -23,10 +23,19 @@ class HomeError(OSError):
     """The home folder can't be used; the message says why and what to do."""
 
 
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """Return `path` with ``~`` expanded, absolute; relative ones start in the working folder, or at / if it is gone."""
+    expanded = Path(path).expanduser()
+    try:
+        return expanded.absolute()
+    except FileNotFoundError:
+        return Path(os.sep, expanded)
+
+
 def home() -> Path:
     """Return nbfeat's folder, which may not exist yet."""
     if chosen := os.environ.get("NBFEAT_HOME"):
-        return Path(chosen).expanduser().absolute()
+        return absolute(chosen)
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("nbfeat", appauthor=False))

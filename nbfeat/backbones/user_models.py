@@ -16,6 +16,7 @@ from typing import Any
 from nbfeat.backbones.backbone import Backbone, Layer, Scaling
 from nbfeat.backbones.keras_weights import check_archive, cloned, description
 from nbfeat.errors import NetworkError, RequestError, WeightsError, first_line, near, quote, sentences
+from nbfeat.paths import absolute
 
 NAME = "Keras model"  # the name of any file's network when its path must not matter
 SUFFIXES = (".keras", ".h5", ".hdf5")  # the others are refused with advice
@@ -32,10 +33,10 @@ _READ_FILES = {"StringLookup", "IntegerLookup", "TextVectorization"}
 
 def backbone_at(name: str) -> Backbone:
     """Return the backbone in the file `name`, after checking its configuration but building nothing."""
-    path = Path(name).expanduser().absolute()
+    path = absolute(name)
     if not path.is_file():
         siblings = [one.name for one in path.parent.glob("*.keras")] if path.parent.is_dir() else []
-        way = near(path.name, siblings) or f"Check the path; relative ones start at {Path.cwd()}."
+        way = near(path.name, siblings) or f"Check the path; relative ones start at {absolute('')}."
         raise RequestError(f"File {name!r} not found. {way}")
     if path.suffix != ".keras":
         holds_weights = path.name.endswith(".weights.h5")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from nbfeat.backbones.backbone import Backbone
 from nbfeat.errors import RequestError, WeightsError
-from nbfeat.paths import file_written_whole, home
+from nbfeat.paths import absolute, file_written_whole, home
 
 HOST = "https://download.pytorch.org/models"
 PATIENCE = 30.0  # seconds without a byte
@@ -79,7 +79,7 @@ def weights_file(weights: str) -> Path:
     if path.suffix not in SUFFIXES:
         endings = ".weights.h5, .h5, .keras or .pth"
         raise RequestError(f"{path.name} is not a weights file: use one whose name ends in {endings}.")
-    return path.absolute()
+    return absolute(path)
 
 
 def digest(path: Path) -> str:

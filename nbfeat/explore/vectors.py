@@ -22,6 +22,7 @@ from nbfeat.extraction.recipe import PartRecipe
 from nbfeat.extraction.request import check_frame
 from nbfeat.extraction.result import Result
 from nbfeat.images.sources import image_column, spread
+from nbfeat.paths import absolute
 
 Made: TypeAlias = Extraction | Result
 Data: TypeAlias = "Made | pd.DataFrame"
@@ -177,7 +178,7 @@ def parts_of(made: Made) -> Sequence[FeatureColumns | PartRecipe]:
 
 def images_of(data: Data, images: Hashable | None = None, root: str | Path | None = None) -> Images:
     """Find the images of `data`: a result knows its image column; in a frame, it is the one that looks like images."""
-    start = data.root if root is None and isinstance(data, Extraction) else Path(root or "").expanduser().absolute()
+    start = data.root if root is None and isinstance(data, Extraction) else absolute(root or "")
     given = data.frame if isinstance(data, Made) else data
     check_frame(given)
     features = {position for positions in made_columns(given).values() for position in positions}

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import chain
 from operator import itemgetter
@@ -193,7 +194,9 @@ def attach(frame: pd.DataFrame, blocks: Sequence[pd.DataFrame], places: Sequence
             pieces.append(frame.iloc[:, kept])
         pieces += [] if block is None else [block]
         start = at
-    return pd.concat(pieces or [frame], axis=1)
+    joined = pd.concat(pieces or [frame], axis=1)
+    joined.attrs = deepcopy(frame.attrs)
+    return joined
 
 
 def _left_in_groups(root: Path, groups: Path) -> Iterator[int]:

@@ -22,6 +22,7 @@ from nbfeat.inference.engines.base import PRECISIONS, Precision
 from nbfeat.parquet import dataset, result_file
 from nbfeat.parquet.location import Location
 from nbfeat.parquet.result_file import AGAIN, RECIPE, Failure
+from nbfeat.paths import absolute
 
 FORMAT = 1  # raised whenever older versions of nbfeat would misread the recipe
 LARGEST = 64_000_000  # bytes; Parquet readers refuse 100 million in one entry of the footer
@@ -170,11 +171,11 @@ def recipe_in(file: Path) -> tuple[Recipe, list[Failure]]:
 
 def existing_file(path: str | Path) -> Path:
     """Return this path if it is a file, or raise RequestError with similar names."""
-    file = Path(path).expanduser().absolute()
+    file = absolute(path)
     if file.is_file():
         return file
     siblings = (one.name for one in file.parent.glob("*.parquet"))
-    way = near(file.name, siblings) or f"Check the path; relative paths start at {Path.cwd()}."
+    way = near(file.name, siblings) or f"Check the path; relative paths start at {absolute('')}."
     raise RequestError(f"File not found: {os.fspath(path)!r}. {way}")
 
 
@@ -252,6 +253,7 @@ def _unpacked(values: dict[str, Any]) -> PartRecipe:
         shapes.update(center=(width,), axes=(block.components, width))
     data = {name: base64.b64decode(values["arrays"][name]["float32"], validate=True) for name in shapes}
     arrays = {name: np.frombuffer(data[name], "<f4").astype(np.float32).reshape(shapes[name]) for name in shapes}
+    _expect(all(np.isfinite(array).all() for array in arrays.values()), f"the normalization of `{block}`")
     weights = Loaded(**{name: str(text) for name, text in values["weights"].items()})
     normalizer = Normalizer(block.normalize == "l2", **arrays)
     part = PartRecipe(block, str(values["images"]), str(values["prefix"]), width, weights, key_fields, normalizer)

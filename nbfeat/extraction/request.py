@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +25,7 @@ from nbfeat.images.sources import image_column
 from nbfeat.inference.engines import devices as hardware
 from nbfeat.inference.engines.base import Asked
 from nbfeat.inference.spec import Cut, NetworkSpec, whole
+from nbfeat.paths import absolute
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,7 +89,7 @@ def read_request(
         frame=frame, blocks=of_blocks, columns=columns, parts=parts, specs=list(networks), repeats=repeats,
         images=[value for column in columns for value in frame[column].tolist()],
         fit_rows=None if fit_on is None else rows_selected(frame, fit_on),
-        root=Path(root or "").expanduser().absolute(), replace=replace,
+        root=absolute(root or ""), replace=replace,
         batch_size=None if batch_size == "auto" else whole("batch_size", LARGEST_BATCH)(batch_size),
         device=hardware.check_device(device), precision=checked, on=on, remote=remote,
     )  # fmt: skip
@@ -156,7 +159,7 @@ def check_frame(frame: object) -> None:
 def rows_selected(frame: pd.DataFrame, fit_on: str | Sequence[bool]) -> NDArray[np.bool_]:
     """Return the mask of the rows that `fit_on` selects."""
     try:
-        mask = np.asarray(frame.eval(fit_on, local_dict={}, global_dict={}) if isinstance(fit_on, str) else fit_on)
+        mask = np.asarray(_evaluated(frame, fit_on) if isinstance(fit_on, str) else fit_on)
     except Exception as error:  # the user's query may raise anything
         raise RequestError(f"`fit_on` {fit_on!r} can't be evaluated on the frame: {error}. {_QUERY}") from error
     if mask.shape != (len(frame),) or mask.dtype != bool:
@@ -165,6 +168,14 @@ def rows_selected(frame: pd.DataFrame, fit_on: str | Sequence[bool]) -> NDArray[
     if not mask.any():
         raise RequestError("`fit_on` selects no rows. Compare the query with the values in the frame.")
     return mask
+
+
+def _evaluated(frame: pd.DataFrame, query: str) -> Any:
+    """Evaluate a query without calls and attributes, which pandas would run as code."""
+    plain = re.sub(r"('[^']*'|\"[^\"]*\")|`[^`]*`", lambda found: found[1] or "column", query)  # `names` aren't code
+    if any(isinstance(node, ast.Call | ast.Attribute) for node in ast.walk(ast.parse(plain.strip(), mode="eval"))):
+        raise ValueError("it must only compare columns; for anything else, pass a mask")
+    return frame.eval(query, local_dict={}, global_dict={})
 
 
 def networks_of(blocks: Sequence[FeatureBlock]) -> dict[tuple[NetworkSpec, PixelSpec], list[FeatureBlock]]:

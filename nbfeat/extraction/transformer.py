@@ -20,6 +20,7 @@ from nbfeat.extraction.request import Blocks, check_frame
 from nbfeat.extraction.run import FIRST_REASONS
 from nbfeat.images.sources import image_column
 from nbfeat.inference.spec import Pooling
+from nbfeat.paths import absolute
 
 Rows = npt.NDArray[np.float32]
 _BLOCK_DEFAULTS = {"layer": None, "pooling": "avg", "normalize": "none", "components": None, "weights": None}
@@ -226,7 +227,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
         if not failures.empty and (self.on_failure == "raise" or (len(failures) == total and "like" not in options)):
             first = failures[["image", "reason"]].head(FIRST_REASONS).to_numpy().tolist()
             is_lost = failures["reason"].str.startswith("no such file").any()
-            where = f" Relative paths start at {Path.cwd()}." if is_lost else ""
+            where = f" Relative paths start at {absolute('')}." if is_lost else ""
             way = " Remove them, or set `on_failure='nan'` for rows of NaN." if len(failures) < total else ""
             reasons = "; ".join(f"{image}: {reason}" for image, reason in first)
             raise ExtractionError(f"{len(failures):,} of the {total:,} images gave no features. {reasons}.{where}{way}")

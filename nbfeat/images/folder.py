@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from nbfeat.errors import RequestError
 from nbfeat.images.decode import SUFFIXES
+from nbfeat.paths import absolute
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +46,7 @@ def folder(path: str | Path, *, labels: bool = True) -> pd.DataFrame:
     """
     import pandas as pd
 
-    top = Path(path).expanduser().absolute()
+    top = absolute(path)
     if not top.is_dir():
         what = "is a file, not a folder" if top.exists() else "doesn't exist"
         raise RequestError(f"{top} {what}. Name the folder that holds the images.")

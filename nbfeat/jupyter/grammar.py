@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def read(line: str, body: str | None, defaults: Mapping[str, Any]) -> Request | 
     known = {**defaults, **given}
     run = {name: value for name, value in known.items() if name in _RUN_NAMES}
     block = {name: value for name, value in known.items() if name not in run}
-    if not run.get("into", frame).isidentifier():
+    if not run.get("into", frame).isidentifier() or iskeyword(run.get("into", "")):
         raise RequestError(f"--into must be a variable name, not {run['into']!r}.")
     if "parquet" in run and "into" in run:
         raise RequestError(f"With --parquet no dataframe is created. Drop --into {run['into']}.")

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from nbfeat.errors import ExtractionError, RequestError
-from nbfeat.paths import file_written_whole
+from nbfeat.paths import absolute, file_written_whole
 
 LOCK = ".nbfeat.lock"
 _OF_SYSTEMS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})  # left by file managers
@@ -42,7 +42,7 @@ class Location:
         if "://" in text and not text.startswith("file://"):
             return cls(text, None, *_remote(text))
         local = url2pathname(urlsplit(text).path) if text.startswith("file://") else text
-        folder = Path(local).expanduser().absolute()
+        folder = absolute(local)
         return cls(text, folder, fs.LocalFileSystem(), str(folder))
 
     @property

@@ -136,6 +136,7 @@ def test_a_blank_body_is_the_line_magic() -> None:
         ("photos VGG16 --pooling", None, "expected one argument"),
         ("photos VGG16 --prefix 'open", None, "Unclosed quotation mark"),
         ("photos VGG16 --into 2x", None, "--into must be a variable name"),
+        ("photos VGG16 --into class", None, "--into must be a variable name, not 'class'"),
         ("photos VGG16 --size 0", None, "whole number from 1"),
         ("photos VGG16 --alpha x", None, "width multiplier"),
         ("photos", "import os", "one feature block per line"),

@@ -21,6 +21,7 @@ from nbfeat.images.sources import is_missing, likely_columns, name_of, path_of, 
 from nbfeat.jupyter import grammar
 from nbfeat.jupyter.job import in_background
 from nbfeat.jupyter.panel.widgets import DEFAULT, LABELS, Choice, Kit, labelled, offer
+from nbfeat.paths import absolute
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,7 +92,7 @@ class Source:
     def _look(self, frame: pd.DataFrame | None) -> None:
         """Show the images of the column, unless they are already shown."""
         columns = list(self.images.value or ())
-        root = Path(self._kit.settings().get("root", "")).expanduser().absolute()
+        root = absolute(self._kit.settings().get("root", ""))
         seen = (0 if frame is None else len(frame), *map(str, columns), root)
         if frame is not None and self._frame() is frame and seen == self._seen:
             return
