@@ -68,8 +68,7 @@ class NetworkState:
 
     def vectors_at(self, row: int) -> Vectors:
         """Return a copy of the features of a finished image of this window, or of one that was carried over."""
-        here = self.features.items()
-        return self.carried.get(row) or {key: features[self._at(row)].copy() for key, features in here}
+        return self.carried.get(row) or {key: rows[self._at(row)].copy() for key, rows in self.features.items()}
 
     def forget(self, row: int) -> None:
         """Clear the features of an image that failed."""

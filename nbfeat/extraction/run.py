@@ -108,7 +108,7 @@ class Run:
     def close_window(self, coming: Collection[int] = ()) -> None:
         """Free the features, except a few, shared ones first, because images of the `coming` window may share them."""
         each = sum(4 * output.width for network in self.networks for output in network.prepared.outputs.values())
-        rows = [row for row in self.seen.values() if row not in coming and not self.progress.is_open(row)]
+        rows = [row for row in self.seen.values() if row not in coming and not self.progress._lacking[row]]
         rows.sort(key=lambda row: (row in self._sources, row), reverse=True)
         kept = set(rows[: CARRIED // max(1, each)])
         seen = {image: row for image, row in self.seen.items() if row in kept}
@@ -226,10 +226,6 @@ class Progress:
         good = np.ones(len(self._lacking), bool)
         good[list(self.reasons)] = False
         return good
-
-    def is_open(self, row: int) -> bool:
-        """Tell whether an image is unfinished."""
-        return bool(self._lacking[row])
 
     def recount(self, done: Sequence[NDArray[np.bool_]]) -> None:
         """Count again from `done`, in case an interrupt came between storing and counting."""

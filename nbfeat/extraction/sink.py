@@ -45,8 +45,7 @@ class MemorySink:
 
     def __init__(self, run: Run, request: Request) -> None:
         self._run, self._request, self._parts = run, request, request.parts
-        self._is_spoiled = False  # whether raw features may be lost
-        self._is_attached = False
+        self._is_spoiled = self._is_attached = False  # raw features may be lost; the frame is complete
 
     def make_room(self) -> None:
         """Allocate memory for all features."""

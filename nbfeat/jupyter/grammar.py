@@ -130,7 +130,7 @@ def _unsilenced(text: str) -> str:
 
 
 class _Formatter(DollarFormatter):
-    """Inserts values so that each is part of one word, whatever it holds."""
+    """Inserts values so that each is part of one word, even with spaces or dashes."""
 
     def format_field(self, value: Any, format_spec: str) -> str:
         return options.hidden(str(super().format_field(value, format_spec)))
@@ -164,8 +164,7 @@ def flag(name: str, value: str) -> str:
 
 def respelled(message: str, spell: Callable[[str, str], str] = flag) -> str:
     """Replace the options that a message names for Python callers by what `spell` makes of each name and value."""
-    message = options.shown(message)
-    return _NAMED.sub(lambda found: spell(found[1], (found[2] or "").strip("'\"")), message)
+    return _NAMED.sub(lambda found: spell(found[1], (found[2] or "").strip("'\"")), options.shown(message))
 
 
 def usage() -> str:

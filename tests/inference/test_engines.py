@@ -200,6 +200,16 @@ def test_a_package_without_metadata_has_an_unknown_version(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["thread", "job"])
+def test_an_exit_while_a_thread_works_aborts_no_process(kind: str) -> None:
+    for seconds in np.random.default_rng(0).uniform(0, 0.3, 6):
+        command = [sys.executable, "-m", "tests.inference.exit_child", str(seconds), kind]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "terminate called" not in done.stderr
+
+
+@pytest.mark.slow
 def test_nothing_is_sent_and_nothing_is_written_elsewhere(photos: pd.DataFrame, tmp_path: Path) -> None:
     """Run cold and warm in a fresh home, with a hook in every process that records connections and lookups."""
     hook = tmp_path / "hook"

@@ -10,8 +10,13 @@ An engine lends buffers, runs them in the background and returns results in orde
 
 from __future__ import annotations
 
+import atexit
+import functools
+import os
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, ParamSpec, Protocol, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +28,42 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Asked = Literal["auto", "float32", "bfloat16", "float16"]
 Pixels = NDArray[np.uint8]
 Vectors = dict[str, NDArray[np.float32]]
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+_changed, _inside, _is_exiting, _PROCESS = threading.Condition(), 0, False, os.getpid()
+
+
+def until_exit(method: Callable[Given, Result]) -> Callable[Given, Result]:
+    """At exit, keep threads out of `method`: Python would end those that leave C++, and that aborts the process."""
+
+    @functools.wraps(method)
+    def run(*args: Given.args, **options: Given.kwargs) -> Result:
+        global _inside  # noqa: PLW0603 - all engines of the process count
+        if threading.current_thread() is threading.main_thread():
+            return method(*args, **options)
+        with _changed:
+            _changed.wait_for(lambda: not _is_exiting)  # after that, forever
+            _inside += 1
+        try:
+            return method(*args, **options)
+        finally:
+            with _changed:
+                _inside -= 1
+                _changed.notify_all()
+
+    return run
+
+
+@atexit.register
+def _exit() -> None:
+    global _is_exiting  # noqa: PLW0603 - for all engines
+    if os.getpid() != _PROCESS:  # forked, without the other threads
+        return
+    with _changed:
+        _is_exiting = True
+        _changed.wait_for(lambda: not _inside, timeout=30)  # seconds, for a batch
 
 
 @dataclass(slots=True)

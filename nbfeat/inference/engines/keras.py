@@ -26,7 +26,7 @@ import numpy as np
 from nbfeat import isolation
 from nbfeat.errors import NetworkError, listing
 from nbfeat.inference.engines import devices as hardware
-from nbfeat.inference.engines.base import Pixels, Precision, Vectors, Work
+from nbfeat.inference.engines.base import Pixels, Precision, Vectors, Work, until_exit
 from nbfeat.inference.engines.devices import Result
 from nbfeat.inference.model import Base, Built, build, load_base, mixed_precision
 from nbfeat.inference.spec import NetworkSpec
@@ -41,6 +41,7 @@ Call = Callable[[list[Any], list[Any], Any], Any]  # a model as a function of it
 class KerasEngine:
     """Run the network of `spec` on `devices` (``cpu`` or ``gpu:N``), and pass notes for the report to `tell`."""
 
+    @until_exit
     def __init__(
         self, spec: NetworkSpec, *, devices: tuple[str, ...], precision: Precision, batch_size: int | None,
         base: Base | None = None, tell: Callable[[str], None] = lambda _: None,
@@ -94,12 +95,14 @@ class KerasEngine:
         """Lend a buffer of a whole batch."""
         return self._free.pop()
 
+    @until_exit
     def submit(self, buffer: Pixels, count: int) -> None:
         """Dispatch the batch to the next device in turn."""
         flight = _Flight(buffer, count, next(self._turns))
         self._fitting(flight, lambda: None)
         self._busy.append(flight)
 
+    @until_exit
     def collect(self) -> Vectors:
         """Fetch the oldest batch's vectors."""
         flight = self._busy.popleft()
@@ -125,6 +128,7 @@ class KerasEngine:
                 flight.parts = []
                 self._room.shrink(flight.size, flight.replica.device, error)
 
+    @until_exit
     def close(self) -> None:
         """Wait for the batches in flight, drop them, and take back all buffers; the engine stays usable."""
         while self._busy:

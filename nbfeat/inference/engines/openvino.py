@@ -18,7 +18,7 @@ import numpy as np
 from nbfeat import isolation
 from nbfeat.errors import NetworkError
 from nbfeat.inference.compiled_models import Stored
-from nbfeat.inference.engines.base import Pixels, Precision, Vectors, Work
+from nbfeat.inference.engines.base import Pixels, Precision, Vectors, Work, until_exit
 from nbfeat.inference.engines.cpu_count import available_cores
 
 BATCH = 4  # 8 isn't faster and takes 50 MB more; 16 and 32 are slower and delay interrupts
@@ -60,6 +60,7 @@ def _compiled(core: Any, graph: Any, precision: Precision) -> Any:
 class OpenVINOEngine:
     """Run `stored` on this machine's CPU, for all outputs or `only` one."""
 
+    @until_exit
     def __init__(
         self, stored: Stored, *, precision: Precision, batch_size: int | None, only: str | None = None
     ) -> None:
@@ -91,6 +92,7 @@ class OpenVINOEngine:
         """Lend a buffer of a whole batch."""
         return self._free.pop()
 
+    @until_exit
     def submit(self, buffer: Pixels, count: int) -> None:
         """Start the oldest idle request on `buffer`, in place."""
         request = self._idle.pop()
@@ -99,6 +101,7 @@ class OpenVINOEngine:
         request.start_async()
         self._busy.append((request, buffer, count, started))
 
+    @until_exit
     def collect(self) -> Vectors:
         """Wait for the oldest batch, in slices that keep interrupts responsive."""
         request, buffer, count, started = self._busy[0]
@@ -111,6 +114,7 @@ class OpenVINOEngine:
         self._free.append(buffer)
         return vectors
 
+    @until_exit
     def close(self) -> None:
         """Cancel the batches in flight, wait for them, and take back all buffers; the engine stays usable."""
         for request, *_ in self._busy:
