@@ -129,8 +129,6 @@ class Cache:
         """Save all entries or none."""
         size = sum(4 * block.width * len(images) for block, images, _ in entries.vectors)
         self._unmeasured += size
-        if self._unmeasured >= LOOK_EVERY and self._folder is not None:
-            self._most, self._unmeasured = self.limit(), 0
         for _ in range(1 + 2 * size // BYTES_EVICTED):  # more than is added
             self._try("written", self._make_room)
         if entries:
@@ -174,6 +172,8 @@ class Cache:
 
     def _make_room(self, db: sqlite3.Connection) -> None:
         """If the cache is over its limit, evict a little of the least recently used owner, which blocks nobody long."""
+        if self._unmeasured >= LOOK_EVERY:
+            self._most, self._unmeasured = self.limit(), 0
         [(pages, free, size)] = db.execute(_SIZES).fetchall()
         if (pages - free) * size > self._most:
             for number, name in db.execute("SELECT id, name FROM owners ORDER BY used").fetchall():
@@ -290,7 +290,7 @@ def _evict(db: sqlite3.Connection, owner: int) -> bool:
         db.execute("BEGIN IMMEDIATE")
         if found := db.execute(some, (owner, MOST_AT_ONCE)).fetchall():
             rows = [(row,) for row, _ in found]
-            db.executemany("DELETE FROM entries WHERE rowid = ?", rows[: max(1, BYTES_EVICTED // found[0][1])])
+            db.executemany("DELETE FROM entries WHERE rowid = ?", rows[: max(1, BYTES_EVICTED // (found[0][1] or 1))])
         else:
             db.execute("DELETE FROM owners WHERE id = ?", (owner,))
     return not found
