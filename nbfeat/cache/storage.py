@@ -87,7 +87,9 @@ class Storage:
                     raise NbfeatError(cache.note)
         for kind, folders in _FOLDERS.items():
             for folder in folders if what in {kind, "all"} else ():
-                shutil.rmtree(self.folder / folder, ignore_errors=True)
+                for path in (self.folder / folder).glob("[!.]*"):  # other names are of what is being written
+                    with suppress(OSError):  # another process was faster
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _cache(self) -> Cache:
         return Cache.at_home() if (self.folder / "features").is_dir() else Cache(None)

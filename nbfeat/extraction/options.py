@@ -170,7 +170,7 @@ def split_words(text: str) -> list[str]:
         return list(lexer)
     except ValueError as error:
         way = "Close it, or write a word that contains one in quotation marks of the other kind."
-        raise RequestError(f"Unclosed quotation mark in {text.strip()!r}. {way}") from error
+        raise RequestError(f"Unclosed quotation mark in {shown(text).strip()!r}. {way}") from error
 
 
 def without_comment(text: str) -> str:

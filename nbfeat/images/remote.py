@@ -161,8 +161,6 @@ class Fetcher(AbstractContextManager["Fetcher"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # In the event loop
-
     async def _cancel(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:

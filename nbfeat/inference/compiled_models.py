@@ -59,9 +59,10 @@ def prepare(spec: NetworkSpec) -> Generator[str, None, Stored]:
         yield f"building {ready.network.title} (only once; it is then cached)"
         with folder_written_whole(final) as made:
             yield from run_child(ready, made)
-        if not (stored := _read(final)):
-            unread = f"The network just written to {final} cannot be read back."
-            raise errors.NetworkError(f"{unread} Check the disk, and run it again.")
+            if not (stored := _read(made)):
+                unread = f"The network just written to {made} cannot be read back."
+                raise errors.NetworkError(f"{unread} Check the disk, and run it again.")
+        stored = replace(stored, folder=final)
     # The user's file may have changed since the hash was computed.
     if spec.backbone == user_models.NAME and stored.weights.sha256 != weights.digest(Path(spec.weights)):
         shutil.rmtree(final, ignore_errors=True)
@@ -182,9 +183,6 @@ def _write_without_dates(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for name in sorted(parts):
             archive.writestr(zipfile.ZipInfo(name), parts[name])
-
-
-# The child
 
 
 def _main(spec_path: str, out: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -78,7 +79,14 @@ class PreparedNetwork:
         self.batch_size, self.note = self._asked_size or openvino.BATCH, stored.note
         self.numbers = {"engine": openvino.name(threads=False), "cpu": hardware.cpu()}
         self.faster = openvino.FASTER
-        self._start: Callable[..., Engine] = partial(openvino.OpenVINOEngine, stored, batch_size=self.batch_size)
+
+        def start(precision: Precision, only: str | None = None) -> Engine:
+            if not stored.folder.is_dir():  # it was cleared in the meantime
+                deque(self._for_openvino(spec), maxlen=0)
+                return self.start(precision, only)
+            return openvino.OpenVINOEngine(stored, precision=precision, batch_size=self.batch_size, only=only)
+
+        self._start: Callable[..., Engine] = start
 
     def _for_keras(self, base: Base | None = None) -> Iterator[str]:
         if self.device == "cpu":

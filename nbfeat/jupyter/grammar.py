@@ -69,7 +69,7 @@ def read(line: str, body: str | None, defaults: Mapping[str, Any]) -> Request | 
         raise RequestError("%extract needs a dataframe and a backbone: %extract photos ResNet50. Try `%extract?`.")
     frame, *rest = words
     if not frame.isidentifier():
-        typed = line.split(maxsplit=1)[0]  # with its quotes
+        typed = options.shown(line.split(maxsplit=1)[0])  # with its quotes
         raise RequestError(f"The frame must be a variable name, not {typed}. Give it a name first: train = {typed}.")
     if "like" in given:
         defaults = {name: value for name, value in defaults.items() if name in _BESIDE_LIKE}
@@ -103,7 +103,7 @@ def _read_line(text: str, defaults: Mapping[str, Any]) -> tuple[FeatureBlock, ..
     second_is_plain = bool(others) and not others[0].startswith("-")
     if not first.startswith("-") and (second_is_plain or (is_code and not is_file)):
         way = "Write e.g. `ResNet50 --pooling max`."
-        raise RequestError(f"The body must be one feature block per line, not {text.strip()!r}. {way}")
+        raise RequestError(f"The body must be one feature block per line, not {options.shown(text).strip()!r}. {way}")
     given, rest = options.WordParser(BLOCK_OPTIONS).read(words)
     return FeatureBlock.from_options(rest, {**defaults, **given})
 
@@ -164,7 +164,7 @@ def flag(name: str, value: str) -> str:
 
 def respelled(message: str, spell: Callable[[str, str], str] = flag) -> str:
     """Replace the options that a message names for Python callers by what `spell` makes of each name and value."""
-    return _NAMED.sub(lambda found: spell(found[1], (found[2] or "").strip("'\"")), options.shown(message))
+    return _NAMED.sub(lambda found: spell(found[1], (found[2] or "").strip("'\"")), message)
 
 
 def usage() -> str:

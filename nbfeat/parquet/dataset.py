@@ -220,9 +220,6 @@ def _count(manifest: Mapping[str, Any]) -> int:
     return max(1, -(-int(manifest["request"]["rows"]) // int(manifest["chunk"])))
 
 
-# Metadata
-
-
 def _reference(recipe: str) -> str:
     """Return what stands for a large recipe in all parts but the first."""
     return REFERENCE + hashlib.sha256(recipe.encode()).hexdigest()
@@ -392,9 +389,6 @@ def read(
         start += part.rows
     frame: pd.DataFrame = pa.concat_tables(tables).to_pandas().drop(columns=FAILURE)
     return frame, matrices
-
-
-# The frame's own columns
 
 
 def own_columns(

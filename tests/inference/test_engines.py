@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -197,6 +199,38 @@ def test_a_package_without_metadata_has_an_unknown_version(
     assert set(result.recipe["versions"].values()) == {"unknown"}
     same(result.like(photos).features, result.features)
     nbfeat.ImageFeatures("MobileNet --size 32").fit(photos["path"])
+
+
+@pytest.mark.slow
+def test_clearing_disturbs_nobody_who_builds_or_runs_a_network(photos: pd.DataFrame, own_home: Path) -> None:
+    """Three processes build and run networks while this one clears everything fifty times."""
+    code = f"""
+import nbfeat, pandas as pd
+frame = pd.DataFrame({{"path": {photos["path"].tolist()!r}}})
+for size in range(START, START + 4):
+    assert nbfeat.extract(frame, f"Pocket --size {{size}}").failures.empty
+"""
+    command = [sys.executable, "-c"]
+    builders = [subprocess.Popen([*command, code.replace("START", str(start))]) for start in (40, 50, 60)]
+    cleared = 0
+    while any(builder.poll() is None for builder in builders):
+        nbfeat.storage.clear("all" if cleared % 2 else "networks")
+        cleared += 1
+        time.sleep(0.1)
+    assert [builder.returncode for builder in builders] == [0, 0, 0]
+    assert cleared >= 50
+
+
+def test_a_network_cleared_before_it_runs_is_built_again(photos: pd.DataFrame, own_home: Path) -> None:
+    extraction = nbfeat.Extraction(photos, SMALL, images="path", precision="float32", cache=False)
+    with closing(extraction.steps()) as steps:
+        while not next(steps).note.startswith("20 rows"):
+            pass
+        assert list((own_home / "networks").glob("*/network.xml"))
+        nbfeat.storage.clear("networks")
+        assert not list((own_home / "networks").glob("*/network.xml"))
+        last = list(steps)[-1]
+    assert (last.done, last.failed) == (20, 0)
 
 
 @pytest.mark.slow
