@@ -1,11 +1,9 @@
 """Pocket: a small convolutional network whose weights ship with the package.
 
-Twenty plain convolutions with ReLU in five residual bottleneck blocks (He et al. 2016, "Deep residual learning"). The
-batch norms used in training are folded into the convolutions.
-
-**Model card.** Trained on 54,000 photographs of Tiny ImageNet (64 × 64 pixels, 200 classes), on the class labels and
-mostly on the features of MobileNetV2 and MobileNet 0.75, for 44 epochs; weights in float16. License: non-commercial
-research and education, see ``POCKET-LICENSE``. Accuracy, and what it isn't suited to: ``notebooks/guide/networks.md``.
+Twenty convolutions with ReLU in five residual bottleneck blocks (He et al. 2016); batch norms are folded into them.
+Trained on 54,000 photographs of Tiny ImageNet (64 × 64 pixels, 200 classes), on the labels and mostly on the features
+of MobileNetV2 and MobileNet 0.75, for 44 epochs. License: non-commercial research and education (``POCKET-LICENSE``).
+Accuracy, and what it isn't suited to: ``notebooks/guide/networks.md``.
 """
 
 from __future__ import annotations

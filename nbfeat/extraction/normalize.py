@@ -44,8 +44,7 @@ class Normalizer:
         if self.shift is not None and self.stretch is not None:
             rows = (rows - self.shift) * self.stretch
         if self.center is not None and self.axes is not None:
-            # Row by row, in one thread: the last bits of a product depend on the rows next to it and on the threads,
-            # and a repeated result must equal the first.
+            # Row by row, in one thread: a product's last bits depend on other rows and on the number of threads.
             centered, rows = rows - self.center, np.empty((len(rows), len(self.axes)), np.float32)
             with threadpool_limits(1, "blas"):
                 for row, projected in zip(centered, rows, strict=True):

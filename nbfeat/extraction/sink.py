@@ -20,9 +20,9 @@ from nbfeat.extraction.network_state import Batch
 from nbfeat.extraction.recipe import Recipe, pack, unpack
 from nbfeat.extraction.request import Request
 from nbfeat.extraction.run import Run
-from nbfeat.images.sources import digest_of, name_of
+from nbfeat.images.sources import digest_of, name_of, state_of
 from nbfeat.parquet import dataset
-from nbfeat.parquet.dataset import Dataset
+from nbfeat.parquet.dataset import Dataset, Failures
 from nbfeat.parquet.location import Location
 from nbfeat.parquet.result_file import Failure, checksum
 
@@ -101,7 +101,7 @@ class DatasetSink:
         dropped = _made_before(frame, prefixes, replace=request.replace)
         self._own, note = dataset.own_columns(frame, images=self._columns, made=prefixes, dropped=dropped)
         self._dataset = Dataset(self._location, self._identity(len(frame), request.repeats), replace=request.replace)
-        self._rows, self._now = len(frame), -1  # the current part
+        self._rows, self._now, self._files = len(frame), -1, ""  # the current part, and its image files
         self._read: tuple[str, Recipe | None] = "", None
         self._packed: dict[bool, str] = {}  # the recipe of raw parts, and of others
         self.was_finished, self.files, self.bytes = False, 0, 0
@@ -164,8 +164,7 @@ class DatasetSink:
     def make_room(self) -> None:
         """Do nothing: each part allocates its own memory."""
 
-    def finish(self) -> None:
-        """Do nothing: everything is written."""
+    finish = make_room  # everything is written
 
     def batches(self) -> Generator[Batch, None, None]:
         """Work until all files are written, yielding each batch."""
@@ -216,15 +215,26 @@ class DatasetSink:
             self._dataset.refuse(difference)
         elif not any(part.repeats for part in self._parts):  # for which it was already reported
             self._run.note(recipe.check(networks))
+        if changed := [at for at, part in self._dataset.there.items() if part.files != self._files_of(at)]:
+            self._dataset.drop(changed)
+            many = f"{len(changed):,} of {self._dataset.count:,} files"
+            self._run.note(f"Images in {many} changed: these are written again.")
 
     def _images(self, number: int) -> NDArray[np.int64]:
         rows = np.array(self._dataset.rows(number), np.int64)
         return np.concatenate([place * self._rows + rows for place in range(len(self._columns))])
 
+    def _files_of(self, number: int) -> str:
+        """Return a digest of the sizes and times of a part's image files, which also copies of them have."""
+        run, images = self._run, self._images(number).tolist()
+        states = (state_of(run.images[at], run.root, shared=True) for at in images)
+        return hashlib.sha256(b"".join(b"-" if state is None else state + b"." for state in states)).hexdigest()
+
     def _compute(self, number: int) -> Generator[Batch, None, None]:
         if self._now != number:
             images = self._images(number)
             self._run.look_at(images)
+            self._files = self._files_of(number)  # before they are read, so that no change is missed
             for part in self._parts:
                 part.make_room(len(images))
             self._now = number
@@ -242,12 +252,12 @@ class DatasetSink:
         is_raw = any(part.normalizer is None for part in self._parts)
         # Normalize copies, so that a file that couldn't be written can be written after resuming.
         matrices = raw if is_raw else normalized(self._parts, [matrix.copy() for matrix in raw])
-        self._write(number, matrices, failures, raw=is_raw)
+        self._write(number, matrices, failures, self._files, raw=is_raw)
         self._now = -1
         self._run.close_window()
 
     def _write(
-        self, number: int, matrices: Sequence[NDArray[np.float32]], failures: Sequence[Failure], *, raw: bool
+        self, number: int, matrices: Sequence[NDArray[np.float32]], failures: Failures, files: str, *, raw: bool
     ) -> None:
         if raw not in self._packed:
             made = [part.recipe for part in self._parts]
@@ -259,10 +269,10 @@ class DatasetSink:
         rows = self._dataset.rows(number)
         with self._explained(), self._run.timings.while_attaching():
             if raw:
-                self._dataset.write_raw(number, by_prefix, self._packed[raw], failures)
+                self._dataset.write_raw(number, by_prefix, self._packed[raw], failures, files)
             else:
                 own = self._own.slice(rows.start, len(rows))
-                self._dataset.write(number, own, by_prefix, self._packed[raw], failures)
+                self._dataset.write(number, own, by_prefix, self._packed[raw], failures, files)
 
     def _normalize(self) -> Iterator[Batch]:
         unknown = [part for part in self._parts if part.normalizer is None]
@@ -278,7 +288,7 @@ class DatasetSink:
         for number, there in sorted(self._dataset.raw.items()):
             with self._run.timings.while_attaching():
                 matrices = [part.normalized(self._dataset.read_raw(number, part.prefix)) for part in self._parts]
-            self._write(number, matrices, there.failures, raw=False)
+            self._write(number, matrices, there.failures, there.files, raw=False)
             self._dataset.remove_raw(number)
             yield Batch()
 

@@ -162,11 +162,14 @@ def _read_file(name: str) -> tuple[bytes, bytes | None]:
     return data, state if is_sure else None
 
 
-def state_of(value: object, root: Path) -> bytes | None:
-    """Return the state of the file in the cell `value`, without opening it; None if unknown."""
+def state_of(value: object, root: Path, *, shared: bool = False) -> bytes | None:
+    """Return the state of the file in the cell `value`, or what copies of it share; None if unknown."""
     try:
         path = path_of(value, root)
-        return None if path is None else fingerprint.state(path, os.stat(path))
+        if path is None:
+            return None
+        status = os.stat(path)
+        return b"%d %d" % (status.st_size, status.st_mtime_ns) if shared else fingerprint.state(path, status)
     except (ImageError, OSError, ValueError):
         return None
 

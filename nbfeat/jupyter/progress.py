@@ -27,7 +27,6 @@ def follow(title: str, steps: Iterable[Step], *, quiet: bool = False) -> None:
             coming = f"{title}: {step.note}" if step.note else coming
             if not quiet and (step.note or time.monotonic() - drawn_at >= SECONDS_BETWEEN):
                 drawn_at = time.monotonic()
-                # Before the first image, show only what is being prepared.
                 lines, share = ([coming, progress(step)], step.done / step.total) if step.done else ([coming], None)
                 handle = _draw(handle, lines, share, is_news=bool(step.note))
         end = "done"

@@ -29,7 +29,7 @@ from nbfeat.parquet.result_file import RECIPE, SHOWN, DamagedError, Failure, dam
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = 2  # increased whenever older versions of nbfeat would misread the files
+FORMAT = 3  # increased whenever older versions of nbfeat would misread the files
 MANIFEST, RAW, FAILURE = ".nbfeat.json", ".raw", "failure"
 PART = b"nbfeat.part"  # a metadata entry, next to RECIPE
 LARGEST_COPY, REFERENCE = 100_000, "sha256 "  # a recipe of more bytes is only in the first part
@@ -38,6 +38,7 @@ _HALF = re.compile(rf"(?:{re.escape(RAW)}/)?\.(?:part-\d{{5,}}\.(?:parquet|npz)|
 _MANIFEST: Mapping[str, type] = {"format": int, "made": str, "chunk": int, "request": dict}
 
 Matrices = Mapping[str, NDArray[np.float32]]  # by prefix
+Failures = Sequence[Failure]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,9 @@ class Part:
     number: int
     manifest: Mapping[str, Any]  # of the dataset
     recipe: str  # JSON
-    failures: Sequence[Failure]  # positions count from the part's first row
+    failures: Failures  # positions count from the part's first row
     rows: int
+    files: str  # digest of the states of the image files
     is_raw: bool = False  # in the hidden folder
 
     @property
@@ -89,10 +91,6 @@ class Dataset:
     def is_finished(self) -> bool:
         """Whether all parts exist."""
         return bool(self.parts) and len(self.parts) == self.count
-
-    @property
-    def _names(self) -> list[str]:
-        return [part.name for parts in (self.parts, self.raw) for part in parts.values()]
 
     def rows(self, number: int) -> range:
         """Return the rows of a part."""
@@ -137,7 +135,13 @@ class Dataset:
         if not self._starts_over:
             way = "Write to another folder, or replace this one with `replace=True`."
             raise RequestError(f"{self.location.address} was written for a different request: {difference}. {way}")
-        self._forget([*self._useless, *self._names], replaces=True)
+        names = [part.name for part in (*self.parts.values(), *self.raw.values())]
+        self._forget([*self._useless, *names], replaces=True)
+
+    def drop(self, numbers: Sequence[int]) -> None:
+        """Forget parts, which are then written again."""
+        gone = [parts.pop(number) for number in numbers for parts in (self.parts, self.raw) if number in parts]
+        self._useless += [part.name for part in gone]
 
     def begin(self) -> None:
         """Write the manifest before the first part, and remove files that are no longer needed."""
@@ -150,7 +154,7 @@ class Dataset:
             self.remove_raw(number)
         self._useless = []
 
-    def write(self, number: int, own: Any, matrices: Matrices, recipe: str, failures: Sequence[Failure]) -> None:
+    def write(self, number: int, own: Any, matrices: Matrices, recipe: str, failures: Failures, files: str) -> None:
         """Write a part: the frame's `own` columns, the features by prefix, and the reasons of failures."""
         import pyarrow as pa
 
@@ -164,19 +168,19 @@ class Dataset:
         arrays[FAILURE] = pa.array(map(reasons.get, range(len(self.rows(number)))), pa.string())
         schema = pa.schema([(name, array.type) for name, array in arrays.items()], own.schema.metadata)
         table = pa.Table.from_arrays(list(arrays.values()), schema=schema)
-        part = {**self._manifest, "number": number, "failures": failures}
+        part = {**self._manifest, "number": number, "failures": failures, "files": files}
         copy = recipe if number == 0 or len(recipe) < LARGEST_COPY else _reference(recipe)
         entries = {RECIPE: copy.encode(), PART: json.dumps(part).encode()}
-        made = Part(number, self._manifest, recipe, failures, table.num_rows)
+        made = Part(number, self._manifest, recipe, failures, table.num_rows, files)
         with self.location.writing(made.name) as sink:
             result_file.write_table(sink, table, entries, [[prefix] for prefix in matrices])
         self.parts[number] = made
 
-    def write_raw(self, number: int, matrices: Matrices, recipe: str, failures: Sequence[Failure]) -> None:
+    def write_raw(self, number: int, matrices: Matrices, recipe: str, failures: Failures, files: str) -> None:
         """Store features until they can be normalized."""
-        rows = len(self.rows(number))
-        part = {**self._manifest, "number": number, "failures": failures, "recipe": recipe, "rows": rows}
-        made = Part(number, self._manifest, recipe, failures, rows, is_raw=True)
+        made = Part(number, self._manifest, recipe, failures, len(self.rows(number)), files, is_raw=True)
+        part = {"number": number, "failures": failures, "recipe": recipe, "rows": made.rows, "files": files}
+        part |= self._manifest
         with self.location.writing(made.name) as sink:
             np.savez(sink, np.frombuffer(json.dumps(part).encode(), np.uint8), *matrices.values())
         self.raw[number] = made
@@ -201,8 +205,8 @@ class Dataset:
 
     def clear(self) -> None:
         """Remove the dataset."""
-        for name in self._names:
-            self.location.remove(name)
+        for part in (*self.parts.values(), *self.raw.values()):
+            self.location.remove(part.name)
         self.finish()
         self._forget([])
 
@@ -259,13 +263,14 @@ def _look_at(location: Location, name: str) -> Part | None:
             if error.kind == "cut":
                 return None
             raise (_foreign(location, [name]) if error.kind == "foreign" else _refusal(location, name)) from error
-    _check(location, name, values, {**_MANIFEST, "number": int, "failures": list, "recipe": str, "rows": int})
+    of_part = {"number": int, "failures": list, "recipe": str, "rows": int, "files": str}
+    _check(location, name, values, {**_MANIFEST, **of_part})
     try:
         failures = [Failure.read(values) for values in values["failures"]]
     except (TypeError, ValueError) as error:
         raise _refusal(location, name) from error
     manifest, rows = {key: values[key] for key in _MANIFEST}, values["rows"]
-    part = Part(values["number"], manifest, values["recipe"], failures, rows, is_raw)
+    part = Part(values["number"], manifest, values["recipe"], failures, rows, values["files"], is_raw)
     if name != part.name or any(not 0 <= failure.position < rows for failure in failures):
         raise _refusal(location, name)
     return part
@@ -282,16 +287,13 @@ def _read_manifest(location: Location) -> dict[str, Any]:
 
 def _check(location: Location, name: str, values: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
     found: dict[str, Any] = values if isinstance(values, dict) else {}
+    if type(found.get("format")) is int and found["format"] != FORMAT:
+        version = f"another version of nbfeat (format {found['format']}, this one reads {FORMAT})"
+        way = "Install that version, or write to another folder."
+        raise RequestError(f"{location.name}{name} was written by {version}. {way}")
     are_known = {key: type(value) for key, value in found.items()} == kinds
     if not are_known or found["chunk"] <= 0 or type(found["request"].get("rows")) is not int:
         raise _refusal(location, name)
-    if found["format"] != FORMAT:
-        raise RequestError(
-            f"{location.address} was started by a newer nbfeat. Install that version, or write to another folder."
-            if name == MANIFEST
-            else f"{location.name}{name} was written by a newer nbfeat (format {found['format']}; this version "
-            f"reads {FORMAT}). Install that version to read it."
-        )
     return found
 
 
@@ -340,9 +342,6 @@ def _opened(location: Location, name: str) -> Iterator[Any]:
             yield file
     except DamagedError as error:
         raise _refusal(location, name, error) from error
-
-
-# Reading
 
 
 def is_dataset(path: object) -> bool:

@@ -70,9 +70,6 @@ class Footer:
     checksums: Mapping[str, str]  # of columns; a group of columns is named by its first
 
 
-# All Parquet files of nbfeat
-
-
 def write_table(sink: BinaryIO, table: Any, entries: Mapping[bytes, bytes], groups: Sequence[Sequence[str]]) -> None:
     """Write a table with `entries` in its metadata; each group of feature columns in `groups` gets one checksum."""
     from pyarrow import parquet
@@ -193,9 +190,6 @@ def _as_numbers(column: Any) -> Any:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".")[:200] if lines else type(error).__name__
-
-
-# One result
 
 
 def write(

@@ -24,6 +24,7 @@ import pytest
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
+from PIL import Image
 from pyarrow import parquet
 
 import nbfeat
@@ -395,13 +396,13 @@ def test_a_file_that_says_something_else_is_refused(photos: pd.DataFrame, folder
     begun(photos, folder, 1000 if finished else 9)
     file, data = folder / FILES[1], (folder / FILES[1]).read_bytes()
     changes: list[dict[str, Any]] = [
-        {"made": "another"}, {"number": 2}, {"chunk": 7}, {"number": "1"}, {"format": 3}, {"request": {}},
+        {"made": "another"}, {"number": 2}, {"chunk": 7}, {"number": "1"}, {"format": 2}, {"request": {}},
         {"request": []}, {"chunk": 0}, {"more": 1}, {"rows": slice(1, None)}, {"failures": [[1, "path", "x", 3]]},
         {"failures": [[6, "path", "x", "y"]]},
     ]  # fmt: skip
     for change in changes:
         rewritten(file, **change)
-        with pytest.raises(RequestError, match=r"part-00001\.parquet was (changed after|written by a newer)"):
+        with pytest.raises(RequestError, match=r"part-00001\.parquet was (changed after|written by another version)"):
             written(photos, BLOCK, parquet=folder)
         if finished and "rows" not in change:
             with pytest.raises(RequestError, match=r"part-00001\.parquet was|not finished"):
@@ -471,10 +472,12 @@ def test_a_manifest_that_nbfeat_did_not_write_is_refused(photos: pd.DataFrame, f
     begun(photos, folder, 4, f"{BLOCK} --pooling max")
     assert names(folder) == [".nbfeat.json"], "which stands in nobody's way"
     begun(photos, folder, 7)
-    newer = json.dumps({**json.loads((folder / ".nbfeat.json").read_text()), "format": 3})
+    newer = json.dumps({**json.loads((folder / ".nbfeat.json").read_text()), "format": 4})
     for text in ("", "{}", "[1]", '{"format": "1"}', "\xff", newer):
         (folder / ".nbfeat.json").write_text(text, encoding="latin-1")
-        with pytest.raises(RequestError, match=r"\.nbfeat\.json was changed.*remove that file|started by a newer nb"):
+        with pytest.raises(
+            RequestError, match=r"\.nbfeat\.json was changed.*remove that file|written by another version"
+        ):
             written(photos, BLOCK, parquet=folder)
     (folder / ".nbfeat.json").unlink()
     before = FakeEngine.computed
@@ -680,6 +683,51 @@ def test_names_sort_as_rows_however_many_files_there_are() -> None:
         assert len(set(map(len, made))) == 1
         assert all(dataset._PART.fullmatch(name) for name in made)
     assert dataset._name(3, 100_000) == "part-00003.parquet"
+
+
+@pytest.fixture
+def copies(photos: pd.DataFrame, tmp_path: Path) -> pd.DataFrame:
+    """Return photos whose files may be changed."""
+    (tmp_path / "copies").mkdir()
+    return photos.assign(path=[str(shutil.copy2(path, tmp_path / "copies")) for path in photos["path"]])
+
+
+@both
+@pytest.mark.parametrize("steps", [8, 100])
+def test_image_files_that_changed_are_computed_again_and_told(
+    copies: pd.DataFrame, folder: Path, block: str, steps: int
+) -> None:
+    begun(copies, folder, steps, block)
+    assert "written again" not in repr(begun(copies, folder, 1, block))
+    Image.new("RGB", (12, 12), "red").save(copies["path"].iloc[1])
+    gone = Path(copies["path"].iloc[4])
+    kept = gone.rename(gone.with_suffix(".kept"))
+    result = written(copies, block, parquet=folder)
+    assert "Images in 1 of 4 files changed: these are written again." in result.notes
+    assert (result.done, list(result.failures["position"])) == (20, [4])
+    back = nbfeat.read(folder)
+    usual = extract(copies, BLOCK, images="path", cache=False)
+    if block == BLOCK:
+        same(back.features, usual.features)
+    else:  # the normalization that the other files were written with
+        order = usual.features.drop("row 4").rank().to_numpy()
+        np.testing.assert_array_equal(back.features.drop("row 4").rank().to_numpy(), order)
+    kept.rename(gone)
+    again = written(copies, block, parquet=folder)
+    assert (len(again.failures), FakeEngine.computed > 0) == (0, True)
+    assert "written again" not in repr(written(copies, block, parquet=folder))
+    assert nbfeat.read(folder).failures.empty
+
+
+def test_files_that_were_copied_with_their_times_are_the_same(
+    copies: pd.DataFrame, folder: Path, tmp_path: Path
+) -> None:
+    written(copies, BLOCK, parquet=folder)
+    FakeEngine.computed = 0
+    for path in copies["path"]:
+        Path(shutil.copy2(path, tmp_path / "copy")).replace(path)  # another inode
+    assert "Everything was already computed" in repr(written(copies, BLOCK, parquet=folder))
+    assert FakeEngine.computed == 0
 
 
 def test_the_cache_is_used_only_when_asked_for(photos: pd.DataFrame, folder: Path) -> None:

@@ -30,8 +30,6 @@ Pixels = NDArray[np.uint8]
 Vectors = dict[str, NDArray[np.float32]]
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
-
-
 _changed, _inside, _is_exiting, _PROCESS = threading.Condition(), 0, False, os.getpid()
 
 
