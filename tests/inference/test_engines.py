@@ -202,23 +202,25 @@ def test_a_package_without_metadata_has_an_unknown_version(
 
 
 @pytest.mark.slow
-def test_clearing_disturbs_nobody_who_builds_or_runs_a_network(photos: pd.DataFrame, own_home: Path) -> None:
-    """Three processes build and run networks while this one clears everything fifty times."""
+def test_clearing_disturbs_nobody_who_builds_or_runs_a_network(
+    photos: pd.DataFrame, own_home: Path, tmp_path: Path
+) -> None:
+    """Three processes build and run networks while this one clears what is stored fifty times."""
     code = f"""
-import nbfeat, pandas as pd
+import itertools, os, nbfeat, pandas as pd
 frame = pd.DataFrame({{"path": {photos["path"].tolist()!r}}})
-for size in range(START, START + 4):
+for size in itertools.cycle(range(START, START + 4)):
     assert nbfeat.extract(frame, f"Pocket --size {{size}}").failures.empty
+    if os.path.exists({str(tmp_path / "stop")!r}):
+        break
 """
     command = [sys.executable, "-c"]
     builders = [subprocess.Popen([*command, code.replace("START", str(start))]) for start in (40, 50, 60)]
-    cleared = 0
-    while any(builder.poll() is None for builder in builders):
-        nbfeat.storage.clear("all" if cleared % 2 else "networks")
-        cleared += 1
+    for number in range(50):
+        nbfeat.storage.clear("all" if number % 2 else "networks")
         time.sleep(0.1)
-    assert [builder.returncode for builder in builders] == [0, 0, 0]
-    assert cleared >= 50
+    (tmp_path / "stop").touch()
+    assert [builder.wait(120) for builder in builders] == [0, 0, 0]
 
 
 def test_a_network_cleared_before_it_runs_is_built_again(photos: pd.DataFrame, own_home: Path) -> None:
