@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 
+TIMES = int(os.environ.get("NBFEAT_TEST_EXAMPLES", "1"))  # as many examples as usual
 LENGTHS = (-1, 0, 1, 255, 65_535, 1 << 30, (1 << 31) - 1)  # numbers that lie about sizes
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import random
 import sqlite3
 import subprocess
@@ -38,11 +37,10 @@ from nbfeat.images.sources import read_pixels
 from nbfeat.parquet.result_file import Failure
 from tests.images.images_child import images as image_files, is_a_sentence
 from tests.messages import assert_says_what_to_do
-from tests.mutations import mutated
+from tests.mutations import TIMES, mutated
 from tests.parquet.test_parquet import resealed
 
 pytestmark = [pytest.mark.usefixtures("fake_network"), pytest.mark.slow]
-TIMES = int(os.environ.get("NBFEAT_TEST_EXAMPLES", "1"))
 BLOCKS = ("MobileNet --size 32 --normalize standard", "MobileNet --size 32 --layer conv1 --normalize l2")
 
 

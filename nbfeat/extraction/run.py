@@ -28,7 +28,7 @@ from nbfeat.inference.precision import choose_precision
 
 ROWS_AT_ONCE = 500
 FIRST_REASONS = 3
-CARRIED = 32_000_000  # bytes of features that images of several windows may share
+CARRIED = 16_000_000  # bytes of features that images of several windows may share
 
 
 class Executor(AbstractContextManager[Any], Protocol):

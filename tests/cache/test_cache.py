@@ -756,7 +756,7 @@ def test_clearing_networks_and_weights_removes_them(own_cache: Path) -> None:
     assert list(nbfeat.storage.networks["backbone"]) == ["VGG16"]
     assert "VGG16 (imagenet weights), 224 px: end max" in repr(nbfeat.storage)
     nbfeat.storage.clear("networks")
-    assert not (own_cache / "networks").exists()
-    assert (own_cache / "weights").exists()
+    assert [path.name for path in (own_cache / "networks").iterdir()] == [".half-built"]  # another process may build it
+    assert len(list((own_cache / "weights").iterdir())) == 1
     nbfeat.storage.clear("all")
-    assert not (own_cache / "weights").exists()
+    assert not list((own_cache / "weights").iterdir())

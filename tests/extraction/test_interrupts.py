@@ -21,6 +21,7 @@ from nbfeat import Extraction, RequestError
 from nbfeat.extraction import columns, sink
 from tests.fake import FakeEngine
 from tests.memory import IN_MEMORY
+from tests.mutations import TIMES
 
 pytestmark = pytest.mark.usefixtures("fake_network")
 END = "MobileNet --size 32"
@@ -105,7 +106,7 @@ def test_interrupts_at_any_line_and_going_on(
         watch: Any = sys.gettrace()
         extraction.run()
         expected, lines = features(), watch.lines
-    for at in sorted(generator.sample(range(1, lines), 60)):
+    for at in sorted(generator.sample(range(1, lines), min(lines - 1, 25 * TIMES))):
         again = Interrupted(generator.randrange(1, lines), generator.choice([KeyboardInterrupt, MemoryError]))
         with tempfile.TemporaryDirectory(dir=IN_MEMORY) as home:
             extraction, features = made(home)

@@ -1,4 +1,4 @@
-"""Properties that hold for any sequence of requests: a thousand random ones each."""
+"""Properties that hold for any sequence of requests; NBFEAT_TEST_EXAMPLES=10 tries a thousand random ones each."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from nbfeat.images import fingerprint
 from nbfeat.inference.engines.base import Vectors
 from tests.fake import FakeEngine
 from tests.memory import IN_MEMORY
+from tests.mutations import TIMES
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fake_network")]
 LAYERS = ("", "conv_pw_3_relu", "conv_pw_5_relu", "conv_pw_11_relu")
 COLORS = range(6)
-thousand = settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(max_examples=100 * TIMES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def blocks_of(layers: set[str]) -> list[str]:
@@ -35,7 +36,7 @@ def image(color: int, size: int = 8) -> np.ndarray:
     return np.full((size, size, 3), 7 + 40 * color, np.uint8)
 
 
-@thousand
+@many
 @given(some.lists(some.sets(some.sampled_from(LAYERS), min_size=1), min_size=2, max_size=3))
 def test_cuts_beside_cuts(monkeypatch: pytest.MonkeyPatch, requests: list[set[str]]) -> None:
     """The pretended network fuses: what a cut gives depends on the cuts beside it, as OpenVINO's last bits do."""
@@ -54,7 +55,7 @@ def test_cuts_beside_cuts(monkeypatch: pytest.MonkeyPatch, requests: list[set[st
             np.testing.assert_array_equal(found, image(0)[0, 0, 0] + sum(map(len, layers)))
 
 
-@thousand
+@many
 @given(
     some.lists(some.sampled_from(COLORS), min_size=1, max_size=6),
     some.lists(some.sampled_from(COLORS), min_size=1, max_size=6),
@@ -82,7 +83,7 @@ def test_read_beside_a_frame(tmp_path: Path, written: list[int], other: list[int
                 nbfeat.read(path, frame=frames[1])
 
 
-@thousand
+@many
 @given(
     some.lists(some.sampled_from(COLORS), min_size=2, max_size=8),
     some.lists(some.tuples(some.integers(0, 6), some.integers(0, 7), some.sampled_from(COLORS)), max_size=3),
