@@ -48,7 +48,6 @@ def paragraph(text: str, *, strong: bool = False) -> Html:
 
 def bar(share: float) -> Html:
     """Draw a thin progress bar, `share` of it (0 … 1) filled."""
-    # Jupyter's accent color, with a fallback.
     filled = f"width:{max(0.0, min(1.0, share)):.1%};height:100%;background:var(--jp-brand-color1,#1e88e5)"
     track = "height:6px;margin:.35em 0;max-width:32em;border-radius:3px;overflow:hidden;background:rgba(128,128,128,.3)"
     return Html(f'<div style="{track}"><div style="{filled}"></div></div>')

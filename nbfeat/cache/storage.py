@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -89,7 +90,8 @@ class Storage:
             for folder in folders if what in {kind, "all"} else ():
                 for path in (self.folder / folder).glob("[!.]*"):  # other names are of what is being written
                     with suppress(OSError):  # another process was faster
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                        gone = path.rename(path.with_name(f".{secrets.token_hex(8)}"))  # at once
+                        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
 
     def _cache(self) -> Cache:
         return Cache.at_home() if (self.folder / "features").is_dir() else Cache(None)

@@ -144,10 +144,7 @@ class WordParser(argparse.ArgumentParser):
             hint = near(flag, [spelling for option in self.options for spelling in option.flags])
             raise RequestError(sentences(f"Unknown option {flag}.", hint, "`%extract?` lists all options."))
         # Checked here because argparse would replace the messages with its own.
-        given = {
-            name: [*map(shown, value)] if isinstance(value, list) else shown(value)
-            for name, value in vars(found).items()
-        }
+        given = {name: [*map(shown, one)] if isinstance(one, list) else shown(one) for name, one in vars(found).items()}
         known = {option.name: option.check(given[option.name]) for option in self.options if option.name in given}
         return known, [*map(shown, rest)]
 

@@ -81,10 +81,13 @@ class PreparedNetwork:
         self.faster = openvino.FASTER
 
         def start(precision: Precision, only: str | None = None) -> Engine:
-            if not stored.folder.is_dir():  # it was cleared in the meantime
-                deque(self._for_openvino(spec), maxlen=0)
-                return self.start(precision, only)
-            return openvino.OpenVINOEngine(stored, precision=precision, batch_size=self.batch_size, only=only)
+            try:
+                return openvino.OpenVINOEngine(stored, precision=precision, batch_size=self.batch_size, only=only)
+            except RuntimeError:
+                if stored.folder.is_dir():
+                    raise
+            deque(self._for_openvino(spec), maxlen=0)  # it was cleared in the meantime
+            return self.start(precision, only)
 
         self._start: Callable[..., Engine] = start
 

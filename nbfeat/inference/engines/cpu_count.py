@@ -56,8 +56,7 @@ def control_groups(kind: str, root: Path = ROOT, groups: Path = GROUPS) -> list[
 
 
 def _share_of_worker() -> list[int]:
-    # Joblib sets OMP_NUM_THREADS to cores ÷ workers in its workers ("Avoiding over-subscription of CPU resources" in
-    # its documentation); in other processes the variable is meant for other libraries.
+    # Joblib sets it to cores ÷ workers in its workers; in other processes the variable is meant for other libraries.
     share = os.environ.get("OMP_NUM_THREADS", "")
     is_joblib = type(multiprocessing.current_process()).__name__ == "LokyProcess"
     return [int(share)] if is_joblib and share.isdigit() and int(share) else []

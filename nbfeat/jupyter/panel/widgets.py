@@ -91,8 +91,7 @@ class Kit:
         """Hold the lock: clicks arrive in two threads and steps in a third."""
         with self._lock:
             yield
-            # Let clicks be handled while a cell runs: ipykernel 7.4 handles them in the thread that last published on
-            # the widget, which may be the one that runs cells; other versions let the front end choose.
+            # ipykernel 7.4 handles clicks in the thread that last published here, which may be busy with a cell.
             for widget in self._made:
                 if widget.comm is not None:
                     vars(widget.comm).pop("_reply_subshell_id", None)
