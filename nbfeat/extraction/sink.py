@@ -226,9 +226,8 @@ class DatasetSink:
 
     def _files_of(self, number: int) -> str:
         """Return a digest of the sizes and times of a part's image files, which also copies of them have."""
-        run, images = self._run, self._images(number).tolist()
-        states = (state_of(run.images[at], run.root, shared=True) for at in images)
-        return hashlib.sha256(b"".join(b"-" if state is None else state + b"." for state in states)).hexdigest()
+        images, root = (self._run.images[at] for at in self._images(number).tolist()), self._run.root
+        return digest_of((state_of(image, root, shared=True) for image in images), root)
 
     def _compute(self, number: int) -> Generator[Batch, None, None]:
         if self._now != number:

@@ -82,7 +82,7 @@ _lent = tuple(threading.Lock() for _ in range(61))
 def pixels_of(source: Source, specs: Sequence[PixelSpec]) -> list[Pixels]:
     """Return the pixels (size, size, 3) of a loaded image for each of `specs`; thread-safe.
 
-    An ImageError depends only on the content and the decoders, unless the reason is OUT_OF_MEMORY.
+    An ImageError depends only on the content and the decoders, if it `is_permanent`.
     """
     with explained(source), _decoded(source, specs) as images:
         return [resize.fitted(image, spec) for image, spec in zip(images, specs, strict=True)]

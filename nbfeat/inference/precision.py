@@ -98,8 +98,11 @@ def choose_precision(
     candidates: tuple[Precision, ...] = network.faster if asked == "auto" else () if asked == "float32" else (asked,)
     exact = functools.cache(lambda: network.start("float32"))
     sample = functools.cache(lambda most: _sample(spec, images, root, remote, most))  # one for all candidates
+    some = [images[at] for at in spread(len(images), MOST_IMAGES)] if candidates else []
+    these = digest_of([*some, *(state_of(image, root) for image in some)], root)[:16]
     for precision in candidates:
-        names = _names(network, spec, precision, images, root)
+        key = _key(network, spec, precision)
+        names = f"{key}-{these}.json", f"{key}{OTHERS}"  # of the checks on these images, and on any
         known, other = functools.partial(_known, precision=precision, images=len(images), is_open=is_open), None
         if (check := known(names[0])) is None:
             if len(images) < (FROM_IMAGES if is_open else 1) and not known(names[1]):
@@ -226,13 +229,9 @@ def _known(name: str, *, precision: Precision, images: int, is_open: bool) -> Pr
     return None
 
 
-def _names(
-    network: PreparedNetwork, pixels: PixelSpec, precision: Precision, images: Sequence[object], root: Path
-) -> tuple[str, str]:
-    """Name the cached checks on these images and on any, by network, outputs, pixels, engine and CPU."""
+def _key(network: PreparedNetwork, pixels: PixelSpec, precision: Precision) -> str:
+    """Name the cached checks by network, outputs, pixels, engine and CPU."""
     spec = {**asdict(network.spec), "weights": network.weights.sha256}
     rest = {"pixels": asdict(pixels), "precision": precision, "numerics": NUMERICS}
     decided = json.dumps({**network.numbers, "spec": spec, **rest}, sort_keys=True)
-    key = hashlib.sha256(decided.encode()).hexdigest()[:40]
-    some = [images[at] for at in spread(len(images), MOST_IMAGES)]
-    return f"{key}-{digest_of([*some, *(state_of(image, root) for image in some)], root)[:16]}.json", f"{key}{OTHERS}"
+    return hashlib.sha256(decided.encode()).hexdigest()[:40]

@@ -135,8 +135,8 @@ class Dataset:
         if not self._starts_over:
             way = "Write to another folder, or replace this one with `replace=True`."
             raise RequestError(f"{self.location.address} was written for a different request: {difference}. {way}")
-        names = [part.name for part in (*self.parts.values(), *self.raw.values())]
-        self._forget([*self._useless, *names], replaces=True)
+        self.drop([*self.there])
+        self._forget(self._useless, replaces=True)
 
     def drop(self, numbers: Sequence[int]) -> None:
         """Forget parts, which are then written again."""
@@ -194,8 +194,7 @@ class Dataset:
 
     def remove_raw(self, number: int) -> None:
         """Remove the raw features of a part that is now normalized."""
-        self.location.remove(_raw_name(number))
-        del self.raw[number]
+        self.location.remove(self.raw.pop(number).name)
 
     def finish(self) -> tuple[int, int]:
         """Remove everything but the parts; return their number and total bytes."""
@@ -205,8 +204,9 @@ class Dataset:
 
     def clear(self) -> None:
         """Remove the dataset."""
-        for part in (*self.parts.values(), *self.raw.values()):
-            self.location.remove(part.name)
+        self.drop([*self.there])
+        for name in self._useless:
+            self.location.remove(name)
         self.finish()
         self._forget([])
 

@@ -30,7 +30,9 @@ Pixels = NDArray[np.uint8]
 Vectors = dict[str, NDArray[np.float32]]
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
-_changed, _inside, _is_exiting, _PROCESS = threading.Condition(), 0, False, os.getpid()
+_changed = threading.Condition()
+_inside, _is_exiting = 0, False
+_PROCESS = os.getpid()
 
 
 def until_exit(method: Callable[Given, Result]) -> Callable[Given, Result]:

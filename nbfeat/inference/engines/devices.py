@@ -19,7 +19,7 @@ from nbfeat import isolation
 from nbfeat.errors import NetworkError, RequestError, listing
 from nbfeat.inference.engines.base import Asked, Pixels
 
-_DRIVERS, _LIBRARIES = Path("/dev"), ("nvcuda.dll", "amdhip64*.dll")
+_DRIVERS = Path("/dev")
 FIRST = 32  # images in the first batch that is timed
 LARGEST = 1024
 LARGEST_BYTES = 256 * 2**20  # of pixels per batch; three batches wait decoded, and more are in flight
@@ -64,7 +64,8 @@ def sign_of_gpu() -> bool:
     if os.environ.get("CUDA_VISIBLE_DEVICES") in {"", "-1"}:
         return False
     # A container may have access to only the second GPU. Windows has no device files, but the library of the driver.
-    files = {_DRIVERS: ("nvidia[0-9]*", "kfd", "dxg"), Path(os.environ.get("SYSTEMROOT", ""), "System32"): _LIBRARIES}
+    windows = Path(os.environ.get("SYSTEMROOT", os.sep), "System32")
+    files = {_DRIVERS: ("nvidia[0-9]*", "kfd", "dxg"), windows: ("nvcuda.dll", "amdhip64*.dll")}
     return any(any(folder.glob(name)) for folder, names in files.items() for name in names)
 
 
