@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nbfeat.extraction.result import Result as Result, read as read
     from nbfeat.extraction.transformer import ImageFeatures as ImageFeatures
     from nbfeat.images.folder import folder as folder
+    from nbfeat.images.sample_photos import sample_photos as sample_photos
     from nbfeat.inference.layers import layers as layers
     from nbfeat.jupyter.panel.panel import Panel as Panel
 
@@ -49,6 +50,7 @@ _MODULES = {
     "nbfeat.extraction.options": "FeatureBlock",
     "nbfeat.extraction.transformer": "ImageFeatures",
     "nbfeat.images.folder": "folder",
+    "nbfeat.images.sample_photos": "sample_photos",
     "nbfeat.inference.layers": "layers",
     "nbfeat.jupyter.panel.panel": "Panel",
 }

@@ -19,8 +19,8 @@ from nbfeat.paths import home
 if TYPE_CHECKING:
     import pandas as pd
 
-_FOLDERS = {"networks": ("networks", "layers"), "weights": ("weights",), "precisions": ("precisions",)}
-KINDS = ("features", *_FOLDERS, "all")
+_FOLDERS = {"networks": "networks layers", "weights": "weights", "precisions": "precisions", "all": "samples"}
+KINDS = ("features", *_FOLDERS)
 
 
 class Storage:
@@ -66,7 +66,7 @@ class Storage:
         ----------
         what : {"features", "networks", "weights", "precisions", "all"}, default "features"
             The data to delete: cached features, compiled networks and layer tables, downloaded weights, or the results
-            of comparing precisions.
+            of comparing precisions; all of them and the files of `nbfeat.sample_photos`.
 
         Raises
         ------
@@ -87,7 +87,7 @@ class Storage:
                 if cache.note and not cache.writes:
                     raise NbfeatError(cache.note)
         for kind, folders in _FOLDERS.items():
-            for folder in folders if what in {kind, "all"} else ():
+            for folder in folders.split() if what in {kind, "all"} else ():
                 for path in (self.folder / folder).glob("[!.]*"):  # other names are of what is being written
                     with suppress(OSError):  # another process was faster
                         gone = path.rename(path.with_name(f".{secrets.token_hex(8)}"))  # at once

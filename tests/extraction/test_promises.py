@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -222,9 +223,12 @@ def test_the_demo_runs_without_internet(tmp_path: Path) -> None:
         "NBFEAT_HOME": str(tmp_path / "nbfeat"), "KERAS_HOME": str(tmp_path / "keras"), "HOME": str(tmp_path),
         "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9",
     }  # fmt: skip
-    command = [sys.executable, "-W", "error", "-m", "nbfeat", "--images", "200"]
+    command = [sys.executable, "-W", "error", "-m", "nbfeat"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     assert not done.returncode, done.stderr
     assert "Pocket (bundled, small)" in done.stdout
-    assert "five-fold cross-validation" in done.stdout
+    assert "480 photographs, 12 classes" in done.stdout
+    assert re.search(r"07.jpg +damaged: the image file is truncated", done.stdout)
+    assert "accuracy of StandardScaler → SVC(C=10), 5 folds, 479 rows of 12 classes" in done.stdout
+    assert "6 groups of nearly identical images: 12 of 479 rows" in done.stdout
     assert done.stderr == ""
