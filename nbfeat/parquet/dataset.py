@@ -232,8 +232,12 @@ def _reference(recipe: str) -> str:
 def _look(location: Location, names: Sequence[str], *, is_begun: bool) -> dict[str, Part | None]:
     """Return the metadata of each part, None for a damaged one; raise RequestError if none may be ours."""
     found = {name: _look_at(location, name) for name in names}
-    if names and not is_begun and not any(found.values()):
-        raise _foreign(location, names)
+    if (
+        not is_begun
+        and not any(found.values())
+        and (others := [name for name in names if not _is_rest(location, name)])
+    ):
+        raise _foreign(location, others)
     recipes = {_reference(part.recipe): part.recipe for part in found.values() if part}
     manifests: dict[str, Any] = {}
     for name, part in found.items():
@@ -244,6 +248,15 @@ def _look(location: Location, names: Sequence[str], *, is_begun: bool) -> dict[s
             # Shared, because fitted parameters may be large. Without its recipe, a part can't be used.
             found[name] = replace(part, manifest=manifest, recipe=recipe) if recipe else None
     return found
+
+
+def _is_rest(location: Location, name: str) -> bool:
+    """Tell whether a file that was cut short was one of ours, or holds nothing: zeros, after a power failure."""
+    with location.opened(name) as file:
+        if result_file.START.startswith(bytes(file.read(len(result_file.START)))):
+            return True
+        file.seek(0)
+        return not any(some.strip(b"\0") for some in iter(lambda: bytes(file.read(1 << 20)), b""))
 
 
 def _look_at(location: Location, name: str) -> Part | None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RECIPE, CHECKSUMS = b"nbfeat", b"nbfeat.sha256"  # metadata entries
+START = b"PAR1" + RECIPE  # of each file; readers skip what belongs to no column
 SHOWN = 5
 ROWS, ROWS_OF_OBJECTS = 65_536, 1024  # hashed at a time
 LARGE = 1_000_000  # bytes of metadata
@@ -72,6 +73,7 @@ class Footer:
 
 def write_table(sink: BinaryIO, table: Any, entries: Mapping[bytes, bytes], groups: Sequence[Sequence[str]]) -> None:
     """Write a table with `entries` in its metadata; each group of feature columns in `groups` gets one checksum."""
+    import pyarrow as pa
     from pyarrow import parquet
 
     others = [name for name in table.column_names if name not in {name for names in groups for name in names}]
@@ -86,7 +88,9 @@ def write_table(sink: BinaryIO, table: Any, entries: Mapping[bytes, bytes], grou
     if not is_large:  # other tools preserve schema metadata, but the file stores it twice
         table = table.replace_schema_metadata({**metadata, **more})
     # Features rarely repeat, so dictionary encoding would not help.
-    with parquet.ParquetWriter(sink, table.schema, use_dictionary=others, write_page_checksum=True) as writer:
+    out = pa.PythonFile(sink, "w")
+    with parquet.ParquetWriter(out, table.schema, use_dictionary=others, write_page_checksum=True) as writer:
+        out.write(START[out.tell() :])
         writer.write_table(table)
         if is_large:
             writer.add_key_value_metadata(more)
