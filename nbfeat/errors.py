@@ -32,6 +32,14 @@ class NetworkError(NbfeatError):
     """A network couldn't be built, exported, compiled or run."""
 
 
+class OutOfMemoryError(NetworkError):
+    """Memory ran out while a network was built or run, which says nothing about the network."""
+
+
+class DiskFullError(NetworkError):
+    """The disk had no room for a network."""
+
+
 class ExtractionError(NbfeatError):
     """A run has no result: every image failed, memory ran out, or it isn't finished."""
 

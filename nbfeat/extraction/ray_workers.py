@@ -138,8 +138,14 @@ class RayExecutor(ExitStack):
 
     def _end(self) -> None:
         self._ray.shutdown(wait_for_processes=True)  # leaves an existing cluster running
-        if self._folder:
-            _end_processes(self._folder)
+        if self._folder:  # Ray forgets the processes of a cluster that could not start
+            psutil: Any = importlib.import_module("psutil")  # a part of Ray
+            kept = [one for one in psutil.process_iter(["cmdline", "ppid"]) if one.info["ppid"] == os.getpid()]
+            kept = [one for one in kept if self._folder in " ".join(one.info["cmdline"] or ())]
+            for one in kept:
+                with suppress(psutil.Error):
+                    one.kill()
+            psutil.wait_procs(kept, timeout=10)
             shutil.rmtree(self._folder, ignore_errors=True)
         self._folder = ""
 
@@ -191,20 +197,6 @@ def address_of_cluster() -> str | None:
         if file.stat().st_uid == os.getuid() and _answers(written := file.read_text(encoding="utf-8").strip()):
             return written
     return None
-
-
-def _end_processes(folder: str) -> None:
-    """End the processes of a cluster in `folder` that could not start, which Ray itself forgets."""
-    psutil: Any = importlib.import_module("psutil")  # a part of Ray
-    found = []
-    for child in psutil.Process().children():
-        with suppress(psutil.Error):
-            if folder in " ".join(child.cmdline()):
-                found += [child, *child.children(recursive=True)]
-    for one in found:
-        with suppress(psutil.Error):
-            one.kill()
-    psutil.wait_procs(found, timeout=10)
 
 
 def _answers(address: str) -> bool:

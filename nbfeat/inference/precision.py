@@ -21,7 +21,7 @@ from typing import TypeVar
 import numpy as np
 from filelock import FileLock
 
-from nbfeat.errors import ImageError, NetworkError
+from nbfeat.errors import ImageError, NetworkError, OutOfMemoryError
 from nbfeat.images.remote import Access, Fetcher
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import Fetch, digest_of, read_pixels, spread, state_of
@@ -112,7 +112,13 @@ def choose_precision(
                 with suppress(OSError, NotImplementedError):  # the other process hangs, or files can't be locked here
                     # Two that measure at once would both be slow, and the second can use what the first finds.
                     stack.enter_context(FileLock(keep(FOLDER) / ".lock", timeout=PATIENCE))
-                check, other = _decided(network, precision, names, known, exact, sample, is_open=is_open)
+                try:
+                    check, other = _decided(network, precision, names, known, exact, sample, is_open=is_open)
+                except OutOfMemoryError:
+                    if not is_open:
+                        raise
+                    message = f"{precision} was not compared with float32: there is not enough memory for both."
+                    continue
         message = check.message(network.spec.network.title, asked=not is_open) or message
         if check.is_better or not is_open:
             return precision, other, message
@@ -147,8 +153,8 @@ def _compared(
     """Compare on the first images of the sample and, if those agree, on the rest; then time both engines."""
     try:
         other = network.start(precision)
-    except NetworkError:  # the hardware doesn't support it
-        if not is_open:
+    except NetworkError as error:  # the hardware doesn't support it
+        if not is_open or isinstance(error, OutOfMemoryError):
             raise
         return PrecisionCheck(precision, 0, 0.0, 0.0), None
     agreement, seen, speedup = 1.0, 0, 0.0
@@ -160,8 +166,8 @@ def _compared(
                 seen += len(some)
         if agreement >= AGREES and seen and is_timed:
             speedup = _speedup(exact, other, pixels)
-    except NetworkError:  # float16 overflowed
-        if not is_open:
+    except NetworkError as error:  # float16 overflowed
+        if not is_open or isinstance(error, OutOfMemoryError):
             raise
         agreement, seen = -1.0, len(pixels)
     finally:
