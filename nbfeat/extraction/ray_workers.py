@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import os
@@ -22,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nbfeat import isolation
+from nbfeat import errors, isolation
 from nbfeat.cache.database import Cache
-from nbfeat.errors import ExtractionError, ImageError, NbfeatError, NetworkError, RequestError, format_bytes, listing
+from nbfeat.errors import ExtractionError, ImageError, NbfeatError, NetworkError, RequestError, first_line, listing
 from nbfeat.extraction.network_state import Batch, NetworkState
 from nbfeat.extraction.options import PLACES, one_of
 from nbfeat.extraction.pipeline import Pipeline
@@ -64,7 +63,8 @@ def executor_for(on: str | None, images: Sequence[object], networks: Sequence[tu
             raise RequestError(f"Only paths and bytes can be sent to workers, not {what}. {way}")
         size += len(image) if isinstance(image, (bytes, bytearray, memoryview)) else 0
     if size > MOST_BYTES:
-        problem = f"{format_bytes(size)} of images can't be sent to workers: the limit is {format_bytes(MOST_BYTES)}."
+        sent, most = map(errors.format_bytes, (size, MOST_BYTES))
+        problem = f"{sent} of images can't be sent to workers: the limit is {most}."
         raise RequestError(f"{problem} Save them as files that all machines can read, and use their paths.")
     return RayExecutor()
 
@@ -131,10 +131,10 @@ class RayExecutor(ExitStack):
         except Exception as error:  # Ray raises a plain Exception if a busy machine takes over half a minute
             if address:
                 raise RequestError(
-                    f"Can't connect to the Ray cluster at {address}: {_line(error, 0)}. If it requires a token, set "
+                    f"Can't connect to the Ray cluster at {address}: {first_line(error)}. If it requires a token, set "
                     "RAY_AUTH_MODE=token; set RAY_ADDRESS=local to start a cluster on this machine only."
                 ) from error
-            raise NetworkError(f"Ray didn't start: {_line(error)}. Run it again, or drop `on`.") from error
+            raise NetworkError(f"Ray didn't start: {first_line(error, -1)}. Run it again, or drop `on`.") from error
 
     def _end(self) -> None:
         self._ray.shutdown(wait_for_processes=True)  # leaves an existing cluster running
@@ -182,7 +182,7 @@ class RayExecutor(ExitStack):
                     yield from batch["item"]
         except (self._ray.exceptions.RayError, RuntimeError, OSError) as error:
             way = "Run it again to resume, or drop `on`."
-            raise NetworkError(f"The Ray cluster failed: {_line(error)}. {way}") from error
+            raise NetworkError(f"The Ray cluster failed: {first_line(error, -1)}. {way}") from error
 
 
 def address_of_cluster() -> str | None:
@@ -205,10 +205,6 @@ def _answers(address: str) -> bool:
         socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
         return True
     return False
-
-
-def _line(error: Exception, number: int = -1) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[number].rstrip(".")
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from typing import TypeVar
 import numpy as np
 from filelock import FileLock
 
-from nbfeat.errors import ImageError, NetworkError, OutOfMemoryError
+from nbfeat.errors import ExtractionError, ImageError, NetworkError
 from nbfeat.images.remote import Access, Fetcher
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import Fetch, digest_of, read_pixels, spread, state_of
@@ -114,7 +114,7 @@ def choose_precision(
                     stack.enter_context(FileLock(keep(FOLDER) / ".lock", timeout=PATIENCE))
                 try:
                     check, other = _decided(network, precision, names, known, exact, sample, is_open=is_open)
-                except OutOfMemoryError:
+                except ExtractionError:
                     if not is_open:
                         raise
                     message = f"{precision} was not compared with float32: there is not enough memory for both."
@@ -153,8 +153,8 @@ def _compared(
     """Compare on the first images of the sample and, if those agree, on the rest; then time both engines."""
     try:
         other = network.start(precision)
-    except NetworkError as error:  # the hardware doesn't support it
-        if not is_open or isinstance(error, OutOfMemoryError):
+    except NetworkError:  # the hardware doesn't support it
+        if not is_open:
             raise
         return PrecisionCheck(precision, 0, 0.0, 0.0), None
     agreement, seen, speedup = 1.0, 0, 0.0
@@ -166,8 +166,8 @@ def _compared(
                 seen += len(some)
         if agreement >= AGREES and seen and is_timed:
             speedup = _speedup(exact, other, pixels)
-    except NetworkError as error:  # float16 overflowed
-        if not is_open or isinstance(error, OutOfMemoryError):
+    except NetworkError:  # float16 overflowed
+        if not is_open:
             raise
         agreement, seen = -1.0, len(pixels)
     finally:

@@ -14,7 +14,7 @@ import numpy as np
 
 from nbfeat.backbones import user_models
 from nbfeat.backbones.weights import Loaded, digest
-from nbfeat.errors import NetworkError, OutOfMemoryError, WeightsError
+from nbfeat.errors import NetworkError, WeightsError
 from nbfeat.inference import compiled_models
 from nbfeat.inference.engines import devices as hardware, openvino
 from nbfeat.inference.engines.base import Engine, Pixels, Precision, Vectors
@@ -61,8 +61,6 @@ class PreparedNetwork:
                 try:
                     yield from self._for_openvino(replace(self.spec, backbone=user_models.NAME, weights=str(path)))
                 except (NetworkError, WeightsError) as error:
-                    if isinstance(error, OutOfMemoryError):  # Keras would need more
-                        raise
                     why_not = compiled_models.why_not_as_file(error, name)
                 else:
                     self.weights = replace(self.weights, name=name)

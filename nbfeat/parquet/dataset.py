@@ -232,11 +232,8 @@ def _reference(recipe: str) -> str:
 def _look(location: Location, names: Sequence[str], *, is_begun: bool) -> dict[str, Part | None]:
     """Return the metadata of each part, None for a damaged one; raise RequestError if none may be ours."""
     found = {name: _look_at(location, name) for name in names}
-    if (
-        not is_begun
-        and not any(found.values())
-        and (others := [name for name in names if not _is_rest(location, name)])
-    ):
+    others = [] if is_begun or any(found.values()) else [name for name in names if not _is_rest(location, name)]
+    if others:
         raise _foreign(location, others)
     recipes = {_reference(part.recipe): part.recipe for part in found.values() if part}
     manifests: dict[str, Any] = {}

@@ -25,10 +25,10 @@ import pandas as pd
 import pytest
 
 import nbfeat
-from nbfeat import NetworkError, RequestError, isolation
+from nbfeat import ExtractionError, NetworkError, RequestError, isolation
 from nbfeat.backbones.catalog import CATALOG
 from nbfeat.backbones.weights import Loaded
-from nbfeat.errors import DiskFullError, OutOfMemoryError
+from nbfeat.errors import DiskFullError
 from nbfeat.inference import compiled_models
 from nbfeat.inference.compiled_models import Stored, prepare
 from nbfeat.inference.engines import devices
@@ -188,7 +188,7 @@ sys.exit(compiled_models._main(*sys.argv[1:]))
         limited(monkeypatch, ends, tmp_path)
     (out := tmp_path / "out").mkdir()
     with pytest.raises(
-        OutOfMemoryError, match=rf"not enough memory to build Pocket \({reason}\)\. Close other programs"
+        ExtractionError, match=rf"not enough memory to build Pocket \({reason}\)\. Close other programs"
     ):
         list(compiled_models.run_child(SPEC, out))
 
@@ -204,7 +204,7 @@ def test_a_lack_of_memory_is_not_the_fault_of_the_cpu(stored: Stored, monkeypatc
     fake = SimpleNamespace(Tensor=library.Tensor, Core=lambda: core)
     monkeypatch.setattr(isolation, "import_openvino", lambda: fake)
     for _ in range(3):
-        with pytest.raises(OutOfMemoryError, match=r"not enough memory to run the network \(.*\)\. Close other"):
+        with pytest.raises(ExtractionError, match=r"not enough memory to run the network \(.*\)\. Close other"):
             OpenVINOEngine(stored, precision="float32", batch_size=2)
     with pytest.raises(NetworkError, match="This CPU cannot run the network in float32: no such operation"):
         OpenVINOEngine(stored, precision="float32", batch_size=2)

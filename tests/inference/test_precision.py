@@ -17,8 +17,7 @@ from filelock import FileLock
 from PIL import Image
 
 import nbfeat
-from nbfeat import NetworkError, RequestError, paths
-from nbfeat.errors import OutOfMemoryError
+from nbfeat import ExtractionError, NetworkError, RequestError, paths
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.inference import precision
 from nbfeat.inference.engines import devices
@@ -262,7 +261,7 @@ def test_a_lack_of_memory_decides_nothing(
     enough: pd.DataFrame, hardware: Hardware, monkeypatch: pytest.MonkeyPatch, while_: str
 ) -> None:
     def short(*_: object) -> None:
-        raise OutOfMemoryError("There is not enough memory.")
+        raise ExtractionError("There is not enough memory.")
 
     with monkeypatch.context() as patch:
         if while_ == "comparing":
@@ -273,7 +272,7 @@ def test_a_lack_of_memory_decides_nothing(
         result = run(enough, cache=False)
         assert result.precision == "float32"
         assert result.notes[0] == "bfloat16 was not compared with float32: there is not enough memory for both."
-        with pytest.raises(OutOfMemoryError):
+        with pytest.raises(ExtractionError):
             run(enough, cache=False, precision="bfloat16")
         assert kept() == []
     assert run(enough, cache=False).precision == "bfloat16"

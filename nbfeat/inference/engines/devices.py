@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast, get_args
 import numpy as np
 
 from nbfeat import isolation
-from nbfeat.errors import OutOfMemoryError, RequestError, listing
+from nbfeat.errors import ExtractionError, RequestError, first_line, listing
 from nbfeat.inference.engines.base import Asked, Pixels
 
 _DRIVERS = Path("/dev")
@@ -139,7 +139,7 @@ class Room:
         self.was_short = True
         if size == 1:
             another = ", or `device='cpu'`" if device.startswith("gpu") else ""
-            raise OutOfMemoryError(
+            raise ExtractionError(
                 f"{device.upper()} doesn't have enough memory for the network and one image. Close other programs that "
                 f"use it, or use a smaller backbone or `size`{another}."
             ) from error
@@ -175,15 +175,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_errors_named(doing: str) -> Iterator[None]:
-    """Turn errors that mean that memory ran out into OutOfMemoryError; also a decorator."""
+    """Turn errors that mean that memory ran out into ExtractionError; also a decorator."""
     try:
         yield
     except (RuntimeError, MemoryError, ImportError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].rstrip(".")
+        problem = f"There is not enough memory to {doing} ({first_line(error, -1)})."
         way = "Close other programs and notebooks, or use a smaller backbone or `size`."
-        raise OutOfMemoryError(f"There is not enough memory to {doing} ({reason}). {way}") from error
+        raise ExtractionError(f"{problem} {way}") from error
 
 
 def largest_batch(shape: tuple[int, ...]) -> int:

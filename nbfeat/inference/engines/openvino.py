@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nbfeat import isolation
-from nbfeat.errors import NetworkError
+from nbfeat.errors import NetworkError, first_line
 from nbfeat.inference.compiled_models import Stored
 from nbfeat.inference.engines.base import Pixels, Precision, Vectors, Work, until_exit
 from nbfeat.inference.engines.cpu_count import available_cores
@@ -51,8 +51,7 @@ def _compiled(core: Any, graph: Any, precision: Precision) -> Any:
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        last = str(error).strip().splitlines()[-1]
-        raise NetworkError(f"This CPU cannot run the network in {precision}: {last}") from error
+        raise NetworkError(f"This CPU cannot run the network in {precision}: {first_line(error, -1)}") from error
     runs_in = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
     if runs_in != _TYPES[precision]:  # OpenVINO changes it silently
         instead = f"OpenVINO would use {runs_in} instead. Use `precision='float32'`."
