@@ -250,10 +250,8 @@ def _look(location: Location, names: Sequence[str], *, is_begun: bool) -> dict[s
 def _is_rest(location: Location, name: str) -> bool:
     """Tell whether a file that was cut short was one of ours, or holds nothing: zeros, after a power failure."""
     with location.opened(name) as file:
-        if result_file.START.startswith(bytes(file.read(len(result_file.START)))):
-            return True
-        file.seek(0)
-        return not any(some.strip(b"\0") for some in iter(lambda: bytes(file.read(1 << 20)), b""))
+        head, rest = bytes(file.read(len(result_file.START))), iter(lambda: bytes(file.read(1 << 20)), b"")
+        return result_file.START.startswith(head) or not (head.strip(b"\0") or any(some.strip(b"\0") for some in rest))
 
 
 def _look_at(location: Location, name: str) -> Part | None:
