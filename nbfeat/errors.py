@@ -32,6 +32,10 @@ class NetworkError(NbfeatError):
     """A network couldn't be built, exported, compiled or run."""
 
 
+class DiskFullError(NetworkError):
+    """The disk had no room for a network."""
+
+
 class ExtractionError(NbfeatError):
     """A run has no result: every image failed, memory ran out, or it isn't finished."""
 
@@ -58,9 +62,9 @@ def listing(names: Iterable[str], joint: str = "and") -> str:
     return f"{', '.join(head)} {joint} {last}" if head else last
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its class name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def first_line(error: Exception, at: int = 0) -> str:
+    """Return the first line of an error's message, or the one at another place, or its class name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[at].rstrip(".")
 
 
 def sentences(*parts: str) -> str:

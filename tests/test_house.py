@@ -119,7 +119,7 @@ def test_every_import_is_declared() -> None:
     aliases = {"PIL": "pillow", "sklearn": "scikit_learn", "IPython": "ipython"}
     imported = {name.partition(".")[0] for source in SOURCES for name in imports(source)} - sys.stdlib_module_names
     missing = {aliases.get(name, name) for name in imported} - declared - {"nbfeat"}
-    assert missing == {"umap", "yarl"}  # the first is the user's to install, the second a part of aiohttp
+    assert missing == {"umap", "yarl", "psutil"}  # the user's to install, a part of aiohttp, a part of Ray
 
 
 def test_every_public_name_can_be_had_and_says_what_it_is() -> None:

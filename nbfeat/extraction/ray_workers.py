@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nbfeat import isolation
+from nbfeat import errors, isolation
 from nbfeat.cache.database import Cache
-from nbfeat.errors import ExtractionError, ImageError, NbfeatError, NetworkError, RequestError, format_bytes, listing
+from nbfeat.errors import ExtractionError, ImageError, NbfeatError, NetworkError, RequestError, first_line, listing
 from nbfeat.extraction.network_state import Batch, NetworkState
 from nbfeat.extraction.options import PLACES, one_of
 from nbfeat.extraction.pipeline import Pipeline
@@ -63,7 +63,8 @@ def executor_for(on: str | None, images: Sequence[object], networks: Sequence[tu
             raise RequestError(f"Only paths and bytes can be sent to workers, not {what}. {way}")
         size += len(image) if isinstance(image, (bytes, bytearray, memoryview)) else 0
     if size > MOST_BYTES:
-        problem = f"{format_bytes(size)} of images can't be sent to workers: the limit is {format_bytes(MOST_BYTES)}."
+        sent, most = map(errors.format_bytes, (size, MOST_BYTES))
+        problem = f"{sent} of images can't be sent to workers: the limit is {most}."
         raise RequestError(f"{problem} Save them as files that all machines can read, and use their paths.")
     return RayExecutor()
 
@@ -130,14 +131,22 @@ class RayExecutor(ExitStack):
         except Exception as error:  # Ray raises a plain Exception if a busy machine takes over half a minute
             if address:
                 raise RequestError(
-                    f"Can't connect to the Ray cluster at {address}: {_line(error, 0)}. If it requires a token, set "
+                    f"Can't connect to the Ray cluster at {address}: {first_line(error)}. If it requires a token, set "
                     "RAY_AUTH_MODE=token; set RAY_ADDRESS=local to start a cluster on this machine only."
                 ) from error
-            raise NetworkError(f"Ray didn't start: {_line(error)}. Run it again, or drop `on`.") from error
+            raise NetworkError(f"Ray didn't start: {first_line(error, -1)}. Run it again, or drop `on`.") from error
 
     def _end(self) -> None:
         self._ray.shutdown(wait_for_processes=True)  # leaves an existing cluster running
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder:  # Ray forgets the processes of a cluster that could not start
+            psutil: Any = importlib.import_module("psutil")  # a part of Ray
+            kept = [one for one in psutil.process_iter(["cmdline", "ppid"]) if one.info["ppid"] == os.getpid()]
+            kept = [one for one in kept if self._folder in " ".join(one.info["cmdline"] or ())]
+            for one in kept:
+                with suppress(psutil.Error):
+                    one.kill()
+            psutil.wait_procs(kept, timeout=10)
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._folder = ""
 
     def share(self, *, gpu: bool) -> Share:
@@ -173,7 +182,7 @@ class RayExecutor(ExitStack):
                     yield from batch["item"]
         except (self._ray.exceptions.RayError, RuntimeError, OSError) as error:
             way = "Run it again to resume, or drop `on`."
-            raise NetworkError(f"The Ray cluster failed: {_line(error)}. {way}") from error
+            raise NetworkError(f"The Ray cluster failed: {first_line(error, -1)}. {way}") from error
 
 
 def address_of_cluster() -> str | None:
@@ -196,10 +205,6 @@ def _answers(address: str) -> bool:
         socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
         return True
     return False
-
-
-def _line(error: Exception, number: int = -1) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[number].rstrip(".")
 
 
 @dataclass(slots=True)

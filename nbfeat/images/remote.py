@@ -300,7 +300,8 @@ def absolute(address: str, root: Path) -> str:
 def _member_and_archive(address: str, root: Path) -> tuple[str, str]:
     """Return the member and path of a local archive; empty for other URLs."""
     member, _, archive = address.partition("://")[2].partition("::")
-    if scheme_of(address) != ARCHIVE or not member or not archive or "::" in archive or scheme_of(archive):
+    is_chain = "::" in archive and not os.path.isabs(archive)  # an absolute path may go through such a folder
+    if scheme_of(address) != ARCHIVE or not member or not archive or is_chain or scheme_of(archive):
         return "", ""
     return member, os.path.join(root, os.path.expanduser(archive))
 

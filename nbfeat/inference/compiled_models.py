@@ -8,6 +8,7 @@ class, "message": text}`` for a failure. A separate process keeps Keras, its set
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -19,7 +20,7 @@ import time
 import weakref
 import zipfile
 from collections.abc import Generator, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,14 @@ from typing import Any
 from nbfeat import errors, isolation
 from nbfeat.backbones import keras_applications, user_models, weights
 from nbfeat.backbones.catalog import find
+from nbfeat.inference.engines.devices import is_out_of_memory, memory_errors_named
 from nbfeat.inference.engines.keras import in_a_fresh_session
 from nbfeat.inference.model import Base, Built, build, layers_of, load_base
 from nbfeat.inference.spec import NetworkSpec, Output
 from nbfeat.paths import HomeError, folder_written_whole, keep
 
 _FILES = ("network.xml", "network.bin")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, over the user's quota, larger than a file may be
 _ABANDONED_AFTER = 3600  # seconds; building a network takes less
 FILE_ADVICE = f"{user_models.REGISTER} Keras then runs it."  # removed for registered models, which it doesn't help
 
@@ -49,15 +52,27 @@ class Stored:
 
 
 def prepare(spec: NetworkSpec) -> Generator[str, None, Stored]:
-    """Find or build the network of `spec`, yielding progress messages."""
+    """Find or build the network of `spec`, yielding progress messages; if the disk is full, in a temporary folder."""
     parent, owner, problem = _kept_folder("networks")
+    try:
+        stored = yield from _stored_in(parent, spec)
+    except errors.DiskFullError as error:
+        if owner is not None:
+            raise
+        (parent, owner), problem = _temporary_folder(), str(error)
+        stored = yield from _stored_in(parent, spec)
+    note = f"{problem} The network was built only for this run." if problem else ""
+    return replace(stored, note=note, owner=owner)
+
+
+def _stored_in(parent: Path, spec: NetworkSpec) -> Generator[str, None, Stored]:
     final = parent / spec.key(**versions())
     stored = _read(final)
     if stored is None:
         shutil.rmtree(final, ignore_errors=True)
         ready, _held = yield from located(spec)
         yield f"building {ready.network.title} (only once; it is then cached)"
-        with folder_written_whole(final) as made:
+        with _full_disk_named(parent), folder_written_whole(final) as made:
             yield from run_child(ready, made)
             if not (stored := _read(made)):
                 unread = f"The network just written to {made} cannot be read back."
@@ -67,8 +82,7 @@ def prepare(spec: NetworkSpec) -> Generator[str, None, Stored]:
     if spec.backbone == user_models.NAME and stored.weights.sha256 != weights.digest(Path(spec.weights)):
         shutil.rmtree(final, ignore_errors=True)
         raise errors.WeightsError(f"{spec.network.title} changed while it was being read. Run it again.")
-    note = f"{problem} The network was built only for this run." if problem else ""
-    return replace(stored, note=note, owner=owner)
+    return stored
 
 
 def located(spec: NetworkSpec) -> Generator[str, None, tuple[NetworkSpec, object]]:
@@ -85,14 +99,33 @@ def _kept_folder(name: str) -> tuple[Path, object, str]:
     try:
         folder = keep(name)
     except HomeError as error:
-        folder, owner = Path(tempfile.mkdtemp(prefix="nbfeat-")), set[object]()  # a set allows weak references
-        weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
-        return folder, owner, str(error)
+        return *_temporary_folder(), str(error)
     for half in folder.glob(".*"):
         with suppress(OSError):  # another process was faster
             if time.time() - half.stat().st_mtime > _ABANDONED_AFTER:
                 shutil.rmtree(half) if half.is_dir() else half.unlink()
     return folder, None, ""
+
+
+def _temporary_folder() -> tuple[Path, object]:
+    """Return a folder that lasts as long as its owner."""
+    folder, owner = Path(tempfile.mkdtemp(prefix="nbfeat-")), set[object]()  # a set allows weak references
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return folder, owner
+
+
+@contextmanager
+def _full_disk_named(folder: Path, needed: float = 0) -> Iterator[None]:
+    """Turn errors about the full disk of `folder` into DiskFullError, with the bytes that are free and `needed`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        free, more = shutil.disk_usage(folder).free, f" and {errors.format_bytes(needed)} needed" if needed else ""
+        problem = f"The disk is full at {folder} ({error.strerror}, {errors.format_bytes(free)} free{more})."
+        way = "Free some space, or set NBFEAT_HOME to a folder on another disk."
+        raise errors.DiskFullError(f"{problem} {way}") from error
 
 
 def _read(folder: Path) -> Stored | None:
@@ -129,6 +162,9 @@ def run_child(spec: NetworkSpec, out: Path) -> Iterator[str]:
                 noise.seek(0)
                 ended = f"The process that builds {spec.network.title} ended with exit status {child.returncode}"
                 said = noise.read().strip().splitlines() or ["it printed no error"]
+                with memory_errors_named(f"build {spec.network.title}"):
+                    if child.returncode == -9 or is_out_of_memory(RuntimeError(said[-1])):  # Linux kills the largest
+                        raise MemoryError(said[-1])
                 raise errors.NetworkError(f"{ended}: {said[-1]}")
         finally:
             child.kill()
@@ -195,9 +231,10 @@ def _main(spec_path: str, out: str) -> int:
         channel.write(json.dumps(line) + "\n")
 
     try:
-        isolation.quiet_child()
         spec = NetworkSpec.from_json(Path(spec_path).read_text(encoding="utf-8"))
-        (_export if spec.cuts else _describe)(spec, Path(out), lambda text: say(tell=text))
+        with memory_errors_named(f"build {spec.network.title}"):
+            isolation.quiet_child()
+            (_export if spec.cuts else _describe)(spec, Path(out), lambda text: say(tell=text))
     except errors.NbfeatError as error:
         say(error=type(error).__name__, message=str(error))
     except Exception as error:  # raised by the parent
@@ -212,7 +249,7 @@ def _export(spec: NetworkSpec, out: Path, tell: weights.Tell) -> None:
     try:
         _write(built, out / "network.xml")
     except Exception as error:
-        if not spec.network.is_user_model:
+        if not spec.network.is_user_model or isinstance(error, errors.DiskFullError) or is_out_of_memory(error):
             raise
         reason = f"OpenVINO cannot run {spec.network.title}: {errors.first_line(error)}"
         raise errors.NetworkError(f"{reason}. {FILE_ADVICE}") from error
@@ -239,7 +276,15 @@ def _write(built: Built, path: Path) -> None:
     graph = openvino.Model(results, [pixels])
     with suppress(ImportError, AttributeError):  # only saves 0.4 s when compiling
         importlib.import_module("openvino._offline_transformations").apply_moc_transformations(graph, True)
-    openvino.save_model(graph, path, compress_to_fp16=False)
+    needed = 4 * built.model.count_params()
+    with _full_disk_named(path.parents[1], needed):
+        try:
+            openvino.save_model(graph, path, compress_to_fp16=False)
+        except RuntimeError:  # it doesn't say why: Python does
+            path.with_suffix(".bin").unlink(missing_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent) as file:
+                file.write(bytes(needed))
+            raise
 
 
 def _describe(spec: NetworkSpec, out: Path, tell: weights.Tell) -> None:

@@ -94,8 +94,9 @@ def _rows(spec: NetworkSpec, *, build: bool = True) -> list[dict[str, Any]]:
         for _ in run_child(spec, Path(folder)):
             pass
         text = Path(folder, "layers.json").read_text(encoding="utf-8")
-    if file:  # else the next call builds it again
-        write_whole(file, text)
+    with suppress(OSError):  # the next call builds it again
+        if file:
+            write_whole(file, text)
     if rows := json.loads(text):
         return rows  # type: ignore[no-any-return]
     title = spec.network.title

@@ -21,7 +21,7 @@ from typing import TypeVar
 import numpy as np
 from filelock import FileLock
 
-from nbfeat.errors import ImageError, NetworkError
+from nbfeat.errors import ExtractionError, ImageError, NetworkError
 from nbfeat.images.remote import Access, Fetcher
 from nbfeat.images.resize import PixelSpec
 from nbfeat.images.sources import Fetch, digest_of, read_pixels, spread, state_of
@@ -112,7 +112,13 @@ def choose_precision(
                 with suppress(OSError, NotImplementedError):  # the other process hangs, or files can't be locked here
                     # Two that measure at once would both be slow, and the second can use what the first finds.
                     stack.enter_context(FileLock(keep(FOLDER) / ".lock", timeout=PATIENCE))
-                check, other = _decided(network, precision, names, known, exact, sample, is_open=is_open)
+                try:
+                    check, other = _decided(network, precision, names, known, exact, sample, is_open=is_open)
+                except ExtractionError:
+                    if not is_open:
+                        raise
+                    message = f"{precision} was not compared with float32: there is not enough memory for both."
+                    continue
         message = check.message(network.spec.network.title, asked=not is_open) or message
         if check.is_better or not is_open:
             return precision, other, message

@@ -232,8 +232,9 @@ def _reference(recipe: str) -> str:
 def _look(location: Location, names: Sequence[str], *, is_begun: bool) -> dict[str, Part | None]:
     """Return the metadata of each part, None for a damaged one; raise RequestError if none may be ours."""
     found = {name: _look_at(location, name) for name in names}
-    if names and not is_begun and not any(found.values()):
-        raise _foreign(location, names)
+    others = [] if is_begun or any(found.values()) else [name for name in names if not _is_rest(location, name)]
+    if others:
+        raise _foreign(location, others)
     recipes = {_reference(part.recipe): part.recipe for part in found.values() if part}
     manifests: dict[str, Any] = {}
     for name, part in found.items():
@@ -244,6 +245,13 @@ def _look(location: Location, names: Sequence[str], *, is_begun: bool) -> dict[s
             # Shared, because fitted parameters may be large. Without its recipe, a part can't be used.
             found[name] = replace(part, manifest=manifest, recipe=recipe) if recipe else None
     return found
+
+
+def _is_rest(location: Location, name: str) -> bool:
+    """Tell whether a file that was cut short was one of ours, or holds nothing: zeros, after a power failure."""
+    with location.opened(name) as file:
+        head, rest = bytes(file.read(len(result_file.START))), iter(lambda: bytes(file.read(1 << 20)), b"")
+        return result_file.START.startswith(head) or not (head.strip(b"\0") or any(some.strip(b"\0") for some in rest))
 
 
 def _look_at(location: Location, name: str) -> Part | None:

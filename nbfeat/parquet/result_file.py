@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
-from nbfeat.errors import RequestError, listing, near, sentences
+from nbfeat.errors import RequestError, first_line, listing, near, sentences
 from nbfeat.paths import file_written_whole
 
 if TYPE_CHECKING:
     import pandas as pd
 
 RECIPE, CHECKSUMS = b"nbfeat", b"nbfeat.sha256"  # metadata entries
+START = b"PAR1" + RECIPE  # of each file; readers skip what belongs to no column
 SHOWN = 5
 ROWS, ROWS_OF_OBJECTS = 65_536, 1024  # hashed at a time
 LARGE = 1_000_000  # bytes of metadata
@@ -72,6 +73,7 @@ class Footer:
 
 def write_table(sink: BinaryIO, table: Any, entries: Mapping[bytes, bytes], groups: Sequence[Sequence[str]]) -> None:
     """Write a table with `entries` in its metadata; each group of feature columns in `groups` gets one checksum."""
+    import pyarrow as pa
     from pyarrow import parquet
 
     others = [name for name in table.column_names if name not in {name for names in groups for name in names}]
@@ -86,7 +88,9 @@ def write_table(sink: BinaryIO, table: Any, entries: Mapping[bytes, bytes], grou
     if not is_large:  # other tools preserve schema metadata, but the file stores it twice
         table = table.replace_schema_metadata({**metadata, **more})
     # Features rarely repeat, so dictionary encoding would not help.
-    with parquet.ParquetWriter(sink, table.schema, use_dictionary=others, write_page_checksum=True) as writer:
+    out = pa.PythonFile(sink, "w")
+    with parquet.ParquetWriter(out, table.schema, use_dictionary=others, write_page_checksum=True) as writer:
+        out.write(START[out.tell() :])
         writer.write_table(table)
         if is_large:
             writer.add_key_value_metadata(more)
@@ -137,7 +141,7 @@ def damage_as(kind: Damage) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in {None, errno.EINVAL}:  # a disk error, not damaged bytes
             raise
-        raise DamagedError(kind, _first_line(error)[:100]) from error
+        raise DamagedError(kind, first_line(error)[:100]) from error
 
 
 def checksum(table: Any, names: Sequence[str]) -> str:
@@ -187,11 +191,6 @@ def _as_numbers(column: Any) -> Any:
     return compute.multiply(column, 1000) if unit == "s" else column
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
-
-
 def write(
     path: str | Path, frame: pd.DataFrame, recipe: str, blocks: Mapping[str, Sequence[str]],
     without: Collection[Hashable] = (),
@@ -233,7 +232,7 @@ def read(file: Path, blocks: Mapping[str, Sequence[str]]) -> pd.DataFrame:
     try:
         frame: pd.DataFrame = table.to_pandas()
     except Exception as error:
-        raise RequestError(f"{file.name} has columns that cannot be read: {_first_line(error)}. {AGAIN}") from error
+        raise RequestError(f"{file.name} has columns that cannot be read: {first_line(error)}. {AGAIN}") from error
     return frame
 
 
@@ -245,7 +244,7 @@ def _refused(file: Path) -> Iterator[None]:
         way = "" if error.kind == "foreign" else AGAIN
         raise RequestError(sentences(f"{file.name} {_REFUSALS[error.kind]}", way)) from error
     except OSError as error:
-        raise RequestError(f"{file.name} cannot be read: {_first_line(error)}. {AGAIN}") from error
+        raise RequestError(f"{file.name} cannot be read: {first_line(error)[:200]}. {AGAIN}") from error
 
 
 def _check_names(frame: pd.DataFrame) -> None:
@@ -260,7 +259,7 @@ def _check_names(frame: pd.DataFrame) -> None:
 def _cannot_hold(frame: pd.DataFrame, error: Exception) -> RequestError:
     bad = {repr(label): kind for label in frame.columns if (kind := unholdable(frame[label]))}
     if not bad:
-        return RequestError(f"Parquet cannot store this frame: {_first_line(error)}. Change it and extract again.")
+        return RequestError(f"Parquet cannot store this frame: {first_line(error)[:200]}. Change it and extract again.")
     return RequestError(
         f"Parquet cannot store column {listing([f'{label} ({kind})' for label, kind in bad.items()][:SHOWN])}. "
         f"Leave it out with to_parquet(path, without=[{next(iter(bad))}]); or convert it to text or bytes in your "

@@ -493,6 +493,21 @@ def test_archives_are_named_so_that_any_process_finds_them(tmp_path: Path) -> No
     assert remote.absolute("zip://a::/c.zip", tmp_path) == "zip://a::/c.zip"
 
 
+def test_archives_in_folders_whose_names_look_like_chains_are_read_there(
+    photos: pd.DataFrame, tmp_path: Path, here: type[Here]
+) -> None:
+    root = tmp_path / "a::b"
+    root.mkdir()
+    frame = photos.assign(path=[f"zip://{Path(path).name}::some.zip" for path in photos["path"]])
+    with zipfile.ZipFile(root / "some.zip", "w") as archive:
+        for path in photos["path"]:
+            archive.write(path, Path(path).name)
+    asked: dict[str, Any] = {"images": "path", "root": root, "allow_remote": True, "cache": False}
+    there = nbfeat.extract(frame, "ResNet50", **asked, on="ray")
+    assert (here.opened, len(there.failures)) == (1, 0)
+    same(there.frame, nbfeat.extract(frame, "ResNet50", **asked).frame)
+
+
 # Which cluster
 
 
@@ -547,6 +562,45 @@ def test_a_cluster_that_cannot_be_had_is_told(way: str, monkeypatch: pytest.Monk
         executor._begin()
     assert dict(os.environ) == before
     assert [folder.exists() for folder in folders] == ([False] if way == "start" else [])
+
+
+FAILS = """
+import os, sys, time
+from nbfeat import NetworkError
+from nbfeat.extraction import ray_workers
+from tests.extraction.ray_child import descendants
+ray_workers.STORE = 1 << 50  # which Ray notices when its first processes have started
+end = ray_workers.RayExecutor._end
+
+def ended(executor):
+    global folder
+    folder = executor._folder
+    before = " ".join(descendants().values())
+    end(executor)
+    print(folder in before, folder in " ".join(descendants().values()), os.path.exists(folder))
+
+ray_workers.RayExecutor._end = ended
+try:
+    with ray_workers.RayExecutor() as executor:
+        executor._begin()
+except NetworkError as error:
+    print("object_store_memory" in str(error))
+deadline = time.monotonic() + 30
+while descendants() and time.monotonic() < deadline:
+    time.sleep(0.1)
+print([*descendants().values()], os.path.exists(folder))
+"""
+
+
+@needs_ray
+@needs_proc
+@pytest.mark.slow
+def test_a_cluster_that_cannot_start_leaves_nothing() -> None:
+    child = subprocess.run(
+        [sys.executable, "-c", FAILS], env={**os.environ, "RAY_ADDRESS": "local"}, cwd=ROOT, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert child.stdout.splitlines() == ["True False False", "True", "[] False"], child.stderr
 
 
 @needs_ray

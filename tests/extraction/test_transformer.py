@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from joblib import Parallel, delayed
+from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import get_reusable_executor
 from PIL import Image
 from sklearn.base import clone
@@ -21,7 +24,7 @@ from sklearn.compose import ColumnTransformer
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -389,6 +392,33 @@ def test_workers_share_the_cache_and_the_cores(photos: pd.DataFrame, monkeypatch
     )
     threads = f"{mine} thread{'s' if mine > 1 else ''}"
     assert [(cores, name.rpartition(", ")[2]) for cores, name in told] == [(mine, threads)] * 2
+
+
+def test_workers_in_threads_share_the_cores(photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(engine_cores, "quotas", lambda: iter([]))
+    seen: list[int] = []
+
+    class Counting(ImageFeatures):
+        def _run(self, *args: Any, **options: Any) -> Extraction:
+            seen.append(engine_cores.available_cores())
+            return super()._run(*args, **options)
+
+    model, both = make_pipeline(Counting(BLOCK), GaussianNB()), threading.Barrier(2)
+    with parallel_config("threading"):
+        scores = cross_val_score(model, photos[["path"]], photos["label"], cv=StratifiedKFold(4), n_jobs=2)
+        nested = Parallel(n_jobs=2)(
+            delayed(
+                lambda: (both.wait(30), Parallel(n_jobs=2)(delayed(engine_cores.available_cores)() for _ in "ab"))
+            )()
+            for _ in range(2)
+        )
+    assert not np.isnan(scores).any()
+    assert seen == [4] * 8
+    assert {cores for _, found in nested for cores in found} <= {1, 2}, "more threads than cores"
+    with ThreadPool(3) as idle:
+        idle.map(abs, [1, 2, 3])
+        assert engine_cores.available_cores() == 8
 
 
 def test_variables_for_other_libraries_are_not_taken_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:

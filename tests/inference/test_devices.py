@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbfeat import NetworkError
+from nbfeat import ExtractionError
 from nbfeat.inference.engines import devices
 from tests.keras_child import run
 
@@ -198,7 +198,7 @@ def test_a_batch_grows_while_it_gets_faster(
 
 
 def test_a_gpu_without_memory_is_told_with_the_way_out() -> None:
-    with pytest.raises(NetworkError, match=r"GPU:1 doesn't have enough memory .* or `device='cpu'`\.$"):
+    with pytest.raises(ExtractionError, match=r"GPU:1 doesn't have enough memory .* or `device='cpu'`\.$"):
         devices.Room(32).grow("gpu:1", measured({32: 1.0}, room=0), 1024)
 
     def broken(_: int) -> float:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -23,9 +25,10 @@ import pandas as pd
 import pytest
 
 import nbfeat
-from nbfeat import NetworkError, RequestError, isolation
+from nbfeat import ExtractionError, NetworkError, RequestError, isolation
 from nbfeat.backbones.catalog import CATALOG
 from nbfeat.backbones.weights import Loaded
+from nbfeat.errors import DiskFullError
 from nbfeat.inference import compiled_models
 from nbfeat.inference.compiled_models import Stored, prepare
 from nbfeat.inference.engines import devices
@@ -105,6 +108,106 @@ def test_a_network_that_fails_to_build_leaves_nothing(own_home: Path) -> None:
     next(abandoned)
     abandoned.close()
     assert sorted((own_home / "networks").iterdir()) == before
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, shell: str, folder: Path) -> None:
+    """Run these commands of the shell before each child that writes to `folder`."""
+    usual = isolation.child_command
+
+    def command(module: str, *arguments: str) -> list[str]:
+        words = usual(module, *arguments)
+        return ["sh", "-c", f'{shell}; exec "$@"', "sh", *words] if folder in Path(arguments[-1]).parents else words
+
+    monkeypatch.setattr(isolation, "child_command", command)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="needs limits of POSIX")
+@pytest.mark.parametrize("kind", ["a full disk", "a limit"])
+def test_where_the_disk_is_full_networks_are_built_in_the_temporary_folder(
+    stored: Stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    disk, temporary = tmp_path / "disk", tmp_path / "temporary"
+    for folder in (disk, temporary):
+        folder.mkdir(mode=0o700)
+    monkeypatch.setenv("NBFEAT_HOME", str(disk / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", str(disk)]
+    if kind == "a limit":
+        limited(monkeypatch, "ulimit -f 1000", disk)
+    elif shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this user cannot mount a disk")
+    try:
+        here = to_its_end(prepare(SPEC))[1]
+        assert temporary in here.folder.parents
+        why = "File too large" if kind == "a limit" else "No space left on device"
+        room = rf"{re.escape(str(disk / 'home' / 'networks'))} \({why}, [\d,.]+ [kMGT]?B free and 4\.\d MB needed\)\. "
+        assert re.match(
+            rf"The disk is full at {room}Free some space, or set NBFEAT_HOME .* only for this run", here.note
+        )
+        assert [(here.folder / name).read_bytes() for name in ("network.xml", "network.bin")] == [
+            (stored.folder / name).read_bytes() for name in ("network.xml", "network.bin")
+        ]
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        with pytest.raises(
+            DiskFullError, match=rf"full at {re.escape(str(disk))}/nbfeat-\w+ \({why}, .* Free some space"
+        ):
+            to_its_end(prepare(SPEC))
+        assert not list((disk / "home" / "networks").iterdir())
+    finally:
+        if kind == "a full disk":
+            subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs the shell of POSIX")
+@pytest.mark.parametrize(
+    ("ends", "reason"),
+    [
+        ("kill -9 $$", "it printed no error"),
+        ("echo terminated >&2; echo '  what():  std::bad_alloc' >&2; kill -6 $$", r"what\(\):  std::bad_alloc"),
+        ("raise MemoryError", "MemoryError"),
+        ("raise RuntimeError('Exception from here:\\nstd::bad_alloc\\n')", r"std::bad_alloc"),
+    ],
+)
+def test_a_lack_of_memory_while_building_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str, reason: str
+) -> None:
+    if "raise" in ends:
+        code = f"""
+import sys
+from nbfeat.inference import compiled_models
+
+def build(*_, **__):
+    {ends}
+
+compiled_models.build = build
+sys.exit(compiled_models._main(*sys.argv[1:]))
+"""
+        monkeypatch.setattr(isolation, "child_command", lambda _, *given: [sys.executable, "-c", code, *given])
+    else:
+        limited(monkeypatch, ends, tmp_path)
+    (out := tmp_path / "out").mkdir()
+    with pytest.raises(
+        ExtractionError, match=rf"not enough memory to build Pocket \({reason}\)\. Close other programs"
+    ):
+        list(compiled_models.run_child(SPEC, out))
+
+
+def test_a_lack_of_memory_is_not_the_fault_of_the_cpu(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = isolation.import_openvino()
+    reasons = iter(["std::bad_alloc", "Resource temporarily unavailable", "can't alloc", "no such operation"])
+
+    def compile_model(*_: object) -> None:
+        raise RuntimeError(f"Exception from src/core.cpp:117:\n{next(reasons)}\n")
+
+    core = SimpleNamespace(read_model=library.Core().read_model, compile_model=compile_model)
+    fake = SimpleNamespace(Tensor=library.Tensor, Core=lambda: core)
+    monkeypatch.setattr(isolation, "import_openvino", lambda: fake)
+    for _ in range(3):
+        with pytest.raises(ExtractionError, match=r"not enough memory to run the network \(.*\)\. Close other"):
+            OpenVINOEngine(stored, precision="float32", batch_size=2)
+    with pytest.raises(NetworkError, match="This CPU cannot run the network in float32: no such operation"):
+        OpenVINOEngine(stored, precision="float32", batch_size=2)
 
 
 def test_two_that_build_the_same_network_at_once_both_have_it(

@@ -17,7 +17,7 @@ from filelock import FileLock
 from PIL import Image
 
 import nbfeat
-from nbfeat import NetworkError, RequestError, paths
+from nbfeat import ExtractionError, NetworkError, RequestError, paths
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.inference import precision
 from nbfeat.inference.engines import devices
@@ -254,6 +254,28 @@ def test_what_is_kept_of_it_and_damaged_is_not_used(enough: pd.DataFrame, hardwa
     assert run(enough, cache=False).precision == "bfloat16"
     assert hardware.started == ["float32", "bfloat16"]
     assert [json.loads(file.read_text()) for file in kept()] == [ours, ours]
+
+
+@pytest.mark.parametrize("while_", ["starting", "comparing"])
+def test_a_lack_of_memory_decides_nothing(
+    enough: pd.DataFrame, hardware: Hardware, monkeypatch: pytest.MonkeyPatch, while_: str
+) -> None:
+    def short(*_: object) -> None:
+        raise ExtractionError("There is not enough memory.")
+
+    with monkeypatch.context() as patch:
+        if while_ == "comparing":
+            patch.setattr(hardware, "spoil", short)
+        else:
+            start = FakeNetwork.start
+            patch.setattr(FakeNetwork, "start", lambda *asked: short() if "bfloat16" in asked else start(*asked))
+        result = run(enough, cache=False)
+        assert result.precision == "float32"
+        assert result.notes[0] == "bfloat16 was not compared with float32: there is not enough memory for both."
+        with pytest.raises(ExtractionError):
+            run(enough, cache=False, precision="bfloat16")
+        assert kept() == []
+    assert run(enough, cache=False).precision == "bfloat16"
 
 
 def test_where_nothing_can_be_kept_it_is_decided_all_the_same(

@@ -229,6 +229,41 @@ def test_a_file_that_was_cut_short_or_removed_is_computed_again(photos: pd.DataF
     assert names(folder) == FILES
 
 
+def test_a_dataset_whose_files_are_all_cut_short_is_computed_again(photos: pd.DataFrame, folder: Path) -> None:
+    few = photos.iloc[:5]
+    for frame, files in ((few, FILES[:1]), (photos, FILES)):
+        written(frame, BLOCK, parquet=folder)
+        whole, data = nbfeat.read(folder).frame, [(folder / file).read_bytes() for file in files]
+        for size in (0, 3, 4, 9, 10, 100, len(data[0]) // 2, -1):
+            for file, content in zip(files, data, strict=True):
+                (folder / file).write_bytes(content[:size] if size != 3 else bytes(len(content)))
+            with pytest.raises(RequestError, match=r"not finished: it has no files\. Rerun its extraction"):
+                nbfeat.read(folder)
+            before = FakeEngine.computed
+            written(frame, BLOCK, parquet=folder)
+            assert FakeEngine.computed - before == len(frame)
+            same(nbfeat.read(folder).frame, whole)
+        shutil.rmtree(folder)
+
+
+def test_files_of_others_that_are_cut_short_are_left_alone(photos: pd.DataFrame, folder: Path) -> None:
+    written(photos, BLOCK, parquet=folder)
+    ours = (folder / FILES[0]).read_bytes()[:-1]
+    photos.to_parquet(folder / FILES[0])
+    theirs = (folder / FILES[0]).read_bytes()
+    for content in (theirs[:-1], theirs[:5], bytes(2_000_000) + theirs[:100], b"PAR1nbfea" + theirs, b"\0note"):
+        for beside in ({}, {FILES[1]: ours}, {FILES[1]: b""}):
+            shutil.rmtree(folder)
+            folder.mkdir()
+            there = {FILES[0]: content, **beside}
+            for file, data in there.items():
+                (folder / file).write_bytes(data)
+            for replace in (False, True):
+                with pytest.raises(RequestError, match=r"don't belong to an nbfeat dataset: part-00000\.parquet\. Use"):
+                    written(photos, BLOCK, parquet=folder, replace=replace)
+            assert {name: (folder / name).read_bytes() for name in names(folder)} == there
+
+
 def test_a_full_disk_is_told_and_gone_on_from(
     photos: pd.DataFrame, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

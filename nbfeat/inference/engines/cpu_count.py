@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from multiprocessing.dummy import DummyProcess
 from pathlib import Path
 
 ROOT, GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -18,7 +20,7 @@ def available_cores() -> int:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
         cores = os.cpu_count() or 1
-    return max(1, min([cores, *map(math.ceil, quotas()), *_share_of_worker(), *_taken]))
+    return max(1, min([cores, *map(math.ceil, quotas()), *_share_of_worker(), *_taken]) // _workers_here())
 
 
 _taken: list[int] = []
@@ -60,3 +62,9 @@ def _share_of_worker() -> list[int]:
     share = os.environ.get("OMP_NUM_THREADS", "")
     is_joblib = type(multiprocessing.current_process()).__name__ == "LokyProcess"
     return [int(share)] if is_joblib and share.isdigit() and int(share) else []
+
+
+def _workers_here() -> int:
+    # Joblib's threading backend has a pool of such threads, which ends with its work.
+    pool = [thread for thread in threading.enumerate() if isinstance(thread, DummyProcess)]
+    return len(pool) if threading.current_thread() in pool else 1

@@ -8,15 +8,15 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
 import numpy as np
 
 from nbfeat import isolation
-from nbfeat.errors import NetworkError, RequestError, listing
+from nbfeat.errors import ExtractionError, RequestError, first_line, listing
 from nbfeat.inference.engines.base import Asked, Pixels
 
 _DRIVERS = Path("/dev")
@@ -25,6 +25,10 @@ LARGEST = 1024
 LARGEST_BYTES = 256 * 2**20  # of pixels per batch; three batches wait decoded, and more are in flight
 GROWTH = 1.05  # speedup that makes a batch of twice the size worthwhile
 REPEATS = 2
+_OUT_OF_MEMORY = re.compile(
+    "RESOURCE_EXHAUSTED|ALLOC_FAILED|out of memory|can't (alloc|start new thread)|cannot allocate memory|MemoryError|"
+    "bad.alloc|failed to map segment|resource temporarily unavailable", re.IGNORECASE,
+)  # fmt: skip
 Result = TypeVar("Result")
 
 
@@ -135,7 +139,7 @@ class Room:
         self.was_short = True
         if size == 1:
             another = ", or `device='cpu'`" if device.startswith("gpu") else ""
-            raise NetworkError(
+            raise ExtractionError(
                 f"{device.upper()} doesn't have enough memory for the network and one image. Close other programs that "
                 f"use it, or use a smaller backbone or `size`{another}."
             ) from error
@@ -165,9 +169,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     if classes & {"builtins.MemoryError", "tensorflow.ResourceExhaustedError", "torch.OutOfMemoryError"}:
         return True
     # Errors of lower-level libraries say so only in their message.
-    return bool(classes & {"builtins.RuntimeError", "tensorflow.OpError"}) and any(
-        sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "ALLOC_FAILED", "out of memory", "can't allocate memory")
-    )
+    named = {"builtins.RuntimeError", "builtins.ImportError", "builtins.OSError", "tensorflow.OpError"}
+    return bool(classes & named) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+@contextmanager
+def memory_errors_named(doing: str) -> Iterator[None]:
+    """Turn errors that mean that memory ran out into ExtractionError; also a decorator."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, ImportError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = f"There is not enough memory to {doing} ({first_line(error, -1)})."
+        way = "Close other programs and notebooks, or use a smaller backbone or `size`."
+        raise ExtractionError(f"{problem} {way}") from error
 
 
 def largest_batch(shape: tuple[int, ...]) -> int:

@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 
 from nbfeat import isolation
-from nbfeat.errors import NetworkError
+from nbfeat.errors import NetworkError, first_line
 from nbfeat.inference.compiled_models import Stored
 from nbfeat.inference.engines.base import Pixels, Precision, Vectors, Work, until_exit
 from nbfeat.inference.engines.cpu_count import available_cores
+from nbfeat.inference.engines.devices import is_out_of_memory, memory_errors_named
 
 BATCH = 4  # 8 isn't faster and takes 50 MB more; 16 and 32 are slower and delay interrupts
 FASTER: tuple[Precision, ...] = ("bfloat16",)  # than float32, on some CPUs; float16 isn't on any
 _TYPES: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-_WAIT_MS = 100
+_WAIT_MS, _RUN = 100, "run the network"
 
 
 def name(*, threads: bool = True) -> str:
@@ -48,8 +49,9 @@ def _compiled(core: Any, graph: Any, precision: Precision) -> Any:
         with isolation.without_fast_math(), ThreadPoolExecutor(1, thread_name_prefix="nbfeat-compile") as one:
             compiled = one.submit(core.compile_model, graph, "CPU", settings).result()
     except RuntimeError as error:
-        last = str(error).strip().splitlines()[-1]
-        raise NetworkError(f"This CPU cannot run the network in {precision}: {last}") from error
+        if is_out_of_memory(error):
+            raise
+        raise NetworkError(f"This CPU cannot run the network in {precision}: {first_line(error, -1)}") from error
     runs_in = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
     if runs_in != _TYPES[precision]:  # OpenVINO changes it silently
         instead = f"OpenVINO would use {runs_in} instead. Use `precision='float32'`."
@@ -61,6 +63,7 @@ class OpenVINOEngine:
     """Run `stored` on this machine's CPU, for all outputs or `only` one."""
 
     @until_exit
+    @memory_errors_named(_RUN)
     def __init__(
         self, stored: Stored, *, precision: Precision, batch_size: int | None, only: str | None = None
     ) -> None:
@@ -102,6 +105,7 @@ class OpenVINOEngine:
         self._busy.append((request, buffer, count, started))
 
     @until_exit
+    @memory_errors_named(_RUN)
     def collect(self) -> Vectors:
         """Wait for the oldest batch, in slices that keep interrupts responsive."""
         request, buffer, count, started = self._busy[0]
