@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo and print what it does."""
     from nbfeat.extraction.extraction import Extraction
 
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # a terminal may lack arrows and ellipses
     parser = argparse.ArgumentParser(prog="python -m nbfeat", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--images", type=int, default=600, help="how many digits to use, from 50 to 1,797")
     count = max(50, min(1797, parser.parse_args(arguments).images))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
-from nbfeat.errors import RequestError, listing, near, sentences
+from nbfeat.errors import RequestError, first_line, listing, near, sentences
 from nbfeat.paths import file_written_whole
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def damage_as(kind: Damage) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in {None, errno.EINVAL}:  # a disk error, not damaged bytes
             raise
-        raise DamagedError(kind, _first_line(error)[:100]) from error
+        raise DamagedError(kind, first_line(error)[:100]) from error
 
 
 def checksum(table: Any, names: Sequence[str]) -> str:
@@ -187,11 +187,6 @@ def _as_numbers(column: Any) -> Any:
     return compute.multiply(column, 1000) if unit == "s" else column
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
-
-
 def write(
     path: str | Path, frame: pd.DataFrame, recipe: str, blocks: Mapping[str, Sequence[str]],
     without: Collection[Hashable] = (),
@@ -233,7 +228,7 @@ def read(file: Path, blocks: Mapping[str, Sequence[str]]) -> pd.DataFrame:
     try:
         frame: pd.DataFrame = table.to_pandas()
     except Exception as error:
-        raise RequestError(f"{file.name} has columns that cannot be read: {_first_line(error)}. {AGAIN}") from error
+        raise RequestError(f"{file.name} has columns that cannot be read: {first_line(error)}. {AGAIN}") from error
     return frame
 
 
@@ -245,7 +240,7 @@ def _refused(file: Path) -> Iterator[None]:
         way = "" if error.kind == "foreign" else AGAIN
         raise RequestError(sentences(f"{file.name} {_REFUSALS[error.kind]}", way)) from error
     except OSError as error:
-        raise RequestError(f"{file.name} cannot be read: {_first_line(error)}. {AGAIN}") from error
+        raise RequestError(f"{file.name} cannot be read: {first_line(error)}. {AGAIN}") from error
 
 
 def _check_names(frame: pd.DataFrame) -> None:
@@ -260,7 +255,7 @@ def _check_names(frame: pd.DataFrame) -> None:
 def _cannot_hold(frame: pd.DataFrame, error: Exception) -> RequestError:
     bad = {repr(label): kind for label in frame.columns if (kind := unholdable(frame[label]))}
     if not bad:
-        return RequestError(f"Parquet cannot store this frame: {_first_line(error)}. Change it and extract again.")
+        return RequestError(f"Parquet cannot store this frame: {first_line(error)}. Change it and extract again.")
     return RequestError(
         f"Parquet cannot store column {listing([f'{label} ({kind})' for label, kind in bad.items()][:SHOWN])}. "
         f"Leave it out with to_parquet(path, without=[{next(iter(bad))}]); or convert it to text or bytes in your "
