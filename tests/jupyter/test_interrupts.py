@@ -61,7 +61,7 @@ def test_a_cell_that_was_interrupted_at_any_line_runs_again(
         return last.lines
 
     lines = interrupted()
-    for at in generator.sample(range(1, lines), 8 * TIMES):
+    for at in generator.sample(range(1, lines), 5 * TIMES):
         interrupted(at, generator.randrange(1, lines))
 
 
@@ -76,7 +76,7 @@ def test_a_panel_that_is_cancelled_at_random_moments_goes_on(
     card = one.blocks.cards[0]
     card.backbone.value, card.options["size"].value, card.options["normalize"].value = "MobileNet", 32, "standard"
     one.options["batch_size"].value = 1
-    for _ in range(12 * TIMES):
+    for _ in range(8 * TIMES):
         names["photos"] = photos
         for _ in range(generator.randrange(1, 5)):
             one.extract_button.click()
