@@ -14,6 +14,7 @@ NEAR = 0.015  # the cosine distance within which tiles are copies, and not only 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the demo and print what it does."""
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # a terminal may lack arrows and ellipses
     parser = argparse.ArgumentParser(prog="python -m nbfeat", description=__doc__)
     parser.add_argument("folder", nargs="?", help="photographs of your own, in one subfolder per class")
     chosen = parser.parse_args(arguments).folder

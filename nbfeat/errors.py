@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_NOT_PRINTABLE = re.compile(r"[^\S ]|[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_NOT_PRINTABLE = re.compile(r"[^\S ]|[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class NbfeatError(Exception):
@@ -63,8 +63,8 @@ def listing(names: Iterable[str], joint: str = "and") -> str:
 
 
 def first_line(error: Exception, at: int = 0) -> str:
-    """Return the first line of an error's message, or the one at another place, or its class name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[at].rstrip(".")
+    """Return the first line of an error's message, or the one at another place, cut to 200 characters; or its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[at].rstrip(".")[:200]
 
 
 def sentences(*parts: str) -> str:

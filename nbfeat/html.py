@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 from typing import NewType
+
+from nbfeat.errors import printable
 
 Html = NewType("Html", str)
 
@@ -12,12 +15,15 @@ Html = NewType("Html", str)
 _TABLE = "border-collapse:collapse;margin:.2em 0 .6em;font-size:90%"
 _CELL = "text-align:left;padding:.15em 1.2em .15em 0;vertical-align:top;border:0;line-height:1.4"
 _HEAD = _CELL + ";opacity:.65;font-weight:normal"
+# Control characters, those that turn the direction of the text around them, and halves of characters.
+_HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _NUMBER = _CELL + ";text-align:right;font-variant-numeric:tabular-nums"
 
 
 def escape(text: object) -> Html:
     """Escape `text`, including quotes; Html is escaped again, so don't pass it here."""
-    return Html(html.escape(str(text), quote=True))
+    visible = _HIDDEN.sub(lambda found: ascii(found[0])[1:-1], str(text))
+    return Html(html.escape(visible, quote=True))
 
 
 def table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> Html:
@@ -55,8 +61,7 @@ def bar(share: float) -> Html:
 
 def text_table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:
     """Draw rows as plain text with aligned columns."""
-    cells = [[f"{cell:,}" if isinstance(cell, (int, float)) else str(cell) for cell in row] for row in rows]
-    if head:
-        cells.insert(0, list(head))
+    rows = [head, *rows] if head else rows
+    cells = [[f"{cell:,}" if isinstance(cell, (int, float)) else printable(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from nbfeat.errors import RequestError, near
+
 
 class HomeError(OSError):
     """The home folder can't be used; the message says why and what to do."""
@@ -30,6 +32,18 @@ def absolute(path: str | os.PathLike[str]) -> Path:
         return expanded.absolute()
     except FileNotFoundError:
         return Path(os.sep, expanded)
+
+
+def existing_file(path: str | os.PathLike[str], like: str) -> Path:
+    """Return the absolute path of a regular file, or raise RequestError with similar names that match `like`."""
+    file, shown = absolute(path), repr(os.fspath(path))
+    if file.is_file():
+        return file
+    if file.exists():  # opening a pipe can block forever, and reading a device can do anything
+        raise RequestError(f"{shown} isn't a regular file. Check the path.")
+    siblings = (one.name for one in file.parent.glob(like))
+    way = near(file.name, siblings) or f"Check the path; relative paths start at {absolute('')}."
+    raise RequestError(f"File not found: {shown}. {way}")
 
 
 def home() -> Path:

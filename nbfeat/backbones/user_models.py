@@ -16,7 +16,7 @@ from typing import Any
 from nbfeat.backbones.backbone import Backbone, Layer, Scaling
 from nbfeat.backbones.keras_weights import check_archive, cloned, description
 from nbfeat.errors import NetworkError, RequestError, WeightsError, first_line, near, quote, sentences
-from nbfeat.paths import absolute
+from nbfeat.paths import existing_file
 
 NAME = "Keras model"  # the name of any file's network when its path must not matter
 SUFFIXES = (".keras", ".h5", ".hdf5")  # the others are refused with advice
@@ -33,11 +33,7 @@ _READ_FILES = {"StringLookup", "IntegerLookup", "TextVectorization"}
 
 def backbone_at(name: str) -> Backbone:
     """Return the backbone in the file `name`, after checking its configuration but building nothing."""
-    path = absolute(name)
-    if not path.is_file():
-        siblings = [one.name for one in path.parent.glob("*.keras")] if path.parent.is_dir() else []
-        way = near(path.name, siblings) or f"Check the path; relative ones start at {absolute('')}."
-        raise RequestError(f"File {name!r} not found. {way}")
+    path = existing_file(name, "*.keras")
     if path.suffix != ".keras":
         holds_weights = path.name.endswith(".weights.h5")
         what = "only weights" if holds_weights else "a model in the older format, which can run code"
@@ -123,10 +119,8 @@ def _side(title: str, model: dict[str, Any]) -> int:
         case [_, int(rows), columns, 3] if rows == columns and 1 <= rows <= LARGEST:
             return rows
     sides = " × ".join("any" if side is None else str(side) for side in shape[1:])
-    raise RequestError(
-        f"{title} takes {sides} inputs, not square RGB images with channels last. Save a model with an input such as "
-        "keras.Input((224, 224, 3))."
-    )
+    problem = f"{title} takes {sides} inputs, not square RGB images with channels last"
+    raise RequestError(f"{problem}. Save a model with an input such as keras.Input((224, 224, 3)).")
 
 
 def check(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from nbfeat.backbones.backbone import Backbone
 from nbfeat.errors import RequestError, WeightsError
-from nbfeat.paths import absolute, file_written_whole, home
+from nbfeat.paths import absolute, existing_file, file_written_whole, home
 
 HOST = "https://download.pytorch.org/models"
 PATIENCE = 30.0  # seconds without a byte
@@ -73,13 +73,13 @@ def load(backbone: Backbone, make: Callable[[str | None], Any], weights: str, te
 
 def weights_file(weights: str) -> Path:
     """Return the absolute path of a weights file; raise RequestError if it is not one."""
-    path = Path(weights).expanduser()
-    if not path.is_file():
+    path = absolute(weights)
+    if not path.exists():
         raise RequestError(f"`weights` must be imagenet, bundled, random or an existing file, not {weights!r}.")
     if path.suffix not in SUFFIXES:
         endings = ".weights.h5, .h5, .keras or .pth"
         raise RequestError(f"{path.name} is not a weights file: use one whose name ends in {endings}.")
-    return absolute(path)
+    return existing_file(weights, "*")
 
 
 def digest(path: Path) -> str:
@@ -98,10 +98,8 @@ def digest_of_arrays(arrays: list[NDArray[np.float32]]) -> str:
 
 def _load_checkpoint(backbone: Backbone, network: Any, path: Path) -> None:
     if not backbone.published:
-        raise WeightsError(
-            f"{path.name} is a PyTorch checkpoint, which works only for AlexNet and GoogLeNet: use Keras weights for "
-            f"{backbone.name}."
-        )
+        problem = f"{path.name} is a PyTorch checkpoint, which works only for AlexNet and GoogLeNet"
+        raise WeightsError(f"{problem}: use Keras weights for {backbone.name}.")
     from nbfeat.backbones import torch_weights
 
     module: Any = importlib.import_module(f"{backbone.package}.{backbone.module}")

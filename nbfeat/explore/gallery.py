@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 import textwrap
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -164,8 +165,8 @@ def _caption(value: object) -> str:
 
 def file_name(image: object) -> str:
     """Return an image's name without its folders, which don't belong in a saved notebook."""
-    name = name_of(image)
-    return name if name.startswith("<") else short(name.replace("\\", "/").rpartition("/")[2], LONGEST)
+    name = name_of(image)  # with escapes such as \x1b and \u202e
+    return name if name[:1] == "<" else short(re.sub(r".*(/|\\(?!x[0-9a-f]{2}|u[0-9a-f]{4}))", "", name), LONGEST)
 
 
 def html(tiles: Sequence[Tile], root: Path) -> Html:

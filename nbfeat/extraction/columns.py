@@ -189,12 +189,13 @@ def attach(frame: pd.DataFrame, blocks: Sequence[pd.DataFrame], places: Sequence
     gone, start, end = set(chain(*places)), 0, frame.shape[1]
     pieces: list[pd.DataFrame] = []
     arriving = [(min(place, default=end), block) for block, place in zip(blocks, places, strict=True)]
-    for at, block in [*sorted(arriving, key=itemgetter(0)), (end, None)]:
-        if kept := [position for position in range(start, at) if position not in gone]:
-            pieces.append(frame.iloc[:, kept])
-        pieces += [] if block is None else [block]
+    for at, block in [*sorted(arriving, key=itemgetter(0)), (end, frame.iloc[:, :0])]:
+        pieces += [frame.iloc[:, [position for position in range(start, at) if position not in gone]], block]
         start = at
-    joined = pd.concat(pieces or [frame], axis=1)
+    joined = pd.concat(pieces, axis=1)
+    labels = [label for piece in pieces for label in piece.columns]  # those of `joined` have NaN instead of None
+    kind = object if frame.columns.dtype == object else joined.columns.dtype
+    joined.columns = pd.Index(labels, dtype=kind, name=frame.columns.name, tupleize_cols=False)
     joined.attrs = deepcopy(frame.attrs)
     return joined
 

@@ -71,7 +71,8 @@ def learn(block: FeatureBlock, rows: Rows, chosen: NDArray[np.bool_]) -> Normali
     from sklearn.decomposition import PCA
 
     whiten = block.normalize == "whiten"
-    pca = PCA(block.components, whiten=whiten, random_state=0).fit(base.applied_to(learned))
+    with np.errstate(invalid="ignore", divide="ignore"):  # a single row has no variance, which is 0 / 0
+        pca = PCA(block.components, whiten=whiten, random_state=0).fit(base.applied_to(learned))
     axes, spread = pca.components_, np.sqrt(pca.explained_variance_)[:, None]
     if whiten:  # without rounding errors, which it would scale up to millions
         noise = NOISE * np.sqrt(max(learned.shape)) * spread.max(initial=0)

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard, cast
 import numpy as np
 
 from nbfeat.backbones.weights import Loaded
-from nbfeat.errors import RequestError, format_bytes, listing, near
+from nbfeat.errors import RequestError, format_bytes, listing
 from nbfeat.extraction.network_state import NetworkState
 from nbfeat.extraction.normalize import Normalizer
 from nbfeat.extraction.options import FeatureBlock, column_names
@@ -22,7 +22,7 @@ from nbfeat.inference.engines.base import PRECISIONS, Precision
 from nbfeat.parquet import dataset, result_file
 from nbfeat.parquet.location import Location
 from nbfeat.parquet.result_file import AGAIN, RECIPE, Failure
-from nbfeat.paths import absolute
+from nbfeat.paths import existing_file
 
 FORMAT = 1  # raised whenever older versions of nbfeat would misread the recipe
 LARGEST = 64_000_000  # bytes; Parquet readers refuse 100 million in one entry of the footer
@@ -146,7 +146,7 @@ def recipe_of(like: object) -> Recipe:
         return like
     if isinstance(like, str | os.PathLike):
         if not dataset.is_dataset(path := os.fspath(like)):
-            return recipe_in(existing_file(path))[0]
+            return recipe_in(existing_file(path, "*.parquet"))[0]
         location = Location.at(path)
         return unpack(dataset.finished(location)[0].recipe, location.name)[0]
     if is_result(like):
@@ -167,16 +167,6 @@ def recipe_in(file: Path) -> tuple[Recipe, list[Failure]]:
     recipe, failures = unpack(footer.entries.get(RECIPE, b""), file.name)
     check_columns(file, recipe, footer.columns)
     return recipe, failures
-
-
-def existing_file(path: str | Path) -> Path:
-    """Return this path if it is a file, or raise RequestError with similar names."""
-    file = absolute(path)
-    if file.is_file():
-        return file
-    siblings = (one.name for one in file.parent.glob("*.parquet"))
-    way = near(file.name, siblings) or f"Check the path; relative paths start at {absolute('')}."
-    raise RequestError(f"File not found: {os.fspath(path)!r}. {way}")
 
 
 def check_columns(file: Path, recipe: Recipe, columns: Sequence[str]) -> None:

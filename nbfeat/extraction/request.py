@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nbfeat.backbones import keras_applications, user_models, weights
 from nbfeat.backbones.catalog import find
-from nbfeat.errors import RequestError
+from nbfeat.errors import RequestError, first_line
 from nbfeat.extraction.columns import FeatureColumns, places, plan, plan_again
 from nbfeat.extraction.options import FeatureBlock
 from nbfeat.extraction.recipe import Like, Recipe, to_repeat
@@ -135,11 +135,10 @@ def _read_parquet(path: str | Path) -> Any:
         if (table := parquet.read_table(file)).column_names:
             return table.to_pandas()
         reason = "has no columns" if file.is_file() else "is a folder without Parquet files"
-    except (FileNotFoundError, NotADirectoryError):
-        raise RequestError(f"Parquet file or folder not found: {shown}. {way}") from None
+    except (FileNotFoundError, NotADirectoryError):  # of a pipe or device, too
+        reason = "isn't a regular file or a folder" if file.exists() else "doesn't exist"
     except (pa.ArrowException, OSError, ValueError) as error:
-        message = f"{error}".partition("\n")[0].partition(". ")[0].rstrip(".")
-        reason = f"can't be read as Parquet ({short(message)})"
+        reason = f"can't be read as Parquet ({short(first_line(error).partition('. ')[0])})"
     raise RequestError(f"{shown} {reason}. {way}")
 
 

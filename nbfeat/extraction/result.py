@@ -12,11 +12,12 @@ from nbfeat.extraction import columns, report
 from nbfeat.extraction.columns import attach, places
 from nbfeat.extraction.extraction import Extraction
 from nbfeat.extraction.feature_table import FeatureTable, failure_table
-from nbfeat.extraction.recipe import check_columns, existing_file, recipe_in, unpack
+from nbfeat.extraction.recipe import check_columns, recipe_in, unpack
 from nbfeat.images.sources import is_missing, name_of
 from nbfeat.parquet import dataset, result_file
 from nbfeat.parquet.location import Location
 from nbfeat.parquet.result_file import AGAIN
+from nbfeat.paths import existing_file
 
 
 class Result(FeatureTable):
@@ -65,7 +66,7 @@ def read(path: str | Path, frame: pd.DataFrame | None = None) -> Result:
     if dataset.is_dataset(path):
         result = _read_dataset(Location.at(path), is_attached=frame is not None)
     else:
-        result = _read_file(existing_file(path))
+        result = _read_file(existing_file(path, "*.parquet"))
     return result if frame is None else _attached(result, frame)
 
 

@@ -230,8 +230,8 @@ def image_column(frame: pd.DataFrame, asked: Hashable | None) -> Hashable:
                 raise RequestError(f"{known} Name the right one with `images=COLUMN`.")
             raise RequestError("The frame has no rows, so its image column is unknown. Name it with `images=COLUMN`.")
         asked = frame.columns[likely[0]]
-    labels = frame.columns
-    same = [label for label in labels if label == asked] or [label for label in labels if str(label) == str(asked)]
+    labels = [label for label in frame.columns if not is_missing(label)]  # pandas' NA can't be compared
+    same = [label for label in labels if label == asked] or [one for one in frame.columns if str(one) == str(asked)]
     if len(same) == 1:
         return same[0]
     if same:

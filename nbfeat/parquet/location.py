@@ -51,7 +51,7 @@ class Location:
         return f"{PurePosixPath(self.top).name or self.address}/"
 
     def sizes(self, folders: Collection[str] = ()) -> dict[str, int]:
-        """Return the size of each file here and in `folders`, by name; other folders get a name with a slash."""
+        """Return the size of each file here and in `folders`, by name; anything else gets a name with a slash."""
         from pyarrow import fs
 
         if self.folder is not None and not self.folder.is_dir():
@@ -69,7 +69,7 @@ class Location:
             for info in infos:
                 if info.type == fs.FileType.File and info.base_name not in _OF_SYSTEMS:
                     found[prefix + info.base_name] = int(info.size or 0)
-                elif info.type == fs.FileType.Directory and info.base_name not in folders:
+                elif info.type in {fs.FileType.Directory, fs.FileType.Unknown} and info.base_name not in folders:
                     found[f"{prefix}{info.base_name}/"] = 0
         return found
 

@@ -244,7 +244,7 @@ def _refused(file: Path) -> Iterator[None]:
         way = "" if error.kind == "foreign" else AGAIN
         raise RequestError(sentences(f"{file.name} {_REFUSALS[error.kind]}", way)) from error
     except OSError as error:
-        raise RequestError(f"{file.name} cannot be read: {first_line(error)[:200]}. {AGAIN}") from error
+        raise RequestError(f"{file.name} cannot be read: {first_line(error)}. {AGAIN}") from error
 
 
 def _check_names(frame: pd.DataFrame) -> None:
@@ -259,7 +259,7 @@ def _check_names(frame: pd.DataFrame) -> None:
 def _cannot_hold(frame: pd.DataFrame, error: Exception) -> RequestError:
     bad = {repr(label): kind for label in frame.columns if (kind := unholdable(frame[label]))}
     if not bad:
-        return RequestError(f"Parquet cannot store this frame: {first_line(error)[:200]}. Change it and extract again.")
+        return RequestError(f"Parquet cannot store this frame: {first_line(error)}. Change it and extract again.")
     return RequestError(
         f"Parquet cannot store column {listing([f'{label} ({kind})' for label, kind in bad.items()][:SHOWN])}. "
         f"Leave it out with to_parquet(path, without=[{next(iter(bad))}]); or convert it to text or bytes in your "

@@ -206,7 +206,13 @@ def test_archives_that_are_more_than_a_model_are_refused(models: Path, tmp_path:
         find(str(bad))
     bad.unlink()
     os.mkfifo(bad)
-    assert "not found" in refusal(bad)
+    assert "isn't a regular file" in refusal(bad)
+    bad.unlink()
+    bad.symlink_to("/dev/zero")
+    assert "isn't a regular file" in refusal(bad)
+    bad.unlink()
+    bad.symlink_to(good)
+    assert find(str(bad)).size == find(str(good)).size
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,22 @@ def test_an_image_that_cannot_be_read_is_its_reason(photos: pd.DataFrame, tmp_pa
     plt.close("all")
 
 
+def test_names_that_turn_the_direction_of_text_are_shown_escaped(photos: pd.DataFrame, tmp_path: Path) -> None:
+    turns = "".join(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x1B, 0x9B)))
+    file = tmp_path / "photo\u202egnp.exe\u2067.png"
+    file.write_text("text")
+    photos = photos.astype(object)
+    photos.loc["row 3", ["path", "label"]] = [str(file), f"\u05e9\u05dc\ud800b{turns}"]
+    photos = photos.rename(columns={"label": f"l{turns}"}).rename(index={"row 4": f"r{turns}"})
+    found = nbfeat.thumbnails(photos, caption=f"l{turns}")
+    result = nbfeat.extract(photos, "Pocket", images="path", prefix=f"p{turns[:9]}")
+    for text in (found._repr_html_(), result._repr_html_(), repr(result), nbfeat.duplicates(result)._repr_html_()):
+        assert not set(text) & {*turns, "\ud800"}
+    html = found._repr_html_()
+    assert r"photo\u202egnp.exe\u2067" in html
+    assert "\u05e9\u05dc\\ud800b" in html  # Hebrew is as it was
+
+
 @pytest.mark.usefixtures("fake_network")
 def test_an_extraction_knows_its_images_and_their_reasons(photos: pd.DataFrame, tmp_path: Path) -> None:
     late = tmp_path / "late.png"

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -27,6 +28,28 @@ import nbfeat
 from nbfeat import isolation
 
 LISTENS = "0A"  # the state of a listening socket in /proc
+NOBODY = 65534  # a user without rights
+REACH = """
+import os, socket, sys
+os.setgroups([])
+os.setgid(OTHER)
+os.setuid(OTHER)  # now, because that user may not run this Python
+ways = {
+    "list": os.listdir,
+    "read": lambda path: os.open(path, os.O_RDONLY | os.O_NONBLOCK),
+    "create in": lambda path: os.mkdir(os.path.join(path, "mine")),
+    "remove": os.unlink,
+    "connect to": lambda path: socket.socket(socket.AF_UNIX).connect(path),
+}
+for path in sys.stdin.read().split(chr(0)):
+    for name, way in ways.items():
+        try:
+            way(path)
+        except OSError:
+            continue
+        print("can", name, path)
+print("as", os.getuid())
+""".replace("OTHER", str(NOBODY))  # the paths that this user can do something with
 
 
 def listening(processes: set[int]) -> list[str]:
@@ -72,6 +95,17 @@ def statistics(processes: dict[int, str]) -> list[str]:
     return sorted(told)
 
 
+def reached(folders: list[str]) -> list[str]:
+    """Return what another user can do with anything in `folders`; only root can ask as another."""
+    if os.getuid():
+        return []
+    paths = [*folders, *(str(path) for folder in folders for path in Path(folder).rglob("*"))]
+    asked = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", REACH], input="\0".join(paths), capture_output=True, text=True, check=True
+    )
+    return asked.stdout.splitlines()
+
+
 def interrupted(name: str, ready: Callable[[], Any]) -> None:
     """Interrupt once while Ray is in its function `name`, as soon as it is `ready`."""
     ray: Any = importlib.import_module("ray")
@@ -106,7 +140,7 @@ def run(extraction: nbfeat.Extraction, at_work: Callable[[], None]) -> dict[str,
                 told |= {"listening": listening({os.getpid(), *running}), "statistics": statistics(running)}
                 told["folders"] = sorted(set(re.findall(r"/\w+/nbfeat-\w+", " ".join(running.values()))))
                 told["modes"] = [stat.S_IMODE(Path(folder).stat().st_mode) for folder in told["folders"]]
-                told["running"] = len(running)
+                told |= {"running": len(running), "reached": reached(told["folders"])}
                 at_work()
     except KeyboardInterrupt:
         told["interrupted"] = True

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -48,15 +50,17 @@ def test_a_path_that_holds_no_frame_is_refused_in_one_sentence(photos: pd.DataFr
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "some.csv").write_text("a,b")
     pd.DataFrame(index=range(3)).to_parquet(tmp_path / "bare.parquet")
+    os.mkfifo(tmp_path / "pipe.parquet")
     words = {
-        tmp_path / "gone.parquet": "Parquet file or folder not found: .*gone.parquet",
-        tmp_path / "some.csv" / "x": "Parquet file or folder not found",
+        tmp_path / "gone.parquet": r"gone\.parquet doesn't exist\. Pass",
+        tmp_path / "some.csv" / "x": r"x doesn't exist\. Pass",
+        tmp_path / "pipe.parquet": r"pipe\.parquet isn't a regular file or a folder\. Pass",
         tmp_path / "some.csv": r"some\.csv can't be read as Parquet \(\w.+\)\. Pass",
         tmp_path / "cut.parquet": r"cut\.parquet can't be read as Parquet \(\w.+\)\. Pass",
         tmp_path / "mixed": r"mixed can't be read as Parquet \(\w.+\)\. Pass",
         tmp_path / "empty": "empty is a folder without Parquet files",
         tmp_path / "bare.parquet": r"bare\.parquet has no columns",
-        "nul\0.parquet": "can't be read as Parquet|not found",
+        "nul\0.parquet": "can't be read as Parquet|doesn't exist",
         "s3://bucket/frame": r"from the URL s3://bucket/frame\. Pass `pandas\.read_parquet",
     }
     for path, sentence in words.items():
@@ -93,3 +97,22 @@ def test_magics_take_names_of_frames_only(photos: pd.DataFrame, tmp_path: Path, 
     shell.user_ns["photos"] = str(tmp_path / "one.parquet")
     with pytest.raises(UsageError, match="must be a pandas DataFrame, not str"):
         run_cell(shell, f"%extract photos {BLOCK}")
+
+
+@pytest.mark.parametrize(
+    "label",
+    [None, pd.NA, pd.NaT, np.nan, ("a", 1), 7, np.int64(7), 1.5, True, b"x", pd.Timestamp("2026-01-01")],
+    ids=repr,
+)
+def test_labels_of_columns_stay_what_they_were(photos: pd.DataFrame, label: object) -> None:
+    photos = photos[["label", "path", "split"]]
+    photos.columns = pd.Index([label, "path", "split"], dtype=object, name="what", tupleize_cols=False)
+    photos["mobilenet_0000"] = "replaced"
+    first = nbfeat.extract(photos, BLOCK, images="path", replace=True)
+    again = nbfeat.extract(first.frame.iloc[:, [*range(2, 51), 1, 0]], BLOCK, images="path", prefix="more")
+    for frame, at in ((first.frame, 0), (again.frame, 50)):
+        assert frame.columns[at] is label
+        assert frame.columns.name == "what"
+        assert list(frame.iloc[:, at]) == list(photos.iloc[:, 0])
+    assert list(first.frame.columns[1:]) == ["path", "split", *first.columns]
+    assert list(again.frame.columns[-48:]) == again.columns

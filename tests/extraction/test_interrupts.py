@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -27,20 +27,21 @@ pytestmark = pytest.mark.usefixtures("fake_network")
 END = "MobileNet --size 32"
 STANDARD = f"{END} --normalize standard"
 PACKAGE = str(Path(nbfeat.__file__).parent)
-TRACED = ("extraction", "parquet", "cache")  # rooms, whose lines are interrupted
 ROWS = 14
 Interrupt = type[BaseException]
 
 
 class Interrupted:
-    """Raise an error before line number `at` of those that Python executes in the traced rooms."""
+    """Raise an error before line number `at` of those that Python executes in `rooms`."""
 
-    def __init__(self, at: int, kind: Interrupt = KeyboardInterrupt) -> None:
-        self.at, self.kind, self.lines, self.where = at, kind, 0, ""
+    def __init__(
+        self, at: int, kind: Interrupt = KeyboardInterrupt, rooms: Sequence[str] = ("extraction", "parquet", "cache")
+    ) -> None:
+        self.at, self.kind, self.rooms, self.lines, self.where = at, kind, rooms, 0, ""
 
     def __call__(self, frame: FrameType, event: str, _: object) -> Any:
         name = frame.f_code.co_filename
-        is_traced = name.startswith(PACKAGE) and Path(name).parent.name in TRACED
+        is_traced = name.startswith(PACKAGE) and Path(name).parent.name in self.rooms
         return self._line if is_traced and event == "call" else None
 
     def _line(self, frame: FrameType, event: str, _: object) -> Any:

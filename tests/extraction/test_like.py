@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from itertools import islice
@@ -350,6 +351,9 @@ def test_names_that_are_no_results_come_with_near_ones(shell_here: InteractiveSh
     }.items():
         with pytest.raises(UsageError, match=words):
             shell_here.run_line_magic("extract", line)
+    os.mkfifo("pipe.parquet")
+    with pytest.raises(UsageError, match=r"'pipe\.parquet' isn't a regular file\. Check the path"):
+        shell_here.run_line_magic("extract", "photos --like pipe.parquet")
     with pytest.raises(UsageError, match="drop the lines of the body"):
         shell_here.run_cell_magic("extract", "photos --like train_result", "ResNet50")
     with pytest.raises(UsageError, match="--like applies to the whole run"):

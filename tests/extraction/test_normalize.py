@@ -86,6 +86,14 @@ def test_rows_that_come_in_chunks_are_fitted_as_those_that_come_at_once(
     np.testing.assert_allclose(found.applied_to(ROWS), expected.applied_to(ROWS), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("normalize", ["none", "l2", "standard", "minmax", "whiten"])
+def test_rows_without_variance_have_components_of_zero(normalize: str) -> None:
+    for rows in (ROWS[:1], np.zeros((5, 7), np.float32)):
+        learned = learn(block(f"--normalize {normalize} --components 1"), rows, np.full(len(rows), True))
+        np.testing.assert_array_equal(learned.apply(rows.copy()), np.zeros((len(rows), 1)))
+        assert np.isfinite(learned.apply(ROWS.copy())).all()
+
+
 @pytest.mark.parametrize(("count", "width", "most"), [(5, 7, 5), (7, 6, 6), (9, 7, 7)])
 def test_components_are_at_most_the_rows_and_the_features(count: int, width: int, most: int) -> None:
     rows, chosen = ROWS[:, :width], np.arange(60) < count

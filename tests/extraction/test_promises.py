@@ -82,6 +82,10 @@ def test_weights_that_cannot_be_had_are_one_sentence_with_file_address_and_place
 def test_a_file_that_holds_no_weights_is_refused(photos: pd.DataFrame, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="or an existing file"):
         nbfeat.extract(photos, "MobileNet --weights nosuch.h5", images="path")
+    for name in ("pipe.h5", "pipe.keras", "pipe.pth"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(RequestError, match="isn't a regular file"):
+            nbfeat.extract(photos, f"AlexNet --weights {tmp_path / name}", images="path")
     (tmp_path / "x.weights.h5").write_bytes(b"not hdf5")
     with pytest.raises(WeightsError, match=r"x\.weights\.h5 cannot be read as weights in HDF5"):
         nbfeat.extract(photos, f"MobileNet --size 64 --weights {tmp_path / 'x.weights.h5'}", images="path")
@@ -223,9 +227,11 @@ def test_the_demo_runs_without_internet(tmp_path: Path) -> None:
         "NBFEAT_HOME": str(tmp_path / "nbfeat"), "KERAS_HOME": str(tmp_path / "keras"), "HOME": str(tmp_path),
         "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9",
     }  # fmt: skip
+    environment |= {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
     command = [sys.executable, "-W", "error", "-m", "nbfeat"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     assert not done.returncode, done.stderr
+    assert "? building Pocket (only once; it is then cached)" in done.stdout
     assert "Pocket (bundled, small)" in done.stdout
     assert "480 photographs, 12 classes" in done.stdout
     assert re.search(r"07.jpg +damaged: the image file is truncated", done.stdout)

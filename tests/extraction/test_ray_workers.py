@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from unittest import mock
 
 import numpy as np
@@ -40,7 +40,7 @@ from nbfeat.images.remote import Limits
 from nbfeat.inference.engines import cpu_count
 from nbfeat.inference.spec import NetworkSpec
 from tests.conftest import ROOT
-from tests.extraction.ray_child import descendants
+from tests.extraction.ray_child import NOBODY, descendants
 from tests.faces import CellMagic, same
 from tests.fake import FakeEngine
 from tests.web import Web
@@ -765,10 +765,9 @@ def test_another_process_joins_is_killed_and_gone_on_from(
     assert there.failures["reason"].tolist() == local.failures["reason"].tolist()
 
 
-@needs_ray
-@needs_proc
-@pytest.mark.slow
-def test_clusters_of_its_own_keep_to_themselves_and_leave_nothing_whenever_an_interrupt_comes(pictures: Path) -> None:
+@pytest.fixture(scope="module")
+def own_clusters(pictures: Path) -> list[dict[str, Any]]:
+    """Return what three runs on clusters of their own, in another process, report."""
     child = subprocess.run(
         [sys.executable, "-m", "tests.extraction.ray_child", str(pictures)],
         env={**os.environ, "RAY_ADDRESS": "local"}, cwd=ROOT, capture_output=True, text=True, check=False,
@@ -776,9 +775,18 @@ def test_clusters_of_its_own_keep_to_themselves_and_leave_nothing_whenever_an_in
     assert child.returncode == 0, child.stderr
     *said, found = child.stdout.splitlines()
     assert not [line for line in said if "(raylet)" not in line]  # Ray's own messages about workers that ended
-    starting, stopping, at_work = runs = json.loads(found)
     assert not [line for line in child.stderr.splitlines() if "RAY_BACKEND_LOG_LEVEL" not in line]  # said of obeying it
-    for told in runs:
+    return cast("list[dict[str, Any]]", json.loads(found))
+
+
+@needs_ray
+@needs_proc
+@pytest.mark.slow
+def test_clusters_of_its_own_keep_to_themselves_and_leave_nothing_whenever_an_interrupt_comes(
+    own_clusters: list[dict[str, Any]],
+) -> None:
+    starting, stopping, at_work = own_clusters
+    for told in own_clusters:
         assert (told["interrupted"], told["left"], told["restored"]) == (True, [], True)
         assert told["state"] == "stopped"
     assert starting["done"] == 0
@@ -793,3 +801,12 @@ def test_clusters_of_its_own_keep_to_themselves_and_leave_nothing_whenever_an_in
         assert any("cluster started on this machine: " in note for note in told["notes"])
     assert (stopping["done"], stopping["same"]) == (100, True)
     assert 0 < at_work["done"] <= 2000
+
+
+@needs_ray
+@needs_proc
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can look as another user")
+@pytest.mark.slow
+def test_no_other_user_reaches_anything_of_a_cluster_of_its_own(own_clusters: list[dict[str, Any]]) -> None:
+    for told in own_clusters[1:]:
+        assert told["reached"] == [f"as {NOBODY}"]

@@ -33,8 +33,8 @@ from nbfeat.extraction import sink
 from nbfeat.extraction.recipe import Recipe, unpack
 from nbfeat.extraction.run import Run
 from nbfeat.parquet import dataset
-from nbfeat.parquet.dataset import PART
-from nbfeat.parquet.location import Location
+from nbfeat.parquet.dataset import MANIFEST, PART
+from nbfeat.parquet.location import LOCK, Location
 from nbfeat.parquet.result_file import RECIPE, Failure
 from tests.conftest import ROOT
 from tests.faces import run_cell, same
@@ -412,6 +412,11 @@ def test_a_folder_with_other_files_is_left_alone(photos: pd.DataFrame, folder: P
         assert pd.read_parquet(folder / name).shape == (20, 3)
         shutil.rmtree(folder)
     folder.mkdir()
+    for name in (LOCK, MANIFEST, "part-00000.parquet"):
+        os.mkfifo(folder / name)
+        with pytest.raises(RequestError, match=rf"don't belong to an nbfeat dataset: {re.escape(name)}/\."):
+            written(photos, BLOCK, parquet=folder)
+        (folder / name).unlink()
     (folder / ".DS_Store").write_text("")
     written(photos, BLOCK, parquet=folder)
     with pytest.raises(RequestError, match="is a file"):
