@@ -253,7 +253,7 @@ def test_it_is_worked_with_the_keyboard_alone_and_every_field_has_a_label(lab: S
         )
         if reached[-1].endswith("options"):  # what they fold is passed over, or reached next
             assert one.get_by_label("Batch size").is_hidden()
-            page.keyboard.press("Space")
+            page.keyboard.press("Enter" if reached[-1].startswith("Run") else "Space")
         if reached[-1] == "Extract":
             break
     assert reached[-1] == "Extract", reached
@@ -265,6 +265,11 @@ def test_it_is_worked_with_the_keyboard_alone_and_every_field_has_a_label(lab: S
     page.keyboard.press("Enter")
     until(one, "Cancelled")
     assert one.get_by_label("Batch size").is_visible(), "it is open no more"
+    one.get_by_role("button", name="Copy").focus()
+    page.keyboard.press("Tab")
+    assert page.evaluate("() => document.activeElement.innerText") == "Insert below"
+    page.keyboard.press("Enter")
+    one.get_by_text("Inserted", exact=True).wait_for()
 
 
 def test_the_saved_notebook_shows_the_report_without_a_kernel(lab: Site, shared_data: Path) -> None:

@@ -55,10 +55,9 @@ def progress_of(job: Job | None, of: FrameSnapshot | None) -> Html:
 def code_of(code: str, *, loaded: bool) -> Html:
     """Draw the equivalent cell, which a click selects, and buttons that copy it and put it into a new cell."""
     first = "" if loaded else " (run <code>%load_ext nbfeat</code> first)"
-    ways = {"Copy": "Copy this cell", "Insert below": "Put this cell into the notebook, below the panel"}
-    buttons = [f'<button class="jupyter-button nbfeat-quiet" title="{ways[way]}">{way}</button>' for way in ways]
+    ways = [f'<button class="jupyter-button nbfeat-quiet">{way}</button>' for way in ("Copy", "Insert below")]
     return Html(
-        f'<div class="nbfeat-tools" onclick="{CLICK}"><h4>Equivalent code{first}</h4>{"".join(buttons)}'
+        f'<div class="nbfeat-tools" onclick="{CLICK}"><h4>Equivalent code{first}</h4>{"".join(ways)}'
         f'<span role="status"></span></div><pre title="Click to select all">{escape(code)}</pre>'
     )
 
