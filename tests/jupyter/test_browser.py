@@ -258,7 +258,7 @@ def test_it_is_worked_with_the_keyboard_alone_and_every_field_has_a_label(lab: S
             break
     assert reached[-1] == "Extract", reached
     assert {"Image column", "Layer", "Pooling", "Normalization", "Prefix", "Add a block", "Batch size"} <= set(reached)
-    assert {"More options", "Image size", "Run options", "Name of the new dataframe"} <= set(reached)
+    assert {"More options", "Image size", "Run options", "New dataframe"} <= set(reached)
     page.keyboard.press("Enter")
     until(one, "Running")
     page.wait_for_function("() => document.activeElement.innerText === 'Cancel'")

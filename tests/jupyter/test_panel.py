@@ -194,7 +194,7 @@ def test_the_new_frame_gets_the_name_that_is_typed(opened: Open, notebook: Inter
     one = opened()
     assert one.options["into"].placeholder == "photos"
     one.options["into"].value = "two words"
-    assert "“Name of the new dataframe” must be a variable name" in one._problem.value
+    assert "“New dataframe” must be a variable name" in one._problem.value
     one.options["into"].value = "more"
     assert one.code == "%%extract photos --images path --into more --batch-size 4\nMobileNet --size 32"
     one.extract_button.click()

@@ -28,7 +28,7 @@ LABELS = {option.name: option.name.capitalize() for option in BLOCK_OPTIONS} | {
     "normalize": "Normalization", "components": "Components (PCA)", "images": "Image column",
     "fit_on": "Fit normalization on", "batch_size": "Batch size", "no_cache": "Ignore the cache", "device": "Device",
     "allow_remote": "Fetch images from URLs", "replace": "Overwrite columns with the same names", "size": "Image size",
-    "precision": "Precision", "into": "Name of the new dataframe",
+    "precision": "Precision", "into": "New dataframe",
 }  # fmt: skip
 
 
