@@ -11,7 +11,7 @@ import importlib
 import os
 import re
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,12 +136,26 @@ def _watched_downloads(tell: Tell) -> Iterator[list[str]]:
 
 def on_this_machine(backbone: Backbone) -> Path | None:
     """Return a complete file of the published weights of `backbone`, or None."""
-    torch_home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch"
-    for folder in (home() / "weights", Path(torch_home).expanduser() / "hub" / "checkpoints"):
+    for folder in _folders():
         with suppress(OSError):
             if _is_published(backbone, backbone.published, digest(folder / backbone.published)):
                 return folder / backbone.published
     return None
+
+
+def downloaded(backbones: Iterable[Backbone]) -> set[str]:
+    """Return the names of those whose published weights are on this machine, judged by the names of files alone."""
+    keras = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "models"
+    files = [file.name for folder in (keras, *_folders()) for file in folder.glob("*")]
+    plain = "\n".join(re.sub(r"[^a-z0-9]", "", file.lower()).removeprefix("weights") for file in files)
+    # Such as resnet50_weights_…_notop.h5, not resnet50v2_…; MobileNet has files of other multipliers and sizes.
+    known = {one: rf"^{one.name.lower()}(?!v\d).*{'10224' if one.alphas else ''}.*notop" for one in backbones}
+    return {one.name for one in known if one.published in files or re.search(known[one], plain, re.MULTILINE)}
+
+
+def _folders() -> tuple[Path, Path]:
+    torch_home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch"
+    return home() / "weights", Path(torch_home).expanduser() / "hub" / "checkpoints"
 
 
 def fetch(backbone: Backbone, folder: Path) -> Generator[str, None, Path]:

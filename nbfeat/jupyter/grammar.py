@@ -77,7 +77,7 @@ def read(line: str, body: str | None, defaults: Mapping[str, Any]) -> Request | 
     run = {name: value for name, value in known.items() if name in _RUN_NAMES}
     block = {name: value for name, value in known.items() if name not in run}
     if not run.get("into", frame).isidentifier() or iskeyword(run.get("into", "")):
-        raise RequestError(f"--into must be a variable name, not {run['into']!r}.")
+        raise RequestError(f"`into` must be a variable name, not {run['into']!r}. Choose one such as features.")
     if "parquet" in run and "into" in run:
         raise RequestError(f"With --parquet no dataframe is created. Drop --into {run['into']}.")
     lines = [text for text in _unsilenced(body or "").splitlines() if split_words(text)]  # neither blank nor comment

@@ -180,6 +180,7 @@ class FrameSnapshot:
 
     name: str
     frame: pd.DataFrame
+    into: str  # the name that the new frame gets
 
     def bind(self, extraction: Extraction, names: MutableMapping[str, Any], *, replace: bool) -> None:
         """Attach the features to the frame that has the name now, or raise ExtractionError if its images differ."""
@@ -187,7 +188,7 @@ class FrameSnapshot:
         if reason := self.why_not(extraction, now):
             raise ExtractionError(reason)
         where = places(now, extraction.parts, replace=replace)
-        names[self.name] = attach(now, [part.frame(now.index) for part in extraction.parts], where)
+        names[self.into] = attach(now, [part.frame(now.index) for part in extraction.parts], where)
 
     def why_not(self, extraction: Extraction, now: Any) -> str:
         """Return why the features don't belong to `now`, or an empty string."""

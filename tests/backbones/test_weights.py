@@ -213,3 +213,50 @@ def test_the_whole_way_from_the_server_to_features(
         file = own_cache / "weights" / backbone.published
         named = nbfeat.extract(photos, f"GoogLeNet --size 64 --weights {file}", images="path")
         np.testing.assert_array_equal(named.features.to_numpy(), result.features.to_numpy())
+
+
+KERAS = "_weights_tf_dim_ordering_tf_kernels_notop.h5"
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        (f"resnet50{KERAS}", "ResNet50"),
+        (f"resnet50v2{KERAS}", "ResNet50V2"),
+        (f"inception_v3{KERAS}", "InceptionV3"),
+        (f"inception_resnet_v2{KERAS}", "InceptionResNetV2"),
+        (f"densenet121{KERAS}", "DenseNet121"),
+        ("mobilenet_1_0_224_tf_no_top.h5", "MobileNet"),
+        ("mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5", "MobileNetV2"),
+        ("weights_mobilenet_v3_small_224_1.0_float_no_top_v2.h5", "MobileNetV3Small"),
+        ("nasnet_large_no_top.h5", "NASNetLarge"),
+        ("efficientnetb0_notop.h5", "EfficientNetB0"),
+        ("efficientnetv2-b0_notop.h5", "EfficientNetV2B0"),
+        ("efficientnetv2-l_notop.h5", "EfficientNetV2L"),
+        ("convnext_large_notop.h5", "ConvNeXtLarge"),
+        ("convnext_xlarge_notop.h5", "ConvNeXtXLarge"),
+        ("vgg16_weights_tf_dim_ordering_tf_kernels.h5", ""),  # with the classifier
+        ("mobilenet_5_0_224_tf_no_top.h5", ""),  # alpha 0.5
+        ("mobilenet_1_0_128_tf_no_top.h5", ""),
+    ],
+)
+def test_what_is_downloaded_is_told_by_the_names_that_keras_gives(
+    file: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("KERAS_HOME", "NBFEAT_HOME", "TORCH_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    assert weights.downloaded(CATALOG.values()) == set()
+    (tmp_path / "KERAS_HOME" / "models").mkdir(parents=True)
+    (tmp_path / "KERAS_HOME" / "models" / file).touch()
+    assert weights.downloaded(CATALOG.values()) == {name} - {""}
+
+
+@pytest.mark.parametrize("folder", ["NBFEAT_HOME/weights", "TORCH_HOME/hub/checkpoints"])
+def test_published_checkpoints_are_told_by_their_names(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("KERAS_HOME", "NBFEAT_HOME", "TORCH_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / CATALOG["GoogLeNet"].published).touch()
+    assert weights.downloaded(CATALOG.values()) == {"GoogLeNet"}

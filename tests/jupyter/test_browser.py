@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nbfeat.jupyter.panel.blocks import FIRST
 from tests.jupyter import browser
 from tests.jupyter.browser import Site, done_of, output, run_all, run_cell, wait_for_cells
 
@@ -35,6 +36,12 @@ pipeline.load_image = slow
 %config ExtractMagics.cache = {cache}"""
 PANEL = "%extract_panel photos"
 MOVING = "() => / [1-9]\\d* of 300/.test(document.querySelector('.nbfeat-progress').textContent)"
+COUNT = """() => {
+    clicks = 0
+    const panel = document.querySelector('.nbfeat-panel')
+    panel.addEventListener('click', () => clicks++, true)
+    panel.addEventListener('change', (event) => { clicks += event.target.matches('select') }, true)
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -133,18 +140,45 @@ photos = photos[["path", "label"]]"""
 SAME = "pd.testing.assert_frame_equal(photos, mine, check_exact=True); print('the same')"
 
 
-def test_the_code_that_is_copied_gives_the_same_columns(lab: Site, shared_data: Path) -> None:
-    page, one = begin(lab, "copy.ipynb", start(shared_data, 0), CHECK, "", SAME)
+def test_four_clicks_choose_a_network_a_layer_and_a_pooling_and_the_code_is_a_click_away(
+    lab: Site, shared_data: Path
+) -> None:
+    page = lab.open(lab.write("four.ipynb", start(shared_data, 0), PANEL, CHECK, SAME, ""))
+    run_cell(page, 0)
+    run_cell(page, 1)
+    one = panel(page)
+    page.evaluate(COUNT)
+    one.get_by_label("Backbone").first.click()
+    page.keyboard.press("Control+a")
+    page.keyboard.type(f"{FIRST.lower()}\n")
+    page.wait_for_function(f"() => document.querySelector('.nbfeat-panel input').value === '{FIRST}'")
+    one.get_by_label("Layer").select_option(index=1)
+    one.get_by_label("Pooling").select_option("max")
+    one.locator(".nbfeat-code", has_text="--pooling max").wait_for()
     press(one, "Extract", "Done")
+    assert page.evaluate("() => clicks") == 4
+    code = one.locator(".nbfeat-code pre")
+    assert one.locator(".nbfeat-page").bounding_box()["y"] < code.bounding_box()["y"]
+    text, cells = code.inner_text(), page.locator(".jp-Notebook .jp-Cell")
     run_cell(page, 2)
-    one.locator(".nbfeat-code pre").click()
-    assert page.evaluate("() => getSelection().toString()").strip() == "%%extract photos --images path\nPocket"
-    page.keyboard.press("Control+c")
-    page.locator(".jp-Notebook .jp-Cell").nth(3).locator(".cm-content").click()
-    page.keyboard.press("Control+v")
-    run_cell(page, 3)
+    press(one, "Insert below")
+    one.get_by_text("Inserted", exact=True).wait_for()
+    assert cells.nth(2).locator(".cm-content").inner_text() == text
+    run_cell(page, 2)
     run_cell(page, 4)
     assert output(page, 4) == "the same"
+    press(one, "Copy")
+    one.get_by_text("Copied", exact=True).wait_for()
+    cells.nth(5).locator(".cm-content").click()
+    page.keyboard.press("Control+v")
+    assert cells.nth(5).locator(".cm-content").inner_text() == text
+    page.evaluate(
+        "() => { navigator.clipboard.writeText = () => Promise.reject(); document.execCommand = () => false }"
+    )
+    press(one, "Copy")
+    one.get_by_text("This browser forbids it. The code is selected: press Ctrl+C.").wait_for()
+    assert page.evaluate("() => getSelection().toString()").strip() == text
+    assert not page.errors
 
 
 def test_clicks_are_answered_while_a_cell_runs_and_nothing_is_bound_under_it(lab: Site, shared_data: Path) -> None:
@@ -210,25 +244,32 @@ def test_it_is_worked_with_the_keyboard_alone_and_every_field_has_a_label(lab: S
         assert field.evaluate("one => [...one.labels].some(label => label.innerText.trim())")
     for button in one.locator("button").all():
         assert button.inner_text().strip()
-    one.get_by_label("Dataframe").focus()
+    one.get_by_label("Dataframe", exact=True).focus()
     reached: list[str] = []
     for _ in range(25):
         page.keyboard.press("Tab")
         reached.append(
             page.evaluate("() => document.activeElement.labels?.[0]?.innerText ?? document.activeElement.innerText")
         )
-        if reached[-1].startswith("Backbone"):
-            page.keyboard.press("Control+a")
-            page.keyboard.type("Pocket\n")
+        if reached[-1].endswith("options"):  # what they fold is passed over, or reached next
+            assert one.get_by_label("Batch size").is_hidden()
+            page.keyboard.press("Enter" if reached[-1].startswith("Run") else "Space")
         if reached[-1] == "Extract":
             break
     assert reached[-1] == "Extract", reached
     assert {"Image column", "Layer", "Pooling", "Normalization", "Prefix", "Add a block", "Batch size"} <= set(reached)
+    assert {"More options", "Image size", "Run options", "New dataframe"} <= set(reached)
     page.keyboard.press("Enter")
     until(one, "Running")
     page.wait_for_function("() => document.activeElement.innerText === 'Cancel'")
     page.keyboard.press("Enter")
     until(one, "Cancelled")
+    assert one.get_by_label("Batch size").is_visible(), "it is open no more"
+    one.get_by_role("button", name="Copy").focus()
+    page.keyboard.press("Tab")
+    assert page.evaluate("() => document.activeElement.innerText") == "Insert below"
+    page.keyboard.press("Enter")
+    one.get_by_text("Inserted", exact=True).wait_for()
 
 
 def test_the_saved_notebook_shows_the_report_without_a_kernel(lab: Site, shared_data: Path) -> None:
@@ -256,8 +297,12 @@ def test_it_works_elsewhere_too(kind: str, chromium: Any, shared_data: Path, tmp
         if kind == "notebook":
             run_all(page)
         one = panel(page)
-        choose(one)
+        page.evaluate(COUNT)
         press(one, "Extract", "Done")
+        assert page.evaluate("() => clicks") == 1
+        press(one, "Copy")
+        one.get_by_text("Copied", exact=True).wait_for()
+        assert one.get_by_role("button", name="Insert below").is_visible() is (kind == "notebook")
         assert "512 new columns from 300 images" in one.locator(".nbfeat-page").inner_text()
         background = one.evaluate("one => getComputedStyle(one).backgroundColor.match(/\\d+/g).map(Number)")
         assert max(background) < 80, "not dark"

@@ -111,7 +111,7 @@ Held = tuple[dict[str, Any], Callable[[], None], Extraction]
 def hold(photos: pd.DataFrame) -> Held:
     """Extract from a snapshot of the frame, and return the names of the notebook and what binds the result."""
     names: dict[str, Any] = {"photos": photos}
-    snapshot = FrameSnapshot("photos", photos.copy(deep=False))
+    snapshot = FrameSnapshot("photos", photos.copy(deep=False), "photos")
     extraction = Extraction(snapshot.frame, BLOCK, images="path")
     return names, lambda: snapshot.bind(extraction, names, replace=False), extraction
 

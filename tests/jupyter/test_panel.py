@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import random
 import re
 import threading
@@ -34,6 +35,7 @@ from nbfeat.jupyter import grammar
 from nbfeat.jupyter.grammar import expand, literal
 from nbfeat.jupyter.job import State
 from nbfeat.jupyter.panel import panel, result, source
+from nbfeat.jupyter.panel.blocks import FIRST
 from nbfeat.jupyter.panel.result import LOOKS
 from nbfeat.jupyter.panel.widgets import DEFAULT, tree
 from tests.conftest import ROOT
@@ -187,6 +189,25 @@ def test_while_it_runs_one_widget_changes_a_few_times_and_the_last_state_is_show
 # Names
 
 
+def test_the_new_frame_gets_the_name_that_is_typed(opened: Open, notebook: InteractiveShell, gate: Gate) -> None:
+    before = notebook.user_ns["photos"]
+    one = opened()
+    assert one.options["into"].placeholder == "photos"
+    one.options["into"].value = "two words"
+    assert "“New dataframe” must be a variable name" in one._problem.value
+    one.options["into"].value = "more"
+    assert one.code == "%%extract photos --images path --into more --batch-size 4\nMobileNet --size 32"
+    one.extract_button.click()
+    one.cancel_button.click()
+    gate.open()
+    assert one.wait(30)
+    assert "photos is unchanged" in one._progress.value
+    check_look(finished(one), State.DONE)
+    assert "more has 48 new columns" in one._progress.value
+    assert notebook.user_ns["more"].shape == (20, 51)
+    assert notebook.user_ns["photos"] is before
+
+
 def test_the_frame_is_bound_between_cells(opened: Open, notebook: InteractiveShell) -> None:
     notebook.user_ns["one"] = one = opened()
     cell = """
@@ -328,7 +349,7 @@ def request_of(code: str, settings: dict[str, Any]) -> grammar.Request:
 def test_the_table_of_options_is_what_the_panel_offers(opened: Open) -> None:
     one = opened()
     assert list(one.blocks.cards[0].options) == [option.name for option in BLOCK_OPTIONS]
-    elsewhere_or_free_text = {"images", "fit_on", "root", "into", "like", "parquet"}
+    elsewhere_or_free_text = {"images", "fit_on", "root", "like", "parquet"}
     no_matter_here = {"quiet", "help", "on"}
     run = {option.name for option in RUN_OPTIONS}
     assert run - set(one.options) == elsewhere_or_free_text | no_matter_here
@@ -351,7 +372,7 @@ def test_the_code_reads_back_to_what_was_chosen(opened: Open) -> None:
         with one._kit.filling():  # all at once
             for widgets in (*(card.options for card in one.blocks.cards), one.options, {"fit_on": one.source.rows}):
                 for name, widget in widgets.items():
-                    others = prefixes if name == "prefix" else [True, False]
+                    others = {"prefix": prefixes, "into": ["", "more", "a b", "--x"]}.get(name, [True, False])
                     widget.value = chance.choice(values_of(widget) if hasattr(widget, "options") else others)
         one._changed()
         if one._request is None:
@@ -500,6 +521,31 @@ def test_blocks_are_added_and_removed_down_to_one_and_offer_what_the_backbone_ha
     assert values_of(second.options["weights"]) == [DEFAULT, "bundled", "random"]
 
 
+def test_the_list_of_backbones_says_their_size_and_what_is_downloaded_and_takes_a_plain_name(
+    opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("KERAS_HOME", "NBFEAT_HOME", "TORCH_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    one = opened()
+    field = one.blocks.cards[0].backbone
+    assert "VGG16 · 14.7 M parameters · width 512" in field.options
+    first = next(label for label in field.options if label.startswith(f"{FIRST} · "))
+    assert first.endswith(" · bundled"), "one click must do, without a download"
+    kept = tmp_path / "models" / "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5"
+    kept.parent.mkdir()
+    kept.touch()
+    finished(one)  # which may have fetched them
+    label = "VGG16 · 14.7 M parameters · width 512 · downloaded"
+    assert [label] == [known for known in field.options if known.endswith("downloaded")]
+    for chosen in (label, "vgg16", "VGG16"):
+        field.value = "ResNet50"
+        assert "\nResNet50 " in one.code
+        field.value = chosen
+        assert field.value == "VGG16"
+        assert "\nVGG16 " in one.code
+        assert "block4_pool" in values_of(one.blocks.cards[0].options["layer"])
+
+
 # The source
 
 
@@ -561,6 +607,7 @@ def test_failures_scatter_and_comparison_are_one_click_away(opened: Open, notebo
     assert "no such file" in failures
     assert "row 3" in failures
     assert "data:image/png" in show_page(one, "Scatter")
+    assert results._choice.children == (results.column, results.method), "there is one block"
     assert one.result is not None
     for score in nbfeat.compare(one.result, "label", speed=False).table["score"]:
         assert re.search(rf">{score:.3f}[^>]*±[^>]*<", comparison)
@@ -571,12 +618,44 @@ def test_failures_scatter_and_comparison_are_one_click_away(opened: Open, notebo
     assert results.page.value == comparison
 
 
+def test_the_scatter_has_methods_and_blocks_to_choose_from(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, real = list[tuple[object, ...]](), nbfeat.scatter
+
+    def scatter(of: Extraction, color: object, method: str, *, features: str | None) -> Any:
+        given.append((color, method, features))
+        return real(of, color, features=features)
+
+    monkeypatch.setattr("nbfeat.explore.scatter.scatter", scatter)
+    one = opened()
+    one.blocks.add().options["size"].value = 32
+    results = finished(one).results
+    umap = ["umap"] if importlib.util.find_spec("umap") else []
+    assert values_of(results.method) == ["pca", "tsne", *umap]
+    both = show_page(one, "Scatter")
+    assert "Principal components of mobilenet and mobilenet_" in both
+    assert results._choice.children == (results.column, results.method, results.block)
+    results.block.value = second = values_of(results.block)[2]
+    settle()
+    assert f"Principal components of {second}" in results.page.value
+    results.method.value = "tsne"
+    settle()
+    assert given == [("label", "pca", None), ("label", "pca", second), ("label", "tsne", second)]
+    results.method.value, results.block.value = "pca", DEFAULT
+    assert results.page.value == both, "it was made again"
+    show_page(one, "Comparison")
+    assert results._choice.children == (results.column,)
+    finished(one)
+    assert results.block.value == DEFAULT
+    show_page(one, "Report")
+    assert results._choice not in results.box.children
+
+
 @pytest.fixture
 def pages(monkeypatch: pytest.MonkeyPatch) -> dict[Extraction, threading.Event]:
     """Hold the pages of each run until its event is set; they name their run."""
     let: dict[Extraction, threading.Event] = defaultdict(threading.Event)
 
-    def drawn(of: Extraction, page: str, column: object) -> Html:
+    def drawn(of: Extraction, page: str, *_: object) -> Html:
         assert let[of].wait(30)
         return Html(f"{page} of {id(of)}")
 

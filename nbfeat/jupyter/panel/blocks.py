@@ -8,6 +8,7 @@ from dataclasses import replace
 import ipywidgets as widgets
 
 from nbfeat.backbones.catalog import CATALOG, find
+from nbfeat.backbones.weights import downloaded
 from nbfeat.errors import NbfeatError, format_bytes
 from nbfeat.extraction import columns
 from nbfeat.extraction.options import BLOCK_OPTIONS, FeatureBlock, column_names, column_prefix, quoted, spelled
@@ -15,7 +16,7 @@ from nbfeat.html import escape
 from nbfeat.inference.layers import expected_width, layer_names
 from nbfeat.jupyter.panel.widgets import DEFAULT, Kit, OptionWidgets, offer, tree
 
-FIRST = "MobileNetV2"  # small and popular
+FIRST = next((name for name, one in CATALOG.items() if one.bundled), next(iter(CATALOG)))  # needs no download
 ALWAYS_SHOWN = ("layer", "pooling", "normalize", "components", "prefix")  # the others are under "More options"
 
 
@@ -25,16 +26,16 @@ class Card:
     def __init__(self, kit: Kit, removed: Callable[[Card], None]) -> None:
         self._kit = kit
         self.backbone = kit.make(
-            widgets.Combobox, value=str(kit.settings().get("backbone", FIRST)), options=list(CATALOG),
-            ensure_option=True, continuous_update=False, description="Backbone (type to search)",
-            placeholder=f"one of {len(CATALOG)} networks", tooltip="Clear to see all, or type part of a name",
+            widgets.Combobox, value=str(kit.settings().get("backbone", FIRST)), continuous_update=False,
+            description="Backbone (type to search)", placeholder=f"one of {len(CATALOG)} networks",
+            tooltip="Clear to see all, or type part of a name",
         )  # fmt: skip
         self.options = OptionWidgets(kit, BLOCK_OPTIONS)
         self.remove = kit.button("Remove", "quiet", "Remove this block", lambda: removed(self))
         self.expected = kit.html("expected")
         more = kit.box("fields", *(widget for name, widget in self.options.items() if name not in ALWAYS_SHOWN))
+        fold = kit.fold("More options", more)
         fields = kit.box("fields", self.backbone, *(self.options[name] for name in ALWAYS_SHOWN))
-        fold = kit.make(widgets.Accordion, "fold", children=(more,), titles=("More options",), selected_index=None)
         self.box = kit.box("block", fields, kit.box("line", self.expected, self.remove), fold)
         self.refresh()
         kit.on_choice(lambda _: self.refresh(), self.backbone)
@@ -74,7 +75,16 @@ class Card:
         return width
 
     def refresh(self) -> None:
-        """Offer the backbone's layers, multipliers and weights, and the current defaults."""
+        """Offer the backbones, this one's layers, multipliers and weights, and the current defaults."""
+        here, labels = downloaded(CATALOG.values()), dict[str, str]()
+        for name, one in CATALOG.items():
+            size = f" · {one.parameters / 1e6:.1f} M parameters · width {one.width:,}" if one.parameters else ""
+            mark = " · bundled" if one.bundled else " · downloaded" if name in here else ""
+            labels[name] = f"{name}{size}{mark}"
+        names = {text.casefold(): name for name, label in labels.items() for text in (name, label)}
+        with self._kit.filling():  # chosen with its size, or typed in any case
+            self.backbone.value = names.get(self.backbone.value.casefold(), self.backbone.value)
+        self.backbone.options = [*labels.values()]
         backbone = CATALOG.get(self.backbone.value)
         if backbone is None:
             self.options.refresh()

@@ -25,7 +25,7 @@ from nbfeat.jupyter.panel.widgets import STYLE, Kit, OptionWidgets, labelled
 
 SECONDS_BETWEEN = 0.3  # updates of the progress
 # Run options offered here; the others are elsewhere in the panel or need free text.
-CHOSEN_HERE = {"batch_size", "device", "precision", "allow_remote", "no_cache", "replace"}
+CHOSEN_HERE = {"into", "batch_size", "device", "precision", "allow_remote", "no_cache", "replace"}
 
 
 class Panel:
@@ -91,10 +91,11 @@ class Panel:
         switches = [widget for widget in self.options.values() if isinstance(widget.value, bool)]
         fields = [widget for widget in self.options.values() if widget not in switches]
         head = kit.html("head", "<h3>Image features</h3><span>as new columns of a dataframe</span>")
-        run = kit.part("Run", kit.box("fields", *fields), kit.box("line", *switches))
-        buttons = kit.box("buttons", self.extract_button, self.cancel_button)
-        line = kit.box("line", buttons, self._progress, self._spoken)
-        parts = (self.source.box, self.blocks.box, run, line, self._problem, self._code, self.results.box)
+        run = kit.fold("Run options", kit.box("fields", *fields), kit.box("line", *switches))
+        line = kit.box(
+            "line", kit.box("buttons", self.extract_button, self.cancel_button), self._progress, self._spoken
+        )
+        parts = (self.source.box, self.blocks.box, run, line, self._problem, self.results.box, self._code)
         return kit.box("panel", self._style, head, *parts)
 
     @property
@@ -158,7 +159,8 @@ class Panel:
 
     def _begin(self, request: grammar.Request) -> None:
         names = self._shell.user_ns
-        snapshot = FrameSnapshot(request.frame, grammar.frame_called(request.frame, names).copy(deep=False))
+        frame = grammar.frame_called(request.frame, names).copy(deep=False)
+        snapshot = FrameSnapshot(request.frame, frame, request.run.get("into", request.frame))
         options = {"cache": getattr(self._magics, "cache", True), **request.for_extraction}
         extraction = Extraction(snapshot.frame, request.blocks, **options)
         bind = partial(snapshot.bind, names=names, replace=bool(request.run.get("replace")))
@@ -187,6 +189,8 @@ class Panel:
                 self.result = job.extraction
                 self.results.show(job.extraction)
                 self.source.refresh()
+                for card in self.blocks.cards:
+                    card.refresh()  # its weights may have been downloaded
             if self._static is not None:
                 self._static.update(self._report(), raw=True)
 
@@ -206,6 +210,7 @@ class Panel:
         self.code = "\n".join(map(grammar.literal, [f"%%extract {line}", *blocks]))
         self._code.value = code_of(self.code, loaded=self._magics is not None)
         chosen, columns = self.source.chosen, len(self.source.images.value or ())
+        self.options["into"].placeholder = self.source.frame.value or ""
         self.blocks.expect(0 if chosen is None else len(chosen), columns)
         self._draw()
 
@@ -240,7 +245,7 @@ class Panel:
     def _draw(self) -> None:
         """Show the state; during a run only the progress widget changes."""
         state = self.state
-        self._progress.value = progress_of(self.job, self._ran[1].name if self._ran else "")
+        self._progress.value = progress_of(self.job, self._ran[1] if self._ran else None)
         self.extract_button.disabled = state.is_busy or bool(self.problem)
         self.cancel_button.disabled = state is not State.RUNNING
         if state is not State.DONE:

@@ -42,13 +42,11 @@ class Source:
     def __init__(self, kit: Kit, names: Callable[[], Mapping[str, Any]]) -> None:
         self._kit, self._names = kit, names
         self.frame = kit.make(Dropdown, description="Dataframe", tooltip="A dataframe of this notebook")
-        holds = "The column with image paths, bytes or arrays"
-        self.images = kit.make(Dropdown, description=LABELS["images"], tooltip=holds)
+        self.images = kit.make(Dropdown, description=LABELS["images"], tooltip="Column of image paths, bytes or arrays")
         fits = "Rows used to fit standard, minmax, whiten and PCA: choose your training rows"
         self.rows = kit.make(Dropdown, description=LABELS["fit_on"], options=[ALL_ROWS], tooltip=fits)
         self.strip, self.missing = kit.html("strip"), kit.html("missing")
-        fields = kit.box("fields", self.frame, self.images, self.rows)
-        self.box = kit.part("Images", fields, self.strip, self.missing)
+        self.box = kit.part("Images", kit.box("fields", self.frame, self.images, self.rows), self.strip, self.missing)
         self._frame: Callable[[], pd.DataFrame | None] = lambda: None  # whose images are shown (weak)
         self._seen: tuple[object, ...] = ()  # what else those images depend on; a new object for each look
         kit.on_choice(self._chose, self.frame, self.images, self.rows)

@@ -28,7 +28,7 @@ LABELS = {option.name: option.name.capitalize() for option in BLOCK_OPTIONS} | {
     "normalize": "Normalization", "components": "Components (PCA)", "images": "Image column",
     "fit_on": "Fit normalization on", "batch_size": "Batch size", "no_cache": "Ignore the cache", "device": "Device",
     "allow_remote": "Fetch images from URLs", "replace": "Overwrite columns with the same names", "size": "Image size",
-    "precision": "Precision",
+    "precision": "Precision", "into": "New dataframe",
 }  # fmt: skip
 
 
@@ -74,6 +74,10 @@ class Kit:
     def part(self, title: str, *children: Any) -> widgets.Box:
         """Return a section of the panel with a heading."""
         return self.box("part", self.html("heading", f"<h4>{title}</h4>"), *children)
+
+    def fold(self, title: str, *children: Any) -> widgets.Box:
+        """Return a button that shows and hides `children`, hidden at first; the style sheet does it, without Python."""
+        return self.box("folded", self.make(widgets.ToggleButton, "fold", description=title), self.box("in", *children))
 
     def on_choice(self, chosen: Callable[[Any], object], *of: Any) -> None:
         """Call `chosen` with the widget when the user changes its value."""
@@ -122,7 +126,7 @@ class OptionWidgets(dict[str, Any]):
             label = {"description": LABELS[name], "tooltip": option.help}
             if option.switch:
                 self[name] = kit.make(widgets.Checkbox, indent=False, **label)
-            elif name == "prefix":
+            elif name in {"prefix", "into"}:  # any text
                 self[name] = kit.make(widgets.Text, continuous_update=False, **label)
             else:
                 self[name] = kit.make(widgets.Dropdown, options=self._choices(name), **label)
