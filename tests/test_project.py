@@ -75,7 +75,9 @@ def test_ci_runs_the_same_script_on_every_python_that_is_supported() -> None:
 def test_the_oldest_versions_are_tested_too() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for needed in [*project["dependencies"], *project["optional-dependencies"]["remote"]]:
-        assert re.fullmatch(r"[\w-]+>=[\d.]+", needed), f"{needed}: say which is the oldest version"
+        # Of weights, whose hash is in the catalog, there is one version.
+        pattern = r"[\w-]+-pytorch-model==[\d.]+|[\w-]+>=[\d.]+"
+        assert re.fullmatch(pattern, needed), f"{needed}: say which is the oldest version"
     steps = read(GITHUB / "workflows" / "ci.yml")["jobs"]["floors"]["steps"]
     compiled, installed = (step["run"] for step in steps if "floors.txt" in step.get("run", ""))
     assert "--resolution lowest" in compiled

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from nbfeat.backbones.catalog import find
+from nbfeat.backbones.backbone import Backbone
 from nbfeat.backbones.torch_weights import Arrays, Convolution, LayerWeights, array_of
 
 GRID = 6  # rows and columns of the map that `fc6` reads
@@ -25,7 +25,7 @@ _CONVOLUTIONS = (
 _POOLED = {"conv1": "pool1", "conv2": "pool2", "conv5": "pool5"}
 
 
-def build(size: int) -> Any:
+def build(backbone: Backbone, size: int) -> Any:
     """Build AlexNet up to `fc7` for square images of `size` pixels with `torch` scaling."""
     import keras
     from keras import layers
@@ -43,12 +43,12 @@ def build(size: int) -> Any:
     x = layers.Flatten(name="flatten")(average(GRID, name="avgpool")(x))
     x = layers.Dense(WIDTH, activation="relu", name="fc6")(x)
     x = layers.Dense(WIDTH, activation="relu", name="fc7")(x)
-    return keras.Model(pixels, x, name="AlexNet")
+    return keras.Model(pixels, x, name=backbone.name)
 
 
-def weights_from(state: Arrays) -> LayerWeights:
+def weights_from(backbone: Backbone, state: Arrays) -> LayerWeights:
     """Convert torchvision's state dict, without the classifiers, to arrays for each layer's `set_weights`."""
-    take = partial(array_of, state, find("AlexNet"))
+    take = partial(array_of, state, backbone)
     found: LayerWeights = {}
     for name, key, before, after, side in _CONVOLUTIONS:
         kernel = take(f"{key}.weight", after, before, side, side).transpose(2, 3, 1, 0)

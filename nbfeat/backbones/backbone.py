@@ -39,7 +39,9 @@ class Backbone:
     layers: tuple[Layer, ...]
     package: Literal["keras.applications", "nbfeat.backbones", "file", "registered"] = "keras.applications"
     end: str = ""  # the layer of the default cut if it is not the last
-    published: str = ""  # the name of the weights file that PyTorch publishes
+    published: str = ""  # the name of the published weights file, if Keras doesn't download it
+    sha256: str = ""  # of that file, or its first digits
+    requirement: str = ""  # the registry package that holds the file; without one, PyTorch's server does
     bundled: str = ""  # the SHA-256 of the weights in this package
     alphas: tuple[float, ...] = ()  # width multipliers with published weights
     default_weights: str = "own"

@@ -14,11 +14,10 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from nbfeat.backbones.catalog import find
-from nbfeat.backbones.torch_weights import Arrays, Convolution, LayerWeights, array_of
+from nbfeat.backbones.backbone import Backbone
+from nbfeat.backbones.torch_weights import Arrays, Convolution, LayerWeights, array_of, norm_of
 
 EPSILON = 0.001  # of every batch norm
-_NORM = ("weight", "bias", "running_mean", "running_var")  # gamma, beta, moving mean and variance
 _STEM = (
     # Without the suffixes `_conv`, `_bn` and `_relu` of the names and `.conv` and `.bn` of the keys.
     Convolution("conv1", "conv1", 3, 64, 7),
@@ -40,7 +39,7 @@ _INCEPTIONS = {
 _POOLED = {"3b": (3, "pool3"), "4e": (2, "pool4")}  # side and name of the next pooling
 
 
-def build(size: int) -> Any:
+def build(backbone: Backbone, size: int) -> Any:
     """Build GoogLeNet up to `inception_5b` for square images of `size` pixels with `tf` scaling."""
     import keras
 
@@ -54,7 +53,7 @@ def build(size: int) -> Any:
         x = _inception(x, part)
         if part in _POOLED:
             x = _pool(x, *_POOLED[part])
-    return keras.Model(pixels, x, name="GoogLeNet")
+    return keras.Model(pixels, x, name=backbone.name)
 
 
 def _convolve(x: Any, convolution: Convolution, strides: int = 1, padding: str = "same") -> Any:
@@ -99,11 +98,11 @@ def _branches(part: str) -> tuple[Convolution, ...]:
     )
 
 
-def weights_from(state: Arrays) -> LayerWeights:
+def weights_from(backbone: Backbone, state: Arrays) -> LayerWeights:
     """Convert torchvision's state dict, without the classifiers, to arrays for each layer's `set_weights`."""
-    take = partial(array_of, state, find("GoogLeNet"))
+    take = partial(array_of, state, backbone)
     found: LayerWeights = {}
     for name, key, before, after, side in chain(_STEM, *map(_branches, _INCEPTIONS)):
         found[f"{name}_conv"] = [take(f"{key}.conv.weight", after, before, side, side).transpose(2, 3, 1, 0)]
-        found[f"{name}_bn"] = [take(f"{key}.bn.{part}", after) for part in _NORM]
+        found[f"{name}_bn"] = norm_of(take, f"{key}.bn", after)
     return found

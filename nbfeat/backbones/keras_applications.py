@@ -14,7 +14,7 @@ def build(backbone: Backbone, *, size: int, alpha: float | None = None, weights:
     """Build `backbone` with ``include_top=False`` for square images of `size` pixels, possibly past the default cut."""
     check(backbone, size=size, alpha=alpha, weights=weights)
     if backbone.package == "nbfeat.backbones":
-        return importlib.import_module(f"{backbone.package}.{backbone.module}").build(size)
+        return importlib.import_module(f"{backbone.package}.{backbone.module}").build(backbone, size)
     application = getattr(importlib.import_module("keras").applications, backbone.name)
     width = {} if alpha is None else {"alpha": alpha}
     with warnings.catch_warnings():

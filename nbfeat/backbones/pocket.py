@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nbfeat.backbones.backbone import Backbone
 from nbfeat.errors import WeightsError
 
 WEIGHTS = Path(__file__).with_suffix(".npz")
 _BLOCKS = (64, 128, 128, 256, 256)  # channels; where they grow, a convolution halves the map first
 
 
-def build(size: int) -> Any:
+def build(backbone: Backbone, size: int) -> Any:
     """Build Pocket, without its weights, for square images of `size` pixels with `torch` scaling."""
     import keras
     from keras import layers

@@ -15,7 +15,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, NamedTuple
@@ -300,7 +300,7 @@ class Convolution(NamedTuple):
 
 def array_of(arrays: Arrays, backbone: Backbone, key: str, *shape: int) -> NDArray[np.float32]:
     """Return one array of the published weights as float32; raise WeightsError if its shape differs."""
-    advice = f"Use the file that torchvision publishes, {backbone.published}."
+    advice = f"Use the published file, {backbone.published}."
     if key not in arrays:
         raise WeightsError(f"These weights don't belong to {backbone.name}: {key} is missing. {advice}")
     if arrays[key].shape != shape:
@@ -308,3 +308,8 @@ def array_of(arrays: Arrays, backbone: Backbone, key: str, *shape: int) -> NDArr
         found, wanted = (" × ".join(f"{side:,}" for side in one) or "a single number" for one in both)
         raise WeightsError(f"These weights don't fit {backbone.name}: {key} is {found}, not {wanted}. {advice}")
     return np.ascontiguousarray(arrays[key], np.float32)
+
+
+def norm_of(take: Callable[..., NDArray[np.float32]], key: str, channels: int) -> list[NDArray[np.float32]]:
+    """Return the gamma, beta, moving mean and variance of a batch norm."""
+    return [take(f"{key}.{part}", channels) for part in ("weight", "bias", "running_mean", "running_var")]

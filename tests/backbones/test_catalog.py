@@ -19,12 +19,12 @@ from nbfeat.backbones.catalog import CATALOG, backbones, find
 from nbfeat.errors import RequestError
 from tests import keras_child
 
-WRITTEN_HERE = {"AlexNet", "GoogLeNet", "Pocket"}
+WRITTEN_HERE = {"AlexNet", "GoogLeNet", "EfficientNetLite0", "EfficientNetLite1", "EfficientNetLite2", "Pocket"}
 
 
 def test_names_families_and_layers_are_consistent() -> None:
     assert len(CATALOG) == 40 + len(WRITTEN_HERE)
-    assert len({backbone.family for backbone in CATALOG.values()}) == 16
+    assert len({backbone.family for backbone in CATALOG.values()}) == 17
     assert {name for name, backbone in CATALOG.items() if backbone.package != "keras.applications"} == WRITTEN_HERE
     for name, backbone in CATALOG.items():
         assert backbone.name == name
