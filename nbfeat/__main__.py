@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Digits are strokes, not objects, so also try an earlier layer.
-BLOCKS = ("Pocket", "Pocket --layer block3_out")
+BLOCKS = ("EfficientNetLite0", "EfficientNetLite0 --layer block3b_add")
 SIZE = 64  # pixels, the size of the files
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the demo and print what it does."""
+    from nbfeat.explore.compare import compare
     from nbfeat.extraction.extraction import Extraction
 
     parser = argparse.ArgumentParser(prog="python -m nbfeat", description=__doc__.splitlines()[0] if __doc__ else "")
@@ -36,11 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         except NbfeatError as error:
             print(error)
             return 1
-        print(f"\n{result}\n")
-        print("A support-vector machine (StandardScaler, SVC(C=10)), five-fold cross-validation:")
-        for part in result.parts:
-            print(f"  {part.prefix:<40} accuracy {_accuracy(result[part.prefix], digits['label']):.3f}")
-        print(f"  {'both together':<40} accuracy {_accuracy(result.features, digits['label']):.3f}")
+        print(f"\n{result}\n\n{compare(result, 'label')}")
     print("\nNext: open a notebook, %load_ext nbfeat, and %extract YOUR_FRAME ResNet50 --images YOUR_COLUMN")
     return 0
 
@@ -58,16 +55,6 @@ def _write_digits(folder: Path, count: int) -> pd.DataFrame:
         image.resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(path)
         rows.append({"path": str(path), "label": int(label)})
     return pd.DataFrame(rows)
-
-
-def _accuracy(columns: pd.DataFrame, labels: pd.Series[int]) -> float:
-    from sklearn.model_selection import StratifiedKFold, cross_val_score
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    from sklearn.svm import SVC
-
-    folds = StratifiedKFold(5, shuffle=True, random_state=0)
-    return float(cross_val_score(make_pipeline(StandardScaler(), SVC(C=10)), columns, labels, cv=folds).mean())
 
 
 if __name__ == "__main__":

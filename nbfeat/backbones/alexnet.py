@@ -10,17 +10,17 @@ from functools import partial
 from typing import Any
 
 from nbfeat.backbones.backbone import Backbone
-from nbfeat.backbones.torch_weights import Arrays, Convolution, LayerWeights, array_of
+from nbfeat.backbones.torch_weights import Arrays, LayerWeights, array_of
 
 GRID = 6  # rows and columns of the map that `fc6` reads
 WIDTH = 4096  # of `fc6` and `fc7`
 
-_CONVOLUTIONS = (
-    Convolution("conv1", "features.0", 3, 64, 11),
-    Convolution("conv2", "features.3", 64, 192, 5),
-    Convolution("conv3", "features.6", 192, 384, 3),
-    Convolution("conv4", "features.8", 384, 256, 3),
-    Convolution("conv5", "features.10", 256, 256, 3),
+_CONVOLUTIONS = (  # name in Keras, key in a state dict, channels before and after, side of the kernel
+    ("conv1", "features.0", 3, 64, 11),
+    ("conv2", "features.3", 64, 192, 5),
+    ("conv3", "features.6", 192, 384, 3),
+    ("conv4", "features.8", 384, 256, 3),
+    ("conv5", "features.10", 256, 256, 3),
 )
 _POOLED = {"conv1": "pool1", "conv2": "pool2", "conv5": "pool5"}
 

@@ -8,46 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from nbfeat.backbones.backbone import Backbone
-from nbfeat.backbones.torch_weights import Arrays, LayerWeights, array_of, norm_of
+from nbfeat.backbones.torch_weights import NORM, Arrays, LayerWeights, array_of
 
 EPSILON = 0.001  # of every batch norm
 _STAGES = ((3, 1, 1), (3, 2, 6), (5, 2, 6), (3, 2, 6), (5, 1, 6), (5, 2, 6), (3, 1, 6))  # side, stride, expansion
-_WIDTHS = {  # channels of each stage
-    "EfficientNetLite0": (16, 24, 40, 80, 112, 192, 320),
-    "EfficientNetLite1": (16, 24, 40, 80, 112, 192, 320),
-    "EfficientNetLite2": (16, 24, 48, 88, 120, 208, 352),
+_NETWORKS = {  # the number of blocks and the channels of each stage
+    "EfficientNetLite0": ((1, 2, 2, 3, 3, 4, 1), (16, 24, 40, 80, 112, 192, 320)),
+    "EfficientNetLite1": ((1, 3, 3, 4, 4, 5, 1), (16, 24, 40, 80, 112, 192, 320)),
+    "EfficientNetLite2": ((1, 3, 3, 4, 4, 5, 1), (16, 24, 48, 88, 120, 208, 352)),
 }
-_REPEATS = {"EfficientNetLite0": "1223341", "EfficientNetLite1": "1334451", "EfficientNetLite2": "1334451"}
 
 
-class _Step(NamedTuple):
-    """A convolution with its batch norm; a depthwise one has a single channel before."""
-
-    name: str  # of its layers in Keras, without `conv`, `bn` and `activation`
-    key: str  # in a state dict
-    norm: str  # its batch norm there
-    before: int  # channels
-    after: int
-    side: int = 1  # of the kernel
-    stride: int = 1
-
-
-def _steps(name: str) -> Iterator[_Step]:
-    yield _Step("stem_", "_conv_stem", "_bn0", 3, 32, 3, 2)
+def _steps(name: str) -> Iterator[tuple[str, str, str, int, int, int, int]]:
+    # Prefix of layers in Keras, keys of convolution and batch norm in a state dict, channels before (1: depthwise) and
+    # after, side of the kernel, stride.
+    yield "stem_", "_conv_stem", "_bn0", 3, 32, 3, 2
     number, before = 0, 32
-    stages = zip("1234567", _STAGES, _WIDTHS[name], map(int, _REPEATS[name]), strict=True)
-    for stage, (side, stride, expansion), after, repeats in stages:
+    for stage, (side, stride, expansion), repeats, after in zip("1234567", _STAGES, *_NETWORKS[name], strict=True):
         for block in "abcde"[:repeats]:
             layer, key, within = f"block{stage}{block}_", f"_blocks.{number}.", before * expansion
             if expansion > 1:
-                yield _Step(f"{layer}expand_", f"{key}_expand_conv", f"{key}_bn0", before, within)
-            yield _Step(layer, f"{key}_depthwise_conv", f"{key}_bn1", 1, within, side, 1 if block > "a" else stride)
-            yield _Step(f"{layer}project_", f"{key}_project_conv", f"{key}_bn2", within, after)
+                yield f"{layer}expand_", f"{key}_expand_conv", f"{key}_bn0", before, within, 1, 1
+            yield layer, f"{key}_depthwise_conv", f"{key}_bn1", 1, within, side, stride if block == "a" else 1
+            yield f"{layer}project_", f"{key}_project_conv", f"{key}_bn2", within, after, 1, 1
             number, before = number + 1, after
-    yield _Step("top_", "_conv_head", "_bn1", before, 1280)
+    yield "top_", "_conv_head", "_bn1", before, 1280, 1, 1
 
 
 def build(backbone: Backbone, size: int) -> Any:
@@ -80,5 +68,6 @@ def weights_from(backbone: Backbone, state: Arrays) -> LayerWeights:
     for name, key, norm, before, after, side, _ in _steps(backbone.name):
         kernel = take(f"{key}.weight", after, before, side, side)
         order, conv = ((2, 3, 1, 0), "conv") if before > 1 else ((2, 3, 0, 1), "dwconv")
-        found[f"{name}{conv}"], found[f"{name}bn"] = [kernel.transpose(order)], norm_of(take, norm, after)
+        found[f"{name}{conv}"] = [kernel.transpose(order)]
+        found[f"{name}bn"] = [take(f"{norm}.{part}", after) for part in NORM]
     return found

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from nbfeat import errors, isolation
-from nbfeat.backbones import keras_applications, user_models, weights
+from nbfeat.backbones import user_models, weights
 from nbfeat.backbones.catalog import find
 from nbfeat.inference.engines.keras import in_a_fresh_session
 from nbfeat.inference.model import Base, Built, build, layers_of, load_base
@@ -246,10 +246,7 @@ def _describe(spec: NetworkSpec, out: Path, tell: weights.Tell) -> None:
     """Write the cut points of the backbone of `spec`, built with random weights, which do not matter here."""
     backbone = spec.network
     tell(f"building {backbone.title} to list its layers")
-    if backbone.is_user_model:
-        network = load_base(spec, tell)[0]
-    else:
-        network = keras_applications.build(backbone, size=spec.size, alpha=spec.alpha)
+    network = load_base(spec, tell)[0] if backbone.is_user_model else weights.build(backbone, spec.size, spec.alpha)
     (out / "layers.json").write_text(json.dumps(layers_of(network)), encoding="utf-8")
 
 

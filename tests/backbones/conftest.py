@@ -9,7 +9,7 @@ import pytest
 from tests import keras_child
 
 LITES = ("EfficientNetLite0:224", "EfficientNetLite1:240", "EfficientNetLite2:260")
-BUILT = ("AlexNet:224", "GoogLeNet:224", "GoogLeNet:15", "Pocket:80", *LITES)
+BUILT = ("AlexNet:224", "GoogLeNet:224", "GoogLeNet:15", *LITES)
 
 
 @pytest.fixture(scope="session")

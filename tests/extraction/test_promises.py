@@ -225,6 +225,6 @@ def test_the_demo_runs_without_internet(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-m", "nbfeat", "--images", "200"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     assert not done.returncode, done.stderr
-    assert "Pocket (bundled, small)" in done.stdout
-    assert "five-fold cross-validation" in done.stdout
+    assert "EfficientNetLite0 (imagenet weights)" in done.stdout
+    assert "accuracy of StandardScaler → SVC(C=10), 5 " in done.stdout
     assert done.stderr == ""

@@ -347,7 +347,7 @@ def test_the_code_reads_back_to_what_was_chosen(opened: Open) -> None:
     prefixes = ["", "a b", "-x", "{y}", "$path", "it's", '"', "#1", "é;", "a;"]
     for _ in range(12):
         for card in one.blocks.cards:
-            card.backbone.value = chance.choice(["VGG16", "MobileNetV2", "Pocket", "ResNet50"])
+            card.backbone.value = chance.choice(["VGG16", "MobileNetV2", "EfficientNetLite0", "ResNet50"])
         with one._kit.filling():  # all at once
             for widgets in (*(card.options for card in one.blocks.cards), one.options, {"fit_on": one.source.rows}):
                 for name, widget in widgets.items():
@@ -495,9 +495,9 @@ def test_blocks_are_added_and_removed_down_to_one_and_offer_what_the_backbone_ha
     assert "block4_pool" in values_of(second.options["layer"])
     assert second.options["alpha"].disabled
     second.options["layer"].value = "block4_pool"
-    second.backbone.value = "Pocket"
+    second.backbone.value = "EfficientNetLite0"
     assert second.options["layer"].value == DEFAULT
-    assert values_of(second.options["weights"]) == [DEFAULT, "bundled", "random"]
+    assert values_of(second.options["weights"]) == [DEFAULT, "imagenet", "random"]
 
 
 # The source

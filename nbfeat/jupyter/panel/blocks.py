@@ -15,7 +15,7 @@ from nbfeat.html import escape
 from nbfeat.inference.layers import expected_width, layer_names
 from nbfeat.jupyter.panel.widgets import DEFAULT, Kit, OptionWidgets, offer, tree
 
-FIRST = "MobileNetV2"  # small and popular
+FIRST = "EfficientNetLite0"  # it needs no download
 ALWAYS_SHOWN = ("layer", "pooling", "normalize", "components", "prefix")  # the others are under "More options"
 
 
@@ -82,7 +82,7 @@ class Card:
         channels = {layer.name: f" · {layer.channels:,}" for layer in backbone.layers if layer.channels}
         layers = [(name + channels.get(name, ""), name) for name in layer_names(backbone)]
         end = f"the end · {backbone.width:,}" if backbone.width else "the end"
-        weights = [] if backbone.is_user_model else ["bundled" if backbone.bundled else "imagenet", "random"]
+        weights = [] if backbone.is_user_model else ["imagenet", "random"]
         with self._kit.filling():
             offer(self.options["layer"], [(end, DEFAULT), *layers])
             self.options.refresh(alpha=backbone.alphas, weights=weights)
