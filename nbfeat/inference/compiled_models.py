@@ -75,8 +75,10 @@ def located(spec: NetworkSpec) -> Generator[str, None, tuple[NetworkSpec, object
     """Download weights that Keras doesn't have, yielding progress; return `spec` with their path, and their owner."""
     if spec.weights != "imagenet" or not find(spec.backbone).published:
         return spec, None
-    folder, owner, _ = _kept_folder("weights")
-    path = yield from weights.fetch(find(spec.backbone), folder)
+    owner = None
+    if (path := weights.on_this_machine(find(spec.backbone))) is None:
+        folder, owner, _ = _kept_folder("weights")
+        path = yield from weights.fetch(find(spec.backbone), folder)
     return replace(spec, weights=str(path)), owner
 
 
