@@ -7,9 +7,10 @@ import sys
 
 import nbfeat
 
-BLOCKS = ("Pocket", "Pocket --layer block3_out", "Pocket --layer block1_out")  # tiles show more texture than objects
+# Tiles show more texture than objects, so earlier layers do better; the first also finds copies.
+BLOCKS = tuple(f"EfficientNetLite0{layer}" for layer in (" --layer block5c_add", "", " --layer block2b_add"))
 SIZE = 64  # pixels
-NEAR = 0.015  # the cosine distance within which tiles are copies, and not only of the same texture
+NEAR = 0.035  # the cosine distance within which tiles are copies, and not only of the same texture
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,7 +25,7 @@ import pandas as pd
 
 import nbfeat
 from nbfeat import isolation
-from nbfeat.backbones import keras_applications, keras_weights
+from nbfeat.backbones import keras_weights, weights
 from nbfeat.backbones.catalog import CATALOG
 from nbfeat.inference.engines import devices
 from nbfeat.inference.model import build, load_base, negative_layers
@@ -181,7 +181,7 @@ def structures(*words: str) -> dict[str, Any]:
     found = {}
     for word in words:
         name, _, size = word.partition(":")
-        network: Any = keras_applications.build(CATALOG[name], size=int(size))
+        network: Any = weights.build(CATALOG[name], int(size))
         negative = negative_layers(network)
         shapes = {layer.name: list(layer.output.shape[1:]) for layer in network.layers}
         found[word] = {"parameters": network.count_params(), "shapes": shapes, "negative": negative}

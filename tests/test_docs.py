@@ -183,7 +183,13 @@ def public() -> Iterator[tuple[str, Any]]:
 def test_the_examples_of_public_names_run(shell: InteractiveShell) -> None:
     shell.reset(new_session=False)  # a panel needs a shell
     photos = nbfeat.folder("photos")
-    names = {"nbfeat": nbfeat, "np": np, "pd": pd, "photos": photos, "result": nbfeat.extract(photos, "Pocket")}
+    names = {
+        "nbfeat": nbfeat,
+        "np": np,
+        "pd": pd,
+        "photos": photos,
+        "result": nbfeat.extract(photos, "EfficientNetLite0"),
+    }
     said, runner = io.StringIO(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     for where, thing in public():
         example = doctest.DocTestParser().get_doctest(inspect.getdoc(thing) or "", dict(names), where, None, None)

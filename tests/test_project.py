@@ -50,18 +50,20 @@ def test_child_processes_import_what_is_tested_wherever_they_run(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_the_wheel_has_every_file_and_the_terms(tmp_path: Path) -> None:
+def test_the_wheel_is_small_and_has_every_file_and_the_terms(tmp_path: Path) -> None:
     pytest.importorskip("hatchling", reason="no hatchling here: pip install '.[test]'")
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
     subprocess.run([*pip, str(ROOT)], check=True, capture_output=True)
-    shutil.unpack_archive(next(tmp_path.glob("*.whl")), tmp_path, "zip")
+    wheel = next(tmp_path.glob("*.whl"))
+    assert wheel.stat().st_size < 1_000_000
+    shutil.unpack_archive(wheel, tmp_path, "zip")
     found = files(tmp_path / "nbfeat")
     assert found == files(ROOT / "nbfeat")
-    data = {"SKILL.md", "backbones/catalog.csv", "backbones/pocket.npz", "jupyter/panel/panel.css", "py.typed"}
+    data = {"SKILL.md", "backbones/catalog.csv", "jupyter/panel/panel.css", "py.typed"}
     assert data <= found.keys()
     metadata = next(tmp_path.glob("*.dist-info"))
-    assert "non-commercial" in (metadata / "licenses/nbfeat/backbones/POCKET-LICENSE").read_text()
-    assert "License-File: nbfeat/backbones/POCKET-LICENSE" in (metadata / "METADATA").read_text()
+    assert "License-Expression: Apache-2.0\n" in (metadata / "METADATA").read_text()
+    assert [path.name for path in (metadata / "licenses").iterdir()] == ["LICENSE"]
 
 
 def test_ci_runs_the_same_script_on_every_python_that_is_supported() -> None:
@@ -76,7 +78,9 @@ def test_the_oldest_versions_are_tested_too() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     for needed in [*project["dependencies"], *extras["remote"], *extras["samples"]]:
-        assert re.fullmatch(r"[\w-]+>=[\d.]+", needed), f"{needed}: say which is the oldest version"
+        # Of weights, whose hash is in the catalog, there is one version.
+        pattern = r"[\w-]+-pytorch-model==[\d.]+|[\w-]+>=[\d.]+"
+        assert re.fullmatch(pattern, needed), f"{needed}: say which is the oldest version"
     steps = read(GITHUB / "workflows" / "ci.yml")["jobs"]["floors"]["steps"]
     compiled, installed = (step["run"] for step in steps if "floors.txt" in step.get("run", ""))
     assert "--resolution lowest" in compiled

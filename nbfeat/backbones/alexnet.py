@@ -9,23 +9,23 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from nbfeat.backbones.catalog import find
-from nbfeat.backbones.torch_weights import Arrays, Convolution, LayerWeights, array_of
+from nbfeat.backbones.backbone import Backbone
+from nbfeat.backbones.torch_weights import Arrays, LayerWeights, array_of
 
 GRID = 6  # rows and columns of the map that `fc6` reads
 WIDTH = 4096  # of `fc6` and `fc7`
 
-_CONVOLUTIONS = (
-    Convolution("conv1", "features.0", 3, 64, 11),
-    Convolution("conv2", "features.3", 64, 192, 5),
-    Convolution("conv3", "features.6", 192, 384, 3),
-    Convolution("conv4", "features.8", 384, 256, 3),
-    Convolution("conv5", "features.10", 256, 256, 3),
+_CONVOLUTIONS = (  # name in Keras, key in a state dict, channels before and after, side of the kernel
+    ("conv1", "features.0", 3, 64, 11),
+    ("conv2", "features.3", 64, 192, 5),
+    ("conv3", "features.6", 192, 384, 3),
+    ("conv4", "features.8", 384, 256, 3),
+    ("conv5", "features.10", 256, 256, 3),
 )
 _POOLED = {"conv1": "pool1", "conv2": "pool2", "conv5": "pool5"}
 
 
-def build(size: int) -> Any:
+def build(backbone: Backbone, size: int) -> Any:
     """Build AlexNet up to `fc7` for square images of `size` pixels with `torch` scaling."""
     import keras
     from keras import layers
@@ -43,12 +43,12 @@ def build(size: int) -> Any:
     x = layers.Flatten(name="flatten")(average(GRID, name="avgpool")(x))
     x = layers.Dense(WIDTH, activation="relu", name="fc6")(x)
     x = layers.Dense(WIDTH, activation="relu", name="fc7")(x)
-    return keras.Model(pixels, x, name="AlexNet")
+    return keras.Model(pixels, x, name=backbone.name)
 
 
-def weights_from(state: Arrays) -> LayerWeights:
+def weights_from(backbone: Backbone, state: Arrays) -> LayerWeights:
     """Convert torchvision's state dict, without the classifiers, to arrays for each layer's `set_weights`."""
-    take = partial(array_of, state, find("AlexNet"))
+    take = partial(array_of, state, backbone)
     found: LayerWeights = {}
     for name, key, before, after, side in _CONVOLUTIONS:
         kernel = take(f"{key}.weight", after, before, side, side).transpose(2, 3, 1, 0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from nbfeat.errors import RequestError
+from nbfeat.errors import RequestError, listing
 
 Scaling = Literal["caffe", "tf", "torch", "none"]
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
@@ -39,8 +39,9 @@ class Backbone:
     layers: tuple[Layer, ...]
     package: Literal["keras.applications", "nbfeat.backbones", "file", "registered"] = "keras.applications"
     end: str = ""  # the layer of the default cut if it is not the last
-    published: str = ""  # the name of the weights file that PyTorch publishes
-    bundled: str = ""  # the SHA-256 of the weights in this package
+    published: str = ""  # the name of the published weights file, if Keras doesn't download it
+    sha256: str = ""  # of that file, or its first digits
+    requirement: str = ""  # the registry package that holds the file; without one, PyTorch's server does
     alphas: tuple[float, ...] = ()  # width multipliers with published weights
     default_weights: str = "own"
     function: Callable[[int], Any] | None = None  # builds a registered network
@@ -63,6 +64,15 @@ class Backbone:
         # Some file systems decompose accented letters.
         words = re.sub(r"\W+", "_", unicodedata.normalize("NFKC", Path(self.name).stem).lower()).strip("_")
         return words if words.isidentifier() else f"model_{words}".rstrip("_")
+
+    def check(self, *, size: int, alpha: float | None, weights: str | None = None) -> None:
+        """Raise RequestError if it cannot be built with these options."""
+        if weights == "imagenet" and alpha is not None and self.alphas and alpha not in self.alphas:
+            published = listing(map(str, self.alphas), "or")
+            raise RequestError(f"{self.name} has no published weights for `alpha={alpha}`. Choose {published}.")
+        if size < self.smallest:
+            raise RequestError(f"`size` must be at least {self.smallest} for {self.name}, not {size}.")
+        self.width_at(alpha)
 
     def width_at(self, alpha: float | None) -> int:
         """Return the width of the default cut at `alpha`."""

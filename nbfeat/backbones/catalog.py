@@ -148,7 +148,7 @@ def _published() -> Iterator[Backbone]:
             layers = (layer.split(":") for layer in row["layers"].split())
             fields["layers"] = tuple(Layer(name, int(stride), int(channels)) for name, stride, channels in layers)
             fields["alphas"] = tuple(map(float, row["alphas"].split()))
-            yield Backbone(**fields, default_weights="bundled" if row["bundled"] else "imagenet")
+            yield Backbone(**fields, default_weights="imagenet")
 
 
 CATALOG: dict[str, Backbone] = {backbone.name: backbone for backbone in _published()}

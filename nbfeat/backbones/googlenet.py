@@ -14,16 +14,15 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from nbfeat.backbones.catalog import find
-from nbfeat.backbones.torch_weights import Arrays, Convolution, LayerWeights, array_of
+from nbfeat.backbones.backbone import Backbone
+from nbfeat.backbones.torch_weights import NORM, Arrays, Convolution, LayerWeights, array_of
 
 EPSILON = 0.001  # of every batch norm
-_NORM = ("weight", "bias", "running_mean", "running_var")  # gamma, beta, moving mean and variance
 _STEM = (
     # Without the suffixes `_conv`, `_bn` and `_relu` of the names and `.conv` and `.bn` of the keys.
-    Convolution("conv1", "conv1", 3, 64, 7),
-    Convolution("conv2", "conv2", 64, 64, 1),
-    Convolution("conv3", "conv3", 64, 192, 3),
+    ("conv1", "conv1", 3, 64, 7),
+    ("conv2", "conv2", 64, 64, 1),
+    ("conv3", "conv3", 64, 192, 3),
 )
 # Channels: before, after 1x1, 3x3_reduce, 3x3, 5x5_reduce, 5x5, pool_proj.
 _INCEPTIONS = {
@@ -40,7 +39,7 @@ _INCEPTIONS = {
 _POOLED = {"3b": (3, "pool3"), "4e": (2, "pool4")}  # side and name of the next pooling
 
 
-def build(size: int) -> Any:
+def build(backbone: Backbone, size: int) -> Any:
     """Build GoogLeNet up to `inception_5b` for square images of `size` pixels with `tf` scaling."""
     import keras
 
@@ -54,7 +53,7 @@ def build(size: int) -> Any:
         x = _inception(x, part)
         if part in _POOLED:
             x = _pool(x, *_POOLED[part])
-    return keras.Model(pixels, x, name="GoogLeNet")
+    return keras.Model(pixels, x, name=backbone.name)
 
 
 def _convolve(x: Any, convolution: Convolution, strides: int = 1, padding: str = "same") -> Any:
@@ -90,20 +89,20 @@ def _branches(part: str) -> tuple[Convolution, ...]:
     before, one, three_reduce, three, five_reduce, five, projection = _INCEPTIONS[part]
     name, key = f"inception_{part}", f"inception{part}"
     return (
-        Convolution(f"{name}_1x1", f"{key}.branch1", before, one, 1),
-        Convolution(f"{name}_3x3_reduce", f"{key}.branch2.0", before, three_reduce, 1),
-        Convolution(f"{name}_3x3", f"{key}.branch2.1", three_reduce, three, 3),
-        Convolution(f"{name}_5x5_reduce", f"{key}.branch3.0", before, five_reduce, 1),
-        Convolution(f"{name}_5x5", f"{key}.branch3.1", five_reduce, five, 3),
-        Convolution(f"{name}_pool_proj", f"{key}.branch4.1", before, projection, 1),
+        (f"{name}_1x1", f"{key}.branch1", before, one, 1),
+        (f"{name}_3x3_reduce", f"{key}.branch2.0", before, three_reduce, 1),
+        (f"{name}_3x3", f"{key}.branch2.1", three_reduce, three, 3),
+        (f"{name}_5x5_reduce", f"{key}.branch3.0", before, five_reduce, 1),
+        (f"{name}_5x5", f"{key}.branch3.1", five_reduce, five, 3),
+        (f"{name}_pool_proj", f"{key}.branch4.1", before, projection, 1),
     )
 
 
-def weights_from(state: Arrays) -> LayerWeights:
+def weights_from(backbone: Backbone, state: Arrays) -> LayerWeights:
     """Convert torchvision's state dict, without the classifiers, to arrays for each layer's `set_weights`."""
-    take = partial(array_of, state, find("GoogLeNet"))
+    take = partial(array_of, state, backbone)
     found: LayerWeights = {}
     for name, key, before, after, side in chain(_STEM, *map(_branches, _INCEPTIONS)):
         found[f"{name}_conv"] = [take(f"{key}.conv.weight", after, before, side, side).transpose(2, 3, 1, 0)]
-        found[f"{name}_bn"] = [take(f"{key}.bn.{part}", after) for part in _NORM]
+        found[f"{name}_bn"] = [take(f"{key}.bn.{part}", after) for part in NORM]
     return found

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from nbfeat.backbones.backbone import Scaling
 from nbfeat.backbones.keras_weights import leaves
@@ -77,8 +78,4 @@ def _smooth_noise(size: int, scaling: Scaling) -> NDArray[np.float32]:
     """Draw images in the range of `scaling` that are smooth like photographs."""
     middle, spread = _RANGES[scaling]
     coarse = np.random.default_rng(SEED).normal(middle, 0.6 * spread, (CALIBRATION_IMAGES, 9, 9, 3))
-    at = np.linspace(0, 8, size)
-    left, share = np.minimum(at.astype(int), 7), at - np.minimum(at.astype(int), 7)
-    across = coarse[:, :, left] * (1 - share)[:, None] + coarse[:, :, left + 1] * share[:, None]
-    share = share[:, None, None]
-    return np.asarray(across[:, left] * (1 - share) + across[:, left + 1] * share, np.float32)
+    return np.asarray(ndimage.zoom(coarse, (1, size / 9, size / 9, 1), order=1), np.float32)

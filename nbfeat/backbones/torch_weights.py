@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,8 @@ from nbfeat.errors import Refused, WeightsError, damaged, quote, refusing
 
 Arrays = dict[str, NDArray[Any]]
 LayerWeights = dict[str, list[NDArray[np.float32]]]  # arrays for `set_weights`, by layer name
+NORM = ("weight", "bias", "running_mean", "running_var")  # gamma, beta, moving mean and variance of a batch norm
+Convolution = tuple[str, str, int, int, int]  # name in Keras, key in a state dict, channels before and after, side
 Places = dict[str, tuple[int, int]]  # offset and number of bytes of each storage in the file
 
 MOST_BYTES = 4 << 20  # of a pickle (about 100 per tensor) and of a zip's table of contents
@@ -288,19 +290,9 @@ _FOUND: dict[str, Any] = {
 }
 
 
-class Convolution(NamedTuple):
-    """A convolution of AlexNet or GoogLeNet."""
-
-    name: str  # in Keras
-    key: str  # in a state dict
-    before: int  # channels
-    after: int
-    side: int  # of the kernel
-
-
 def array_of(arrays: Arrays, backbone: Backbone, key: str, *shape: int) -> NDArray[np.float32]:
     """Return one array of the published weights as float32; raise WeightsError if its shape differs."""
-    advice = f"Use the file that torchvision publishes, {backbone.published}."
+    advice = f"Use the published file, {backbone.published}."
     if key not in arrays:
         raise WeightsError(f"These weights don't belong to {backbone.name}: {key} is missing. {advice}")
     if arrays[key].shape != shape:

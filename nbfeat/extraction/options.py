@@ -77,7 +77,7 @@ BLOCK_OPTIONS: tuple[Option, ...] = (
     Option(name="components", metavar="N", type=whole("components"), default="all",
            help="reduce the features to N columns by PCA, after normalization"),
     Option(name="weights", short="-w", metavar="WEIGHTS", default="the backbone's default",
-           help="imagenet, bundled (Pocket only), random (seeded, for tests) or a file of Keras weights"),
+           help="imagenet, random (seeded, for tests) or a file of weights"),
     Option(name="alpha", metavar="A", type=alpha_of, default="the backbone's default",
            help="width multiplier of MobileNet and MobileNetV2"),
     Option(name="scaling", metavar="MODE", choices=SCALINGS, default="the backbone's default",
@@ -195,7 +195,7 @@ class FeatureBlock:
     components : int, optional
         Number of columns to reduce the features to by PCA, after normalization. By default no PCA.
     weights : str, optional
-        ``"imagenet"``, ``"bundled"``, ``"random"`` or a file of Keras weights. By default the backbone's.
+        ``"imagenet"``, ``"random"`` or a file of weights. By default the backbone's.
     alpha : float, optional
         Width multiplier of MobileNet and MobileNetV2, e.g. 0.5. By default the backbone's.
     scaling : {"caffe", "tf", "torch", "none"}, optional
@@ -216,9 +216,9 @@ class FeatureBlock:
 
     Examples
     --------
-    >>> block = nbfeat.FeatureBlock(backbone="Pocket", normalize="l2")
+    >>> block = nbfeat.FeatureBlock(backbone="EfficientNetLite0", normalize="l2")
     >>> str(block)
-    'Pocket --normalize l2'
+    'EfficientNetLite0 --normalize l2'
     """
 
     backbone: str
@@ -265,7 +265,7 @@ class FeatureBlock:
 
         Examples
         --------
-        >>> nbfeat.FeatureBlock.parse("Pocket --pooling max")[0].pooling
+        >>> nbfeat.FeatureBlock.parse("EfficientNetLite0 --pooling max")[0].pooling
         'max'
         """
         given, words = WordParser(BLOCK_OPTIONS).read(split_words(text))
@@ -291,7 +291,7 @@ class FeatureBlock:
         values = {**options, **({"backbone": words[0]} if words else {})}
         if not values.get("backbone"):
             raise RequestError(
-                "No backbone was named. Try `Pocket` (no download), `MobileNetV2` (light) or `ResNet50` (standard); "
+                "No backbone was named. Try `EfficientNetLite0` (no download) or `ResNet50` (standard); "
                 "`nbfeat.backbones()` lists all."
             )
         layers = values.pop("layer", None)

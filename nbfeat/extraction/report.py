@@ -77,8 +77,7 @@ def made_row(part: FeatureColumns, cached: int) -> Row:
     # The spec first: a user's file may have changed or gone since.
     size = part.network.spec.size if part.network else block.size or find(block.backbone).size
     name = part.network.prepared.weights.name if part.network and part.network.spec.backbone != NAME else ""
-    words = {"bundled": " (bundled, small)", "": "", title_of(block): ""}
-    weights = words.get(name, f" ({name} weights)")
+    weights = "" if name in {"", title_of(block)} else f" ({name} weights)"
     steps = [f"{size} px {block.resize}", f"{title_of(block)}{alpha}{weights}"]
     if output:
         steps.append(f"{block.layer or 'end'} {'×'.join(map(str, output.shape))}")

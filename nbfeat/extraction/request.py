@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from nbfeat.backbones import keras_applications, user_models, weights
+from nbfeat.backbones import user_models, weights
 from nbfeat.backbones.catalog import find
 from nbfeat.errors import RequestError, first_line
 from nbfeat.extraction.columns import FeatureColumns, places, plan, plan_again
@@ -202,6 +202,6 @@ def network_spec(block: FeatureBlock, cuts: tuple[Cut, ...] = ()) -> NetworkSpec
         chosen = block.weights or backbone.default_weights
         chosen = chosen if chosen in weights.NAMED else str(weights.weights_file(chosen))
         size = block.size or backbone.size
-        keras_applications.check(backbone, size=size, alpha=alpha, weights=chosen)
+        backbone.check(size=size, alpha=alpha, weights=chosen)
     name = user_models.NAME if is_file else backbone.name
     return NetworkSpec(backbone=name, alpha=alpha, weights=chosen, scaling=scaling, size=size, cuts=cuts)

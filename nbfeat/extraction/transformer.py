@@ -47,7 +47,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
     components : int, optional
         Number of columns to reduce the features to by PCA, for blocks that don't set it. By default no PCA.
     weights : str or Path, optional
-        ``"imagenet"``, ``"bundled"``, ``"random"`` or a file, for blocks that don't set it. By default the backbone's.
+        ``"imagenet"``, ``"random"`` or a file, for blocks that don't set it. By default the backbone's.
     on_failure : {"nan", "raise"}, default "nan"
         Result for an image that can't be read: a row of NaN, or an ExtractionError. `fit` also raises if every image
         fails.
@@ -84,7 +84,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc] # sc
     --------
     >>> from sklearn.pipeline import make_pipeline
     >>> from sklearn.svm import SVC
-    >>> model = make_pipeline(nbfeat.ImageFeatures("Pocket", normalize="standard"), SVC())
+    >>> model = make_pipeline(nbfeat.ImageFeatures("EfficientNetLite0", normalize="standard"), SVC())
     >>> model.fit(photos["path"], photos["label"]).predict(photos["path"]).shape
     (12,)
     """

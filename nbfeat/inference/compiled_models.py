@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from nbfeat import errors, isolation
-from nbfeat.backbones import keras_applications, user_models, weights
+from nbfeat.backbones import user_models, weights
 from nbfeat.backbones.catalog import find
 from nbfeat.inference.engines.devices import is_out_of_memory, memory_errors_named
 from nbfeat.inference.engines.keras import in_a_fresh_session
@@ -89,8 +89,10 @@ def located(spec: NetworkSpec) -> Generator[str, None, tuple[NetworkSpec, object
     """Download weights that Keras doesn't have, yielding progress; return `spec` with their path, and their owner."""
     if spec.weights != "imagenet" or not find(spec.backbone).published:
         return spec, None
-    folder, owner, _ = _kept_folder("weights")
-    path = yield from weights.fetch(find(spec.backbone), folder)
+    owner = None
+    if (path := weights.on_this_machine(find(spec.backbone))) is None:
+        folder, owner, _ = _kept_folder("weights")
+        path = yield from weights.fetch(find(spec.backbone), folder)
     return replace(spec, weights=str(path)), owner
 
 
@@ -291,10 +293,7 @@ def _describe(spec: NetworkSpec, out: Path, tell: weights.Tell) -> None:
     """Write the cut points of the backbone of `spec`, built with random weights, which do not matter here."""
     backbone = spec.network
     tell(f"building {backbone.title} to list its layers")
-    if backbone.is_user_model:
-        network = load_base(spec, tell)[0]
-    else:
-        network = keras_applications.build(backbone, size=spec.size, alpha=spec.alpha)
+    network = load_base(spec, tell)[0] if backbone.is_user_model else weights.build(backbone, spec.size, spec.alpha)
     (out / "layers.json").write_text(json.dumps(layers_of(network)), encoding="utf-8")
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbfeat.backbones import keras_applications, user_models
+from nbfeat.backbones import user_models
 from nbfeat.backbones.backbone import Backbone
 from nbfeat.backbones.catalog import find
 from nbfeat.errors import NbfeatError, NetworkError
@@ -58,8 +58,8 @@ def layers(backbone: str, *, alpha: float | None = None, size: int | None = None
 
     Examples
     --------
-    >>> nbfeat.layers("Pocket").loc["block3_out", "shape"]
-    '10 × 10 × 128'
+    >>> nbfeat.layers("EfficientNetLite0").loc["block3b_add", "shape"]
+    '28 × 28 × 40'
     """
     import pandas as pd
 
@@ -99,8 +99,7 @@ def _rows(spec: NetworkSpec, *, build: bool = True) -> list[dict[str, Any]]:
             write_whole(file, text)
     if rows := json.loads(text):
         return rows  # type: ignore[no-any-return]
-    title = spec.network.title
-    raise NetworkError(f"Keras built {title} without any layers. Please report this with your Keras version.")
+    raise NetworkError(f"Keras built {spec.network.title} without any layers. Report this with your Keras version.")
 
 
 def layer_names(backbone: Backbone) -> list[str]:
@@ -141,7 +140,7 @@ def _spec_of(backbone: Backbone, alpha: float | None = None, size: int | None = 
     side = whole("size")(size) if size is not None else backbone.size
     width = alpha_of(alpha) if alpha is not None else None
     if not backbone.is_user_model:
-        keras_applications.check(backbone, size=side, alpha=width)
+        backbone.check(size=side, alpha=width)
         name, weights, scaling = backbone.name, "random", backbone.scaling
     else:
         side = user_models.check(backbone, size=size and side, alpha=width, weights=None, scaling="none")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nbfeat.backbones import keras_applications, keras_weights, user_models, weights
+from nbfeat.backbones import keras_weights, user_models, weights
 from nbfeat.backbones.backbone import Backbone, Scaling
 from nbfeat.errors import NetworkError, RequestError, first_line, near, sentences
 from nbfeat.inference.spec import Cut, NetworkSpec, Output, Pooling
@@ -95,8 +94,7 @@ def load_base(spec: NetworkSpec, tell: weights.Tell) -> Base:
         path = Path(backbone.name)
         network, loaded = user_models.load(path, spec.size), weights.Loaded(path.name, weights.digest(path))
     else:
-        make = functools.partial(keras_applications.build, backbone, size=spec.size, alpha=spec.alpha)
-        return weights.load(backbone, lambda name: make(weights=name), spec.weights, tell)
+        return weights.load(backbone, spec.size, spec.alpha, spec.weights, tell)
     user_models.check_pixels(network, spec.scaling, backbone.title)
     return network, loaded
 

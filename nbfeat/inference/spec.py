@@ -59,9 +59,7 @@ class NetworkSpec:
     def key(self, **versions: str) -> str:
         """Hash this network and the `versions` of the libraries that build it, to 40 hexadecimal digits."""
         content = self.weights
-        if content == "bundled":
-            content = find(self.backbone).bundled  # another release may have different ones
-        elif content not in weights.NAMED:
+        if content not in weights.NAMED:
             content = weights.digest(weights.weights_file(content))
         parts = {**asdict(self), "weights": content, "numerics": NUMERICS, **versions}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]

@@ -38,7 +38,7 @@ _WORD = re.compile(r"""(?:[^\s'"]|'[^']*'?|"[^"]*"?)+""")  # its quotation marks
 # At the start of a line, or on the right of an assignment.
 _MAGIC = re.compile(r"^(?:\s*[\w.]+\s*=)?\s*(%{1,2})(extract_cache|extract_panel|extract|backbones)\b")
 _VALUES = {  # offered by Tab, for options that accept more
-    "weights": ("imagenet", "bundled", "random"),
+    "weights": ("imagenet", "random"),
     "device": ("auto", "cpu", "gpu"),
     "batch_size": ("auto",),
 }

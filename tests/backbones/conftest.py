@@ -8,7 +8,8 @@ import pytest
 
 from tests import keras_child
 
-BUILT = ("AlexNet:224", "GoogLeNet:224", "GoogLeNet:15", "Pocket:80")
+LITES = ("EfficientNetLite0:224", "EfficientNetLite1:240", "EfficientNetLite2:260")
+BUILT = ("AlexNet:224", "GoogLeNet:224", "GoogLeNet:15", *LITES)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
-"""The two networks that Keras has not: their structure, torchvision's weights converted, torchvision's own numbers.
+"""The networks that Keras lacks: their structure, published weights converted, the numbers of the original networks.
 
-The last needs torchvision, here or in the Python that ``NBFEAT_TORCH_PYTHON`` names.
+The last needs torchvision and efficientnet-lite-pytorch, here or in the Python that ``NBFEAT_TORCH_PYTHON`` names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 
 import nbfeat
-from nbfeat.backbones import alexnet, googlenet
+from nbfeat.backbones import alexnet, efficientnet_lite, googlenet, torch_weights, weights
 from nbfeat.backbones.catalog import CATALOG
 from nbfeat.errors import WeightsError
 from nbfeat.inference.compiled_models import prepare
@@ -31,7 +31,7 @@ from tests.backbones.conftest import BUILT
 from tests.conftest import ROOT
 from tests.fake import to_its_end
 
-# Sides of the customary maps of torchvision's networks, for images of these sizes.
+# Sides of the customary maps of the original networks, for images of these sizes.
 SIDES = {
     ("AlexNet", 224): [55, 27, 27, 13, 13, 13, 13, 6],
     ("AlexNet", 63): [15, 7, 7, 3, 3, 3, 3, 1],
@@ -39,11 +39,20 @@ SIDES = {
     ("GoogLeNet", 208): [104, 52, 26, 26, 13, 13, 13, 13, 13, 7, 7],
     ("GoogLeNet", 193): [97, 48, 24, 24, 12, 12, 12, 12, 12, 6, 6],
     ("GoogLeNet", 15): [8, 4, 2, 2, 1, 1, 1, 1, 1, 1, 1],
+    ("EfficientNetLite0", 224): [112, 56, 28, 14, 14, 7, 7, 7],
+    ("EfficientNetLite0", 193): [97, 49, 25, 13, 13, 7, 7, 7],
+    ("EfficientNetLite1", 64): [32, 16, 8, 4, 4, 2, 2, 2],
+    ("EfficientNetLite1", 240): [120, 60, 30, 15, 15, 8, 8, 8],
+    ("EfficientNetLite2", 33): [17, 9, 5, 3, 3, 2, 2, 2],
+    ("EfficientNetLite2", 260): [130, 65, 33, 17, 17, 9, 9, 9],
 }
+LINEAR = ("_add", "_project_bn")  # ends of the names of layers without an activation
+
+ALEXNET, GOOGLENET = CATALOG["AlexNet"], CATALOG["GoogLeNet"]
 
 
 @pytest.mark.parametrize("built", BUILT)
-def test_layers_have_the_shapes_of_torchvisions_and_the_table(built: str, structures: dict[str, Any]) -> None:
+def test_layers_have_the_shapes_of_the_originals_and_the_table(built: str, structures: dict[str, Any]) -> None:
     name, _, side = built.partition(":")
     backbone, found = CATALOG[name], structures[built]
     maps = {layer.name: layer for layer in backbone.layers if layer.stride}
@@ -51,7 +60,7 @@ def test_layers_have_the_shapes_of_torchvisions_and_the_table(built: str, struct
     shapes = {layer: [side, side, maps[layer].channels] for layer, side in zip(maps, sides, strict=True)}
     shapes |= {layer.name: [layer.channels] for layer in backbone.layers if not layer.stride}
     assert {layer: found["shapes"][layer] for layer in shapes} == shapes
-    assert not any(found["negative"][layer] for layer in shapes)
+    assert {layer: found["negative"][layer] for layer in shapes} == {name: name.endswith(LINEAR) for name in shapes}
     end = backbone.end or list(found["shapes"])[-1]
     assert (end, shapes[end][-1]) == (list(maps)[-1], backbone.width)
     if int(side) == backbone.size:
@@ -118,9 +127,13 @@ def googlenets() -> dict[str, np.ndarray]:
 
 
 def test_every_layer_gets_its_weights_and_nothing_else(structures: dict[str, Any]) -> None:
+    lite = CATALOG["EfficientNetLite0"]
+    file = weights.on_this_machine(lite)
+    assert file is not None
     for name, found in (
-        ("AlexNet", alexnet.weights_from(alexnets())),
-        ("GoogLeNet", googlenet.weights_from(googlenets())),
+        ("AlexNet", alexnet.weights_from(ALEXNET, alexnets())),
+        ("GoogLeNet", googlenet.weights_from(GOOGLENET, googlenets())),
+        ("EfficientNetLite0", efficientnet_lite.weights_from(lite, torch_weights.read(file))),
     ):
         assert sum(array.size for arrays in found.values() for array in arrays) == CATALOG[name].parameters
         assert set(found) <= set(structures[f"{name}:224"]["shapes"])
@@ -133,7 +146,7 @@ def test_kernels_turn_and_batch_norms_keep_their_order() -> None:
     state["conv1.conv.weight"] = kernel
     for number, part in enumerate(("weight", "bias", "running_mean", "running_var")):
         state[f"conv1.bn.{part}"] = np.full(64, number, np.float64)  # Keras: gamma, beta, mean, variance
-    found = googlenet.weights_from(state)
+    found = googlenet.weights_from(GOOGLENET, state)
     np.testing.assert_array_equal(found["conv1_conv"][0][4, 5, 2, 33], kernel[33, 2, 4, 5], strict=True)
     assert [array[0] for array in found["conv1_bn"]] == [0, 1, 2, 3]
 
@@ -143,49 +156,52 @@ def test_fc6_reads_the_map_in_keras_order() -> None:
     places = np.arange(9216, dtype=np.float32)  # channels, rows, columns, as PyTorch flattens
     state["classifier.1.weight"] = np.broadcast_to(places, (4096, 9216))
     in_keras_order = places.reshape(256, 6, 6).transpose(1, 2, 0).ravel()
-    assert np.array_equal(alexnet.weights_from(state)["fc6"][0][:, 7], in_keras_order)
+    assert np.array_equal(alexnet.weights_from(ALEXNET, state)["fc6"][0][:, 7], in_keras_order)
 
 
 def test_the_first_array_that_is_missing_or_of_another_shape_is_named() -> None:
     state, others = googlenets(), alexnets()
     del state["inception4c.branch3.1.bn.running_var"], state["inception5a.branch1.conv.weight"]
     with pytest.raises(WeightsError) as caught:
-        googlenet.weights_from(state)
+        googlenet.weights_from(GOOGLENET, state)
     assert str(caught.value) == (
         "These weights don't belong to GoogLeNet: inception4c.branch3.1.bn.running_var is missing. "
-        "Use the file that torchvision publishes, googlenet-1378be20.pth."
+        "Use the published file, googlenet-1378be20.pth."
     )
     with pytest.raises(WeightsError, match=r"to AlexNet: features\.0\.weight is missing"):
-        alexnet.weights_from(state)
+        alexnet.weights_from(ALEXNET, state)
     # The tower of 2012 as others publish it has 96 kernels.
     others["features.0.weight"] = np.ones((96, 3, 11, 11), np.float32)
     with pytest.raises(WeightsError) as caught:
-        alexnet.weights_from(others)
+        alexnet.weights_from(ALEXNET, others)
     assert str(caught.value) == (
         "These weights don't fit AlexNet: features.0.weight is 96 × 3 × 11 × 11, not 64 × 3 × 11 × 11. "
-        "Use the file that torchvision publishes, alexnet-owt-7be5be79.pth."
+        "Use the published file, alexnet-owt-7be5be79.pth."
     )
     state["conv1.bn.bias"] = np.ones((), np.float32)
     with pytest.raises(WeightsError, match=r"conv1\.bn\.bias is a single number, not 64"):
-        googlenet.weights_from(state)
+        googlenet.weights_from(GOOGLENET, state)
 
 
-def python_with_torchvision() -> str:
-    """Return the interpreter that has torchvision, or skip."""
+def python_with(*modules: str) -> str:
+    """Return the interpreter that has the original networks, or skip."""
     if named := os.environ.get("NBFEAT_TORCH_PYTHON"):
         return named
-    if importlib.util.find_spec("torch") and importlib.util.find_spec("torchvision"):
+    if all(map(importlib.util.find_spec, modules)):
         return sys.executable
-    pytest.skip("torchvision is not installed: set NBFEAT_TORCH_PYTHON to a Python that has torch and torchvision")
+    pytest.skip(f"{modules[-1]} is not installed: set NBFEAT_TORCH_PYTHON to a Python that has it")
 
 
-@pytest.fixture(scope="module", params=["AlexNet", "GoogLeNet"])
-def torchvisions(request: pytest.FixtureRequest) -> Iterator[tuple[str, Path]]:
-    """Return a network's name, and a folder with what torchvision and Keras give with the same weights."""
+@pytest.fixture(scope="module", params=sorted({name for name, _ in SIDES}))
+def originals(request: pytest.FixtureRequest) -> Iterator[tuple[str, Path]]:
+    """Return a network's name, and a folder with what the original and Keras give with the same weights."""
     name, sizes = request.param, [str(size) for name, size in SIDES if name == request.param]
-    program = [python_with_torchvision(), str(ROOT / "tests" / "backbones" / "torchvision_child.py")]
+    python = python_with("torch", "efficientnet_lite_pytorch" if "Lite" in name else "torchvision")
+    program = [python, str(ROOT / "tests" / "backbones" / "torchvision_child.py")]
+    real = weights.on_this_machine(CATALOG[name]) if "Lite" in name else None
+    named = f"{name}={real}" if real else name
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([*program, name, folder, *sizes], capture_output=True, text=True, check=False)
+        done = subprocess.run([*program, named, folder, *sizes], capture_output=True, text=True, check=False)
         assert not done.returncode, done.stderr[-2000:]
         assert keras_child.run("from_torch", name, folder, *sizes) == {"weights": "row.pth"}
         with pytest.MonkeyPatch.context() as patch:
@@ -198,8 +214,8 @@ def on_openvino(spec: NetworkSpec, pixels: np.ndarray) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-def test_every_customary_layer_gives_what_torchvisions_gives(torchvisions: tuple[str, Path]) -> None:
-    name, folder = torchvisions
+def test_every_customary_layer_gives_what_the_original_gives(originals: tuple[str, Path]) -> None:
+    name, folder = originals
     backbone, sizes = CATALOG[name], [size for of, size in SIDES if of == name]
     for size in sizes:
         theirs = np.load(folder / f"{size}.npz")

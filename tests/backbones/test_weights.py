@@ -64,9 +64,10 @@ def backbone(server: Web, monkeypatch: pytest.MonkeyPatch) -> Backbone:
 
 
 def publish(data: bytes, server: Web, monkeypatch: pytest.MonkeyPatch) -> Backbone:
-    name = f"googlenet-{hashlib.sha256(data).hexdigest()[:8]}.pth"
+    digits = hashlib.sha256(data).hexdigest()[:8]
+    name = f"googlenet-{digits}.pth"
     server.put(f"/{name}", data)
-    backbone = replace(CATALOG["GoogLeNet"], published=name)
+    backbone = replace(CATALOG["GoogLeNet"], published=name, sha256=digits)
     monkeypatch.setitem(CATALOG, "GoogLeNet", backbone)
     return backbone
 
@@ -167,7 +168,9 @@ def test_keras_fetches_its_own(server: Web) -> None:
 def test_checkpoints_are_for_the_networks_that_have_them(photos: pd.DataFrame, tmp_path: Path) -> None:
     file = tmp_path / "mobilenet.pth"
     file.write_bytes(checkpoint({"conv.weight": np.ones((1, 1), np.float32)}))
-    with pytest.raises(WeightsError, match=r"mobilenet.pth is a PyTorch checkpoint, which works only for AlexNet and"):
+    with pytest.raises(
+        WeightsError, match=r"mobilenet.pth is a PyTorch checkpoint, which works only for AlexNet, Goog"
+    ):
         nbfeat.extract(photos, f"MobileNet --size 64 --weights {file}", images="path")
     with pytest.raises(WeightsError, match=r"These weights don't belong to GoogLeNet: conv1.conv.weight is missing"):
         nbfeat.extract(photos, f"GoogLeNet --size 64 --weights {file}", images="path")

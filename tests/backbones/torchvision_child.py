@@ -1,8 +1,9 @@
-"""torchvision's own networks, in a Python that has it: ``python tests/backbones/torchvision_child.py NAME OUT SIZE …``.
+"""The original networks, in a Python that has them: ``python tests/backbones/torchvision_child.py NAME OUT SIZE …``.
 
-Needs torch, torchvision and NumPy, and nothing of nbfeat. The folder OUT gets a state dict in both layouts, ``zip.pth``
-and ``row.pth``, and for each SIZE ``SIZE.npz``: ``pixels``, random images as uint8, and under the name of each layer in
-nbfeat's catalog what it should give for them, channels last.
+Needs torch, torchvision, efficientnet-lite-pytorch and NumPy, and nothing of nbfeat. NAME=FILE has the weights in FILE,
+and NAME alone random ones. The folder OUT gets a state dict in both layouts, ``zip.pth`` and ``row.pth``, and for each
+SIZE ``SIZE.npz``: ``pixels``, random images as uint8, and under the name of each layer in nbfeat's catalog what it
+should give for them, channels last.
 """
 
 from __future__ import annotations
@@ -25,6 +26,16 @@ GOOGLENET = {
     "conv1": "conv1_relu", "conv3": "conv3_relu",
     **{f"inception{part}": f"inception_{part}" for part in ("3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b")},
 }  # fmt: skip
+LITE_BLOCKS = {
+    "0": (0, 2, 4, 7, 10, 14, 15),
+    "1": (0, 3, 6, 10, 14, 19, 20),
+    "2": (0, 3, 6, 10, 14, 19, 20),
+}  # last ones
+LITE_NAMES = {
+    "0": ("1a_project_bn", "2b_add", "3b_add", "4c_add", "5c_add", "6d_add", "7a_project_bn"),
+    "1": ("1a_project_bn", "2c_add", "3c_add", "4d_add", "5d_add", "6e_add", "7a_project_bn"),
+    "2": ("1a_project_bn", "2c_add", "3c_add", "4d_add", "5d_add", "6e_add", "7a_project_bn"),
+}
 
 
 def definitions() -> Any:
@@ -37,7 +48,13 @@ def definitions() -> Any:
 
 
 def made(name: str) -> tuple[torch.nn.Module, dict[str, str]]:
-    """Return a network as torchvision's published weights are used with, and which of its parts to look at."""
+    """Return a network as its published weights are used with, and which of its parts to look at."""
+    if name.startswith("EfficientNetLite"):
+        kind: Any = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
+        network: torch.nn.Module = kind.from_name(f"efficientnet-lite{name[-1]}", image_size=None)  # None: of any size
+        blocks = zip(LITE_BLOCKS[name[-1]], LITE_NAMES[name[-1]], strict=True)
+        # The head's activation is called after the stem's, which is the same module.
+        return network, {"_swish": "top_activation"} | {f"_blocks.{at}": f"block{layer}" for at, layer in blocks}
     models = definitions()
     if name == "AlexNet":
         return models.AlexNet(), ALEXNET
@@ -61,8 +78,12 @@ def randomize(network: torch.nn.Module) -> None:
 def main(name: str, out: str, *sizes: str) -> None:
     """Run random images of each size through the network and save everything."""
     torch.manual_seed(0)
+    name, _, file = name.partition("=")
     network, looked_at = made(name)
-    randomize(network)
+    if file:
+        network.load_state_dict(torch.load(file, weights_only=True))
+    else:
+        randomize(network)
     network.eval()
     for layout in ("zip", "row"):
         torch.save(network.state_dict(), Path(out, f"{layout}.pth"), _use_new_zipfile_serialization=layout == "zip")
@@ -80,12 +101,14 @@ def main(name: str, out: str, *sizes: str) -> None:
     for size in sizes:
         pixels = np.random.default_rng(0).integers(0, 256, (2, int(size), int(size), 3), dtype=np.uint8)
         with torch.inference_mode():
-            network(scaled(pixels))
+            network(scaled(pixels, name))
         np.savez(Path(out, f"{size}.npz"), pixels=pixels, **found)
 
 
-def scaled(pixels: np.ndarray) -> torch.Tensor:
-    """Scale pixels as torchvision's transforms do."""
+def scaled(pixels: np.ndarray, name: str) -> torch.Tensor:
+    """Scale pixels as torchvision's transforms do, or Google's code for EfficientNet-Lite."""
+    if name.startswith("EfficientNetLite"):
+        return ((torch.from_numpy(pixels).float() - 127) / 128).permute(0, 3, 1, 2)
     mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return ((torch.from_numpy(pixels).float() / 255 - mean) / deviation).permute(0, 3, 1, 2)
 

@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--parquet", metavar="NORMALIZE", help="write to files: none, l2, standard or minmax")
     asked = parser.parse_args()
-    rows, block, width = asked.rows, "Pocket", 512
+    rows, block, width = asked.rows, "EfficientNetLite0", 1280
     if asked.parquet:
         prepared.PreparedNetwork, ray_workers.Worker = WideOpening, WideWorker  # type: ignore[misc,assignment]
         block, width = f"MobileNet --size 32 --normalize {asked.parquet}", WIDTH

@@ -117,8 +117,8 @@ def growth_tables(setting: measure.Setting) -> Iterator[measure.Table]:
     measure.progress(f"growth: drawing {sizes[-1]:,} images")
     draw(folder, sizes[-1])
     real = measure.weights_of("MobileNetV2", ALPHA) == "imagenet"
-    block = f"MobileNetV2 --alpha {ALPHA}" if real else "Pocket"
-    request: Told = {"folder": str(folder), "block": block, "options": {"weights": "imagenet" if real else "bundled"}}
+    block = f"MobileNetV2 --alpha {ALPHA}" if real else "EfficientNetLite0"
+    request: Told = {"folder": str(folder), "block": block, "options": {"weights": "imagenet"}}
     fresh({**request, "count": 100})  # builds the network, and settles the precision
     told: dict[int, list[Told]] = {size: [] for size in sizes}
     for number in range(setting.rounds):

@@ -17,6 +17,7 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
+from nbfeat.backbones.catalog import CATALOG
 from nbfeat.inference.engines.cpu_count import available_cores
 from tests.conftest import DATA
 
@@ -57,15 +58,15 @@ class Setting:
 
 def weights_of(backbone: str, alpha: float = 1.0) -> str:
     """Return ``imagenet`` where these weights are on this machine, else ``random``: nothing is downloaded."""
-    if backbone == "Pocket":
-        return "bundled"
+    if CATALOG[backbone].requirement:
+        return "imagenet"
     name = _NO_TOP.get(backbone, "").format(_ALPHAS.get((backbone, alpha), f"{alpha:.2f}".removesuffix("0")))
     is_there = bool(name) and Path(os.environ.get("KERAS_HOME", ""), "models", name).is_file()
     return "imagenet" if is_there else "random"
 
 
 def titled(backbone: str) -> str:
-    return f"{backbone} ({ {'imagenet': 'ImageNet', 'random': 'random'}.get(weights_of(backbone), 'bundled') } weights)"
+    return f"{backbone} ({weights_of(backbone).replace('imagenet', 'ImageNet')} weights)"
 
 
 def numbered(folder: Path, number: int) -> str:

@@ -502,11 +502,11 @@ def test_what_comes_from_data_is_escaped(photos: pd.DataFrame) -> None:
     found.plot().figure.canvas.draw()
 
     block = "'/a folder/mine.keras' --layer conv --scaling none --prefix mine"
-    found = made([block, "Pocket"])
+    found = made([block, "EfficientNetLite0"])
     for text in (repr(found), found._repr_html_()):
         assert "mine.keras --layer conv --scaling none --prefix mine" in text
         assert "folder" not in text
-    assert found.table["block"].tolist() == [block, "Pocket"]
+    assert found.table["block"].tolist() == [block, "EfficientNetLite0"]
 
 
 def test_nothing_global_is_changed(extracted: Extraction) -> None:
@@ -542,7 +542,7 @@ def test_one_output_of_a_real_network_alone_gives_the_same(
     photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepared, "PreparedNetwork", REAL_NETWORK)
-    result = nbfeat.extract(photos[:2], "Pocket --layer block1_out,block2_out", images="path")
+    result = nbfeat.extract(photos[:2], "EfficientNetLite0 --layer block2b_add,block3b_add", images="path")
     part = result.parts[0]
     assert part.network is not None
     alone, whole = part.network.prepared.start("float32", part.block.cut.key), part.network.prepared.start("float32")

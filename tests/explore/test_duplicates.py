@@ -137,7 +137,7 @@ def test_copies_of_photographs_are_found_and_nothing_else(flowers: pd.DataFrame,
         copies += [{"path": str(tmp_path / f"{number}.{kind}"), "of": file.name} for kind in ("jpg", "webp")]
     originals = pd.DataFrame({"path": flowers["path"], "of": [file.name for file in files]})
     frame = pd.concat([originals, pd.DataFrame(copies)], ignore_index=True)
-    found = nbfeat.duplicates(nbfeat.extract(frame, "Pocket", images="path"))
+    found = nbfeat.duplicates(nbfeat.extract(frame, "EfficientNetLite0 --layer block7a_project_bn", images="path"))
     groups = [set(part["of"]) for _, part in found.frame.groupby("group")]
     assert sorted(map(len, groups)) == [1] * 20 + [2]
     assert len(found.frame) == 3 * 20 + 2

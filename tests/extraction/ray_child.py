@@ -160,14 +160,16 @@ def main(folder: Path) -> list[dict[str, Any]]:
     paths = sorted(map(str, folder.glob("*.png")))
     few, many = pd.DataFrame({"path": paths * 5}), pd.DataFrame({"path": paths * 100})
     asked: dict[str, Any] = {"precision": "float32", "on": "ray", "cache": False}
-    goes_on = nbfeat.Extraction(few, "Pocket", **asked)
+    goes_on = nbfeat.Extraction(few, "EfficientNetLite0 --size 32", **asked)
     interrupted("init", descendants)
     told = [run(goes_on, lambda: None)]
     interrupted("shutdown", lambda: True)
     told.append(run(goes_on, lambda: None))
-    told[-1]["same"] = goes_on.run().frame.equals(nbfeat.extract(few, "Pocket", precision="float32").frame)
+    told[-1]["same"] = goes_on.run().frame.equals(
+        nbfeat.extract(few, "EfficientNetLite0 --size 32", precision="float32").frame
+    )
     soon = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-    told.append(run(nbfeat.Extraction(many, "Pocket", **asked), soon.start))
+    told.append(run(nbfeat.Extraction(many, "EfficientNetLite0 --size 32", **asked), soon.start))
     return told
 
 

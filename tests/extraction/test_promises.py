@@ -231,10 +231,10 @@ def test_the_demo_runs_without_internet(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-m", "nbfeat"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     assert not done.returncode, done.stderr
-    assert "? building Pocket (only once; it is then cached)" in done.stdout
-    assert "Pocket (bundled, small)" in done.stdout
+    assert "? building EfficientNetLite0 (only once; it is then cached)" in done.stdout
+    assert "EfficientNetLite0 (imagenet weights)" in done.stdout
     assert "480 photographs, 12 classes" in done.stdout
     assert re.search(r"07.jpg +damaged: the image file is truncated", done.stdout)
-    assert "accuracy of StandardScaler → SVC(C=10), 5 folds, 479 rows of 12 classes" in done.stdout
+    assert "accuracy of StandardScaler ? SVC(C=10), 5 folds, 479 rows of 12 classes" in done.stdout
     assert "6 groups of nearly identical images: 12 of 479 rows" in done.stdout
     assert done.stderr == ""

@@ -668,7 +668,7 @@ def test_on_ray_the_result_is_the_same_to_the_bit(
     frame = pd.concat([photos] * 3).sample(frac=1, random_state=0)
     frame.iloc[[5, 17], 0] = [None, "nosuch.png"]
     asked: dict[str, Any] = {"images": "path", "precision": precision, "cache": False, "normalize": "standard"}
-    blocks = ["Pocket", "Pocket --size 64 --pooling max --prefix small"]
+    blocks = ["EfficientNetLite0 --size 32", "EfficientNetLite0 --size 64 --pooling max --prefix small"]
     try:
         local = nbfeat.extract(frame, *blocks, **asked)
     except NetworkError as error:
@@ -692,14 +692,14 @@ def test_closing_cancels_and_workers_that_are_killed_lose_and_double_nothing(tmp
     for path in paths:
         Image.fromarray(generator.integers(0, 255, (12, 12, 3), dtype=np.uint8)).save(path)
     crowd = pd.DataFrame({"path": paths})
-    begun = stopped(Extraction(crowd, "Pocket", **FLOAT32, on="ray"), 100)
+    begun = stopped(Extraction(crowd, "EfficientNetLite0 --size 32", **FLOAT32, on="ray"), 100)
     assert 100 <= begun.done < 2500
     deadline = time.monotonic() + 60
     while workers() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not workers()
     assert ray.is_initialized()
-    there = Extraction(crowd, "Pocket", **FLOAT32, on="ray")
+    there = Extraction(crowd, "EfficientNetLite0 --size 32", **FLOAT32, on="ray")
     killed: set[int] = set()
     seen = []
     for step in there.steps():
@@ -713,8 +713,8 @@ def test_closing_cancels_and_workers_that_are_killed_lose_and_double_nothing(tmp
     assert there.cached >= begun.done
     assert not len(there.failures)
     assert ray.cluster_resources()["object_store_memory"] == 100_000_000  # all rows pass through little memory
-    assert nbfeat.extract(crowd, "Pocket", **FLOAT32).cached == 2500
-    same(there.frame, nbfeat.extract(crowd, "Pocket", **FLOAT32, cache=False).frame)
+    assert nbfeat.extract(crowd, "EfficientNetLite0 --size 32", **FLOAT32).cached == 2500
+    same(there.frame, nbfeat.extract(crowd, "EfficientNetLite0 --size 32", **FLOAT32, cache=False).frame)
 
 
 WRITES = """
@@ -723,7 +723,8 @@ from nbfeat.extraction import sink
 sink.MOST_ROWS, sink.LARGER = 12, 1
 frame, root, folder = sys.argv[1:]
 asked = {"images": "path", "precision": "float32", "allow_remote": True, "root": root, "batch_size": 3}
-extraction = nbfeat.Extraction(frame, "Pocket --normalize standard", on="ray", parquet=folder, **asked)
+block = "EfficientNetLite0 --size 32 --normalize standard"
+extraction = nbfeat.Extraction(frame, block, on="ray", parquet=folder, **asked)
 for step in extraction.steps():
     print(step.done, *extraction.notes, flush=True)
 """
@@ -753,7 +754,11 @@ def test_another_process_joins_is_killed_and_gone_on_from(
         child.kill()
     assert "cluster of 1 machine: 2 workers" in last
     assert (tmp_path / "there").is_dir()
-    asked: dict[str, Any] = {"block": "Pocket --normalize standard", "precision": "float32", "root": tmp_path}
+    asked: dict[str, Any] = {
+        "block": "EfficientNetLite0 --size 32 --normalize standard",
+        "precision": "float32",
+        "root": tmp_path,
+    }
     local = written(frame, tmp_path / "local", allow_remote=True, **asked).run()
     there = written(ray.data.from_pandas(frame), tmp_path / "there", allow_remote=True, **asked, on="ray").run()
     assert there.cached == 8  # of twelve in the first file, since four fail

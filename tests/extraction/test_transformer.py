@@ -373,7 +373,7 @@ def test_the_search_in_the_guide_decodes_each_image_once_for_each_network(photos
     known: dict[str, Any] = {"photos": photos, "nbfeat": nbfeat}
     exec(code, known)  # noqa: S102 - our own
     assert 0.25 < known["search"].best_score_ <= 1
-    assert known["search"].best_params_["images__blocks"] in {"Pocket", "MobileNetV2"}
+    assert known["search"].best_params_["images__blocks"] in {"EfficientNetLite0", "MobileNetV2"}
     assert FakeEngine.computed == 2 * 20
 
 
@@ -388,7 +388,8 @@ def test_workers_share_the_cache_and_the_cores(photos: pd.DataFrame, monkeypatch
     assert set(seen.values()) == {1}, "a worker decoded an image twice"
     mine = max(1, engine_cores.available_cores() // 2)
     told = Parallel(n_jobs=2)(
-        delayed(in_workers.cores_and_engine)(ImageFeatures("Pocket"), list(photos["path"][:2])) for _ in range(2)
+        delayed(in_workers.cores_and_engine)(ImageFeatures("EfficientNetLite0"), list(photos["path"][:2]))
+        for _ in range(2)
     )
     threads = f"{mine} thread{'s' if mine > 1 else ''}"
     assert [(cores, name.rpartition(", ")[2]) for cores, name in told] == [(mine, threads)] * 2
@@ -449,7 +450,7 @@ def test_another_process_transforms_to_the_same_bits(
     photos: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepared, "PreparedNetwork", REAL_NETWORK)
-    model = ImageFeatures("Pocket", normalize="standard", components=5).fit(photos["path"][:14])
+    model = ImageFeatures("EfficientNetLite0", normalize="standard", components=5).fit(photos["path"][:14])
     (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
     (tmp_path / "paths.pickle").write_bytes(pickle.dumps(list(photos["path"])))
     code = (

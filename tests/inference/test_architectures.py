@@ -1,6 +1,6 @@
 """The process for each architecture by name: load pretrained → remove the classifier → extract → normalize → model.
 
-At most MobileNet's published weights are available; the others use a file in the published format or seeded weights.
+Only EfficientNetLite0 and, at most, MobileNet have published weights; the others a file like them or seeded ones.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ LAYERS = {
     "InceptionV3": {"mixed2": 288, "mixed10": 2048},
     "GoogLeNet": {"inception_3b": 480, "inception_5b": 1024},
     "MobileNet": {"conv_pw_6_relu": 128, "conv_pw_13_relu": 256},
+    "EfficientNetLite0": {"block4c_add": 80, "block6d_add": 192},
 }
 
 
@@ -38,6 +39,8 @@ def words(name: str, folder: Path, keras_home: Path) -> str:
         file = folder / "googlenet.pth"
         file.write_bytes(checkpoint(drawn(googlenets())))
         return f"{name} --weights {file}"
+    if name == "EfficientNetLite0":
+        return name
     if name == "MobileNet":
         there = (keras_home / "models" / "mobilenet_2_5_224_tf_no_top.h5").exists()
         return f"{name} --alpha 0.25 --weights {'imagenet' if there else 'random'}"

@@ -40,10 +40,10 @@ from nbfeat.inference.spec import Cut, NetworkSpec, Output
 from tests.faces import same
 from tests.fake import to_its_end
 
-SMALL = "Pocket --size 32"
+SMALL = "EfficientNetLite0 --size 32"
 SPEC = NetworkSpec(
-    backbone="Pocket", alpha=None, weights="bundled", scaling=CATALOG["Pocket"].scaling, size=32,
-    cuts=(Cut(), Cut("block1_out", "max")),
+    backbone="EfficientNetLite0", alpha=None, weights="imagenet", scaling=CATALOG["EfficientNetLite0"].scaling, size=32,
+    cuts=(Cut(), Cut("block2b_add", "max")),
 )  # fmt: skip
 
 
@@ -65,7 +65,9 @@ def test_rows_are_the_same_to_the_bit_for_any_batch_size_order_and_company(
         same(nbfeat.extract(photos, SMALL, batch_size=size, **options).features, whole)
     some = photos.sample(7, random_state=0)
     same(nbfeat.extract(some, SMALL, **options).features, whole.loc[some.index])
-    same(nbfeat.extract(photos, SMALL, f"{SMALL} --resize crop --prefix another", **options)["pocket"], whole)
+    same(
+        nbfeat.extract(photos, SMALL, f"{SMALL} --resize crop --prefix another", **options)["efficientnetlite0"], whole
+    )
 
 
 @pytest.mark.slow
@@ -97,7 +99,7 @@ def test_an_engine_closed_in_flight_has_all_its_buffers_again(stored: Stored) ->
         assert len(engine._free) == free
     buffer = engine.buffer()
     engine.submit(buffer, 1)
-    assert engine.collect()[Cut().key].shape == (1, 512)
+    assert engine.collect()[Cut().key].shape == (1, 1280)
 
 
 def test_a_network_that_fails_to_build_leaves_nothing(own_home: Path) -> None:
@@ -188,7 +190,7 @@ sys.exit(compiled_models._main(*sys.argv[1:]))
         limited(monkeypatch, ends, tmp_path)
     (out := tmp_path / "out").mkdir()
     with pytest.raises(
-        ExtractionError, match=rf"not enough memory to build Pocket \({reason}\)\. Close other programs"
+        ExtractionError, match=rf"not enough memory to build {SPEC.network.title} \({reason}\)\. Close other programs"
     ):
         list(compiled_models.run_child(SPEC, out))
 
@@ -313,7 +315,7 @@ def test_clearing_disturbs_nobody_who_builds_or_runs_a_network(
 import itertools, os, nbfeat, pandas as pd
 frame = pd.DataFrame({{"path": {photos["path"].tolist()!r}}})
 for size in itertools.cycle(range(START, START + 4)):
-    assert nbfeat.extract(frame, f"Pocket --size {{size}}").failures.empty
+    assert nbfeat.extract(frame, f"EfficientNetLite0 --size {{size}}").failures.empty
     if os.path.exists({str(tmp_path / "stop")!r}):
         break
 """
@@ -440,8 +442,8 @@ import nbfeat, pandas as pd
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 frame, asked = pd.DataFrame({"path": sys.argv[1:]}), {"images": "path", "cache": False}
-one = nbfeat.extract(frame, "Pocket", **asked)
-another = nbfeat.extract(frame, "Pocket --size 64", **asked)
+one = nbfeat.extract(frame, "EfficientNetLite0", **asked)
+another = nbfeat.extract(frame, "EfficientNetLite0 --size 64", **asked)
 del one
 del another
 gc.collect()

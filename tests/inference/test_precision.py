@@ -481,14 +481,19 @@ def test_a_check_suffices_if_half_of_the_images_could_be_read(
 )
 def test_agreement_is_rounded_down(value: float, text: str) -> None:
     check = precision.PrecisionCheck("bfloat16", 64, value, 0.0)
-    assert f"at least {text} on" in check.message("Pocket", asked=True)
+    assert f"at least {text} on" in check.message("EfficientNetLite0", asked=True)
 
 
 def test_values_that_are_not_finite_are_told_whether_it_was_asked_for_or_not() -> None:
     check = precision.PrecisionCheck("float16", 64, -1.0, 0.0)
     why = "it gives infinite or NaN values for some of your images"
-    assert check.message("Pocket", asked=True) == f"Pocket runs in float16, as requested, but {why}."
-    assert check.message("Pocket", asked=False) == f"float16 was rejected: {why}, so Pocket runs in float32."
+    assert (
+        check.message("EfficientNetLite0", asked=True) == f"EfficientNetLite0 runs in float16, as requested, but {why}."
+    )
+    assert (
+        check.message("EfficientNetLite0", asked=False)
+        == f"float16 was rejected: {why}, so EfficientNetLite0 runs in float32."
+    )
 
 
 @pytest.mark.slow
@@ -496,7 +501,7 @@ def test_values_that_are_not_finite_are_told_whether_it_was_asked_for_or_not() -
     ("backbone", "words"),
     [
         ("MobileNetV2 --alpha 0.35", "bfloat16 was rejected: similarity 0.9"),
-        ("Pocket", "similarity (to float32 is at least )?0.999"),
+        ("EfficientNetLite0 --layer stem_activation", "similarity (to float32 is at least )?0.999"),
     ],
 )
 def test_a_pretrained_network_takes_bfloat16_only_where_it_agrees(

@@ -71,7 +71,7 @@ def start(shared_data: Path, seconds: float = 0.05, *, cache: bool = False) -> s
 
 
 def begin(lab: Site, name: str, first: str, *cells: str) -> tuple[Any, Any]:
-    """Open a notebook of these cells, whose second one makes a panel, and choose Pocket in it."""
+    """Open a notebook of these cells, whose second one makes a panel, and choose EfficientNetLite0 in it."""
     page = lab.open(lab.write(name, first, PANEL, *cells))
     run_cell(page, 0)
     run_cell(page, 1)
@@ -87,7 +87,7 @@ def panel(page: Any, number: int = 0) -> Any:
     return found
 
 
-def choose(one: Any, backbone: str = "Pocket") -> None:
+def choose(one: Any, backbone: str = "EfficientNetLite0") -> None:
     field = one.get_by_label("Backbone").first
     field.fill(backbone)
     field.press("Enter")
@@ -109,7 +109,7 @@ def test_choosing_running_cancelling_going_on_and_the_same_by_code(lab: Site, sh
     one.get_by_label("Normalization", exact=True).select_option("l2")
     one.get_by_text("More options").click()
     one.get_by_label("Resize").select_option("crop")  # pixels that no other test has put into the cache
-    assert "512 columns · 614 kB" in one.locator(".nbfeat-block").inner_text()
+    assert "1,280 columns · 1.5 MB" in one.locator(".nbfeat-block").inner_text()
     press(one, "Extract")
     page.wait_for_function(MOVING)
     early = done_of(page)
@@ -124,12 +124,12 @@ def test_choosing_running_cancelling_going_on_and_the_same_by_code(lab: Site, sh
     press(one, "Extract", "Done")
     run_cell(page, 2)
     assert output(page, 2) == "(300, 514)"
-    assert "512 new columns from 300 images" in one.locator(".nbfeat-page").inner_text()
+    assert "1,280 new columns from 300 images" in one.locator(".nbfeat-page").inner_text()
     # The code, in a cell below, gives the same columns.
     run_cell(page, 3)
     page.wait_for_function("() => document.querySelectorAll('.jp-Notebook .jp-Cell').length > 4")
     written = page.locator(".jp-Notebook .jp-Cell").nth(4).locator(".cm-content").inner_text()
-    assert written.splitlines() == ["%%extract photos --images path", "Pocket --normalize l2 --resize crop"]
+    assert written.splitlines() == ["%%extract photos --images path", "EfficientNetLite0 --normalize l2 --resize crop"]
     run_cell(page, 4)
     assert "all from the cache" in output(page, 4)
     assert not page.errors
@@ -216,7 +216,7 @@ def test_one_panel_shown_twice_and_a_second_one_and_a_new_kernel(lab: Site, shar
     run_cell(page, 2)
     run_cell(page, 3)
     again, second = panel(page, 1), panel(page, 2)
-    assert again.get_by_label("Backbone").first.input_value() == "Pocket"
+    assert again.get_by_label("Backbone").first.input_value() == "EfficientNetLite0"
     choose(second)
     press(again, "Extract")
     press(second, "Extract")
@@ -276,7 +276,9 @@ def test_the_saved_notebook_shows_the_report_without_a_kernel(lab: Site, shared_
     page, one = begin(lab, "saved.ipynb", start(shared_data, 0))
     assert page.get_by_text("hasn't run yet").is_hidden()
     press(one, "Extract", "Done")
-    page.wait_for_function("() => /512 new columns/.test(document.querySelector('[class^=nbfeat-still]').textContent)")
+    page.wait_for_function(
+        "() => /1,280 new columns/.test(document.querySelector('[class^=nbfeat-still]').textContent)"
+    )
     page.evaluate("async () => { await jupyterapp.commands.execute('docmanager:save') }")
     saved = (lab.root / "saved.ipynb").read_text()
     assert '"widgets"' not in saved
@@ -285,7 +287,7 @@ def test_the_saved_notebook_shows_the_report_without_a_kernel(lab: Site, shared_
     (lab.root / "sent.ipynb").write_text(saved.replace("photos", "pictures"))
     page.context.close()
     page = lab.open("sent.ipynb")
-    page.get_by_text(re.compile("512 new columns from 300 images")).wait_for()
+    page.get_by_text(re.compile("1,280 new columns from 300 images")).wait_for()
     assert page.get_by_text("%%extract pictures --images path").is_visible()
     assert not page.locator(".nbfeat-panel").count()
 
@@ -303,7 +305,7 @@ def test_it_works_elsewhere_too(kind: str, chromium: Any, shared_data: Path, tmp
         press(one, "Copy")
         one.get_by_text("Copied", exact=True).wait_for()
         assert one.get_by_role("button", name="Insert below").is_visible() is (kind == "notebook")
-        assert "512 new columns from 300 images" in one.locator(".nbfeat-page").inner_text()
+        assert "1,280 new columns from 300 images" in one.locator(".nbfeat-page").inner_text()
         background = one.evaluate("one => getComputedStyle(one).backgroundColor.match(/\\d+/g).map(Number)")
         assert max(background) < 80, "not dark"
         assert not [error for error in page.errors if "schema" not in error]  # Notebook's own, with stock settings

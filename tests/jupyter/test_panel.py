@@ -368,7 +368,7 @@ def test_the_code_reads_back_to_what_was_chosen(opened: Open) -> None:
     prefixes = ["", "a b", "-x", "{y}", "$path", "it's", '"', "#1", "é;", "a;"]
     for _ in range(12):
         for card in one.blocks.cards:
-            card.backbone.value = chance.choice(["VGG16", "MobileNetV2", "Pocket", "ResNet50"])
+            card.backbone.value = chance.choice(["VGG16", "MobileNetV2", "EfficientNetLite0", "ResNet50"])
         with one._kit.filling():  # all at once
             for widgets in (*(card.options for card in one.blocks.cards), one.options, {"fit_on": one.source.rows}):
                 for name, widget in widgets.items():
@@ -516,9 +516,9 @@ def test_blocks_are_added_and_removed_down_to_one_and_offer_what_the_backbone_ha
     assert "block4_pool" in values_of(second.options["layer"])
     assert second.options["alpha"].disabled
     second.options["layer"].value = "block4_pool"
-    second.backbone.value = "Pocket"
+    second.backbone.value = "EfficientNetLite0"
     assert second.options["layer"].value == DEFAULT
-    assert values_of(second.options["weights"]) == [DEFAULT, "bundled", "random"]
+    assert values_of(second.options["weights"]) == [DEFAULT, "imagenet", "random"]
 
 
 def test_the_list_of_backbones_says_their_size_and_what_is_downloaded_and_takes_a_plain_name(
@@ -530,7 +530,7 @@ def test_the_list_of_backbones_says_their_size_and_what_is_downloaded_and_takes_
     field = one.blocks.cards[0].backbone
     assert "VGG16 · 14.7 M parameters · width 512" in field.options
     first = next(label for label in field.options if label.startswith(f"{FIRST} · "))
-    assert first.endswith(" · bundled"), "one click must do, without a download"
+    assert first.endswith(" · installed"), "one click must do, without a download"
     kept = tmp_path / "models" / "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5"
     kept.parent.mkdir()
     kept.touch()

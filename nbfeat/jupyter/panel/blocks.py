@@ -16,7 +16,7 @@ from nbfeat.html import escape
 from nbfeat.inference.layers import expected_width, layer_names
 from nbfeat.jupyter.panel.widgets import DEFAULT, Kit, OptionWidgets, offer, tree
 
-FIRST = next((name for name, one in CATALOG.items() if one.bundled), next(iter(CATALOG)))  # needs no download
+FIRST = "EfficientNetLite0"  # it needs no download
 ALWAYS_SHOWN = ("layer", "pooling", "normalize", "components", "prefix")  # the others are under "More options"
 
 
@@ -79,7 +79,7 @@ class Card:
         here, labels = downloaded(CATALOG.values()), dict[str, str]()
         for name, one in CATALOG.items():
             size = f" · {one.parameters / 1e6:.1f} M parameters · width {one.width:,}" if one.parameters else ""
-            mark = " · bundled" if one.bundled else " · downloaded" if name in here else ""
+            mark = (" · installed" if one.requirement else " · downloaded") if name in here else ""
             labels[name] = f"{name}{size}{mark}"
         names = {text.casefold(): name for name, label in labels.items() for text in (name, label)}
         with self._kit.filling():  # chosen with its size, or typed in any case
@@ -92,7 +92,7 @@ class Card:
         channels = {layer.name: f" · {layer.channels:,}" for layer in backbone.layers if layer.channels}
         layers = [(name + channels.get(name, ""), name) for name in layer_names(backbone)]
         end = f"the end · {backbone.width:,}" if backbone.width else "the end"
-        weights = [] if backbone.is_user_model else ["bundled" if backbone.bundled else "imagenet", "random"]
+        weights = [] if backbone.is_user_model else ["imagenet", "random"]
         with self._kit.filling():
             offer(self.options["layer"], [(end, DEFAULT), *layers])
             self.options.refresh(alpha=backbone.alphas, weights=weights)
