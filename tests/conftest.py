@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,40 @@ ROOT = Path(__file__).resolve().parents[1]
 INSTALLED = Path(nbfeat.__file__).resolve().parent != ROOT / "nbfeat"  # and not the checkout's
 DATA = Path(os.environ.get("NBFEAT_TEST_DATA", ROOT.parent / "shared" / "data"))
 # Files of long tests that share no fixture of their own: with xdist each test goes to whichever process is idle.
-APART = {"test_architectures.py", "test_notebooks.py", "test_promises.py", "test_robustness.py"}
+APART = {"test_architectures.py", "test_notebooks.py", "test_promises.py"}
+# Other tests of hostile input, which belong to the sweep of `tests/robustness` too.
+HOSTILE = {
+    "test_hdf5.py", "test_interrupts.py", "test_public_hosts.py", "test_remote.py", "test_torch_weights.py",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of `HOSTILE`, but for those that take ten seconds and more."""
+    for item in items:
+        if item.path.name in HOSTILE and "10000" not in item.name and "largest" not in item.name:
+            item.add_marker(pytest.mark.robustness)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Add up hostile trials; a test that doesn't count any is one."""
+    total: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("passed", []):
+        if "robustness" in report.keywords:
+            total.update(dict(report.user_properties).get("trials") or {Path(report.fspath).stem: 1})
+    if total:
+        kinds = " · ".join(f"{kind} {count:,}" for kind, count in sorted(total.items()))
+        terminalreporter.write_line(f"{sum(total.values()):,} hostile trials: {kinds}")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep the tests of a file together, for its fixtures, and those of `APART` for the end, one by one."""
+    """Keep the tests of a file together, for its fixtures; those of `APART`, and hostile ones, go one by one."""
     xdist: Any = importlib.import_module("xdist.scheduler")
 
     class ByFile(xdist.LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return nodeid if Path(file).name in APART else file
+            return nodeid if Path(file).name in APART or "robustness" in file else file
 
     return ByFile(config, log)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 _VERBS = (
-    "bring call change check choose close compare delete drop extract free give install keep leave let lists make move "
-    "name needs? pass put remove rename rerun restore run say select set takes? try update use write"
+    "bring call change check choose close compare delete drop extract flatten free give install keep leave let lists "
+    "make move name needs? pass put remove rename rerun restore run say select set takes? try update use write"
 )
 _STEP = re.compile(
     rf"""

@@ -112,7 +112,7 @@ def load(network: Any, path: Path) -> None:
     by_name = {"by_name": True} if path.suffix != ".keras" and _is_by_name(network, path) else {}
     try:
         network.load_weights(path, **by_name)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # any error from Keras or h5py is about the file
         raise _do_not_fit(network, path, _first_difference(str(error))) from error
 
 

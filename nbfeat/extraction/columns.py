@@ -192,9 +192,9 @@ def attach(frame: pd.DataFrame, blocks: Sequence[pd.DataFrame], places: Sequence
     for at, block in [*sorted(arriving, key=itemgetter(0)), (end, frame.iloc[:, :0])]:
         pieces += [frame.iloc[:, [position for position in range(start, at) if position not in gone]], block]
         start = at
-    joined = pd.concat(pieces, axis=1)
-    labels = [label for piece in pieces for label in piece.columns]  # those of `joined` have NaN instead of None
-    kind = object if frame.columns.dtype == object else joined.columns.dtype
+    joined = pd.concat(pieces, axis=1, ignore_index=True)  # which would turn None into NaN, and fail on odd labels
+    labels = [label for piece in pieces for label in piece.columns]
+    kind = object if frame.columns.dtype == object else None
     joined.columns = pd.Index(labels, dtype=kind, name=frame.columns.name, tupleize_cols=False)
     joined.attrs = deepcopy(frame.attrs)
     return joined

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from nbfeat import isolation
-from nbfeat.errors import ExtractionError, RequestError, format_bytes, listing
+from nbfeat.errors import ExtractionError, NbfeatError, RequestError, format_bytes, listing
 from nbfeat.extraction import normalize, report
 from nbfeat.extraction.columns import FeatureColumns, places
 from nbfeat.extraction.feature_table import FeatureTable, block_called, failure_table
@@ -25,6 +25,7 @@ from nbfeat.extraction.request import Blocks, Frame, read_request
 from nbfeat.extraction.run import Run, Step
 from nbfeat.extraction.sink import DatasetSink, MemorySink
 from nbfeat.images.sources import hosts, name_of
+from nbfeat.inference.engines.devices import is_out_of_memory
 from nbfeat.inference.spec import NUMERICS
 
 if TYPE_CHECKING:
@@ -157,6 +158,9 @@ class Extraction(FeatureTable):
             self.state = "done"
         except BaseException as error:
             self.state = "stopped" if isinstance(error, GeneratorExit | KeyboardInterrupt) else "failed"
+            if not isinstance(error, NbfeatError) and (is_out_of_memory(error) or "open files" in str(error)):
+                way = f"({error or 'no more memory'}). Close other notebooks or raise its limits, and run it again."
+                raise ExtractionError(f"This process ran out of memory, threads or open files {way}") from error
             raise
 
     def run(self) -> Extraction:

@@ -120,5 +120,5 @@ def failure_table(failures: Iterable[tuple[int, Hashable, str, str]], index: pd.
     """Return failures as a frame, indexed like the frame with this `index`."""
     import pandas as pd
 
-    table = pd.DataFrame(failures, columns=list(Failure._fields))
+    table = pd.DataFrame(failures, columns=list(Failure._fields), dtype=object).astype({"position": int})
     return table.set_axis(index.take(table["position"].to_numpy(int)))

@@ -422,7 +422,7 @@ def own_columns(
         raise RequestError(f"The frame has a column or index {taken[0]!r}, which the files need for features: {way}.")
     try:
         table = pa.Table.from_pandas(frame.iloc[:, kept])
-    except (pa.ArrowException, ValueError, TypeError) as error:
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
         advice = "Use frame.reset_index(drop=True)."
         raise RequestError(f"Parquet cannot store the frame's index: {error}. {advice}") from error
     return table, f"Not written to the files: {listing(_some(lost))}." if lost else ""

@@ -145,7 +145,7 @@ class Location:
 
 def _holder(file: Path) -> str:
     """Return the name of the process that holds the lock; on Windows it cannot be read."""
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # it may hold anything
         return file.read_text(encoding="utf-8").strip()
     return ""
 

@@ -136,10 +136,9 @@ def damage_as(kind: Damage) -> Iterator[None]:
     """Turn any error that a library raises for damaged bytes into DamagedError."""
     try:
         yield
-    except (DamagedError, MemoryError):
-        raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno not in {None, errno.EINVAL}:  # a disk error, not damaged bytes
+        is_of_disk = isinstance(error, OSError) and error.errno not in {None, errno.EINVAL}
+        if is_of_disk or isinstance(error, DamagedError | MemoryError):  # the bytes aren't damaged, or it was said
             raise
         raise DamagedError(kind, first_line(error)[:100]) from error
 
@@ -213,10 +212,10 @@ def write(
     _check_names(frame)
     try:
         table = pa.Table.from_pandas(frame)
-    except (pa.ArrowException, ValueError, TypeError) as error:
+        with file_written_whole(final) as temporary, temporary.open("wb") as sink:
+            write_table(sink, table, {RECIPE: recipe.encode()}, list(blocks.values()))
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
         raise _cannot_hold(frame, error) from error
-    with file_written_whole(final) as temporary, temporary.open("wb") as sink:
-        write_table(sink, table, {RECIPE: recipe.encode()}, list(blocks.values()))
 
 
 def look(file: Path) -> Footer:
@@ -270,10 +269,12 @@ def _cannot_hold(frame: pd.DataFrame, error: Exception) -> RequestError:
 def unholdable(values: pd.Series) -> str:
     """Describe values that Parquet cannot store; an empty string if it can."""
     import pyarrow as pa
+    from pyarrow import parquet
 
     try:
-        pa.array(values, from_pandas=True)
-    except (pa.ArrowException, ValueError, TypeError):
+        kind = pa.array(values, from_pandas=True).type
+        parquet.ParquetWriter(pa.BufferOutputStream(), pa.schema([("", kind)])).close()  # Arrow has types without data
+    except (pa.ArrowException, ValueError, TypeError, OverflowError):
         kinds = Counter(type(value).__name__ for value in values.head(1000)).most_common(1)
         return f"values of type {kinds[0][0]}" if kinds else str(values.dtype)
     return ""
