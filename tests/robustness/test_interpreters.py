@@ -107,4 +107,5 @@ def test_odd_processes_build_and_run_a_real_network(pictures: Path, tmp_path: Pa
         if "mount" not in before or own_mounts():
             said = ran(tmp_path / str(number), REAL, pictures, before, flags, **environment)
             check(said, right, trials, "odd processes that build" if not environment else "odd processes")
+            assert name != "a full home" or "error" not in said, said  # it is built in the temporary folder
     assert trials.total() >= (9 if TIMES > 1 else 2)
