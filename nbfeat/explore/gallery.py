@@ -246,7 +246,7 @@ def _tile(tile: Tile, picture: tuple[str, tuple[int, int]] | str) -> str:
         above = f'<div style="{_FAILED}">{escape(picture)}</div>'
     else:
         url, sides = picture
-        width, height = (max(1, round(side * SHOWN / SIDE)) for side in sides)
+        width, height = (max(1, round(side * SHOWN / max(sides))) for side in sides)
         alt = escape(", ".join([*tile.lines, tile.name]))
         size = f'width="{width}" height="{height}"'
         image = f'<img src="{url}" alt="{alt}" {size} style="{_IMAGE};width:{width}px;height:{height}px">'

@@ -38,6 +38,13 @@ def test_a_picture_is_saved_as_sharp_and_colorful_as_it_may_be() -> None:
     assert difference(saved, read_thumbnail(image, SIDE, Path())) < 4
 
 
+def test_small_images_are_shown_as_large_as_others() -> None:
+    images = [np.zeros(sides, np.uint8) for sides in ((300, 300, 3), (96, 48, 3), (1, 1, 3))]
+    html = nbfeat.thumbnails(pd.DataFrame({"image": images}))._repr_html_()
+    assert [picture.size for picture in shown(html)] == [(SIDE, SIDE), (48, 96), (1, 1)]
+    assert re.findall(r'width="(\d+)" height="(\d+)"', html) == [("112", "112"), ("56", "112"), ("112", "112")]
+
+
 def test_those_shown_are_spread_over_the_frame_and_the_rest_is_counted(photos: pd.DataFrame) -> None:
     found = nbfeat.thumbnails(photos, limit=4)
     assert repr(found) == "Thumbnails of 4 of 20 images"
