@@ -123,7 +123,7 @@ def test_choosing_running_cancelling_going_on_and_the_same_by_code(lab: Site, sh
     assert output(page, 2) == "(300, 2)", "something was bound"
     press(one, "Extract", "Done")
     run_cell(page, 2)
-    assert output(page, 2) == "(300, 514)"
+    assert output(page, 2) == "(300, 1282)"
     assert "1,280 new columns from 300 images" in one.locator(".nbfeat-page").inner_text()
     # The code, in a cell below, gives the same columns.
     run_cell(page, 3)
@@ -196,7 +196,7 @@ def test_clicks_are_answered_while_a_cell_runs_and_nothing_is_bound_under_it(lab
     assert output(page, 2) == "True"
     until(one, "Done")
     run_cell(page, 3)
-    assert output(page, 3) == "(300, 514)"
+    assert output(page, 3) == "(300, 1282)"
 
 
 def test_closing_the_browser_loses_nothing_and_the_panel_comes_back(lab: Site, shared_data: Path) -> None:
@@ -207,7 +207,7 @@ def test_closing_the_browser_loses_nothing_and_the_panel_comes_back(lab: Site, s
     page = lab.open("closed.ipynb")
     until(panel(page), "Done")
     run_cell(page, 2)
-    assert output(page, 2) == "(300, 514)"
+    assert output(page, 2) == "(300, 1282)"
 
 
 def test_one_panel_shown_twice_and_a_second_one_and_a_new_kernel(lab: Site, shared_data: Path) -> None:
@@ -223,7 +223,7 @@ def test_one_panel_shown_twice_and_a_second_one_and_a_new_kernel(lab: Site, shar
     for one in (first, again, second):
         until(one, "Done")
     run_cell(page, 4)
-    assert output(page, 4) == "((300, 514), (40, 514))"
+    assert output(page, 4) == "((300, 1282), (40, 1282))"
     # A new kernel knows nothing of the panels: the cells are run again.
     page.evaluate(
         "async () => { await jupyterapp.shell.currentWidget.context.sessionContext.session.kernel.restart() }"
