@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -84,6 +85,13 @@ def check_private(folder: Path) -> None:
         raise HomeError(f"{folder} is writable by other users, so it isn't used. {way}")
 
 
+def temporary_folder() -> tuple[Path, object]:
+    """Return a folder that lasts as long as its owner."""
+    folder, owner = Path(tempfile.mkdtemp(prefix="nbfeat-")), set[object]()  # a set allows weak references
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return folder, owner
+
+
 @contextmanager
 def folder_written_whole(final: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `final` on success, unless another process was first."""
@@ -116,10 +124,7 @@ def write_whole(path: Path, text: str) -> None:
         made.write_text(text, encoding="utf-8")
 
 
-_REMOTE = (
-    "nfs", "cifs", "smb", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "fuse.sshfs", "fuse.gluster", "vboxsf",
-    "afp", "webdav", "macfuse", "osxfuse",
-)  # fmt: skip
+_REMOTE = r"nfs|cifs|smb|9p|afs|ceph|lustre|gpfs|beegfs|fuse\.(sshfs|gluster)|vboxsf|afp|webdav|macfuse|osxfuse"
 
 
 def file_system(folder: Path) -> str:
@@ -150,4 +155,4 @@ def _mounts(folder: Path, table: Path = Path("/proc/self/mountinfo")) -> Iterato
 
 def is_remote(kind: str) -> bool:
     """Return whether a file system is shared between machines."""
-    return kind.startswith(_REMOTE)
+    return re.match(_REMOTE, kind) is not None

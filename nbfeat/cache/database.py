@@ -275,12 +275,9 @@ def checked(stored: object, key: bytes, owner: str) -> bytes | None:
 
 def _touch(db: sqlite3.Connection, owners: dict[str, str]) -> None:
     """Update the last use of owners, given with their descriptions."""
+    sql = "INSERT INTO owners VALUES (NULL, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET used = excluded.used"
     now = time.time()
-    db.executemany(
-        "INSERT INTO owners (name, description, used) VALUES (?, ?, ?) "
-        "ON CONFLICT (name) DO UPDATE SET used = excluded.used",
-        [(name, with_checksum(description.encode(), b"", name), now) for name, description in owners.items()],
-    )
+    db.executemany(sql, [(name, with_checksum(text.encode(), b"", name), now) for name, text in owners.items()])
 
 
 def _evict(db: sqlite3.Connection, owner: int) -> bool:

@@ -153,13 +153,11 @@ def _read_file(name: str) -> tuple[bytes, bytes | None]:
             raise ImageError(f"{objection}: {path}")
         data, after = path.read_bytes(), path.stat()
     except (OSError, ValueError) as error:
-        where = redact_url(name) if "://" in name else path
-        raise ImageError(f"{decode.file_reason(error)}: {where}") from None
+        raise ImageError(f"{decode.file_reason(error)}: {redact_url(name) if '://' in name else path}") from None
     if not data:
         raise ImageError(f"the file is empty: {path}")
     state = fingerprint.state(name, after)
-    is_sure = state == fingerprint.state(name, before) and fingerprint.is_settled(after)
-    return data, state if is_sure else None
+    return data, state if state == fingerprint.state(name, before) and fingerprint.is_settled(after) else None
 
 
 def state_of(value: object, root: Path, *, shared: bool = False) -> bytes | None:
@@ -237,8 +235,7 @@ def image_column(frame: pd.DataFrame, asked: Hashable | None) -> Hashable:
     if same:
         raise RequestError(f"{len(same)} columns are named {asked!s}: rename all but one.")
     likely, names = likely_columns(frame), [str(label) for label in frame.columns]
-    which = "Columns that look like images" if likely else "Its columns"
-    known = f"{which}: {_described(frame, likely) or 'none'}."
+    known = f"{'Columns that look like images' if likely else 'Its columns'}: {_described(frame, likely) or 'none'}."
     raise RequestError(sentences(f"The frame has no column {asked!s}.", near(str(asked), names), known))
 
 

@@ -83,13 +83,12 @@ def layers(backbone: str, *, alpha: float | None = None, size: int | None = None
 
 def _rows(spec: NetworkSpec, *, build: bool = True) -> list[dict[str, Any]]:
     """Return the cached rows, which a child process makes if there are none; an empty list without `build`."""
-    file = None
+    file, rows = None, list[dict[str, Any]]()
     with suppress(OSError, ValueError):
         file = keep("layers") / f"{spec.key(**versions())}.json"
-        if rows := json.loads(file.read_text(encoding="utf-8")):
-            return rows  # type: ignore[no-any-return]
-    if not build:
-        return []
+        rows = json.loads(file.read_text(encoding="utf-8")) or []
+    if rows or not build:
+        return rows
     with tempfile.TemporaryDirectory(prefix="nbfeat-") as folder:
         for _ in run_child(spec, Path(folder)):
             pass
@@ -97,10 +96,10 @@ def _rows(spec: NetworkSpec, *, build: bool = True) -> list[dict[str, Any]]:
     with suppress(OSError):  # the next call builds it again
         if file:
             write_whole(file, text)
-    if rows := json.loads(text):
-        return rows  # type: ignore[no-any-return]
-    title = spec.network.title
-    raise NetworkError(f"Keras built {title} without any layers. Please report this with your Keras version.")
+    if not (rows := list(json.loads(text))):
+        title = spec.network.title
+        raise NetworkError(f"Keras built {title} without any layers. Please report this with your Keras version.")
+    return rows
 
 
 def layer_names(backbone: Backbone) -> list[str]:

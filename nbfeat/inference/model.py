@@ -13,7 +13,7 @@ import numpy as np
 
 from nbfeat.backbones import keras_applications, keras_weights, user_models, weights
 from nbfeat.backbones.backbone import Backbone, Scaling
-from nbfeat.errors import NetworkError, RequestError, first_line, near, sentences
+from nbfeat.errors import NetworkError, RequestError, first_line, near
 from nbfeat.inference.spec import Cut, NetworkSpec, Output, Pooling
 
 MAP_RANK = 4
@@ -149,14 +149,9 @@ def _tensor_at(network: Any, cut: Cut, backbone: Backbone) -> Any:
         return user_models.output_of(network, cut.layer, backbone.title)
     names = [layer.name for layer in network.layers[1:]]
     if cut.layer and cut.layer not in names:
-        customary = ", ".join(layer.name for layer in backbone.layers)
-        raise RequestError(
-            sentences(
-                f"{backbone.name} has no layer {cut.layer!r}.",
-                near(cut.layer, names) or f"Commonly used layers: {customary}.",
-                f"Use `nbfeat.layers({backbone.name!r})` to list all layers.",
-            )
-        )
+        known = near(cut.layer, names) or f"Commonly used layers: {', '.join(layer.name for layer in backbone.layers)}."
+        way = f"Use `nbfeat.layers({backbone.name!r})` to list all layers."
+        raise RequestError(f"{backbone.name} has no layer {cut.layer!r}. {known} {way}")
     name = cut.layer or backbone.end
     return (network.get_layer(name) if name else network.layers[-1]).output
 
@@ -165,8 +160,7 @@ def negative_layers(network: Any) -> dict[str, bool]:
     """Return, by layer name, whether its output can be negative, judging by layer types and activations."""
     negative: dict[str, bool] = {}
     for layer in network.layers:
-        activation = getattr(getattr(layer, "activation", None), "__name__", "")
-        kind = type(layer).__name__
+        activation, kind = getattr(getattr(layer, "activation", None), "__name__", ""), type(layer).__name__
         is_relu = kind == "ReLU" and not layer.negative_slope
         negative[layer.name] = not is_relu and activation not in _ALWAYS_POSITIVE
         if negative[layer.name] and (kind in _KEEPS_SIGN or (kind == "Activation" and activation == "linear")):

@@ -81,9 +81,8 @@ class OpenVINOEngine:
         count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") + 1
         self._idle: list[Any] = [compiled.create_infer_request() for _ in range(count)]
         self._busy: deque[tuple[Any, Pixels, int, float]] = deque()  # the last is the start time
-        shape = tuple(graph.input().get_shape())
         # The engine keeps the buffers alive, since requests don't; one more than can be in flight.
-        self._buffers: list[Pixels] = [np.zeros(shape, np.uint8) for _ in range(count + 1)]
+        self._buffers: list[Pixels] = [np.zeros(tuple(graph.input().get_shape()), np.uint8) for _ in range(count + 1)]
         self._free = list(self._buffers)
 
     @property
