@@ -26,8 +26,7 @@ _NOT_NEEDED = {"openvino_telemetry", "tensorflow", "torch", "jax", "matplotlib",
 
 def import_openvino() -> Any:
     """Import OpenVINO without its telemetry, which would send data and write to ``~/intel``; may raise ImportError."""
-    masked = "openvino_telemetry" not in sys.modules
-    if masked:
+    if masked := "openvino_telemetry" not in sys.modules:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # makes the import fail; OpenVINO has a stub for that
     try:
         return importlib.import_module("openvino")

@@ -77,8 +77,7 @@ def check_private(folder: Path) -> None:
     """Raise HomeError if another user owns `folder` or can write to it."""
     if os.name != "posix":
         return  # on Windows, the access list of the profile folder does this
-    status = folder.stat()
-    if status.st_uid != os.getuid():
+    if (status := folder.stat()).st_uid != os.getuid():
         raise HomeError(f"{folder} belongs to another user, so it isn't used. Set NBFEAT_HOME to a folder of your own.")
     if stat.S_IMODE(status.st_mode) & 0o022:
         way = f"Run `chmod go-w {folder}`, or set NBFEAT_HOME."

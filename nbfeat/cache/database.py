@@ -69,8 +69,7 @@ class Cache:
     def __init__(self, folder: Path | None, decoders: str = "", note: str = "") -> None:
         self.note = note  # the problem and the next step
         self.writes = False
-        self._folder, self.path = folder, Path()
-        self._failures = FAILURES + decoders
+        self._folder, self.path, self._failures = folder, Path(), FAILURES + decoders
         self._db: sqlite3.Connection | None = None  # writes
         self._reader: sqlite3.Connection | None = None  # so that decoders never wait for a write
         self._lock, self._reading = threading.RLock(), threading.RLock()

@@ -63,8 +63,7 @@ def load(value: object, root: Path, fetch: Fetch | None = None) -> tuple[Source,
     """
     if fetch is not None and (address := address_of(value)) is not None:
         return fetch(address), None
-    path = path_of(value, root)
-    if path is not None:
+    if (path := path_of(value, root)) is not None:
         return _read_file(path)
     value = held(value)
     if is_missing(value):
@@ -163,8 +162,7 @@ def _read_file(name: str) -> tuple[bytes, bytes | None]:
 def state_of(value: object, root: Path, *, shared: bool = False) -> bytes | None:
     """Return the state of the file in the cell `value`, or what copies of it share; None if unknown."""
     try:
-        path = path_of(value, root)
-        if path is None:
+        if (path := path_of(value, root)) is None:
             return None
         status = os.stat(path)
         return b"%d %d" % (status.st_size, status.st_mtime_ns) if shared else fingerprint.state(path, status)

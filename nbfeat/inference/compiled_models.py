@@ -65,8 +65,7 @@ def prepare(spec: NetworkSpec) -> Generator[str, None, Stored]:
 
 def _stored_in(parent: Path, spec: NetworkSpec) -> Generator[str, None, Stored]:
     final = parent / spec.key(**versions())
-    stored = _read(final)
-    if stored is None:
+    if (stored := _read(final)) is None:
         shutil.rmtree(final, ignore_errors=True)
         ready, _held = yield from located(spec)
         yield f"building {ready.network.title} (only once; it is then cached)"
@@ -217,7 +216,6 @@ def _main(spec_path: str, out: str) -> int:
     # Standard output is the channel to the parent, so redirect what libraries print there to standard error.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
-
     say: Callable[..., None] = lambda **line: print(json.dumps(line), file=channel)
     try:
         spec = NetworkSpec.from_json(Path(spec_path).read_text(encoding="utf-8"))

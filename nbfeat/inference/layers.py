@@ -128,10 +128,9 @@ def expected_width(backbone: Backbone, cut: Cut, *, alpha: float | None, size: i
 
 
 def _seen(backbone: Backbone, alpha: float | None = None, size: int | None = None) -> dict[str, dict[str, Any]]:
-    if backbone.is_user_model:  # reading the layers from a whole model file would be slow
-        return {}
     with suppress(NbfeatError):
-        return {row["layer"]: row for row in _rows(_spec_of(backbone, alpha, size), build=False)}
+        if not backbone.is_user_model:  # reading the layers from a whole model file would be slow
+            return {row["layer"]: row for row in _rows(_spec_of(backbone, alpha, size), build=False)}
     return {}
 
 

@@ -238,6 +238,5 @@ def _known(name: str, *, precision: Precision, images: int, is_open: bool) -> Pr
 def _key(network: PreparedNetwork, pixels: PixelSpec, precision: Precision) -> str:
     """Name the cached checks by network, outputs, pixels, engine and CPU."""
     spec = {**asdict(network.spec), "weights": network.weights.sha256}
-    rest = {"pixels": asdict(pixels), "precision": precision, "numerics": NUMERICS}
-    decided = json.dumps({**network.numbers, "spec": spec, **rest}, sort_keys=True)
-    return hashlib.sha256(decided.encode()).hexdigest()[:40]
+    rest = {"spec": spec, "pixels": asdict(pixels), "precision": precision, "numerics": NUMERICS}
+    return hashlib.sha256(json.dumps({**network.numbers, **rest}, sort_keys=True).encode()).hexdigest()[:40]

@@ -107,8 +107,7 @@ def read_footer(file: Any) -> Footer:
         raise DamagedError("cut")
     with damage_as("footer"):
         opened = parquet.ParquetFile(file)
-        entries = opened.metadata.metadata or {}
-        if CHECKSUMS not in entries:
+        if CHECKSUMS not in (entries := opened.metadata.metadata or {}):
             raise DamagedError("foreign")
         checksums = json.loads(entries[CHECKSUMS])
         for name, value in {"pandas": "", RECIPE.decode(): "", **checksums["entries"]}.items():
@@ -257,14 +256,11 @@ def _check_names(frame: pd.DataFrame) -> None:
 
 
 def _cannot_hold(frame: pd.DataFrame, error: Exception) -> RequestError:
-    bad = {repr(label): kind for label in frame.columns if (kind := unholdable(frame[label]))}
-    if not bad:
+    if not (bad := {repr(label): kind for label in frame.columns if (kind := unholdable(frame[label]))}):
         return RequestError(f"Parquet cannot store this frame: {first_line(error)}. Change it and extract again.")
-    return RequestError(
-        f"Parquet cannot store column {listing([f'{label} ({kind})' for label, kind in bad.items()][:SHOWN])}. "
-        f"Leave it out with to_parquet(path, without=[{next(iter(bad))}]); or convert it to text or bytes in your "
-        "frame and extract again."
-    )
+    problem = f"Parquet cannot store column {listing([f'{label} ({kind})' for label, kind in bad.items()][:SHOWN])}."
+    way = f"Leave it out with to_parquet(path, without=[{next(iter(bad))}]); or convert it to text or bytes"
+    return RequestError(f"{problem} {way} in your frame and extract again.")
 
 
 def unholdable(values: pd.Series) -> str:
