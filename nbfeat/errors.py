@@ -101,8 +101,7 @@ def refusing(path: Path, kind: str, advice: str = "Download it again.") -> Itera
     """Turn errors in the block into a WeightsError: "`path` cannot be read as `kind`: …"."""
     cause: Exception | None = None
     try:
-        # Opening a pipe can block forever, and reading a device can do anything.
-        if stat.S_ISREG(path.stat().st_mode):
+        if stat.S_ISREG(path.stat().st_mode):  # opening a pipe can block forever, and reading a device can do anything
             yield
             return
         reason = "it isn't a regular file. Check the path."

@@ -25,15 +25,13 @@ from nbfeat.images.resize import Pixels, PixelSpec
 Source: TypeAlias = bytes | npt.NDArray[np.generic] | Image.Image
 
 MOST_PIXELS = 178_956_970
-# Older Pillows widen a thin image before shortening it: 90 MB at this length and 224 pixels.
-LONGEST_SIDE = 100_000
+LONGEST_SIDE = 100_000  # older Pillows widen a thin image before shortening it: 90 MB at this length and 224 pixels
 _ONE_AT_A_TIME = 40_000_000
 LONGEST_TEXT = 200
 OUT_OF_MEMORY = "not enough memory to decode it"  # the only reason that isn't about the image
 DECODING = 1  # increased whenever this module accepts other images
 
 # Format, Pillow's module, suffixes, signature. Never EPS or WMF, which run other programs. The JPEG reader opens MPO.
-# TGA comes last: it has no signature, so any data could be TGA.
 _FORMATS = (
     ("JPEG", "Jpeg", ".jpg .jpeg .jpe .jfif .mpo", rb"\xff\xd8\xff"),
     ("PNG", "Png", ".png .apng", rb"\x89PNG\r\n\x1a\n"),
@@ -48,7 +46,7 @@ _FORMATS = (
     ("PCX", "Pcx", ".pcx", rb"\n[\x00\x02\x03\x05]"),
     ("PSD", "Psd", ".psd", rb"8BPS"),
     ("QOI", "Qoi", ".qoi", rb"qoif"),
-    ("TGA", "Tga", ".tga .icb .vda .vst", rb"(?!)"),
+    ("TGA", "Tga", ".tga .icb .vda .vst", rb"(?!)"),  # last: it has no signature, so any data could be TGA
 )
 # Otherwise Pillow would import all its formats at the first image, in some thread.
 for _module in (*(module for _, module, _, _ in _FORMATS), "Mpo"):

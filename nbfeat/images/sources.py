@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 Fetch: TypeAlias = Callable[[str], bytes]  # URL → bytes; raises ImageError
 
-# The largest image, 178,956,970 pixels, is 1 GB uncompressed at 16 bits and three channels.
-MOST_BYTES = 2 << 30
+MOST_BYTES = 2 << 30  # the largest image, 178,956,970 pixels, is 1 GB uncompressed at 16 bits and three channels
 LONGEST = 10_000  # characters of a path
 
 
@@ -216,8 +215,7 @@ def image_column(frame: pd.DataFrame, asked: Hashable | None) -> Hashable:
     A column looks like images if 9 of 10 of 50 sampled values do. Raises RequestError, naming candidates, if unclear.
     """
     if asked is None:
-        likely = likely_columns(frame)
-        if len(likely) != 1:
+        if len(likely := likely_columns(frame)) != 1:
             known = _described(frame, likely)
             if likely:
                 raise RequestError(f"{len(likely)} columns look like images: {known}. Name one with `images=COLUMN`.")
@@ -255,8 +253,7 @@ def possible_columns(frame: pd.DataFrame) -> list[int]:
 def _looks_like_image(value: object) -> bool:
     if isinstance(value, (str, os.PathLike)):
         text = _text_of(value)
-        scheme = scheme_of(text)
-        if scheme == public_hosts.ARCHIVE:
+        if (scheme := scheme_of(text)) == public_hosts.ARCHIVE:
             text = text.partition("::")[0]
         elif scheme in public_hosts.FETCHED:
             text = re.split(r"[?#]", text, maxsplit=1)[0]

@@ -118,8 +118,7 @@ def expected_width(backbone: Backbone, cut: Cut, *, alpha: float | None, size: i
         return flat if pooled is None or cut.pooling == "flatten" else pooled, True
     stride, channels = 32, backbone.width_at(alpha)
     if cut.layer:
-        customary = {layer.name: layer for layer in backbone.layers}
-        if cut.layer not in customary:
+        if cut.layer not in (customary := {layer.name: layer for layer in backbone.layers}):
             return None
         stride, channels = customary[cut.layer].stride, round(customary[cut.layer].channels * (alpha or 1))
     if cut.pooling != "flatten" or not stride:

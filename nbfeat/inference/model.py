@@ -65,8 +65,7 @@ def _assembled(spec: NetworkSpec, base: Base, turned: Any = None) -> Built:
         pooling = _pooling(cut, tensor, backbone)
         if tensor.dtype != "float32":  # pooling is computed in float32 even in mixed precision
             tensor = keras.ops.cast(tensor, "float32")
-        # Keras' ConvNeXt applies its final normalization *after* pooling.
-        is_own_end = not (cut.layer or backbone.is_user_model)
+        is_own_end = not (cut.layer or backbone.is_user_model)  # Keras' ConvNeXt normalizes it *after* pooling
         if is_own_end and isinstance(last, keras.layers.LayerNormalization) and pooling in {"avg", "max"}:
             head = last(_pool(last.input, pooling, is_turned))
         else:
@@ -223,8 +222,7 @@ def gives_the_same(one: Any, other: Any) -> bool:
         ours, theirs = np.asarray(left[key], float), np.asarray(values, float)
         if ours.shape != theirs.shape or not np.isfinite(ours).all():
             return False
-        # A constant output, such as a saturated softmax, proves nothing.
-        varies = np.linalg.norm(theirs - theirs.mean(axis=0))
+        varies = np.linalg.norm(theirs - theirs.mean(axis=0))  # a constant, such as a saturated softmax, proves nothing
         if not np.linalg.norm(ours - theirs) <= _LARGEST_DIFFERENCE * varies or not varies:
             return False
     return True

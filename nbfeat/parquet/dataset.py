@@ -357,8 +357,7 @@ def is_dataset(path: object) -> bool:
 def finished(location: Location) -> list[Part]:
     """Return the parts of a finished dataset in order; raise RequestError if some or all are missing."""
     sizes = location.sizes()
-    names = sorted(name for name in sizes if _PART.fullmatch(name))
-    if not names and MANIFEST not in sizes:
+    if not (names := sorted(name for name in sizes if _PART.fullmatch(name))) and MANIFEST not in sizes:
         raise RequestError(f"{location.address} has no nbfeat dataset: part-00000.parquet is missing. Check the path.")
     found = _look(location, names, is_begun=MANIFEST in sizes)
     parts = [part for part in found.values() if part]
@@ -408,8 +407,7 @@ def own_columns(
             lost.append(f"{label!r} ({reason})")
         else:
             kept.append(position)
-    names = [*(frame.columns[position] for position in kept), *frame.index.names]
-    if FAILURE in names:
+    if FAILURE in (names := [*(frame.columns[position] for position in kept), *frame.index.names]):
         way = "rename it, or use `replace=True`"
         raise RequestError(f"The frame has a column or index {FAILURE!r}, which the files need: {way}.")
     if taken := [name for name in names if name in made]:

@@ -102,8 +102,7 @@ def read_footer(file: Any) -> Footer:
 
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - 8))
-    tail = bytes(file.read(8))
-    if tail[4:] != b"PAR1" or int.from_bytes(tail[:4], "little") > size - 12:
+    if (tail := bytes(file.read(8)))[4:] != b"PAR1" or int.from_bytes(tail[:4], "little") > size - 12:
         raise DamagedError("cut")
     with damage_as("footer"):
         opened = parquet.ParquetFile(file)
@@ -197,8 +196,7 @@ def write(
     """Write `frame` like pandas, with `recipe`; `blocks` maps prefixes to the names of feature columns."""
     import pyarrow as pa
 
-    final = Path(path).expanduser().resolve()
-    if not final.parent.is_dir():
+    if not (final := Path(path).expanduser().resolve()).parent.is_dir():
         raise RequestError(f"The folder {final.parent} doesn't exist: create it, or write elsewhere.")
     made = {name for names in blocks.values() for name in names}
     if lost := made.difference(frame.columns):

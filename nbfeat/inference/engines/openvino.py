@@ -37,12 +37,10 @@ def name(*, threads: bool = True) -> str:
 def _compiled(core: Any, graph: Any, precision: Precision) -> Any:
     """Compile `graph` in a temporary thread, because OpenVINO permanently changes the thread that compiles."""
     settings = {
-        # Always set: OpenVINO's default is bfloat16 if the CPU supports it.
-        "INFERENCE_PRECISION_HINT": _TYPES[precision],
+        "INFERENCE_PRECISION_HINT": _TYPES[precision],  # always set: the default is bfloat16 if the CPU supports it
         "INFERENCE_NUM_THREADS": available_cores(),
         "NUM_STREAMS": available_cores(),
-        # Flush numbers below 1e-38 to zero: they make some CPUs a hundred times slower.
-        "CPU_DENORMALS_OPTIMIZATION": True,
+        "CPU_DENORMALS_OPTIMIZATION": True,  # flush numbers below 1e-38 to zero: some CPUs are 100 times slower on them
     }
     try:
         # It flushes denormals to zero, and the network frees its signal stack: an interrupt then kills the process.
