@@ -44,9 +44,9 @@ class ImageError(NbfeatError):
     """One image couldn't be read; the message is its reason in `failures`."""
 
 
-def printable(text: str) -> str:
-    """Return `text` on one line; unprintable characters are escaped as in Python."""
-    return _NOT_PRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+def printable(text: str, escaped: re.Pattern[str] = _NOT_PRINTABLE) -> str:
+    """Return `text` on one line; unprintable characters, or others to be `escaped`, are written as in Python."""
+    return escaped.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def near(word: str, known: Iterable[str]) -> str:
@@ -101,8 +101,7 @@ def refusing(path: Path, kind: str, advice: str = "Download it again.") -> Itera
     """Turn errors in the block into a WeightsError: "`path` cannot be read as `kind`: …"."""
     cause: Exception | None = None
     try:
-        # Opening a pipe can block forever, and reading a device can do anything.
-        if stat.S_ISREG(path.stat().st_mode):
+        if stat.S_ISREG(path.stat().st_mode):  # opening a pipe can block forever, and reading a device can do anything
             yield
             return
         reason = "it isn't a regular file. Check the path."

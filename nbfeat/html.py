@@ -22,8 +22,7 @@ _NUMBER = _CELL + ";text-align:right;font-variant-numeric:tabular-nums"
 
 def escape(text: object) -> Html:
     """Escape `text`, including quotes; Html is escaped again, so don't pass it here."""
-    visible = _HIDDEN.sub(lambda found: ascii(found[0])[1:-1], str(text))
-    return Html(html.escape(visible, quote=True))
+    return Html(html.escape(printable(str(text), _HIDDEN), quote=True))
 
 
 def table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> Html:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import random
 import sys
 import threading
 import warnings
@@ -20,15 +21,12 @@ from typing import Any
 _FAST_MATH = "ONEDNN_DEFAULT_FPMATH_MODE"
 _FOLDER = Path(__file__).resolve().parents[1]
 # Keras and OpenVINO import these if installed: seconds of start-up, 600 MB, telemetry, a font cache.
-_NOT_NEEDED_BY_A_CHILD = {
-    "openvino_telemetry", "tensorflow", "torch", "jax", "matplotlib", "pandas", "sklearn", "IPython",
-}  # fmt: skip
+_NOT_NEEDED = {"openvino_telemetry", "tensorflow", "torch", "jax", "matplotlib", "pandas", "sklearn", "IPython"}
 
 
 def import_openvino() -> Any:
     """Import OpenVINO without its telemetry, which would send data and write to ``~/intel``; may raise ImportError."""
-    masked = "openvino_telemetry" not in sys.modules
-    if masked:
+    if masked := "openvino_telemetry" not in sys.modules:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # makes the import fail; OpenVINO has a stub for that
     try:
         return importlib.import_module("openvino")
@@ -56,20 +54,16 @@ def quiet_child() -> None:
     keras.config.set_image_data_format("channels_last")
     keras.config.set_floatx("float32")
     openvino: Any = importlib.import_module("openvino")
-    compile_model = openvino.compile_model
-
-    def in_float32(model: Any, device: str = "CPU", config: dict[str, Any] | None = None) -> Any:
-        return compile_model(model, device, {"INFERENCE_PRECISION_HINT": "f32", **(config or {})})
-
     # Keras' `predict` leaves the precision to OpenVINO, whose default is bfloat16 where the CPU has it.
-    openvino.compile_model = in_float32
+    run, exact = openvino.compile_model, {"INFERENCE_PRECISION_HINT": "f32"}
+    openvino.compile_model = lambda model, device="CPU", config=None: run(model, device, {**exact, **(config or {})})
 
 
 class _Refuse(MetaPathFinder):
     """Blocks imports that a child doesn't need."""
 
     def find_spec(self, fullname: str, path: object, target: object = None) -> None:  # the protocol's
-        if fullname.partition(".")[0] in _NOT_NEEDED_BY_A_CHILD:
+        if fullname.partition(".")[0] in _NOT_NEEDED:
             raise ModuleNotFoundError(f"{fullname} is not needed in this process", name=fullname)
 
 
@@ -96,8 +90,6 @@ def child_command(module: str, *arguments: str) -> list[str]:
 @contextmanager
 def keras_defaults() -> Iterator[None]:
     """Give Keras the settings of a fresh session; restore the user's settings, layer counters and seeds afterwards."""
-    import random
-
     keras: Any = importlib.import_module("keras")
     state: Any = importlib.import_module("keras.src.backend.common.global_state")
     interactive, seeds, names = keras.config.is_interactive_logging_enabled(), random.getstate(), "object_name_uids"
@@ -120,9 +112,7 @@ def keras_defaults() -> Iterator[None]:
             keras.config.enable_interactive_logging()
 
 
-_lock = threading.Lock()
-_users = 0
-_undo = ExitStack()
+_lock, _undo, _users = threading.Lock(), ExitStack(), 0
 
 
 @contextmanager
@@ -132,7 +122,16 @@ def pillow_defaults() -> Iterator[None]:
     with _lock:
         _users += 1
         if _users == 1:
-            _set_pillow()
+            defaults = {"Image": ("MAX_IMAGE_PIXELS", 89_478_485), "ImageFile": ("LOAD_TRUNCATED_IMAGES", False)}
+            for module, (name, value) in defaults.items():
+                holder: Any = importlib.import_module(f"PIL.{module}")
+                _undo.callback(setattr, holder, name, getattr(holder, name))
+                setattr(holder, name, value)
+            # Its warnings come from decoder threads, where the caller's filters don't work reliably.
+            warnings.filterwarnings("ignore", module=r"PIL(\..*)?$")
+            filters: Any = warnings.filters
+            added = filters[0]
+            _undo.callback(lambda: added in filters and filters.remove(added))
     try:
         yield
     finally:
@@ -140,19 +139,6 @@ def pillow_defaults() -> Iterator[None]:
             _users -= 1
             if _users == 0:
                 _undo.close()
-
-
-def _set_pillow() -> None:
-    defaults = {"Image": ("MAX_IMAGE_PIXELS", 89_478_485), "ImageFile": ("LOAD_TRUNCATED_IMAGES", False)}
-    for module, (name, value) in defaults.items():
-        holder: Any = importlib.import_module(f"PIL.{module}")
-        _undo.callback(setattr, holder, name, getattr(holder, name))
-        setattr(holder, name, value)
-    # Its warnings come from decoder threads, where the caller's filters don't work reliably.
-    warnings.filterwarnings("ignore", module=r"PIL(\..*)?$")
-    filters: Any = warnings.filters
-    added = filters[0]
-    _undo.callback(lambda: added in filters and filters.remove(added))
 
 
 RAY_ENVIRONMENT = {

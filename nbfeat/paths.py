@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -76,12 +77,18 @@ def check_private(folder: Path) -> None:
     """Raise HomeError if another user owns `folder` or can write to it."""
     if os.name != "posix":
         return  # on Windows, the access list of the profile folder does this
-    status = folder.stat()
-    if status.st_uid != os.getuid():
+    if (status := folder.stat()).st_uid != os.getuid():
         raise HomeError(f"{folder} belongs to another user, so it isn't used. Set NBFEAT_HOME to a folder of your own.")
     if stat.S_IMODE(status.st_mode) & 0o022:
         way = f"Run `chmod go-w {folder}`, or set NBFEAT_HOME."
         raise HomeError(f"{folder} is writable by other users, so it isn't used. {way}")
+
+
+def temporary_folder() -> tuple[Path, object]:
+    """Return a folder that lasts as long as its owner."""
+    folder, owner = Path(tempfile.mkdtemp(prefix="nbfeat-")), set[object]()  # a set allows weak references
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return folder, owner
 
 
 @contextmanager
@@ -116,10 +123,7 @@ def write_whole(path: Path, text: str) -> None:
         made.write_text(text, encoding="utf-8")
 
 
-_REMOTE = (
-    "nfs", "cifs", "smb", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "fuse.sshfs", "fuse.gluster", "vboxsf",
-    "afp", "webdav", "macfuse", "osxfuse",
-)  # fmt: skip
+_REMOTE = r"nfs|cifs|smb|9p|afs|ceph|lustre|gpfs|beegfs|fuse\.(sshfs|gluster)|vboxsf|afp|webdav|macfuse|osxfuse"
 
 
 def file_system(folder: Path) -> str:
@@ -150,4 +154,4 @@ def _mounts(folder: Path, table: Path = Path("/proc/self/mountinfo")) -> Iterato
 
 def is_remote(kind: str) -> bool:
     """Return whether a file system is shared between machines."""
-    return kind.startswith(_REMOTE)
+    return re.match(_REMOTE, kind) is not None

@@ -69,8 +69,7 @@ class Cache:
     def __init__(self, folder: Path | None, decoders: str = "", note: str = "") -> None:
         self.note = note  # the problem and the next step
         self.writes = False
-        self._folder, self.path = folder, Path()
-        self._failures = FAILURES + decoders
+        self._folder, self.path, self._failures = folder, Path(), FAILURES + decoders
         self._db: sqlite3.Connection | None = None  # writes
         self._reader: sqlite3.Connection | None = None  # so that decoders never wait for a write
         self._lock, self._reading = threading.RLock(), threading.RLock()
@@ -275,12 +274,9 @@ def checked(stored: object, key: bytes, owner: str) -> bytes | None:
 
 def _touch(db: sqlite3.Connection, owners: dict[str, str]) -> None:
     """Update the last use of owners, given with their descriptions."""
+    sql = "INSERT INTO owners VALUES (NULL, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET used = excluded.used"
     now = time.time()
-    db.executemany(
-        "INSERT INTO owners (name, description, used) VALUES (?, ?, ?) "
-        "ON CONFLICT (name) DO UPDATE SET used = excluded.used",
-        [(name, with_checksum(description.encode(), b"", name), now) for name, description in owners.items()],
-    )
+    db.executemany(sql, [(name, with_checksum(text.encode(), b"", name), now) for name, text in owners.items()])
 
 
 def _evict(db: sqlite3.Connection, owner: int) -> bool:

@@ -108,21 +108,18 @@ class Storage:
 
     def _tables(self) -> tuple[str, list[tuple[list[tuple[object, ...]], tuple[str, ...]]], str]:
         """Return the heading, the rows and header of each table, and how to clear them."""
-        features: list[tuple[object, ...]] = []
+        features: list[Any] = []
         with closing(self._cache()) as cache:
             for row in cache.blocks():
                 cut = f"{row['layer'] or 'end'} {row['pooling'] or ''}".strip()
-                block = f"{_backbone(row)}, {row['size']} px {row['resize']}: {cut}, {row['precision']}"
+                block = f"{_backbone(row)} {row['resize']}: {cut}, {row['precision']}"
                 features.append((block, row["images"], format_bytes(row["bytes"]), _when(row["used"])))
             limit = f"; features may take up to {format_bytes(cache.limit())}" if cache.writes else ""
-        networks: list[tuple[object, ...]] = [
-            (f"{_backbone(row)}, {row['size']} px: {', '.join(row['cuts'])}", format_bytes(row["bytes"]))
-            for row in self._networks()
-        ]
-        files = sorted((self.folder / "weights").glob("*"))
-        weights: list[tuple[object, ...]] = [(file.name, format_bytes(bytes_in(file))) for file in files]
+        networks = [(f"{_backbone(row)}: {', '.join(row['cuts'])}", row["bytes"]) for row in self._networks()]
+        weights = [(file.name, bytes_in(file)) for file in sorted((self.folder / "weights").glob("*"))]
+        files = ([(name, format_bytes(size)) for name, size in sizes] for sizes in (networks, weights))
         heads = ("features", "images", "bytes", "last used"), ("networks", "bytes"), ("weights", "bytes")
-        tables = [(rows, head) for rows, head in zip((features, networks, weights), heads, strict=True) if rows]
+        tables = [(rows, head) for rows, head in zip((features, *files), heads, strict=True) if rows]
         first, *others = [f'"{kind}"' for kind in KINDS]
         way = f"Clear with nbfeat.storage.clear({first}), {listing(others, 'or')}. Set NBFEAT_HOME to move this folder."
         return f"{self.folder}: {format_bytes(self.bytes)}{limit}", tables, way
@@ -141,7 +138,7 @@ storage = Storage()
 
 def _backbone(row: dict[str, Any]) -> str:
     alpha = f" {row['alpha']:g}" if row["alpha"] else ""
-    return f"{row['backbone']}{alpha} ({row.get('weights_name') or row['weights']} weights)"
+    return f"{row['backbone']}{alpha} ({row.get('weights_name') or row['weights']} weights), {row['size']} px"
 
 
 def _when(seconds: float) -> str:

@@ -25,15 +25,13 @@ from nbfeat.images.resize import Pixels, PixelSpec
 Source: TypeAlias = bytes | npt.NDArray[np.generic] | Image.Image
 
 MOST_PIXELS = 178_956_970
-# Older Pillows widen a thin image before shortening it: 90 MB at this length and 224 pixels.
-LONGEST_SIDE = 100_000
+LONGEST_SIDE = 100_000  # older Pillows widen a thin image before shortening it: 90 MB at this length and 224 pixels
 _ONE_AT_A_TIME = 40_000_000
 LONGEST_TEXT = 200
 OUT_OF_MEMORY = "not enough memory to decode it"  # the only reason that isn't about the image
 DECODING = 1  # increased whenever this module accepts other images
 
 # Format, Pillow's module, suffixes, signature. Never EPS or WMF, which run other programs. The JPEG reader opens MPO.
-# TGA comes last: it has no signature, so any data could be TGA.
 _FORMATS = (
     ("JPEG", "Jpeg", ".jpg .jpeg .jpe .jfif .mpo", rb"\xff\xd8\xff"),
     ("PNG", "Png", ".png .apng", rb"\x89PNG\r\n\x1a\n"),
@@ -48,7 +46,7 @@ _FORMATS = (
     ("PCX", "Pcx", ".pcx", rb"\n[\x00\x02\x03\x05]"),
     ("PSD", "Psd", ".psd", rb"8BPS"),
     ("QOI", "Qoi", ".qoi", rb"qoif"),
-    ("TGA", "Tga", ".tga .icb .vda .vst", rb"(?!)"),
+    ("TGA", "Tga", ".tga .icb .vda .vst", rb"(?!)"),  # last: it has no signature, so any data could be TGA
 )
 # Otherwise Pillow would import all its formats at the first image, in some thread.
 for _module in (*(module for _, module, _, _ in _FORMATS), "Mpo"):
@@ -69,11 +67,8 @@ _FOREIGN = {
     rb"[\t\n\r -~]+\Z": "text, not an image",
 }
 _BITS_PER_SAMPLE, _ORIENTATION = 258, 0x0112
-_TURN = Image.Transpose
-_UPRIGHT: dict[object, Image.Transpose] = dict(enumerate((
-    _TURN.FLIP_LEFT_RIGHT, _TURN.ROTATE_180, _TURN.FLIP_TOP_BOTTOM, _TURN.TRANSPOSE, _TURN.ROTATE_270,
-    _TURN.TRANSVERSE, _TURN.ROTATE_90,
-), start=2))  # fmt: skip
+_TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+_UPRIGHT: dict[object, Image.Transpose] = {at: Image.Transpose[name] for at, name in enumerate(_TURNS, start=2)}
 
 _large = threading.RLock()
 _lent = tuple(threading.Lock() for _ in range(61))
@@ -262,8 +257,7 @@ def _eight_bit_grey(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     bits = image.tag_v2.get(_BITS_PER_SAMPLE) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
     grey = _scaled(values, 4_095 if bits == (12,) else 65_535)
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):
+    if isinstance(clear := image.info.get("transparency"), int):
         grey[values == clear] = 255
     return Image.fromarray(grey)
 
@@ -280,13 +274,8 @@ def _size_of(array: npt.NDArray[np.generic]) -> tuple[int, int]:
 
 
 def _image_of(array: npt.NDArray[np.generic]) -> Image.Image:
-    if array.dtype == np.bool_:
-        pixels = array.astype(np.uint8) * np.uint8(255)
-    elif array.dtype.kind == "u" and array.dtype.itemsize == 2:
-        pixels = _scaled(array, 65_535)
-    elif array.dtype == np.uint8:
-        pixels = np.asarray(array, np.uint8)
-    else:
+    tops = {"b1": 1, "u1": 255, "u2": 65_535}  # by kind and bytes
+    if (top := tops.get(array.dtype.str[1:])) is None:
         raise ImageError(f"an array of {array.dtype} has no defined range: convert it to uint8 or uint16")
-    pixels = np.ascontiguousarray(pixels)
+    pixels = np.ascontiguousarray(array if top == 255 else _scaled(array, top), np.uint8)
     return _rgb(Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels))

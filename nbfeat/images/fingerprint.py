@@ -26,8 +26,7 @@ def digest(source: bytes | npt.NDArray[Any] | Image.Image) -> bytes:
     """Return the hash of this content; raise ImageError if it has no bytes."""
     if isinstance(source, bytes):
         return hashlib.sha256(source).digest()[:LENGTH]
-    array = np.asarray(source)
-    if array.dtype.hasobject:
+    if (array := np.asarray(source)).dtype.hasobject:
         raise ImageError(f"an array of {array.dtype} has no pixels: convert it to uint8 or uint16")
     hasher = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
     hasher.update(np.ascontiguousarray(array).data)

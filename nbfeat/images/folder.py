@@ -50,8 +50,7 @@ def folder(path: str | Path, *, labels: bool = True) -> pd.DataFrame:
     if not top.is_dir():
         what = "is a file, not a folder" if top.exists() else "doesn't exist"
         raise RequestError(f"{top} {what}. Name the folder that holds the images.")
-    files = sorted((file.relative_to(top).parts for file in _images(top)), key=_counted)
-    if not files:
+    if not (files := sorted((file.relative_to(top).parts for file in _images(top)), key=_counted)):
         raise RequestError(f"{top} has no images. Name a folder with files such as .jpg, .png or .webp.")
     table: dict[str, list[str | None]] = {"path": [str(top.joinpath(*parts)) for parts in files]}
     if labels:

@@ -63,9 +63,7 @@ def redact_url(text: str) -> str:
     >>> redact_url("https://me:secret@example.org/a.jpg?signature=abc")
     'https://example.org/a.jpg?…'
     """
-    if "://" not in text or scheme_of(text) == "file":
-        return text
-    return _AFTER.sub("…", _USER.sub("", text))
+    return text if "://" not in text or scheme_of(text) == "file" else _AFTER.sub("…", _USER.sub("", text))
 
 
 def are_private_allowed() -> bool:

@@ -45,8 +45,7 @@ REDIRECTS = {301, 302, 303, 307, 308}
 SECONDS_SIGNED = 900  # validity of a signature, longer than a download may take
 GOOGLE = "https://storage.googleapis.com"
 MOST_OPEN = 8  # archives; reading the directory of a large one takes longer than an image
-# The decoders of other methods return everything at once, even 1 GB from 1 kB.
-METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}  # decoders of others return all at once, even 1 GB from 1 kB
 
 _NEEDED = dict.fromkeys(WEB, "aiohttp") | {"s3": "aiohttp fsspec s3fs", "gs": "aiohttp fsspec gcsfs", ARCHIVE: ""}
 _REASONS = {401: "permission denied", 403: "permission denied", 404: "not found", 410: "not found"}
@@ -326,8 +325,7 @@ def _url(text: str, base: str = "") -> yarl.URL:
 
 
 def _redirected(url: yarl.URL, location: str) -> yarl.URL:
-    scheme = scheme_of(location) or url.scheme
-    if scheme not in WEB or (url.scheme, scheme) == ("https", "http"):
+    if (scheme := scheme_of(location) or url.scheme) not in WEB or (url.scheme, scheme) == ("https", "http"):
         what = f"to {scheme}:" if scheme not in WEB else "from https to http"
         raise ImageError(f"redirected {what}, which isn't allowed")
     return _url(location, str(url))

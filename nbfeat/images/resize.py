@@ -57,8 +57,7 @@ def fitted(image: Image.Image, spec: PixelSpec) -> Pixels:
     """Return the pixels (size, size, 3) of an RGB image."""
     target, kind = (spec.size, spec.size), _FILTERS[spec.interpolation]
     if spec.resize == "pad":
-        longest = max(image.size)
-        width, height = (max(1, round(side * spec.size / longest)) for side in image.size)
+        width, height = (max(1, round(side * spec.size / max(image.size))) for side in image.size)
         out = Image.new("RGB", target)
         out.paste(image.resize((width, height), kind), ((spec.size - width) // 2, (spec.size - height) // 2))
     elif spec.resize == "crop":

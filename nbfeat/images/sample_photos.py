@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import tempfile
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +12,7 @@ from PIL import Image, ImageOps, ImageStat
 
 from nbfeat.errors import RequestError
 from nbfeat.images.folder import folder
-from nbfeat.paths import HomeError, folder_written_whole, keep
+from nbfeat.paths import HomeError, folder_written_whole, keep, temporary_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +27,7 @@ _PHOTOS = {  # label → file, and the side of a place in pixels; each tile is c
     "temple": ("sklearn/datasets/images/china.jpg", 56), "tissue": ("skimage/data/ihc.png", 64),
 }  # fmt: skip
 _COPIED = {"astronaut": 15, "cat": 15, "coffee": 16, "flower": 28, "temple": 21, "tissue": 26}  # one tile of each
+_temporary = cache(temporary_folder)  # until the process ends
 
 
 def sample_photos() -> pd.DataFrame:
@@ -63,7 +61,7 @@ def sample_photos() -> pd.DataFrame:
     try:
         final = keep("samples") / "photos-1"
     except HomeError:
-        final = _temporary() / "photos-1"
+        final = _temporary()[0] / "photos-1"
     if not (final / "manifest.json").exists():
         with folder_written_whole(final) as made:
             for label, (name, side) in _PHOTOS.items():
@@ -73,13 +71,6 @@ def sample_photos() -> pd.DataFrame:
     frame = folder(final)
     frame["source"] = frame["label"].map({label: name for label, (name, _) in _PHOTOS.items()})
     return frame.iloc[frame.groupby("label").cumcount().argsort(kind="stable")].reset_index(drop=True)
-
-
-@cache
-def _temporary() -> Path:
-    made = Path(tempfile.mkdtemp(prefix="nbfeat-"))
-    atexit.register(shutil.rmtree, made, ignore_errors=True)
-    return made
 
 
 def _find(package: str, *parts: str) -> Path:

@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 Fetch: TypeAlias = Callable[[str], bytes]  # URL → bytes; raises ImageError
 
-# The largest image, 178,956,970 pixels, is 1 GB uncompressed at 16 bits and three channels.
-MOST_BYTES = 2 << 30
+MOST_BYTES = 2 << 30  # the largest image, 178,956,970 pixels, is 1 GB uncompressed at 16 bits and three channels
 LONGEST = 10_000  # characters of a path
 
 
@@ -63,8 +62,7 @@ def load(value: object, root: Path, fetch: Fetch | None = None) -> tuple[Source,
     """
     if fetch is not None and (address := address_of(value)) is not None:
         return fetch(address), None
-    path = path_of(value, root)
-    if path is not None:
+    if (path := path_of(value, root)) is not None:
         return _read_file(path)
     value = held(value)
     if is_missing(value):
@@ -153,20 +151,17 @@ def _read_file(name: str) -> tuple[bytes, bytes | None]:
             raise ImageError(f"{objection}: {path}")
         data, after = path.read_bytes(), path.stat()
     except (OSError, ValueError) as error:
-        where = redact_url(name) if "://" in name else path
-        raise ImageError(f"{decode.file_reason(error)}: {where}") from None
+        raise ImageError(f"{decode.file_reason(error)}: {redact_url(name) if '://' in name else path}") from None
     if not data:
         raise ImageError(f"the file is empty: {path}")
     state = fingerprint.state(name, after)
-    is_sure = state == fingerprint.state(name, before) and fingerprint.is_settled(after)
-    return data, state if is_sure else None
+    return data, state if state == fingerprint.state(name, before) and fingerprint.is_settled(after) else None
 
 
 def state_of(value: object, root: Path, *, shared: bool = False) -> bytes | None:
     """Return the state of the file in the cell `value`, or what copies of it share; None if unknown."""
     try:
-        path = path_of(value, root)
-        if path is None:
+        if (path := path_of(value, root)) is None:
             return None
         status = os.stat(path)
         return b"%d %d" % (status.st_size, status.st_mtime_ns) if shared else fingerprint.state(path, status)
@@ -220,8 +215,7 @@ def image_column(frame: pd.DataFrame, asked: Hashable | None) -> Hashable:
     A column looks like images if 9 of 10 of 50 sampled values do. Raises RequestError, naming candidates, if unclear.
     """
     if asked is None:
-        likely = likely_columns(frame)
-        if len(likely) != 1:
+        if len(likely := likely_columns(frame)) != 1:
             known = _described(frame, likely)
             if likely:
                 raise RequestError(f"{len(likely)} columns look like images: {known}. Name one with `images=COLUMN`.")
@@ -237,8 +231,7 @@ def image_column(frame: pd.DataFrame, asked: Hashable | None) -> Hashable:
     if same:
         raise RequestError(f"{len(same)} columns are named {asked!s}: rename all but one.")
     likely, names = likely_columns(frame), [str(label) for label in frame.columns]
-    which = "Columns that look like images" if likely else "Its columns"
-    known = f"{which}: {_described(frame, likely) or 'none'}."
+    known = f"{'Columns that look like images' if likely else 'Its columns'}: {_described(frame, likely) or 'none'}."
     raise RequestError(sentences(f"The frame has no column {asked!s}.", near(str(asked), names), known))
 
 
@@ -260,8 +253,7 @@ def possible_columns(frame: pd.DataFrame) -> list[int]:
 def _looks_like_image(value: object) -> bool:
     if isinstance(value, (str, os.PathLike)):
         text = _text_of(value)
-        scheme = scheme_of(text)
-        if scheme == public_hosts.ARCHIVE:
+        if (scheme := scheme_of(text)) == public_hosts.ARCHIVE:
             text = text.partition("::")[0]
         elif scheme in public_hosts.FETCHED:
             text = re.split(r"[?#]", text, maxsplit=1)[0]

@@ -17,9 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import weakref
 import zipfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from nbfeat.inference.engines.devices import is_out_of_memory, memory_errors_nam
 from nbfeat.inference.engines.keras import in_a_fresh_session
 from nbfeat.inference.model import Base, Built, build, layers_of, load_base
 from nbfeat.inference.spec import NetworkSpec, Output
-from nbfeat.paths import HomeError, folder_written_whole, keep
+from nbfeat.paths import HomeError, folder_written_whole, keep, temporary_folder
 
 _FILES = ("network.xml", "network.bin")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, over the user's quota, larger than a file may be
@@ -59,16 +58,14 @@ def prepare(spec: NetworkSpec) -> Generator[str, None, Stored]:
     except errors.DiskFullError as error:
         if owner is not None:
             raise
-        (parent, owner), problem = _temporary_folder(), str(error)
+        (parent, owner), problem = temporary_folder(), str(error)
         stored = yield from _stored_in(parent, spec)
-    note = f"{problem} The network was built only for this run." if problem else ""
-    return replace(stored, note=note, owner=owner)
+    return replace(stored, note=problem and f"{problem} The network was built only for this run.", owner=owner)
 
 
 def _stored_in(parent: Path, spec: NetworkSpec) -> Generator[str, None, Stored]:
     final = parent / spec.key(**versions())
-    stored = _read(final)
-    if stored is None:
+    if (stored := _read(final)) is None:
         shutil.rmtree(final, ignore_errors=True)
         ready, _held = yield from located(spec)
         yield f"building {ready.network.title} (only once; it is then cached)"
@@ -101,19 +98,12 @@ def _kept_folder(name: str) -> tuple[Path, object, str]:
     try:
         folder = keep(name)
     except HomeError as error:
-        return *_temporary_folder(), str(error)
+        return *temporary_folder(), str(error)
     for half in folder.glob(".*"):
         with suppress(OSError):  # another process was faster
             if time.time() - half.stat().st_mtime > _ABANDONED_AFTER:
                 shutil.rmtree(half) if half.is_dir() else half.unlink()
     return folder, None, ""
-
-
-def _temporary_folder() -> tuple[Path, object]:
-    """Return a folder that lasts as long as its owner."""
-    folder, owner = Path(tempfile.mkdtemp(prefix="nbfeat-")), set[object]()  # a set allows weak references
-    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
-    return folder, owner
 
 
 @contextmanager
@@ -228,10 +218,7 @@ def _main(spec_path: str, out: str) -> int:
     # Standard output is the channel to the parent, so redirect what libraries print there to standard error.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
-
-    def say(**line: str) -> None:
-        channel.write(json.dumps(line) + "\n")
-
+    say: Callable[..., None] = lambda **line: print(json.dumps(line), file=channel)
     try:
         spec = NetworkSpec.from_json(Path(spec_path).read_text(encoding="utf-8"))
         with memory_errors_named(f"build {spec.network.title}"):
@@ -268,8 +255,7 @@ def _write(built: Built, path: Path) -> None:
     openvino: Any = isolation.import_openvino()
     operations: Any = importlib.import_module("openvino.opset13")
     ops: Any = importlib.import_module("keras").ops
-    shape = [-1 if size is None else size for size in built.model.input_shape]
-    pixels = operations.parameter(shape, openvino.Type.u8)
+    pixels = operations.parameter([-1 if size is None else size for size in built.model.input_shape], openvino.Type.u8)
     pixels.output(0).set_names({"pixels"})
     results = []
     for key, value in built.model(ops.convert_to_tensor(pixels.output(0)), training=False).items():

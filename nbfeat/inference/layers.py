@@ -83,13 +83,12 @@ def layers(backbone: str, *, alpha: float | None = None, size: int | None = None
 
 def _rows(spec: NetworkSpec, *, build: bool = True) -> list[dict[str, Any]]:
     """Return the cached rows, which a child process makes if there are none; an empty list without `build`."""
-    file = None
+    file, rows = None, list[dict[str, Any]]()
     with suppress(OSError, ValueError):
         file = keep("layers") / f"{spec.key(**versions())}.json"
-        if rows := json.loads(file.read_text(encoding="utf-8")):
-            return rows  # type: ignore[no-any-return]
-    if not build:
-        return []
+        rows = json.loads(file.read_text(encoding="utf-8")) or []
+    if rows or not build:
+        return rows
     with tempfile.TemporaryDirectory(prefix="nbfeat-") as folder:
         for _ in run_child(spec, Path(folder)):
             pass
@@ -97,9 +96,9 @@ def _rows(spec: NetworkSpec, *, build: bool = True) -> list[dict[str, Any]]:
     with suppress(OSError):  # the next call builds it again
         if file:
             write_whole(file, text)
-    if rows := json.loads(text):
-        return rows  # type: ignore[no-any-return]
-    raise NetworkError(f"Keras built {spec.network.title} without any layers. Report this with your Keras version.")
+    if not (rows := list(json.loads(text))):
+        raise NetworkError(f"Keras built {spec.network.title} without any layers. Report this with your Keras version.")
+    return rows
 
 
 def layer_names(backbone: Backbone) -> list[str]:
@@ -118,8 +117,7 @@ def expected_width(backbone: Backbone, cut: Cut, *, alpha: float | None, size: i
         return flat if pooled is None or cut.pooling == "flatten" else pooled, True
     stride, channels = 32, backbone.width_at(alpha)
     if cut.layer:
-        customary = {layer.name: layer for layer in backbone.layers}
-        if cut.layer not in customary:
+        if cut.layer not in (customary := {layer.name: layer for layer in backbone.layers}):
             return None
         stride, channels = customary[cut.layer].stride, round(customary[cut.layer].channels * (alpha or 1))
     if cut.pooling != "flatten" or not stride:
@@ -128,10 +126,9 @@ def expected_width(backbone: Backbone, cut: Cut, *, alpha: float | None, size: i
 
 
 def _seen(backbone: Backbone, alpha: float | None = None, size: int | None = None) -> dict[str, dict[str, Any]]:
-    if backbone.is_user_model:  # reading the layers from a whole model file would be slow
-        return {}
     with suppress(NbfeatError):
-        return {row["layer"]: row for row in _rows(_spec_of(backbone, alpha, size), build=False)}
+        if not backbone.is_user_model:  # reading the layers from a whole model file would be slow
+            return {row["layer"]: row for row in _rows(_spec_of(backbone, alpha, size), build=False)}
     return {}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from nbfeat.backbones import keras_weights, user_models, weights
 from nbfeat.backbones.backbone import Backbone, Scaling
-from nbfeat.errors import NetworkError, RequestError, first_line, near, sentences
+from nbfeat.errors import NetworkError, RequestError, first_line, near
 from nbfeat.inference.spec import Cut, NetworkSpec, Output, Pooling
 
 MAP_RANK = 4
@@ -64,8 +64,7 @@ def _assembled(spec: NetworkSpec, base: Base, turned: Any = None) -> Built:
         pooling = _pooling(cut, tensor, backbone)
         if tensor.dtype != "float32":  # pooling is computed in float32 even in mixed precision
             tensor = keras.ops.cast(tensor, "float32")
-        # Keras' ConvNeXt applies its final normalization *after* pooling.
-        is_own_end = not (cut.layer or backbone.is_user_model)
+        is_own_end = not (cut.layer or backbone.is_user_model)  # Keras' ConvNeXt normalizes it *after* pooling
         if is_own_end and isinstance(last, keras.layers.LayerNormalization) and pooling in {"avg", "max"}:
             head = last(_pool(last.input, pooling, is_turned))
         else:
@@ -147,14 +146,9 @@ def _tensor_at(network: Any, cut: Cut, backbone: Backbone) -> Any:
         return user_models.output_of(network, cut.layer, backbone.title)
     names = [layer.name for layer in network.layers[1:]]
     if cut.layer and cut.layer not in names:
-        customary = ", ".join(layer.name for layer in backbone.layers)
-        raise RequestError(
-            sentences(
-                f"{backbone.name} has no layer {cut.layer!r}.",
-                near(cut.layer, names) or f"Commonly used layers: {customary}.",
-                f"Use `nbfeat.layers({backbone.name!r})` to list all layers.",
-            )
-        )
+        known = near(cut.layer, names) or f"Commonly used layers: {', '.join(layer.name for layer in backbone.layers)}."
+        way = f"Use `nbfeat.layers({backbone.name!r})` to list all layers."
+        raise RequestError(f"{backbone.name} has no layer {cut.layer!r}. {known} {way}")
     name = cut.layer or backbone.end
     return (network.get_layer(name) if name else network.layers[-1]).output
 
@@ -163,8 +157,7 @@ def negative_layers(network: Any) -> dict[str, bool]:
     """Return, by layer name, whether its output can be negative, judging by layer types and activations."""
     negative: dict[str, bool] = {}
     for layer in network.layers:
-        activation = getattr(getattr(layer, "activation", None), "__name__", "")
-        kind = type(layer).__name__
+        activation, kind = getattr(getattr(layer, "activation", None), "__name__", ""), type(layer).__name__
         is_relu = kind == "ReLU" and not layer.negative_slope
         negative[layer.name] = not is_relu and activation not in _ALWAYS_POSITIVE
         if negative[layer.name] and (kind in _KEEPS_SIGN or (kind == "Activation" and activation == "linear")):
@@ -227,8 +220,7 @@ def gives_the_same(one: Any, other: Any) -> bool:
         ours, theirs = np.asarray(left[key], float), np.asarray(values, float)
         if ours.shape != theirs.shape or not np.isfinite(ours).all():
             return False
-        # A constant output, such as a saturated softmax, proves nothing.
-        varies = np.linalg.norm(theirs - theirs.mean(axis=0))
+        varies = np.linalg.norm(theirs - theirs.mean(axis=0))  # a constant, such as a saturated softmax, proves nothing
         if not np.linalg.norm(ours - theirs) <= _LARGEST_DIFFERENCE * varies or not varies:
             return False
     return True

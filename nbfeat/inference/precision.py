@@ -133,8 +133,7 @@ def _decided(
     """Return the check for these images, and the engine if one was started; confirm what was measured on others."""
     if found := known(names[0]):  # by another process, just now
         return found, None
-    before = known(names[1]) if is_open else None
-    if before and not before.is_better:
+    if (before := known(names[1]) if is_open else None) and not before.is_better:
         return before, None
     pixels = sample(FIRST_IMAGES if before else MOST_IMAGES)
     check, other = _compared(network, precision, exact(), pixels, is_open=is_open, is_timed=not before)
@@ -199,8 +198,7 @@ def agreement_of(exact: Vectors, other: Vectors) -> float:
 
 def _sample(spec: PixelSpec, images: Sequence[object], root: Path, remote: Access | None, most: int) -> Pixels:
     found = readable_sample(images, lambda image, fetch: read_pixels(image, [spec], root, fetch)[0], root, remote, most)
-    # Shuffled, so that the first images are also spread over the frame.
-    order = np.random.default_rng(0).permutation(len(found))
+    order = np.random.default_rng(0).permutation(len(found))  # so that the first ones are spread over the frame, too
     return np.stack([found[at] for at in order]) if found else np.empty((0,), np.uint8)
 
 
@@ -238,6 +236,5 @@ def _known(name: str, *, precision: Precision, images: int, is_open: bool) -> Pr
 def _key(network: PreparedNetwork, pixels: PixelSpec, precision: Precision) -> str:
     """Name the cached checks by network, outputs, pixels, engine and CPU."""
     spec = {**asdict(network.spec), "weights": network.weights.sha256}
-    rest = {"pixels": asdict(pixels), "precision": precision, "numerics": NUMERICS}
-    decided = json.dumps({**network.numbers, "spec": spec, **rest}, sort_keys=True)
-    return hashlib.sha256(decided.encode()).hexdigest()[:40]
+    rest = {"spec": spec, "pixels": asdict(pixels), "precision": precision, "numerics": NUMERICS}
+    return hashlib.sha256(json.dumps({**network.numbers, **rest}, sort_keys=True).encode()).hexdigest()[:40]

@@ -68,8 +68,7 @@ class PreparedNetwork:
         yield from self._for_keras(base)
         if loaded is None:
             self.numbers["gives"] = _what_it_gives(self.start("float32"), self.spec.size)
-        else:
-            self.weights = loaded
+        self.weights = loaded or self.weights
         if why_not and self.device == "cpu":
             self.note = f"{why_not}, so Keras runs it in this process, which is slower on a CPU."
 

@@ -239,8 +239,7 @@ def _look(location: Location, names: Sequence[str], *, is_begun: bool) -> dict[s
     manifests: dict[str, Any] = {}
     for name, part in found.items():
         if part:
-            is_whole = not part.recipe.startswith(REFERENCE)
-            recipe = recipes.get(_reference(part.recipe) if is_whole else part.recipe)
+            recipe = recipes.get(part.recipe if part.recipe.startswith(REFERENCE) else _reference(part.recipe))
             manifest = manifests.setdefault(json.dumps(part.manifest), part.manifest)
             # Shared, because fitted parameters may be large. Without its recipe, a part can't be used.
             found[name] = replace(part, manifest=manifest, recipe=recipe) if recipe else None
@@ -307,11 +306,9 @@ def _check(location: Location, name: str, values: Any, kinds: Mapping[str, type]
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
     if there["blocks"] != here["blocks"]:
-        blocks = [
-            listing(_some([f"`{block[0]}`" + (f" of {block[1]}" if len(of) > 1 else "") for block in of]))
-            for of in (there["blocks"], here["blocks"])
-        ]
-        yield f"it has features of {blocks[0]}, but the request is for {blocks[1]}"
+        both = there["blocks"], here["blocks"]
+        found, asked = (_some([f"`{one[0]}`" + (f" of {one[1]}" if len(of) > 1 else "") for one in of]) for of in both)
+        yield f"it has features of {found}, but the request is for {asked}"
     if there["rows"] != here["rows"]:
         yield f"it has {there['rows']:,} rows, but the frame has {here['rows']:,}"
     for what, sentence in (("images", "different images"), ("columns", "different values")):
@@ -327,12 +324,12 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
         yield "its normalization was fitted on different rows (`fit_on`)"
 
 
-def _some(names: Sequence[str]) -> list[str]:
-    return [*names[:SHOWN], *([f"{len(names) - SHOWN:,} more"] if len(names) > SHOWN else [])]
+def _some(names: Sequence[str]) -> str:
+    return listing([*names[:SHOWN], *([f"{len(names) - SHOWN:,} more"] if len(names) > SHOWN else [])])
 
 
 def _foreign(location: Location, names: Sequence[str]) -> RequestError:
-    problem = f"{location.address} has files that don't belong to an nbfeat dataset: {listing(_some(names))}."
+    problem = f"{location.address} has files that don't belong to an nbfeat dataset: {_some(names)}."
     return RequestError(f"{problem} Use an empty or new folder.")
 
 
@@ -360,8 +357,7 @@ def is_dataset(path: object) -> bool:
 def finished(location: Location) -> list[Part]:
     """Return the parts of a finished dataset in order; raise RequestError if some or all are missing."""
     sizes = location.sizes()
-    names = sorted(name for name in sizes if _PART.fullmatch(name))
-    if not names and MANIFEST not in sizes:
+    if not (names := sorted(name for name in sizes if _PART.fullmatch(name))) and MANIFEST not in sizes:
         raise RequestError(f"{location.address} has no nbfeat dataset: part-00000.parquet is missing. Check the path.")
     found = _look(location, names, is_begun=MANIFEST in sizes)
     parts = [part for part in found.values() if part]
@@ -388,8 +384,7 @@ def read(
             for prefix, matrix in matrices.items():
                 numbers = table.column(prefix).combine_chunks().flatten().to_numpy()
                 matrix[start : start + part.rows] = numbers.reshape(part.rows, widths[prefix])
-        described = (table.schema.pandas_metadata or {}).get("index_columns", [])
-        index = [name for name in described if isinstance(name, str)]
+        index = (table.schema.pandas_metadata or {}).get("index_columns", [])  # names, or dicts for ranges
         own = [name for name in table.column_names if name not in {*widths, FAILURE}]
         own = own if only is None else [name for name in own if name in index or name in only]
         tables.append(table.select([*own, FAILURE]))  # a table without columns would have no rows
@@ -404,8 +399,7 @@ def own_columns(
     """Return a table of the columns that Parquet can store, without `dropped` positions, and a note on the others."""
     import pyarrow as pa
 
-    counts = Counter(frame.columns)
-    kept, lost = [], []
+    counts, kept, lost = Counter(frame.columns), [], []
     for position, label in enumerate(frame.columns):
         if position in dropped:
             continue
@@ -413,8 +407,7 @@ def own_columns(
             lost.append(f"{label!r} ({reason})")
         else:
             kept.append(position)
-    names = [*(frame.columns[position] for position in kept), *frame.index.names]
-    if FAILURE in names:
+    if FAILURE in (names := [*(frame.columns[position] for position in kept), *frame.index.names]):
         way = "rename it, or use `replace=True`"
         raise RequestError(f"The frame has a column or index {FAILURE!r}, which the files need: {way}.")
     if taken := [name for name in names if name in made]:
@@ -425,7 +418,7 @@ def own_columns(
     except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
         advice = "Use frame.reset_index(drop=True)."
         raise RequestError(f"Parquet cannot store the frame's index: {error}. {advice}") from error
-    return table, f"Not written to the files: {listing(_some(lost))}." if lost else ""
+    return table, f"Not written to the files: {_some(lost)}." if lost else ""
 
 
 def _why_not(values: pd.Series, label: Hashable, *, is_image: bool, twice: bool) -> str:

@@ -41,8 +41,7 @@ class Location:
         text = os.fspath(path)
         if "://" in text and not text.startswith("file://"):
             return cls(text, None, *_remote(text))
-        local = url2pathname(urlsplit(text).path) if text.startswith("file://") else text
-        folder = absolute(local)
+        folder = absolute(url2pathname(urlsplit(text).path) if text.startswith("file://") else text)
         return cls(text, folder, fs.LocalFileSystem(), str(folder))
 
     @property

@@ -102,13 +102,11 @@ def read_footer(file: Any) -> Footer:
 
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - 8))
-    tail = bytes(file.read(8))
-    if tail[4:] != b"PAR1" or int.from_bytes(tail[:4], "little") > size - 12:
+    if (tail := bytes(file.read(8)))[4:] != b"PAR1" or int.from_bytes(tail[:4], "little") > size - 12:
         raise DamagedError("cut")
     with damage_as("footer"):
         opened = parquet.ParquetFile(file)
-        entries = opened.metadata.metadata or {}
-        if CHECKSUMS not in entries:
+        if CHECKSUMS not in (entries := opened.metadata.metadata or {}):
             raise DamagedError("foreign")
         checksums = json.loads(entries[CHECKSUMS])
         for name, value in {"pandas": "", RECIPE.decode(): "", **checksums["entries"]}.items():
@@ -197,8 +195,7 @@ def write(
     """Write `frame` like pandas, with `recipe`; `blocks` maps prefixes to the names of feature columns."""
     import pyarrow as pa
 
-    final = Path(path).expanduser().resolve()
-    if not final.parent.is_dir():
+    if not (final := Path(path).expanduser().resolve()).parent.is_dir():
         raise RequestError(f"The folder {final.parent} doesn't exist: create it, or write elsewhere.")
     made = {name for names in blocks.values() for name in names}
     if lost := made.difference(frame.columns):
@@ -256,14 +253,11 @@ def _check_names(frame: pd.DataFrame) -> None:
 
 
 def _cannot_hold(frame: pd.DataFrame, error: Exception) -> RequestError:
-    bad = {repr(label): kind for label in frame.columns if (kind := unholdable(frame[label]))}
-    if not bad:
+    if not (bad := {repr(label): kind for label in frame.columns if (kind := unholdable(frame[label]))}):
         return RequestError(f"Parquet cannot store this frame: {first_line(error)}. Change it and extract again.")
-    return RequestError(
-        f"Parquet cannot store column {listing([f'{label} ({kind})' for label, kind in bad.items()][:SHOWN])}. "
-        f"Leave it out with to_parquet(path, without=[{next(iter(bad))}]); or convert it to text or bytes in your "
-        "frame and extract again."
-    )
+    problem = f"Parquet cannot store column {listing([f'{label} ({kind})' for label, kind in bad.items()][:SHOWN])}."
+    way = f"Leave it out with to_parquet(path, without=[{next(iter(bad))}]); or convert it to text or bytes"
+    return RequestError(f"{problem} {way} in your frame and extract again.")
 
 
 def unholdable(values: pd.Series) -> str:

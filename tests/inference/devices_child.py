@@ -79,7 +79,7 @@ def extracted(images: Any, block: str, **options: Any) -> nbfeat.Extraction:
 def error_of(work: Callable[[], object]) -> str:
     try:
         work()
-    except (nbfeat.NetworkError, RuntimeError) as error:
+    except (nbfeat.NetworkError, nbfeat.ExtractionError, RuntimeError) as error:
         return str(error)
     return ""
 

@@ -20,7 +20,14 @@ def available_cores() -> int:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
         cores = os.cpu_count() or 1
-    return max(1, min([cores, *map(math.ceil, quotas()), *_share_of_worker(), *_taken]) // _workers_here())
+    limits = [cores, *map(math.ceil, quotas()), *_taken]
+    # Joblib sets it to cores ÷ workers in its workers; in other processes the variable is meant for other libraries.
+    share = os.environ.get("OMP_NUM_THREADS", "")
+    if type(multiprocessing.current_process()).__name__ == "LokyProcess" and share.isdigit() and int(share):
+        limits.append(int(share))
+    # Joblib's threading backend has a pool of such threads, which ends with its work.
+    pool = [thread for thread in threading.enumerate() if isinstance(thread, DummyProcess)]
+    return max(1, min(limits) // (len(pool) if threading.current_thread() in pool else 1))
 
 
 _taken: list[int] = []
@@ -47,24 +54,10 @@ def quotas(root: Path = ROOT, groups: Path = GROUPS) -> Iterator[float]:
 
 def control_groups(kind: str, root: Path = ROOT, groups: Path = GROUPS) -> list[Path]:
     """Return the folders of this process's control groups, inner first: of a version 1 `kind`, or "" for version 2."""
-    try:
+    lines: list[list[str]] = []
+    with suppress(OSError):
         lines = [line.split(":", 2) for line in groups.read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        lines = []
     paths = {kind: path for _, kinds, path in lines for kind in kinds.split(",")}
     top = root / kind
     inner = top / paths.get(kind, "/").lstrip("/")
     return [folder for folder in (inner, *inner.parents) if folder.is_relative_to(top)]
-
-
-def _share_of_worker() -> list[int]:
-    # Joblib sets it to cores ÷ workers in its workers; in other processes the variable is meant for other libraries.
-    share = os.environ.get("OMP_NUM_THREADS", "")
-    is_joblib = type(multiprocessing.current_process()).__name__ == "LokyProcess"
-    return [int(share)] if is_joblib and share.isdigit() and int(share) else []
-
-
-def _workers_here() -> int:
-    # Joblib's threading backend has a pool of such threads, which ends with its work.
-    pool = [thread for thread in threading.enumerate() if isinstance(thread, DummyProcess)]
-    return len(pool) if threading.current_thread() in pool else 1

@@ -57,10 +57,8 @@ def choose_devices(asked: str) -> tuple[str, ...]:
     if int(number or 0) < found:
         return (f"gpu:{number or 0}",)
     seen = f"{found} GPU{'s' if found > 1 else ''}" if found else "no GPU"
-    raise RequestError(
-        f"`device={asked!r}` is not available: Keras' backend sees {seen}. Use `device='cpu'`, or install GPU support: "
-        "pip install 'nbfeat[gpu]'."
-    )
+    way = "Use `device='cpu'`, or install GPU support: pip install 'nbfeat[gpu]'."
+    raise RequestError(f"`device={asked!r}` is not available: Keras' backend sees {seen}. {way}")
 
 
 def sign_of_gpu() -> bool:
@@ -139,10 +137,9 @@ class Room:
         self.was_short = True
         if size == 1:
             another = ", or `device='cpu'`" if device.startswith("gpu") else ""
-            raise ExtractionError(
-                f"{device.upper()} doesn't have enough memory for the network and one image. Close other programs that "
-                f"use it, or use a smaller backbone or `size`{another}."
-            ) from error
+            problem = f"{device.upper()} doesn't have enough memory for the network and one image."
+            way = f"Close other programs that use it, or use a smaller backbone or `size`{another}."
+            raise ExtractionError(f"{problem} {way}") from error
         if size == self.size:  # not yet halved since this batch started
             self.size = size // 2
             short = f"{device.upper()} ran out of memory for {size:,} images at once"
@@ -153,12 +150,10 @@ class Room:
         self.size, best = min(FIRST, largest), 0.0
         while True:
             rate = self.fit(device, lambda size: size / seconds(size))
-            if self.was_short:  # this is the largest size that fits
-                return
-            if rate < best * GROWTH:
+            if rate < best * GROWTH and not self.was_short:
                 self.size //= 2
                 return
-            if self.size * 2 > largest:
+            if self.was_short or self.size * 2 > largest:  # this is the largest size that fits
                 return
             best, self.size = rate, self.size * 2
 

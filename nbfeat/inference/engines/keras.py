@@ -98,8 +98,7 @@ class KerasEngine:
     @until_exit
     def submit(self, buffer: Pixels, count: int) -> None:
         """Dispatch the batch to the next device in turn."""
-        flight = _Flight(buffer, count, next(self._turns))
-        self._fitting(flight, lambda: None)
+        self._fitting(flight := _Flight(buffer, count, next(self._turns)), lambda: None)
         self._busy.append(flight)
 
     @until_exit
@@ -178,8 +177,7 @@ def replicate(model: Any, devices: tuple[str, ...]) -> list[Replica]:
     backend = importlib.import_module("keras").backend.backend()
     if backend == "openvino":
         return [Replica(device, [], model.predict_on_batch) for device in devices]
-    make = {"tensorflow": _on_tensorflow, "jax": _on_jax, "torch": _on_torch}.get(backend)
-    if make is None:
+    if (make := {"tensorflow": _on_tensorflow, "jax": _on_jax, "torch": _on_torch}.get(backend)) is None:
         raise NetworkError(f"nbfeat cannot run Keras' backend {backend!r}: use tensorflow, jax or torch.")
     return [make(model, device, _call(model), device == devices[0]) for device in devices]
 

@@ -37,12 +37,10 @@ def name(*, threads: bool = True) -> str:
 def _compiled(core: Any, graph: Any, precision: Precision) -> Any:
     """Compile `graph` in a temporary thread, because OpenVINO permanently changes the thread that compiles."""
     settings = {
-        # Always set: OpenVINO's default is bfloat16 if the CPU supports it.
-        "INFERENCE_PRECISION_HINT": _TYPES[precision],
+        "INFERENCE_PRECISION_HINT": _TYPES[precision],  # always set: the default is bfloat16 if the CPU supports it
         "INFERENCE_NUM_THREADS": available_cores(),
         "NUM_STREAMS": available_cores(),
-        # Flush numbers below 1e-38 to zero: they make some CPUs a hundred times slower.
-        "CPU_DENORMALS_OPTIMIZATION": True,
+        "CPU_DENORMALS_OPTIMIZATION": True,  # flush numbers below 1e-38 to zero: some CPUs are 100 times slower on them
     }
     try:
         # It flushes denormals to zero, and the network frees its signal stack: an interrupt then kills the process.
@@ -81,9 +79,8 @@ class OpenVINOEngine:
         count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") + 1
         self._idle: list[Any] = [compiled.create_infer_request() for _ in range(count)]
         self._busy: deque[tuple[Any, Pixels, int, float]] = deque()  # the last is the start time
-        shape = tuple(graph.input().get_shape())
         # The engine keeps the buffers alive, since requests don't; one more than can be in flight.
-        self._buffers: list[Pixels] = [np.zeros(shape, np.uint8) for _ in range(count + 1)]
+        self._buffers: list[Pixels] = [np.zeros(tuple(graph.input().get_shape()), np.uint8) for _ in range(count + 1)]
         self._free = list(self._buffers)
 
     @property
