@@ -124,7 +124,8 @@ def plan(blocks: Sequence[FeatureBlock], image_columns: Sequence[Hashable]) -> l
     planned: dict[str, FeatureColumns] = {}
     for block in blocks:
         for column in image_columns:
-            prefix = column_prefix(block, find(block.backbone).column, str(column) if several else None)
+            label = str(column).encode(errors="replace").decode() if several else None  # it may be half a character
+            prefix = column_prefix(block, find(block.backbone).column, label)
             if prefix in planned:
                 both = f"`{planned[prefix].block}` and `{block}`. Set a different `prefix` for one of them."
                 raise RequestError(f"Two blocks would make the same columns {prefix}_0000 …: {both}")

@@ -6,6 +6,7 @@ Every failure passes through `explained`; answers of servers are described in `r
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import io
 import re
@@ -119,7 +120,14 @@ def explained(source: object = b"") -> Iterator[None]:
             raise
         raise ImageError(short(text)) from None
     except Exception as error:  # decoders raise nearly any class for a corrupt file
+        raise_if_no_files_are_left(error)
         raise ImageError(_reason(error, source if isinstance(source, bytes) else b"")) from error
+
+
+def raise_if_no_files_are_left(error: Exception) -> None:
+    """Raise an error about the limit on open files, which says nothing about the image."""
+    if getattr(error, "errno", None) in {errno.EMFILE, errno.ENFILE}:
+        raise error
 
 
 def _reason(error: Exception, data: bytes) -> str:

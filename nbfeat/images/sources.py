@@ -151,6 +151,7 @@ def _read_file(name: str) -> tuple[bytes, bytes | None]:
             raise ImageError(f"{objection}: {path}")
         data, after = path.read_bytes(), path.stat()
     except (OSError, ValueError) as error:
+        decode.raise_if_no_files_are_left(error)
         raise ImageError(f"{decode.file_reason(error)}: {redact_url(name) if '://' in name else path}") from None
     if not data:
         raise ImageError(f"the file is empty: {path}")

@@ -22,6 +22,14 @@ pytestmark = pytest.mark.usefixtures("fake_network")
 BLOCK = "MobileNet --size 32"
 
 
+def test_a_label_of_half_a_character_serves_as_a_prefix(photos: pd.DataFrame, fake_network: object) -> None:
+    labels = pd.Index(["path", "half\ud800"], dtype=object)
+    frame = pd.DataFrame(photos[["path", "path"]].to_numpy(), columns=labels)
+    result = nbfeat.extract(frame, "MobileNet --size 32", images=["path", "half\ud800"])
+    assert [part.prefix for part in result.parts] == ["path_mobilenet", "half?_mobilenet"]
+    assert result.features.to_numpy().shape == (len(photos), 2 * len(result.parts[0].names))
+
+
 def test_a_frame_may_be_a_parquet_file_or_folder(photos: pd.DataFrame, tmp_path: Path) -> None:
     folder = tmp_path / "frames"
     folder.mkdir()

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+import nbfeat
 from nbfeat import Extraction, ExtractionError
 from tests.memory import IN_MEMORY
 from tests.messages import assert_says_what_to_do
@@ -86,3 +87,20 @@ def test_a_process_without_room_is_told_so_and_goes_on(
             extraction.run()
     assert_says_what_to_do(str(told.value))
     assert extraction.run().done == len(photos)
+
+
+@pytest.mark.usefixtures("fake_network")
+def test_an_image_that_could_not_be_opened_for_lack_of_files_has_not_failed(
+    photos: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    extraction = Extraction(photos, "MobileNet --size 32", images="path", parquet=tmp_path / "files")
+
+    def read(_: Path) -> bytes:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read)
+        with pytest.raises(ExtractionError, match="open files"):
+            extraction.run()
+    assert extraction.run().failures.empty
+    assert nbfeat.read(tmp_path / "files").ok.all()
