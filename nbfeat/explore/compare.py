@@ -159,8 +159,7 @@ class Comparison:
         import matplotlib as mpl
         import seaborn as sns
 
-        longest = max(map(len, self.table.index))
-        ax = axes(ax, WIDTH + LETTER * longest, HEAD_HEIGHT + ROW_HEIGHT * len(self.table))
+        ax = axes(ax, WIDTH + LETTER * max(map(len, self.table.index)), HEAD_HEIGHT + ROW_HEIGHT * len(self.table))
         blocks = {prefix: FeatureBlock.parse(text)[0] for prefix, text in self.table["block"].items()}
         alphas = {prefix: "" if block.alpha is None else f" {block.alpha:g}" for prefix, block in blocks.items()}
         networks = {prefix: title_of(block) + alphas[prefix] for prefix, block in blocks.items()}

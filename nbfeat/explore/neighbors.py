@@ -221,8 +221,7 @@ class Duplicates:
         return gallery.text(self._heading(), self._rows(text_table), *self._notes())
 
     def _repr_html_(self) -> str:
-        has_images = self.images.column is not None
-        body = gallery.groups(self._groups(), self.images.root) if has_images else self._rows(table)
+        body = self._rows(table) if self.images.column is None else gallery.groups(self._groups(), self.images.root)
         return gallery.page(self._heading(), body, *self._notes())
 
     def _heading(self) -> str:
@@ -242,8 +241,7 @@ class Duplicates:
         return groups
 
     def _rows(self, draw: Callable[..., str]) -> str:
-        groups = enumerate(self._groups(), 1)
-        rows = [(number, *tile.lines, tile.name) for number, group in groups for tile in group]
+        rows = [(number, *tile.lines, tile.name) for number, group in enumerate(self._groups(), 1) for tile in group]
         return draw(rows, ("group", "distance", *(self.captions or ("index",)), "image")) if rows else ""
 
     def _more(self) -> str:

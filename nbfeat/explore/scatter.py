@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib
 import importlib.util
 import io
 from collections.abc import Hashable
@@ -206,8 +205,7 @@ class Scatter:
 
 def _places(points: NDArray[Any], method: Method) -> tuple[NDArray[Any], tuple[str, str]]:
     """Return x and y of each point, and the axis labels (empty if the axes have no meaning)."""
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
+    from sklearn import decomposition, manifold
     from threadpoolctl import threadpool_limits
 
     count, least = len(points), 2 if method == "pca" else 4
@@ -215,7 +213,7 @@ def _places(points: NDArray[Any], method: Method) -> tuple[NDArray[Any], tuple[s
         raise RequestError(f"{method} needs at least {least} rows with features, not {count}. Use more rows.")
     if not (points != points[0]).any():
         raise RequestError(f"All {count:,} rows have the same features. Use rows with different images.")
-    pca = PCA(min(2 if method == "pca" else COMPONENTS, *points.shape), random_state=SEED)
+    pca = decomposition.PCA(min(2 if method == "pca" else COMPONENTS, *points.shape), random_state=SEED)
     reduced = pca.fit_transform(points)
     if method == "pca":
         shares = enumerate(pca.explained_variance_ratio_, 1)
@@ -228,7 +226,7 @@ def _places(points: NDArray[Any], method: Method) -> tuple[NDArray[Any], tuple[s
         layout = umap.UMAP(n_neighbors=min(NEIGHBORS, count - 1), random_state=SEED, n_jobs=1)  # a seed needs one job
     else:
         start = "pca" if reduced.shape[1] > 1 else "random"
-        layout = TSNE(2, perplexity=min(PERPLEXITY, (count - 1) / 3), init=start, random_state=SEED)
+        layout = manifold.TSNE(2, perplexity=min(PERPLEXITY, (count - 1) / 3), init=start, random_state=SEED)
     # OpenMP ignores CPU quotas, and with more threads than cores this takes fifty times as long.
     with threadpool_limits(available_cores() if count > FEW_ROWS else 1, "openmp"):
         return np.asarray(layout.fit_transform(reduced)), ("", "")

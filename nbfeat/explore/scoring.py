@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeGuard
 
@@ -160,7 +160,7 @@ def selected(
     return chosen, notes
 
 
-def copies_in(blocks: Iterable[Rows], target: Target, cv: object) -> tuple[pd.Series | None, str]:
+def copies_in(blocks: Collection[Rows], target: Target, cv: object) -> tuple[pd.Series | None, str]:
     """Return groups of rows with equal features, if `cv` is a number and there are any, and a note on them."""
     _, numbers, counts = np.unique(contents_of(blocks, target.rows), return_inverse=True, return_counts=True)
     if len(counts) == len(numbers):
@@ -245,34 +245,30 @@ def _wants_classes(model: object) -> bool | None:
 
 
 def _estimator(model: object, *, is_classes: bool) -> Any:
-    from sklearn import ensemble, linear_model, svm
-    from sklearn.compose import TransformedTargetRegressor
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    from sklearn import compose, ensemble, linear_model, pipeline, preprocessing, svm
 
     if not isinstance(model, str):
         return model
-    ridge = linear_model.RidgeCV(alphas=(1, 10, 100, 1000, 10000))
+    scale, ridge = preprocessing.StandardScaler, linear_model.RidgeCV(alphas=(1, 10, 100, 1000, 10000))
     regressor, classifier = {
         # SVR's tolerance is in units of the target, so an unscaled target would be fitted badly.
-        "svm": (TransformedTargetRegressor(svm.SVR(C=10), transformer=StandardScaler()), svm.SVC(C=10)),
+        "svm": (compose.TransformedTargetRegressor(svm.SVR(C=10), transformer=scale()), svm.SVC(C=10)),
         "logistic": (ridge, linear_model.LogisticRegression(max_iter=1000)),
         "forest": (ensemble.RandomForestRegressor(random_state=0), ensemble.RandomForestClassifier(random_state=0)),
     }[model]
     chosen = classifier if is_classes else regressor
-    return chosen if model == "forest" else make_pipeline(StandardScaler(), chosen)
+    return chosen if model == "forest" else pipeline.make_pipeline(scale(), chosen)
 
 
 def scorer_of(estimator: Any, scoring: Any) -> tuple[str, Any]:
     """Return the name of the score, and the scorer."""
-    from sklearn.base import is_classifier, is_regressor
-    from sklearn.metrics import check_scoring, get_scorer_names
+    from sklearn import base, metrics
 
-    if scoring is not None and not callable(scoring) and scoring not in get_scorer_names():
+    if scoring is not None and not callable(scoring) and scoring not in metrics.get_scorer_names():
         given = f"`scoring` must be a scikit-learn scorer or its name, not {scoring!r}."
-        raise RequestError(sentences(given, near(str(scoring), get_scorer_names())))
+        raise RequestError(sentences(given, near(str(scoring), metrics.get_scorer_names())))
     try:
-        scorer = check_scoring(estimator, scoring=scoring)
+        scorer = metrics.check_scoring(estimator, scoring=scoring)
     except TypeError as error:
         kind = type(estimator).__name__
         raise RequestError(f"{kind} has no default score. Name one, such as `scoring='accuracy'`.") from error
@@ -280,7 +276,7 @@ def scorer_of(estimator: Any, scoring: Any) -> tuple[str, Any]:
         return scoring if isinstance(scoring, str) else getattr(scoring, "__name__", "score"), scorer
     if any(name.split("__")[-1] == "scoring" and value for name, value in estimator.get_params().items()):
         return "score", scorer  # the search's own
-    return "accuracy" if is_classifier(estimator) else "R²" if is_regressor(estimator) else "score", scorer
+    return "accuracy" if base.is_classifier(estimator) else "R²" if base.is_regressor(estimator) else "score", scorer
 
 
 def written(estimator: Any) -> str:

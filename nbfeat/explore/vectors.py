@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -101,8 +101,7 @@ class Space:
 
     def groups(self, rows: Positions, limit: float) -> Positions:
         """Return for each of `rows` the first row of its group, linked by distances of at most `limit`."""
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import connected_components
+        from scipy.sparse import coo_array, csgraph
 
         # Equal rows are compared once: a thousand of them would give half a million pairs.
         _, different, which = np.unique(contents_of(self.blocks, rows), return_index=True, return_inverse=True)
@@ -110,7 +109,7 @@ class Space:
         for first, second in self._near(rows[different], limit):
             pairs = np.ones(first.size, np.int8), (numbers[first], numbers[second])
             graph = coo_array(pairs, shape=(len(numbers), len(numbers)))
-            numbers = connected_components(graph, directed=False)[1][numbers]
+            numbers = csgraph.connected_components(graph, directed=False)[1][numbers]
         _, firsts, group = np.unique(numbers[which], return_index=True, return_inverse=True)
         return rows[firsts[group]]
 
@@ -160,10 +159,9 @@ class Space:
                 yield first[near], second[near]
 
 
-def contents_of(blocks: Iterable[Rows], rows: Positions) -> NDArray[np.bytes_]:
+def contents_of(blocks: Collection[Rows], rows: Positions) -> NDArray[np.bytes_]:
     """Return a digest of the features of each of `rows`; equal images have equal features."""
-    several = list(blocks)
-    return np.array([blake2b(b"".join(block[row].tobytes() for block in several)).digest() for row in rows])
+    return np.array([blake2b(b"".join(block[row].tobytes() for block in blocks)).digest() for row in rows])
 
 
 def _in_parts(count: int, measure: Callable[[slice], Floats]) -> Floats:

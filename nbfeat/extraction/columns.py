@@ -8,8 +8,6 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from itertools import chain
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -187,10 +185,10 @@ def attach(frame: pd.DataFrame, blocks: Sequence[pd.DataFrame], places: Sequence
     """Return a new frame with `blocks` in place of the columns at `places`, or at its end."""
     import pandas as pd
 
-    gone, start, end = set(chain(*places)), 0, frame.shape[1]
+    gone, start, end = {at for place in places for at in place}, 0, frame.shape[1]
     pieces: list[pd.DataFrame] = []
     arriving = [(min(place, default=end), block) for block, place in zip(blocks, places, strict=True)]
-    for at, block in [*sorted(arriving, key=itemgetter(0)), (end, frame.iloc[:, :0])]:
+    for at, block in [*sorted(arriving, key=lambda pair: pair[0]), (end, frame.iloc[:, :0])]:
         pieces += [frame.iloc[:, [position for position in range(start, at) if position not in gone]], block]
         start = at
     joined = pd.concat(pieces, axis=1, ignore_index=True)  # which would turn None into NaN, and fail on odd labels

@@ -303,9 +303,7 @@ class FeatureBlock:
 
     def __str__(self) -> str:
         """Return text that `parse` reads back as this block."""
-        defaults = type(self).__dataclass_fields__
-        values = [(option.name, getattr(self, option.name)) for option in BLOCK_OPTIONS]
-        given = {name: value for name, value in values if value != defaults[name].default}
+        given = {one.name: value for one in fields(self) if (value := getattr(self, one.name)) != one.default}
         return " ".join([quoted(self.backbone), *spelled(BLOCK_OPTIONS, given)])
 
     @property
@@ -327,8 +325,8 @@ def spelled(options: Iterable[Option], values: Mapping[str, Any]) -> list[str]:
         if option.switch:
             words += [option.flag] if given else []
         else:
-            for value in map(str, given if option.repeat else [given]):
-                words.append(f"{option.flag}{'=' if value.startswith('-') else ' '}{quoted(value)}")
+            texts = map(str, given if option.repeat else [given])
+            words += [f"{option.flag}{'=' if text.startswith('-') else ' '}{quoted(text)}" for text in texts]
     return words
 
 

@@ -82,9 +82,8 @@ class BatchQueue:
                 yield self._recalled()
         elif self.network.pixels in item.pixels and not self.network.done[item.row]:
             if self.engine is None:
-                start = time.perf_counter()
-                self.engine = self.network.start()
-                self.timings.preparing += time.perf_counter() - start
+                with self.timings.adding("preparing"):
+                    self.engine = self.network.start()
             if self._buffer is None:
                 self._buffer = self.engine.buffer()
             self._buffer[len(self._batch.rows)] = item.pixels[self.network.pixels]
@@ -193,9 +192,8 @@ class Pipeline:
         coming = iter(rows)
         waiting.extend(executor.submit(self._look, row) for row in islice(coming, ahead))
         while waiting:
-            start = time.perf_counter()
-            item = waiting.popleft().result()
-            self.timings.waiting_for_images += time.perf_counter() - start
+            with self.timings.adding("waiting_for_images"):
+                item = waiting.popleft().result()
             self.timings.reading += item.reading
             self.timings.decoding += item.decoding
             waiting.extend(executor.submit(self._look, row) for row in islice(coming, 1))

@@ -45,11 +45,11 @@ class Timings:
     attaching: float = 0.0
 
     @contextmanager
-    def while_attaching(self) -> Iterator[None]:
-        """Add the time in the block to `attaching`."""
+    def adding(self, kind: str) -> Iterator[None]:
+        """Add the time in the block to that of this kind of work, unless it fails."""
         start = time.perf_counter()
         yield
-        self.attaching += time.perf_counter() - start
+        setattr(self, kind, getattr(self, kind) + time.perf_counter() - start)
 
     @property
     def bottleneck(self) -> Bottleneck:

@@ -94,9 +94,7 @@ def _read_dataset(location: Location, *, is_attached: bool) -> Result:
             "of it, or pandas.read_parquet to read it file by file."
         )
     own, matrices = dataset.read(location, found, widths, recipe.columns if is_attached else None)
-    features = [
-        pd.DataFrame(matrices[part.prefix], index=own.index, columns=part.names, copy=False) for part in recipe.parts
-    ]
+    features = [pd.DataFrame(matrices[part.prefix], own.index, part.names, copy=False) for part in recipe.parts]
     starts = np.cumsum([0, *(part.rows for part in found)]).tolist()
     with_starts = zip(starts, found, strict=False)
     failures = [one._replace(position=at + one.position) for at, part in with_starts for one in part.failures]

@@ -162,9 +162,8 @@ class Run:
             self._sources.add(first)
             for network in self.networks:
                 network.share(row, first)
-        start = time.perf_counter()
-        self.cache.keep(batch.news)
-        self.timings.keeping += time.perf_counter() - start
+        with self.timings.adding("keeping"):
+            self.cache.keep(batch.news)
 
     def check_some_succeeded(self, columns: Sequence[Hashable]) -> None:
         """Raise ExtractionError if all images, those of `columns`, failed."""
@@ -282,15 +281,13 @@ def cache_lookup(
 ) -> Iterator[Batch]:
     """Yield cached features and failures of `rows` whose file state is unchanged, without reading the files."""
     for start in range(0, len(rows), ROWS_AT_ONCE):
-        some = rows[start : start + ROWS_AT_ONCE]
-        states = {row: state for row in some if (state := state_of(images[row], root))}
+        states = {row: state for row in rows[start : start + ROWS_AT_ONCE] if (state := state_of(images[row], root))}
         holds = cache.images(set(states.values()))
         known = {row: holds[state] for row, state in states.items() if state in holds}
         if not known:
             continue
         reasons = cache.failures(set(known.values()))
-        failures = {row: reasons[image] for row, image in known.items() if image in reasons}
-        if failures:
+        if failures := {row: reasons[image] for row, image in known.items() if image in reasons}:
             yield Batch(failures=failures)
         for network in networks:
             left = {row: image for row, image in known.items() if not (row in failures or network.done[row])}

@@ -62,7 +62,7 @@ class MemorySink:
 
     def finish(self) -> None:
         """Normalize the features and attach the columns."""
-        with self._run.timings.while_attaching():
+        with self._run.timings.adding("attaching"):
             if not self._is_attached:
                 self.frame = self._attached()
                 self._is_spoiled, self._is_attached = False, True
@@ -266,7 +266,7 @@ class DatasetSink:
             self._packed[raw] = pack(Recipe(tuple(made), self._described), [])
         by_prefix = {part.prefix: matrix for part, matrix in zip(self._parts, matrices, strict=True)}
         rows = self._dataset.rows(number)
-        with self._explained(), self._run.timings.while_attaching():
+        with self._explained(), self._run.timings.adding("attaching"):
             if raw:
                 self._dataset.write_raw(number, by_prefix, self._packed[raw], failures, files)
             else:
@@ -277,15 +277,14 @@ class DatasetSink:
         unknown = [part for part in self._parts if part.normalizer is None]
         learners = {part.prefix: normalize.Learner(part.block, part.raw_width) for part in unknown}
         for number in sorted(self._dataset.raw) if learners else ():
-            with self._run.timings.while_attaching():
+            with self._run.timings.adding("attaching"):
                 for part in unknown:
-                    rows = self._dataset.read_raw(number, part.prefix)
-                    learners[part.prefix].see(rows[self._chosen(number, part)])
+                    learners[part.prefix].see(self._dataset.read_raw(number, part.prefix)[self._chosen(number, part)])
             yield Batch()
         for part in unknown:
             part.normalizer = learners[part.prefix].learned()
         for number, there in sorted(self._dataset.raw.items()):
-            with self._run.timings.while_attaching():
+            with self._run.timings.adding("attaching"):
                 matrices = [part.normalized(self._dataset.read_raw(number, part.prefix)) for part in self._parts]
             self._write(number, matrices, there.failures, there.files, raw=False)
             self._dataset.remove_raw(number)
@@ -294,8 +293,7 @@ class DatasetSink:
     def _chosen(self, number: int, part: FeatureColumns) -> NDArray[np.bool_]:
         rows = self._dataset.rows(number)
         chosen = np.ones(len(rows), bool) if self._fit_on is None else self._fit_on[rows.start : rows.stop].copy()
-        column = str(part.column)
-        chosen[[one.position for one in self._dataset.raw[number].failures if one.column == column]] = False
+        chosen[[one.position for one in self._dataset.raw[number].failures if one.column == str(part.column)]] = False
         return chosen
 
     @contextmanager

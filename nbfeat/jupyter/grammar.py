@@ -37,11 +37,8 @@ _DOLLAR = re.compile(r"(.*?)\$(\$?[\w.]+)(?=([^']*'[^']*')*[^']*$)")  # as in Do
 _WORD = re.compile(r"""(?:[^\s'"]|'[^']*'?|"[^"]*"?)+""")  # its quotation marks may not be closed yet
 # At the start of a line, or on the right of an assignment.
 _MAGIC = re.compile(r"^(?:\s*[\w.]+\s*=)?\s*(%{1,2})(extract_cache|extract_panel|extract|backbones)\b")
-_VALUES = {  # offered by Tab, for options that accept more
-    "weights": ("imagenet", "random"),
-    "device": ("auto", "cpu", "gpu"),
-    "batch_size": ("auto",),
-}
+# Offered by Tab, for options that accept more.
+_VALUES = {"weights": ("imagenet", "random"), "device": ("auto", "cpu", "gpu"), "batch_size": ("auto",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,8 +240,7 @@ def completions(cell: str, line: int, column: int, names: Mapping[str, Any]) -> 
         found = candidates(cell, line, before, names)
         for word in (typed, typed.rpartition(",")[2]):  # layers may be listed with commas
             mark = word[:1] if word[:1] in {"'", '"'} else ""
-            start = word.removeprefix(mark).removesuffix(mark)
-            if fitting := [one for one in found if one.startswith(start)]:
+            if fitting := [one for one in found if one.startswith(word.removeprefix(mark).removesuffix(mark))]:
                 marked = [f"{mark}{one}{mark}" if mark and mark not in one else quoted(one) for one in fitting]
                 return word, [literal(one.removesuffix(mark) if after.startswith(mark) else one) for one in marked]
     return typed, []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import closing
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
@@ -29,26 +29,23 @@ _FOR_A_NOTEBOOK = (
 TRAITS = {option.name: option for option in OPTIONS if option.name in _FOR_A_NOTEBOOK}  # defaults of a whole notebook
 
 
-def reported(kind: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+def reported(kind: Callable[..., Any], magic: Callable[..., Any]) -> Any:
     """Turn a method into a magic: bad usage raises UsageError, other errors show as one line (`short_errors`)."""
 
-    def decorate(magic: Callable[..., Any]) -> Any:
-        @wraps(magic)
-        def run(self: ExtractMagics, *words: str) -> Any:
-            try:
-                return magic(self, *words)
-            except RequestError as error:
-                raise UsageError(grammar.respelled(str(error))) from None
-            except (NbfeatError, KeyboardInterrupt) as error:
-                error.args = (grammar.respelled(str(error)),)
-                if self.short_errors:
-                    text = f"{type(error).__name__}: {error}"
-                    error._render_traceback_ = lambda: [text]  # type: ignore[union-attr]  # IPython's protocol
-                raise
+    @wraps(magic)
+    def run(self: ExtractMagics, *words: str) -> Any:
+        try:
+            return magic(self, *words)
+        except RequestError as error:
+            raise UsageError(grammar.respelled(str(error))) from None
+        except (NbfeatError, KeyboardInterrupt) as error:
+            error.args = (grammar.respelled(str(error)),)
+            if self.short_errors:
+                text = f"{type(error).__name__}: {error}"
+                error._render_traceback_ = lambda: [text]  # type: ignore[union-attr]  # IPython's protocol
+            raise
 
-        return no_var_expand(kind(run))
-
-    return decorate
+    return no_var_expand(kind(run))
 
 
 @magics_class
@@ -76,7 +73,7 @@ class ExtractMagics(Magics):
             raise TraitError(str(error)) from None
         return str(value)
 
-    @reported(both)
+    @partial(reported, both)
     def extract(self, line: str, cell: str | None = None) -> Extraction | None:
         """Attach image features as columns; `grammar.usage` provides the text for ``%extract?``."""
         names = dict(self.shell.user_ns)
@@ -106,7 +103,7 @@ class ExtractMagics(Magics):
         # IPython's own check for a semicolon parses the words as Python and fails on a lone bracket.
         return None if grammar.is_silenced(line if cell is None else cell) else extraction
 
-    @reported(line_magic)
+    @partial(reported, line_magic)
     def extract_panel(self, line: str) -> Any:
         """Choose by clicking: ``%extract_panel [FRAME]``; ``%extract_panel --code`` puts its code in a new cell."""
         from nbfeat.jupyter.panel.panel import Panel
@@ -124,12 +121,12 @@ class ExtractMagics(Magics):
         self._panel = weakref.ref(panel)
         return None if grammar.is_silenced(line) else panel
 
-    @reported(line_magic)
+    @partial(reported, line_magic)
     def backbones(self, line: str) -> Any:
         """List the backbones that match a pattern: ``%backbones Res*``."""
         return backbones(line.strip().removesuffix(";").strip() or "*")
 
-    @reported(line_magic)
+    @partial(reported, line_magic)
     def extract_cache(self, line: str) -> Any:
         """Show what nbfeat has cached, or clear it: ``clear [features|networks|weights|precisions|all]``."""
         words = grammar.words_of(line)

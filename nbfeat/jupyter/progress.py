@@ -58,12 +58,9 @@ def _draw(handle: Any, lines: list[str], share: float | None, *, is_news: bool) 
 def progress(step: Step) -> str:
     """Return the progress in one line: counts, speed, time left and bottleneck."""
     parts = counts(step)
-    if step.images_per_second:
-        parts.append(pace(step.images_per_second))
-    if step.seconds_left is not None:
-        parts.append(f"{clock(step.seconds_left)} left")
-    if step.bottleneck:
-        parts.append(f"bottleneck: {BOTTLENECKS[step.bottleneck]}")
+    parts += [pace(step.images_per_second)] if step.images_per_second else []
+    parts += [] if step.seconds_left is None else [f"{clock(step.seconds_left)} left"]
+    parts += [f"bottleneck: {BOTTLENECKS[step.bottleneck]}"] if step.bottleneck else []
     return " · ".join(parts)
 
 
