@@ -178,13 +178,12 @@ class Scatter:
         # Gray is for unnamed classes, so the palette's own gray (its eighth color) is used only for ten classes.
         spread = named if len(named) == COLORS else [*named[:7], self.unnamed[1], *named[7:]]
         order = np.argsort(classes.isin(named).to_numpy(), kind="stable")  # named classes on top
+        names = [*named, *unnamed]
         sns.scatterplot(
             x=self.frame["x"].to_numpy()[order], y=self.frame["y"].to_numpy()[order],
-            hue=classes.to_numpy()[order], style=classes.to_numpy()[order],
-            hue_order=[*named, *unnamed], style_order=[*named, *unnamed],
+            hue=classes.to_numpy()[order], style=classes.to_numpy()[order], hue_order=names, style_order=names,
             palette={**(colors(spread) or {}), **dict.fromkeys(unnamed, GREY)},
-            markers=dict(zip([*named, *unnamed], MARKERS, strict=False)),
-            ax=ax, **look,
+            markers=dict(zip(names, MARKERS, strict=False)), ax=ax, **look,
         )  # fmt: skip
         handles, labels = ax.get_legend_handles_labels()
         ax.legend(

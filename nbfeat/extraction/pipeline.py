@@ -119,8 +119,7 @@ class BatchQueue:
 
     def _recalled(self) -> Batch:
         found, self._found = self._found, {}
-        keys = next(iter(found.values()))
-        vectors = {key: np.stack([vectors[key] for vectors in found.values()]) for key in keys}
+        vectors = {key: np.stack([vectors[key] for vectors in found.values()]) for key in next(iter(found.values()))}
         return Batch(self.network, list(found), vectors=vectors, cached=True)
 
 
@@ -253,8 +252,7 @@ def images_per_second(
 
     def rate(chosen: Sequence[object]) -> float:
         alone = NetworkState(network.spec, network.pixels, network.prepared, np.zeros(len(chosen), bool), engine=engine)
-        pipeline = Pipeline(chosen, [alone], root, Timings(), Cache(None), {})
-        with closing(pipeline.run(range(len(chosen)))) as batches:
+        with closing(Pipeline(chosen, [alone], root, Timings(), Cache(None), {}).run(range(len(chosen)))) as batches:
             ran, seconds = timed(lambda: sum(len(batch.rows) for batch in batches))
         return ran / seconds
 

@@ -335,10 +335,8 @@ class Worker:
                 there[here[:length]] = file[:length]
         for network, done in zip(self._networks, table.done, strict=True):
             network.done = done
-        pipeline = Pipeline(
-            table.images, self._networks, Path("/"), found.timings, Cache(None), {}, remote=self._access
-        )
-        with isolation.pillow_defaults(), closing(pipeline.run(range(len(rows)))) as batches:
+        pipe = Pipeline(table.images, self._networks, Path("/"), found.timings, Cache(None), {}, remote=self._access)
+        with isolation.pillow_defaults(), closing(pipe.run(range(len(rows)))) as batches:
             for batch in batches:
                 place = None if batch.network is None else self._networks.index(batch.network)
                 batch.network, batch.rows = None, [rows[at] for at in batch.rows]
