@@ -1,7 +1,5 @@
 """``python -m nbfeat``: photographs → features → a cross-validated support-vector machine, offline, in 20 seconds."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 

@@ -1,7 +1,5 @@
 """The exceptions, and helpers for messages: each names the value and ends with the next step."""
 
-from __future__ import annotations
-
 import difflib
 import re
 import stat

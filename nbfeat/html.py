@@ -1,7 +1,5 @@
 """Small HTML tables that follow the notebook's theme; the only place where data is escaped."""
 
-from __future__ import annotations
-
 import html
 import re
 from collections.abc import Iterable, Sequence

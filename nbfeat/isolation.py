@@ -1,7 +1,5 @@
 """Keras, OpenVINO, Ray and Pillow without noise, telemetry or lasting changes to this process."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 import os

@@ -4,8 +4,6 @@ It is ``NBFEAT_HOME``, or the platform's cache folder. Networks in it are loaded
 owns or can write to isn't used.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import secrets

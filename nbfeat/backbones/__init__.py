@@ -1,7 +1,5 @@
 """The available networks and how they are built; the package itself is callable and lists them."""
 
-from __future__ import annotations
-
 import sys
 from types import ModuleType
 from typing import Any

@@ -4,8 +4,6 @@ This is the single-tower variant (Krizhevsky 2014, "One weird trick for parallel
 without local response normalization. Layers are named as in the papers; their outputs include the ReLU.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Backbone: the name, input, layers and origin of one network."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Callable

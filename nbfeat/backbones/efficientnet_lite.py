@@ -4,8 +4,6 @@ EfficientNet (Tan & Le 2019) for small devices: ReLU6 instead of swish, no squee
 that don't grow with the network. Layers are named as in ``keras.applications.EfficientNetB0``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from typing import Any

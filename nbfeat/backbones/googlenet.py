@@ -8,8 +8,6 @@ The published weights expect `tf` scaling: torchvision applies `torch` scaling, 
 ``transform_input``, x * 0.229 / 0.5 + (0.485 - 0.5) / 0.5, which together give p / 0.5 - 1.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from itertools import chain
 from typing import Any

@@ -5,8 +5,6 @@ bytes; a zip can hold foreign parts or expand. All of this is checked before any
 classifier also load into the network without it.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import math

@@ -4,8 +4,6 @@ Keras' initializers give feature norms from 1e-18 (MobileNet) to 1e10 (Efficient
 (He et al. 2015, by fan-in), the same on every backend, and one batch of smooth noise sets the batch norm statistics.
 """
 
-from __future__ import annotations
-
 import importlib
 import zlib
 from typing import Any

@@ -6,8 +6,6 @@ consecutive before that. Python's pure-Python unpickler reads it, limited to the
 memory than the tensors that its bytes can fill, a copy of one of them, and about 50 MB.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import os

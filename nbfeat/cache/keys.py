@@ -1,7 +1,5 @@
 """CacheKey: everything that determines an image's features, and so identifies them in the cache."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Reads the features of a result or frame as matrices, and measures distances between rows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass

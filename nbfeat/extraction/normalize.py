@@ -1,7 +1,5 @@
 """Normalize features (L2, standard, min-max, PCA, whitening), outside the network, so that the cache holds raw ones."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The table of options for feature blocks and runs, which every interface and the README use; and FeatureBlock."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Decode images in threads a little ahead of the networks, batch them and run the networks, in bounded memory."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import deque

@@ -1,7 +1,5 @@
 """Timings of a run by kind of work, and the bottleneck."""
 
-from __future__ import annotations
-
 import time
 from collections import UserDict
 from collections.abc import Iterator

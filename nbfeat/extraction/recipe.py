@@ -1,7 +1,5 @@
 """Recipe: everything needed to repeat a result on other images, including its fitted normalization."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os

@@ -1,7 +1,5 @@
 """Result: an extraction read back from Parquet; and `read`."""
 
-from __future__ import annotations
-
 from pathlib import Path, PurePath
 
 import numpy as np

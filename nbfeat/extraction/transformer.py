@@ -1,7 +1,5 @@
 """ImageFeatures: extraction as a scikit-learn transformer."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Hashable, Sequence
 from pathlib import Path

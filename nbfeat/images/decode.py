@@ -3,8 +3,6 @@
 Every failure passes through `explained`; answers of servers are described in `remote`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import importlib

@@ -3,8 +3,6 @@
 Both are 16 bytes of SHA-256. Equal content is never computed twice; a file whose state is known need not be read.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import struct

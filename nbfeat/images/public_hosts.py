@@ -1,7 +1,5 @@
 """Which image URLs are read, how they are displayed, and which hosts may be connected to: public ones."""
 
-from __future__ import annotations
-
 import os
 import re
 import socket

@@ -1,7 +1,5 @@
 """An RGB image → the pixels of a network: size, resizing and interpolation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 

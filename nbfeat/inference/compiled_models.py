@@ -6,8 +6,6 @@ the list of cut points. Each line on standard output is a JSON object: ``{"tell"
 class, "message": text}`` for a failure. A separate process keeps Keras, its settings and 800 MB out of the kernel.
 """
 
-from __future__ import annotations
-
 import errno
 import importlib
 import json

@@ -1,7 +1,5 @@
 """Build one Keras model for all blocks that share a backbone, from raw pixels to pooled, not yet normalized vectors."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 from dataclasses import dataclass

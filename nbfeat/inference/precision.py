@@ -4,8 +4,6 @@ At lower precision some networks give the same features twice as fast, but other
 precision is used only if every image and output agrees with float32 and it is faster on this machine.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """PreparedNetwork: chooses the engine and precisions of a network, and starts it when the first image needs it."""
 
-from __future__ import annotations
-
 import hashlib
 import tempfile
 from collections import deque

@@ -1,7 +1,5 @@
 """The grammar of the magics: parses a cell into a Request, and provides help and completion."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The progress display: HTML and text, updated in place at most five times a second."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from typing import Any

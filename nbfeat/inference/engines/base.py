@@ -8,8 +8,6 @@ An engine lends buffers, runs them in the background and returns results in orde
     engine.submit(buffer, count)    # runs the first `count` images of the buffer
 """
 
-from __future__ import annotations
-
 import atexit
 import functools
 import os

@@ -1,7 +1,5 @@
 """Count the cores that this process may use: its CPU affinity, its cgroup quotas and its share as a worker."""
 
-from __future__ import annotations
-
 import math
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Choose the devices that run a network, name them, and find how many images fit on one at once."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import os

@@ -5,8 +5,6 @@ changes results; a partial batch runs the whole buffer, and only its first rows 
 identical to the bit for any batch size, order and neighbors.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections import deque

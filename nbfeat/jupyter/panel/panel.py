@@ -1,7 +1,5 @@
 """Panel: the options of %%extract as widgets, run in the background, with the equivalent code."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Mapping

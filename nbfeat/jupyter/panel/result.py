@@ -1,7 +1,5 @@
 """The panel's output: progress, equivalent code, report, failures, scatter and comparison."""
 
-from __future__ import annotations
-
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The panel's widgets: one labeled widget per option, and their shared style."""
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
