@@ -40,7 +40,7 @@ def sample_photos() -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``path``; ``label``, 40 rows of each, one class after another in turn; ``source``, the file of the photograph.
+        ``path``; ``label``, 40 rows of each, one class after another in turn; ``source``, the photograph and its package.
 
     Raises
     ------
@@ -69,7 +69,8 @@ def sample_photos() -> pd.DataFrame:
             (broken := made / "rocket" / "07.jpg").write_bytes(broken.read_bytes()[:1000])
             (made / "manifest.json").write_text("{}", encoding="utf-8")  # now it is whole
     frame = folder(final)
-    frame["source"] = frame["label"].map({label: name for label, (name, _) in _PHOTOS.items()})
+    sources = {label: f"{Path(name).stem} of {name.partition('/')[0]}" for label, (name, _) in _PHOTOS.items()}
+    frame["source"] = frame["label"].map(sources)
     return frame.iloc[frame.groupby("label").cumcount().argsort(kind="stable")].reset_index(drop=True)
 
 

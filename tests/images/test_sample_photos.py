@@ -58,6 +58,8 @@ def test_there_are_forty_files_of_each_of_twelve_classes(samples: pd.DataFrame) 
     assert all(Path(path).parent.name == label for path, label in zip(samples["path"], samples["label"], strict=True))
     assert samples.groupby("source")["label"].nunique().eq(1).all()
     assert samples["source"].nunique() == 12
+    assert samples["source"].iloc[0] == "astronaut of skimage"
+    assert nbfeat.thumbnails(samples, limit=2), "the column of images is not clear"
     assert sum(Path(path).stat().st_size for path in samples["path"]) < 1_500_000
     named = nbfeat.sample_photos.__doc__ or ""
     assert all(label in named for label in module._PHOTOS), "the terms of each"
