@@ -40,7 +40,7 @@ def sample_photos() -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``path``; ``label``, 40 rows of each, one class after another in turn; ``source``, the photograph and its package.
+        ``path``; ``label``, 40 rows of each, one class after another in turn; ``source``, the photograph.
 
     Raises
     ------
