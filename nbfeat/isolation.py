@@ -1,5 +1,6 @@
 """Keras, OpenVINO, Ray and Pillow without noise, telemetry or lasting changes to this process."""
 
+import faulthandler
 import importlib
 import logging
 import os
@@ -16,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+LONGEST_READING = 300  # seconds, to check a weights file, which is a matter of milliseconds
 _FAST_MATH = "ONEDNN_DEFAULT_FPMATH_MODE"
 _FOLDER = Path(__file__).resolve().parents[1]
 # Keras and OpenVINO import these if installed: seconds of start-up, 600 MB, telemetry, a font cache.
@@ -55,6 +57,19 @@ def quiet_child() -> None:
     # Keras' `predict` leaves the precision to OpenVINO, whose default is bfloat16 where the CPU has it.
     run, exact = openvino.compile_model, {"INFERENCE_PRECISION_HINT": "f32"}
     openvino.compile_model = lambda model, device="CPU", config=None: run(model, device, {**exact, **(config or {})})
+
+
+@contextmanager
+def reading_in_time() -> Iterator[None]:
+    """End a child process that reads longer than LONGEST_READING: damaged files can keep HDF5 busy forever."""
+    is_child = any(isinstance(finder, _Refuse) for finder in sys.meta_path)
+    if is_child:  # nothing else ends a loop in a C library
+        faulthandler.dump_traceback_later(LONGEST_READING, exit=True)
+    try:
+        yield
+    finally:
+        if is_child:
+            faulthandler.cancel_dump_traceback_later()
 
 
 class _Refuse(MetaPathFinder):

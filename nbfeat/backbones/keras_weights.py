@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from nbfeat import isolation
 from nbfeat.errors import Refused, WeightsError, damaged, quote, refusing
 
 MOST_LINKS = 100_000  # a network of a thousand layers has 5,000
@@ -106,8 +107,9 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 def load(network: Any, path: Path) -> None:
     """Load the weights at `path` into `network`; raise WeightsError if they don't fit."""
-    (check_archive if path.suffix == ".keras" else check_hdf5)(path)
-    by_name = {"by_name": True} if path.suffix != ".keras" and _is_by_name(network, path) else {}
+    with isolation.reading_in_time():
+        (check_archive if path.suffix == ".keras" else check_hdf5)(path)
+        by_name = {"by_name": True} if path.suffix != ".keras" and _is_by_name(network, path) else {}
     try:
         network.load_weights(path, **by_name)
     except Exception as error:  # any error from Keras or h5py is about the file

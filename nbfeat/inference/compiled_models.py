@@ -152,6 +152,9 @@ def run_child(spec: NetworkSpec, out: Path) -> Iterator[str]:
                 noise.seek(0)
                 ended = f"The process that builds {spec.network.title} ended with exit status {child.returncode}"
                 said = noise.read().strip().splitlines() or ["it printed no error"]
+                if any(line.startswith("Timeout (") for line in said):  # from isolation.reading_in_time
+                    problem = f"The weights of {spec.network.title} take longer to read than an intact file does"
+                    raise errors.WeightsError(f"{problem}. Download or save them again.")
                 with memory_errors_named(f"build {spec.network.title}"):
                     if child.returncode == -9 or is_out_of_memory(RuntimeError(said[-1])):  # Linux kills the largest
                         raise MemoryError(said[-1])

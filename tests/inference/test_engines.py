@@ -19,13 +19,14 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
 import nbfeat
-from nbfeat import ExtractionError, NetworkError, RequestError, isolation
+from nbfeat import ExtractionError, NetworkError, RequestError, WeightsError, isolation
 from nbfeat.backbones.catalog import CATALOG
 from nbfeat.backbones.weights import Loaded
 from nbfeat.errors import DiskFullError
@@ -193,6 +194,29 @@ sys.exit(compiled_models._main(*sys.argv[1:]))
         ExtractionError, match=rf"not enough memory to build {SPEC.network.title} \({reason}\)\. Close other programs"
     ):
         list(compiled_models.run_child(SPEC, out))
+
+
+@pytest.mark.slow
+def test_a_file_that_keeps_hdf5_busy_forever_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    h5py: Any = importlib.import_module("h5py")
+    with h5py.File(tmp_path / "endless.h5", "w") as file:
+        file.attrs["layer_names"] = ["first", "second"]
+    data = bytearray((tmp_path / "endless.h5").read_bytes())
+    at = data.index(b"GCOL") + 16  # the first text that the heap holds
+    data[at : at + 2], data[at + 8 : at + 16] = bytes(2), bytes(8)  # free space of no size
+    (tmp_path / "endless.h5").write_bytes(data)
+    code = """
+import sys
+from nbfeat import isolation
+from nbfeat.inference import compiled_models
+
+isolation.LONGEST_READING = 1
+sys.exit(compiled_models._main(*sys.argv[1:]))
+"""
+    monkeypatch.setattr(isolation, "child_command", lambda _, *given: [sys.executable, "-c", code, *given])
+    (out := tmp_path / "out").mkdir()
+    with pytest.raises(WeightsError, match="take longer to read than an intact file does. Download or save them again"):
+        list(compiled_models.run_child(replace(SPEC, weights=str(tmp_path / "endless.h5")), out))
 
 
 def test_a_lack_of_memory_is_not_the_fault_of_the_cpu(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
