@@ -61,8 +61,8 @@ def listing(names: Iterable[str], joint: str = "and") -> str:
 
 
 def first_line(error: Exception, at: int = 0) -> str:
-    """Return the first line of an error's message, or the one at another place, cut to 200 characters; or its class."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[at].rstrip(".")[:200]
+    """Return the first line of an error's message, or the one at another place, cut to 400 characters; or its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[at].rstrip(".")[:400]
 
 
 def sentences(*parts: str) -> str:

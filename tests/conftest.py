@@ -43,8 +43,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Add up hostile trials; a test that doesn't count any is one."""
     total: Counter[str] = Counter()
-    for report in terminalreporter.stats.get("passed", []):
-        if "robustness" in report.keywords:
+    passed = {report.nodeid for report in terminalreporter.stats.get("passed", [])}
+    for report in terminalreporter.stats.get("", []):
+        if report.when == "teardown" and report.nodeid in passed and "robustness" in report.keywords:
             total.update(dict(report.user_properties).get("trials") or {Path(report.fspath).stem: 1})
     if total:
         kinds = " · ".join(f"{kind} {count:,}" for kind, count in sorted(total.items()))
