@@ -36,7 +36,7 @@ HOSTILE = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of `HOSTILE`, but for those that take ten seconds and more."""
     for item in items:
-        if item.path.name in HOSTILE and "10000" not in item.name and "largest" not in item.name:
+        if item.path.name in HOSTILE and "largest" not in item.name:
             item.add_marker(pytest.mark.robustness)
 
 

@@ -42,10 +42,12 @@ from tests.backbones.torch_files import (
     text,
     zipped,
 )
+from tests.mutations import TIMES
 
 Arrays = dict[str, npt.NDArray[Any]]
 FIXTURES = Path(__file__).parent / "checkpoints"
 SAVED = tuple(FIXTURES / name for name in ("zip.pth", "row.pth", "zip_protocol_4.pth", "row_protocol_3.pth"))
+COUNT = 1_000 * TIMES  # of mutated files
 VALUES = np.arange(-12, 12).reshape(2, 3, 4)
 EXPECTED: Arrays = {
     "float": (VALUES / 8).astype(np.float32),
@@ -263,17 +265,15 @@ def test_the_largest_that_are_read_take_little_time_and_memory(tmp_path: Path) -
 
 
 @linux
-@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path", SAVED[:2], ids=lambda path: path.stem)
-def test_mutations_are_read_or_refused(path: Path, count: int) -> None:
-    found = child("mutate", path, count)
-    assert len(found["read"]) + found["refused"] == count
-    assert found["refused"] > count / 2
+def test_mutations_are_read_or_refused(path: Path) -> None:
+    found = child("mutate", path, COUNT)
+    assert len(found["read"]) + found["refused"] == COUNT
+    assert found["refused"] > COUNT / 2
 
 
 @linux
-@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_programs_for_the_machine_are_run_to_the_end_or_refused(count: int) -> None:
-    found = child("programs", count)
-    assert len(found["read"]) + found["refused"] == count
-    assert len(found["read"]) > count / 50
+def test_programs_for_the_machine_are_run_to_the_end_or_refused() -> None:
+    found = child("programs", COUNT)
+    assert len(found["read"]) + found["refused"] == COUNT
+    assert len(found["read"]) > COUNT / 50

@@ -37,7 +37,7 @@ from tests.memory import bytes_of
 from tests.unload_child import left_behind
 
 BLOCK = "MobileNet --alpha 0.25 --size 32 --weights random"
-OTHER = "MobileNetV2 --alpha 0.35 --weights random --size 32"
+OTHER = "MobileNet --alpha 0.25 --weights random --size 48"
 IMAGES = 60
 LAYER = "conv_pw_3_relu"
 # One extraction each, whatever else it does.
