@@ -7,6 +7,7 @@ JSON.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -66,8 +67,7 @@ class Place:
     def left(self) -> list[str]:
         """Return what a finished run should not have left."""
         here = sorted(str(path.relative_to(self.top)) for path in self.top.rglob("*") if path.is_file())
-        kept = (".sqlite", ".sqlite-shm", ".sqlite-wal")  # the database, until its last connection is freed
-        return [name for name in here if not name.startswith("files/part-") and not name.endswith(kept)]
+        return [name for name in here if not name.startswith("files/part-") and not name.endswith(".sqlite")]
 
 
 def run_once(place: Place, kind: str, frame: pd.DataFrame, *, goes_on: bool = False) -> Outcome:
@@ -83,6 +83,7 @@ def run_once(place: Place, kind: str, frame: pd.DataFrame, *, goes_on: bool = Fa
             extraction.run()
             Armed.is_on = False
             break
+    gc.collect()  # the traceback of an interrupt may be in a cycle, and hold a connection to the cache
     result = nbfeat.read(place.files) if to_files else extraction
     features, threads = result.features.to_numpy(), [one.name for one in threading.enumerate()][1:]
     lift_limits()
